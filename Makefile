@@ -1,0 +1,54 @@
+# One verb per thing a person wants to do. `make setup` needs Python 3.11 or 3.12 and the package registry, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?= ../shared/data
+STAMP := $(VENV)/.installed
+
+.PHONY: setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench docs clean
+
+setup: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(STAMP)
+
+quickstart: setup  ## every algorithm on the embedded task, one table, minutes on two cores
+	$(BIN)/rlgf compare quickstart --out runs/quickstart
+
+quickstart-seeds: setup  ## the same over five seeds; the committed table comes from this
+	$(BIN)/rlgf compare quickstart --seeds 0,1,2,3,4 --out runs/quickstart-seeds
+
+imdb-small: setup  ## the five algorithms on real reviews, three seeds, about two hours on two cores
+	$(BIN)/rlgf compare imdb-small --data $(DATA)/imdb --seeds 0,1,2 --jobs 2 --out runs/imdb-small
+
+test: setup  ## the fast suite: no network, under a minute
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+test-data: setup
+	$(BIN)/python -m pytest -m data
+
+test-server: setup
+	$(BIN)/python -m pytest -m server || test $$? -eq 5  # exit 5: no such test yet
+
+gpu: setup
+	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python -m bench.iteration
+
+docs: setup  ## the reference pages that are made from the code
+	$(BIN)/python docs/make.py
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache

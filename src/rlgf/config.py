@@ -1,0 +1,383 @@
+"""Every number of a run, as frozen dataclasses; a YAML file, a recipe and the command line all become a `Config`.
+
+Unknown keys and impossible values are answered before any work is done, with the place and the nearest valid key.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from rlgf import algorithms
+from rlgf.errors import UserError, unknown
+from rlgf.types import Decoding
+
+strict = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=strict)
+class TaskConfig:
+    """What is written and how it is judged. `options` belong to the task and are checked by it."""
+
+    name: str = "embedded"
+    data: str | None = None  # Hub name, local folder or .jsonl[.gz] file
+    max_new_tokens: int = 16
+    min_new_tokens: int = 0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, config=strict)
+class ModelConfig:
+    """The model before supervised fine-tuning: a Hub name or local folder, or, without a path, a new one of this shape.
+
+    With a vocabulary of `vocabulary` a byte-level BPE tokenizer is trained on the task's raw text; with 0 the task brings
+    its own tokenizer.
+    """
+
+    path: str | None = None
+    architecture: Literal["gpt2", "llama"] = "gpt2"
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    context: int = 128
+    vocabulary: int = 0
+    initial_std: float = 0.02
+
+
+@dataclass(frozen=True, config=strict)
+class SupervisedConfig:
+    """A supervised training loop: `lm` on raw text, `sft` on targets, `distil` on guide texts. 0 steps and epochs: none."""
+
+    epochs: float = 0.0
+    steps: int = 0  # if not 0, instead of epochs
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    texts: int = 0  # how many texts of the data are used at most; 0: all. For `distil`: how many texts the guide writes
+    seed: int | None = None  # None: the run's seed
+
+
+@dataclass(frozen=True, config=strict)
+class RewardConfig:
+    """Who judges: 'task' (the task's own rule), 'ngram' (a small classifier trained here), a sequence classifier (Hub name
+    or local folder), a folder made by `rlgf reward`, or 'python:module:name'."""
+
+    path: str = "task"
+    clip: float | None = None  # bound on |reward|
+    normalise: bool = False  # divide by a running standard deviation around a running mean
+    minus_reference: bool = False  # subtract the score of the prompt's first reference
+    missing_end_penalty: float = 0.0  # subtracted from texts that were cut off by their budget
+    epochs: int = 8  # of the 'ngram' classifier
+    seed: int = 0
+
+
+@dataclass(frozen=True, config=strict)
+class GuideConfig:
+    """Who guides: 'sft' (the policy's own starting point with this decoding), 'trained' (a model made here from the
+    sections below), 'model:PATH', 'references', or 'python:module:name'."""
+
+    spec: str = "sft"
+    decoding: Decoding = Decoding(top_k=50, top_p=0.92)
+    model: ModelConfig = ModelConfig()
+    sft: SupervisedConfig = SupervisedConfig()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # task options for its demonstrations
+
+
+@dataclass(frozen=True, config=strict)
+class AlgorithmConfig:
+    """Which member of the family, and its parameters; see `rlgf.algorithms`."""
+
+    name: str = "ppo"
+    beta_guide: float = 0.2  # probability that the guide begins, where it rolls in (PPO++)
+    beta_policy: float = 0.8  # probability that the policy begins, where the guide finishes (AggreVaTeD)
+    mixing_weight: float = 0.8  # alpha of LOLS
+    switch_iteration: int = 20  # alpha of D2LOLS
+    mix: Literal["advantage", "iteration"] = "advantage"
+    credit: algorithms.Credit = "gae"
+    switch_guide: algorithms.SwitchRule = "uniform"
+    switch_policy: algorithms.SwitchRule = "uniform"
+
+    def build(self) -> algorithms.Algorithm:
+        """The algorithm these numbers describe."""
+        switches = {"switch_guide": self.switch_guide, "switch_policy": self.switch_policy}
+        betas = (self.beta_guide, self.beta_policy)
+        if self.name == "ppo":
+            return algorithms.ppo()
+        if self.name == "ppo_pp":
+            return algorithms.ppo_pp(self.beta_guide, self.switch_guide)
+        if self.name == "aggrevated":
+            return algorithms.aggrevated(self.beta_policy, self.credit, self.switch_policy)
+        if self.name == "lols":
+            return algorithms.lols(*betas, self.mixing_weight, self.mix, self.credit, **switches)
+        if self.name == "d2lols":
+            return algorithms.d2lols(*betas, self.switch_iteration, self.credit, **switches)
+        raise unknown("algorithm", self.name, algorithms.NAMES)
+
+
+@dataclass(frozen=True, config=strict)
+class PPOConfig:
+    """One iteration's collection and update. Source: algorithms.md, section 4."""
+
+    iterations: int = 40
+    texts_per_iteration: int = 128
+    samples_per_prompt: int = 1
+    epochs: int = 2
+    minibatch_size: int = 128  # texts per optimizer step
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear"] = "constant"
+    adam_epsilon: float = 1e-5
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0  # per model
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    whiten_advantages: bool = True
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    old_log_probs: Literal["sampler", "recompute"] = "sampler"
+    ratio_support: Literal["sampled", "full"] = "sampled"  # 'full' ignores what top-k or top-p cut off: a biased ratio
+    dropout: bool = False
+    target_kl: float | None = None  # stop an iteration's epochs when the mean log-ratio to the old policy exceeds this
+    check_first_ratio: bool = False  # an error if the first ratio is off by more than 1e-4
+    mle_coefficient: float = 0.0
+    mle_batch: int | None = None  # targets per optimizer step; None: the minibatch size
+
+
+@dataclass(frozen=True, config=strict)
+class KLConfig:
+    """The penalty for leaving the reference. In the reward it is k1; in the loss k2 or importance-weighted k3."""
+
+    coefficient: float = 0.001
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    target: float = 6.0  # nats per text, for the adaptive controller
+    horizon: int = 10_000  # texts over which it moves
+    loss_coefficient: float = 0.0
+    loss_estimator: Literal["k2", "k3"] = "k2"
+
+
+@dataclass(frozen=True, config=strict)
+class CriticConfig:
+    """Who estimates values: a model of its own, or a head on the policy's trunk (one optimizer, value coefficient)."""
+
+    kind: Literal["separate", "trunk"] = "separate"
+    path: str | None = None  # where a separate critic starts: a folder or Hub name; None: the policy's starting point
+    learning_rate: float = 1e-3
+    value_coefficient: float = 0.5  # trunk only
+    value_clip: float | None = 0.2
+    initial_value: float = 0.0
+    warmup_iterations: int = 0  # iterations at the start in which only the critic learns
+    warm_start_from_guide: bool = False  # d2lols: V^π starts as a copy of V^g
+
+
+@dataclass(frozen=True, config=strict)
+class EvaluationConfig:
+    """Fresh texts by the policy alone, on prompts it never trained on."""
+
+    every: int = 0  # iterations between evaluations on the validation split; 0: none
+    prompts: int = 128  # at those
+    final_prompts: int = 512  # on the test split, at the end
+    decoding: Decoding | None = None  # None: as in training
+    seed: int = 0
+    output_perplexity: bool = True  # under the model before SFT; needs one
+
+
+@dataclass(frozen=True, config=strict)
+class RuntimeConfig:
+    """The machine. Defaults leave results independent of it."""
+
+    threads: int = 0  # 0: all cores (command line); the library never sets threads by itself
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    token_budget: int = 8192  # tokens of one micro-batch; changes speed and memory, not results
+    checkpoint_every: int = 10  # iterations; the last one is always kept
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+
+@dataclass(frozen=True, config=strict)
+class Config:
+    """A whole run."""
+
+    recipe: str = "custom"
+    seed: int = 0
+    policy: str | None = None  # start from this model folder instead of the lm and sft stages
+    task: TaskConfig = TaskConfig()
+    model: ModelConfig = ModelConfig()
+    lm: SupervisedConfig = SupervisedConfig()
+    sft: SupervisedConfig = SupervisedConfig()
+    distil: SupervisedConfig = SupervisedConfig()
+    reward: RewardConfig = RewardConfig()
+    guide: GuideConfig = GuideConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    ppo: PPOConfig = PPOConfig()
+    kl: KLConfig = KLConfig()
+    critic: CriticConfig = CriticConfig()
+    decoding: Decoding = Decoding()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that cannot be trained with; each message says what, where and how to mend it."""
+        check_numbers(self)
+
+
+def check_numbers(config: Config) -> None:
+    """Bounds on single numbers and pairs of them."""
+    ppo, task = config.ppo, config.task
+    positive = {
+        "task.max_new_tokens": task.max_new_tokens,
+        "ppo.iterations": ppo.iterations,
+        "ppo.texts_per_iteration": ppo.texts_per_iteration,
+        "ppo.samples_per_prompt": ppo.samples_per_prompt,
+        "ppo.epochs": ppo.epochs,
+        "ppo.minibatch_size": ppo.minibatch_size,
+        "runtime.token_budget": config.runtime.token_budget,
+        "evaluation.final_prompts": config.evaluation.final_prompts,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise UserError(f"{name} is {value}, but must be at least 1.")
+    for name, value in {
+        "algorithm.beta_guide": config.algorithm.beta_guide,
+        "algorithm.beta_policy": config.algorithm.beta_policy,
+        "ppo.gamma": ppo.gamma,
+        "ppo.lam": ppo.lam,
+    }.items():
+        if not 0.0 <= value <= 1.0:
+            raise UserError(f"{name} is {value:g}, but must lie within [0, 1].")
+    for name, decoding in {"decoding": config.decoding, "guide.decoding": config.guide.decoding}.items():
+        if decoding.temperature <= 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0:
+            raise UserError(f"{name} needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; it has {decoding}.")
+    if config.decoding.greedy:
+        raise UserError("decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices.")
+    if not 0 <= task.min_new_tokens <= task.max_new_tokens:
+        raise UserError(
+            f"task.min_new_tokens is {task.min_new_tokens}, but must lie within [0, task.max_new_tokens = {task.max_new_tokens}]."
+        )
+    if ppo.texts_per_iteration % ppo.samples_per_prompt:
+        raise UserError(
+            f"ppo.texts_per_iteration ({ppo.texts_per_iteration}) must be a multiple of ppo.samples_per_prompt "
+            f"({ppo.samples_per_prompt})."
+        )
+    if config.runtime.precision == "bf16" and ppo.old_log_probs == "sampler":
+        raise UserError(
+            "runtime.precision is bf16, in which sampling and training disagree by percents: set ppo.old_log_probs=recompute."
+        )
+
+
+_adapter: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def from_dict(values: Mapping[str, Any], where: str) -> Config:
+    """A config from nested mappings; errors name the key, the place and the nearest valid key."""
+    check_keys(values, Config, where)
+    try:
+        return _adapter.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}.") from None
+
+
+def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all: bool = False) -> None:
+    """Raise for a key that `kind`, a config dataclass, does not have; the nearest is found in it or in the whole config."""
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values.")
+    hints = get_type_hints(kind)
+    for key, value in cast("Mapping[str, Any]", values).items():
+        if key not in hints:
+            raise unknown(f"key ({where})", key, hints) if list_all else unknown_key(f"{prefix}{key}", where)
+        if dataclasses.is_dataclass(hints[key]):
+            check_keys(value, hints[key], where, f"{prefix}{key}.")
+
+
+def unknown_key(key: str, where: str) -> UserError:
+    """The error for a key that no config has, with the nearest that one has."""
+    valid = list(all_keys(Config))
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [k for k in valid if k.split(".")[-1] == key][:1]
+    last = {name.split(".")[-1]: name for name in valid}
+    close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
+    hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
+    return UserError(f"{where}: unknown key '{key}': {hint}")
+
+
+def all_keys(kind: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a config dataclass, sections included."""
+    keys: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += all_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dicts, as they go into `config.yaml`."""
+    return dataclasses.asdict(config)
+
+
+def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "command line") -> Config:
+    """The config with dotted keys replaced: `override(config, [("ppo.epochs", 4)])`."""
+    values = to_dict(config)
+    valid = set(all_keys(Config))
+    for key, value in changes:
+        free = any(key.startswith(f"{section}.") for section in ("task.options", "guide.options"))
+        if key not in valid and not free:
+            optional = key.rsplit(".", 1)[0]
+            if optional != "evaluation.decoding":
+                raise unknown_key(key, where)
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+        place[last] = value
+    return from_dict(values, where)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """'section.field=value' as a key and a value, the value read as YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"command line: '{text}' is not of the form section.field=value.")
+    if value and value[0] in "[{" or not value:
+        parsed: Any = yaml.safe_load(value)
+    else:
+        parsed = yaml.safe_load(value)
+        if isinstance(parsed, str):
+            try:  # YAML 1.1 reads 1e-4 as a string
+                parsed = float(parsed)
+            except ValueError:
+                parsed = value
+    return key, parsed
+
+
+def load(path: Path) -> Config:
+    """A config from a YAML file. A key `recipe` names the recipe whose numbers the file changes is resolved by the caller."""
+    return from_dict(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}.")
+    return cast("dict[str, Any]", values)
+
+
+def dump(config: Config) -> str:
+    """The complete config as YAML."""
+    return yaml.safe_dump(_adapter.dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,94 @@
+"""Rows of a dataset, from a Hub name, a local folder or a `.jsonl[.gz]` file; and files written in one piece."""
+
+import gzip
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from rlgf.errors import UserError
+
+
+def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The rows of one split.
+
+    A local folder holds `SPLIT.jsonl[.gz]`, or anything `datasets.load_dataset` reads; a file is its own only split.
+    Raises `UserError` for a source that cannot be read, has a broken line, lacks a column or holds no row.
+    """
+    path = Path(source).expanduser()
+    candidates = [path] if path.is_file() else [path / f"{split}.jsonl", path / f"{split}.jsonl.gz"]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    rows = read_jsonl(found) if found else _load_dataset(source, split)
+    where = str(found or f"{source} ({split})")
+    if not rows:
+        raise UserError(f"{where} holds no rows: give a dataset with at least one.")
+    for column in columns:
+        for number, row in enumerate(rows, 1):
+            if column not in row:
+                raise UserError(f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}.")
+    return rows
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, plain or gzip; a broken line is an error that names it."""
+    rows: list[dict[str, Any]] = []
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    row: Any = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}, line {number}: expected an object, found {type(row).__name__}.")
+                    rows.append(cast("dict[str, Any]", row))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}, after line {number}: cannot be decoded ({error}).") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    return rows
+
+
+def _load_dataset(source: str, split: str) -> list[dict[str, Any]]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source, split=split)
+    except Exception as error:  # every backend has errors of its own; all mean that the data cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"data '{source}', split '{split}' cannot be loaded ({reason}): give a Hub name, a folder or a .jsonl[.gz] file."
+        ) from None
+    return [dict(row) for row in cast("Iterable[Mapping[str, Any]]", loaded)]
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """A JSON file, atomically."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and make it again.") from None

@@ -1,0 +1,248 @@
+"""Language models and critics on Hugging Face causal models, and the one forward pass that scoring and training use.
+
+Rows are padded on the right, so causal attention needs no mask and a padded row gets what an unpadded one gets.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers.activations import NewGELUActivation
+
+from rlgf.config import ModelConfig
+from rlgf.errors import UserError
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal model with its tokenizer and what follows from both."""
+
+    model: Any  # a PreTrainedModel with a language-model head
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    context: int  # tokens of prompt and response together
+    vocabulary: int
+
+    @property
+    def end_id(self) -> int:
+        """The end token that is appended to targets and finished guide texts."""
+        return self.end_ids[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    def frozen(self) -> "LanguageModel":
+        """A copy that will not be trained."""
+        twin = copy.deepcopy(self.model).requires_grad_(False).eval()
+        return LanguageModel(twin, self.tokenizer, self.end_ids, self.context, self.vocabulary)
+
+    def save(self, folder: Path) -> None:
+        """Write model and tokenizer as `from_pretrained` reads them."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a Hub name or folder."""
+    return _from_pretrained(AutoTokenizer, path, "tokenizer")
+
+
+def load_language_model(path: str, device: str = "cpu") -> LanguageModel:
+    """A causal model from a Hub name or folder, in fp32; no remote code is run."""
+    model = _from_pretrained(AutoModelForCausalLM, path, "causal language model", dtype=torch.float32)
+    return bundle(model.to(device), load_tokenizer(path), path)
+
+
+def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
+    """Model and tokenizer with end tokens and context length worked out; raises where one is missing."""
+    ends: list[int] = []
+    for configured in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
+        for end in configured if isinstance(configured, list) else [configured]:
+            if end is not None and end not in ends:
+                ends.append(end)
+    if not ends:
+        raise UserError(
+            f"model '{name}' has no end token: set eos_token in its tokenizer_config.json or eos_token_id in its config.json."
+        )
+    vocabulary = int(model.config.vocab_size)
+    if max(len(tokenizer), *(end + 1 for end in ends)) > vocabulary:
+        raise UserError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
+    context = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
+    return LanguageModel(speed_up(model), tokenizer, tuple(ends), context, vocabulary)
+
+
+def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> LanguageModel:
+    """A model with random weights of the given shape, a pure function of the seed."""
+    common = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if shape.architecture == "gpt2":
+        config: Any = GPT2Config(
+            n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.context,
+            initializer_range=shape.initial_std, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
+            num_attention_heads=shape.heads, max_position_embeddings=shape.context,
+            initializer_range=shape.initial_std, tie_word_embeddings=True, **common,
+        )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return bundle(model, tokenizer, "new model")
+
+
+def speed_up(model: Any) -> Any:
+    """Replace modules that transformers computes step by step by equal ones that torch computes at once."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
+
+
+def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
+
+
+@contextmanager
+def head_positions(model: Any, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
+    """Within it, the language-model head sees only the hidden states at `(rows, columns)`, as `[1, tokens, width]`.
+
+    So logits of positions that nobody asks for are never computed, for any model whatever it does behind its head.
+    Yields a list that receives all hidden states `[rows, columns, width]` of each forward pass.
+    """
+    hidden: list[Tensor] = []
+
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden.append(arguments[0])
+        return (arguments[0][rows, columns].unsqueeze(0), *arguments[1:])
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield hidden
+    finally:
+        handle.remove()
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """bf16 autocast where asked for; parameters stay in fp32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def forward(
+    language_model: LanguageModel, ids: Tensor, rows: Tensor, columns: Tensor, precision: str = "fp32"
+) -> tuple[Tensor, Tensor]:
+    """Logits of the tokens at `(rows, columns)` given all before them, and the hidden states.
+
+    `ids` [texts, width] padded on the right; returns float [tokens, vocabulary] and [texts, width, hidden]. A token in
+    column 0 has nothing before it and must not be asked for.
+    """
+    model, device = language_model.model, language_model.device
+    with autocast(device, precision), head_positions(model, rows.to(device), columns.to(device) - 1) as hidden:
+        logits = model(input_ids=ids.to(device), use_cache=False).logits
+    return logits.squeeze(0).float(), hidden[0]
+
+
+class Critic(nn.Module):
+    """A value for every state: a linear head on the hidden states of a trunk.
+
+    The trunk is a model of its own, or None where the hidden states are the policy's. The head starts at zero weight, so the
+    first value of every state is `initial_value`.
+    """
+
+    def __init__(self, trunk: Any | None, width: int, initial_value: float) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = nn.Linear(width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, initial_value)
+
+    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
+        """Values [tokens] of the states before the tokens at `(rows, columns)`; `hidden` is the policy's, if it is shared."""
+        device = self.head.weight.device
+        with autocast(device, precision):
+            if self.trunk is not None:
+                hidden = self.trunk(input_ids=ids.to(device), use_cache=False).last_hidden_state
+            assert hidden is not None
+            picked = hidden[rows.to(device), columns.to(device) - 1]
+        return self.head(picked.float()).squeeze(-1)
+
+
+def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float) -> Critic:
+    """A critic for `policy`: 'separate', its trunk loaded from `path` (a reward model will do), or 'trunk', a head alone."""
+    width = int(policy.model.get_output_embeddings().in_features)
+    if kind == "trunk":
+        return Critic(None, width, initial_value).to(policy.device)
+    trunk = speed_up(_from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
+    if int(trunk.config.vocab_size) != policy.vocabulary:
+        raise UserError(
+            f"critic.path '{path}' has {trunk.config.vocab_size} embeddings and the policy {policy.vocabulary}: "
+            "a critic reads the policy's tokens, so choose one with the same tokenizer."
+        )
+    return Critic(trunk, int(trunk.config.hidden_size), initial_value).to(policy.device)
+
+
+def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
+    """Row numbers in groups of similar length, each group's padded size within the budget (or a single row)."""
+    order = torch.argsort(lengths, descending=True, stable=True).tolist()
+    groups: list[list[int]] = []
+    for row in order:
+        if groups and (len(groups[-1]) + 1) * int(lengths[groups[-1][0]]) <= token_budget:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [torch.tensor(sorted(group)) for group in groups]
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
+    """Rows of ids as one tensor, padded on the right."""
+    width = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *([fill] * (width - len(row)))] for row in rows], dtype=torch.int64).view(len(rows), width)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def gather_tokens(
+    language_model: LanguageModel,
+    ids: Tensor,
+    selected: Tensor,
+    token_budget: int,
+    precision: str,
+    visit: Callable[[Tensor, Tensor, Tensor, Tensor], None],
+) -> None:
+    """Run `visit(rows, columns, logits, hidden)` over micro-batches of the rows that have a selected token, no gradient.
+
+    `rows` and `columns` name the selected tokens in `ids`; each row is read only up to its last selected token. `hidden` is
+    [tokens, width], the state before each of them.
+    """
+    with torch.no_grad():
+        for rows, columns, batch, local_rows in selected_batches(ids, selected, token_budget):
+            logits, hidden = forward(language_model, batch, local_rows, columns, precision)
+            picked = hidden[local_rows.to(hidden.device), columns.to(hidden.device) - 1]
+            visit(rows, columns, logits, picked)
+
+
+def selected_batches(ids: Tensor, selected: Tensor, token_budget: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Micro-batches for the selected tokens of `ids`: their rows and columns, the ids to read, their rows within those."""
+    needed = (torch.arange(1, ids.shape[1] + 1) * selected).amax(1) if ids.numel() else torch.zeros(0)
+    wanted = needed.nonzero().squeeze(1)
+    for group in micro_batches(needed[wanted], token_budget):
+        members = wanted[group]
+        width = int(needed[members].max())
+        local_rows, columns = selected[members, :width].nonzero(as_tuple=True)
+        yield members[local_rows], columns, ids[members, :width], local_rows

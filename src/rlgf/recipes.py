@@ -1,0 +1,133 @@
+"""Recipes: a task with all its numbers, each with its source. A recipe is a function that returns a frozen config."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlgf.config import (
+    AlgorithmConfig,
+    Config,
+    CriticConfig,
+    EvaluationConfig,
+    GuideConfig,
+    KLConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    SupervisedConfig,
+    TaskConfig,
+)
+from rlgf.errors import unknown
+from rlgf.types import Decoding
+
+
+@dataclass(frozen=True)
+class Control:
+    """A baseline that shares everything with a recipe but the named changes."""
+
+    title: str
+    changes: Mapping[str, Any]
+
+
+def quickstart() -> Config:
+    """The embedded task: a sparse reward that PPO cannot find and that a guide of 7 % opens. Source: science.md, E6."""
+    model = ModelConfig(layers=2, width=64, heads=4, context=64, initial_std=0.1)
+    sft = SupervisedConfig(steps=500, batch_size=64, learning_rate=3e-3, schedule="linear", adam_beta2=0.98)
+    return Config(
+        recipe="quickstart",
+        task=TaskConfig("embedded", max_new_tokens=16, min_new_tokens=16),
+        model=model,
+        sft=sft,
+        guide=GuideConfig(
+            spec="trained",
+            decoding=Decoding(),
+            model=ModelConfig(layers=2, width=96, heads=4, context=64, initial_std=0.1),
+            sft=SupervisedConfig(steps=300, batch_size=64, learning_rate=3e-3, schedule="linear", adam_beta2=0.98),
+            options={"right_aspect": 0.9, "positive_adjective": 0.8},
+        ),
+        algorithm=AlgorithmConfig(beta_guide=0.8, beta_policy=0.8, mixing_weight=0.8, switch_iteration=8),
+        ppo=PPOConfig(
+            iterations=40, texts_per_iteration=128, epochs=2, minibatch_size=128, learning_rate=1e-3, gamma=1.0, lam=0.95
+        ),
+        kl=KLConfig(coefficient=0.001),
+        critic=CriticConfig(learning_rate=1e-3),
+        evaluation=EvaluationConfig(every=5, prompts=128, final_prompts=512, output_perplexity=False),
+    )
+
+
+def imdb() -> Config:
+    """IMDB as in the paper, by Hub names. Source: tasks.md; texts, minibatches and iterations are the released code's."""
+    return Config(
+        recipe="imdb",
+        task=TaskConfig(
+            "imdb", "stanfordnlp/imdb", max_new_tokens=48, min_new_tokens=48,
+            options={"prompt": "half", "prompt_tokens": 64, "raw_split": "unsupervised"},
+        ),
+        model=ModelConfig(path="gpt2"),
+        sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-5, seed=0),
+        reward=RewardConfig(path="lvwerra/distilbert-imdb"),
+        guide=GuideConfig(spec="sft", decoding=Decoding(top_k=50, top_p=0.92)),
+        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=20),
+        ppo=PPOConfig(
+            iterations=50, texts_per_iteration=112, epochs=5, minibatch_size=28, learning_rate=1e-6, gamma=0.99, lam=0.95,
+            mle_coefficient=0.1,
+        ),
+        kl=KLConfig(coefficient=0.001),
+        critic=CriticConfig(learning_rate=1e-6, initial_value=0.5),
+        decoding=Decoding(top_k=50),
+        evaluation=EvaluationConfig(every=10, prompts=128, final_prompts=5000),
+    )  # fmt: skip
+
+
+def imdb_small() -> Config:
+    """Real reviews and a model of 2.6M parameters trained here. Source: science.md, sections A and C."""
+    return Config(
+        recipe="imdb-small",
+        task=TaskConfig(
+            "imdb", None, max_new_tokens=48, min_new_tokens=48, options={"prompt": "first", "prompt_tokens": 32}
+        ),
+        model=ModelConfig(layers=4, width=192, heads=6, context=128, vocabulary=4096),
+        lm=SupervisedConfig(
+            steps=1024, batch_size=32, learning_rate=2e-3, schedule="cosine", warmup_steps=50, adam_beta2=0.98,
+            weight_decay=0.01, texts=25_000, seed=0,
+        ),
+        sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=3e-4, seed=0),
+        reward=RewardConfig(path="ngram"),
+        guide=GuideConfig(spec="sft", decoding=Decoding(top_k=50, top_p=0.92)),
+        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=4),
+        ppo=PPOConfig(
+            iterations=15, texts_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4, gamma=0.99, lam=0.95,
+            mle_coefficient=0.1, mle_batch=8,
+        ),
+        kl=KLConfig(coefficient=0.001),
+        critic=CriticConfig(learning_rate=5e-4, initial_value=0.5),
+        decoding=Decoding(top_k=50),
+        evaluation=EvaluationConfig(every=3, prompts=128, final_prompts=512),
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "imdb": imdb, "imdb-small": imdb_small}
+
+CONTROLS: dict[str, dict[str, Control]] = {
+    "quickstart": {
+        "ppo_sharpened": Control("PPO, own sampling sharpened (top-p 0.6)", {"decoding.top_p": 0.6}),
+        # 4,096 = 40 iterations of 128 texts, 80 % of them begun by the guide
+        "distil_ppo": Control(
+            "distil 4,096 guide texts, then PPO",
+            {
+                "distil.texts": 4096,
+                "distil.steps": 150,
+                "distil.batch_size": 64,
+                "distil.learning_rate": 1e-3,
+                "distil.adam_beta2": 0.98,
+            },
+        ),
+    }
+}
+
+
+def recipe(name: str) -> Config:
+    """A recipe by name."""
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return RECIPES[name]()

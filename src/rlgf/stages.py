@@ -1,0 +1,266 @@
+"""What is made before reinforcement learning: tokenizer, language model, SFT, sentiment reward, guide, distillation.
+
+A stage is a folder named after a fingerprint of everything it was made from. Where the folder is, the stage is reused; where
+anything differs, the name differs. A folder appears only when it is complete.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from rlgf.config import Config, ModelConfig, SupervisedConfig, TaskConfig, to_dict
+from rlgf.data import read_json, write_json
+from rlgf.errors import UserError
+from rlgf.models import LanguageModel, load_language_model, load_tokenizer, new_language_model
+from rlgf.ngram import train_ngram
+from rlgf.supervised import Example, fit
+from rlgf.tasks import Task, task_kind
+from rlgf.tokens import encode_prompt, encode_target
+
+Report = Callable[[str], None]
+TOKENIZER_TEXTS = 8_000
+END = "<|endoftext|>"
+
+
+def fingerprint(ingredients: Mapping[str, Any]) -> str:
+    """A short hash of everything a stage is made from."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def source_fingerprint(source: str | None) -> Any:
+    """What identifies data or a model: name and size of every file of a local folder, otherwise its name."""
+    path = Path(source).expanduser() if source else None
+    if path is None or not path.exists():
+        return source
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return [(file.name, file.stat().st_size) for file in files]
+
+
+def build_stage(
+    folder: Path, name: str, ingredients: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], report: Report
+) -> Path:
+    """The folder of a stage, made by `build` (which returns what it measured) unless it is already there."""
+    return build_at(folder / f"{name}-{fingerprint(ingredients)}", name, ingredients, build, report)
+
+
+def build_at(
+    target: Path, name: str, ingredients: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], report: Report
+) -> Path:
+    """A stage in exactly this folder; a folder that holds anything else is refused."""
+    mark = fingerprint(ingredients)
+    record = target / "stage.json"
+    if record.is_file():
+        if read_json(record).get("fingerprint") != mark:
+            raise UserError(f"{target} holds a stage made from other settings: choose another --out or remove it.")
+        report(f"{name}: reusing {target.name}")
+        return target
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty and holds no '{name}' stage: choose another --out.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    report(f"{name}: making {target.name}")
+    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
+    try:
+        measured = build(scratch)
+        write_json(
+            scratch / "stage.json",
+            {"stage": name, "fingerprint": mark, "made_from": json.loads(json.dumps(ingredients, default=str)), "measured": measured},
+        )
+        if target.exists():
+            target.rmdir()
+        os.chmod(scratch, 0o755)
+        os.rename(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    return target
+
+
+def tokenizer_for(config: Config, task: TaskConfig, shape: ModelConfig, stages: Path, report: Report) -> tuple[Any, Any]:
+    """The tokenizer before any model is made, and its fingerprint."""
+    if shape.path:
+        return load_tokenizer(shape.path), source_fingerprint(shape.path)
+    kind = task_kind(task)
+    if kind.tokenizer:
+        return kind.tokenizer(task), f"{task.name} words"
+    if not shape.vocabulary or kind.raw_texts is None:
+        raise UserError(f"task '{task.name}' has no tokenizer of its own: give --policy or model.path, or set model.vocabulary.")
+    ingredients = {"vocabulary": shape.vocabulary, "texts": TOKENIZER_TEXTS, "task": _task_source(task)}
+
+    def build(folder: Path) -> dict[str, Any]:
+        assert kind.raw_texts
+        train_tokenizer(kind.raw_texts(task, TOKENIZER_TEXTS), shape.vocabulary).save_pretrained(folder)
+        return {}
+
+    folder = build_stage(stages, "tokenizer", ingredients, build, report)
+    return load_tokenizer(str(folder)), folder.name
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
+    """A byte-level BPE tokenizer, with one special token that opens, ends and pads."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
+        vocab_size=vocabulary, special_tokens=[END], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
+
+
+def base_model(config: Config, stages: Path, report: Report) -> tuple[LanguageModel, Any]:
+    """The model before SFT and its fingerprint: loaded, or trained on raw text, or new."""
+    return _base_model(config, config.task, config.model, config.seed, stages, report)
+
+
+def _base_model(
+    config: Config, task: TaskConfig, shape: ModelConfig, run_seed: int, stages: Path, report: Report
+) -> tuple[LanguageModel, Any]:
+    if shape.path:
+        return load_language_model(shape.path, config.runtime.device), source_fingerprint(shape.path)
+    tokenizer, token_mark = tokenizer_for(config, task, shape, stages, report)
+    seed = run_seed if config.lm.seed is None else config.lm.seed
+    if not _asked_for(config.lm):
+        model = new_language_model(shape, tokenizer, seed)
+        return model, {"new": to_dict(shape), "tokenizer": token_mark, "seed": seed}
+    folder = lm_stage(config, stages, report)
+    return load_language_model(str(folder), config.runtime.device), folder.name
+
+
+def _asked_for(config: SupervisedConfig) -> bool:
+    return bool(config.steps or config.epochs)
+
+
+def _task_source(task: TaskConfig) -> dict[str, Any]:
+    return {"name": task.name, "options": task.options, "data": source_fingerprint(task.data)}
+
+
+def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path:
+    """A small language model trained on the task's raw text."""
+    task, shape = config.task, config.model
+    raw_texts = task_kind(task).raw_texts
+    if raw_texts is None:
+        raise UserError(f"task '{task.name}' has no raw text to train a language model on: set lm.steps=0 and lm.epochs=0.")
+    if shape.path:
+        raise UserError(f"model.path is '{shape.path}', a trained model: remove it to train one, or skip the lm stage.")
+    tokenizer, token_mark = tokenizer_for(config, task, shape, stages, report)
+    seed = config.seed if config.lm.seed is None else config.lm.seed
+    ingredients = {
+        "shape": to_dict(shape), "tokenizer": token_mark, "lm": to_dict(config.lm), "seed": seed, "task": _task_source(task),
+    }  # fmt: skip
+
+    def build(folder: Path) -> dict[str, float]:
+        model = new_language_model(shape, tokenizer, seed)
+        stream: list[int] = []
+        for ids in tokenizer(raw_texts(task, config.lm.texts), add_special_tokens=False)["input_ids"]:
+            stream += [*ids, model.end_id]
+        size = shape.context
+        examples = [Example(stream[at : at + size], 1) for at in range(0, len(stream) - size + 1, size)]
+        if not examples:
+            raise UserError(f"the raw text has {len(stream)} tokens, fewer than one block of model.context = {size}.")
+        measured = fit(model, examples, config.lm, seed, min(config.runtime.token_budget, 1024), report)
+        model.save(folder)
+        return measured
+
+    if at:
+        return build_at(at, "lm", ingredients, build, report)
+    return build_stage(stages, "lm", ingredients, build, report)
+
+
+def target_examples(task: Task, model: LanguageModel, budget: int, most: int = 0) -> list[Example]:
+    """Every target of the training prompts, as tokens to learn."""
+    examples: list[Example] = []
+    for prompt in task.train:
+        if most and len(examples) >= most:
+            break
+        if prompt.targets:
+            before = encode_prompt(model.tokenizer, prompt)
+            after = encode_target(model.tokenizer, prompt.targets[0], model.end_id, budget)
+            examples.append(Example([*before, *after], len(before)))
+    if not examples:
+        raise UserError(f"task '{task.name}' has no targets: SFT and the MLE term need at least one.")
+    return examples
+
+
+def sft_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path | str:
+    """The policy's starting point: `policy` if one is given, the base model fine-tuned on targets, or the base model."""
+    if config.policy:
+        return config.policy
+    if not _asked_for(config.sft) and config.model.path:
+        return config.model.path
+    return _sft(config, config.task, config.model, config.sft, "sft", stages, report, at)
+
+
+def guide_stage(config: Config, stages: Path, report: Report) -> Path | str:
+    """The guide 'trained': a model of its own, fine-tuned on demonstrations of its own."""
+    guide = config.guide
+    options = {**config.task.options, **guide.options}
+    task = TaskConfig(config.task.name, config.task.data, config.task.max_new_tokens, config.task.min_new_tokens, options)
+    return _sft(config, task, guide.model, guide.sft, "guide", stages, report, None)
+
+
+def _sft(
+    config: Config, task: TaskConfig, shape: ModelConfig, training: SupervisedConfig, name: str, stages: Path,
+    report: Report, at: Path | None,
+) -> Path:  # fmt: skip
+    # A guide is another model than the policy: it draws its weights and its batches from another seed.
+    seed = (config.seed if training.seed is None else training.seed) + (1_000_003 if name == "guide" else 0)
+    model, mark = _base_model(config, task, shape, seed, stages, report)
+    ingredients = {
+        "base": mark, "sft": to_dict(training), "seed": seed, "task": _task_source(task), "budget": task.max_new_tokens,
+    }  # fmt: skip
+
+    def build(folder: Path) -> dict[str, float]:
+        examples = target_examples(task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts)
+        measured = fit(model, examples, training, seed, config.runtime.token_budget, report)
+        model.save(folder)
+        return measured
+
+    if at:
+        return build_at(at, name, ingredients, build, report)
+    return build_stage(stages, name, ingredients, build, report)
+
+
+def reward_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path:
+    """The small n-gram sentiment classifier, trained on the task's labelled texts."""
+    labelled = task_kind(config.task).labelled_texts
+    if labelled is None:
+        raise UserError(f"task '{config.task.name}' has no labelled texts to train a sentiment reward on.")
+    task = config.task
+    ingredients = {"epochs": config.reward.epochs, "seed": config.reward.seed, "task": _task_source(task)}
+
+    def build(folder: Path) -> dict[str, float]:
+        train, test = labelled(task, "train"), labelled(task, "test")
+        return train_ngram(folder, train, test, config.reward.epochs, config.reward.seed, report)
+
+    if at:
+        return build_at(at, "reward", ingredients, build, report)
+    return build_stage(stages, "reward", ingredients, build, report)
+
+
+def distil_stage(
+    config: Config, start: str, write: Callable[[int], list[Example]], stages: Path, report: Report
+) -> Path:
+    """The policy fine-tuned on `distil.texts` texts that the guide writes (`write`)."""
+    seed = config.seed if config.distil.seed is None else config.distil.seed
+    ingredients = {
+        "start": source_fingerprint(start) if not Path(start).parent == stages else Path(start).name,
+        "guide": to_dict(config.guide), "distil": to_dict(config.distil), "seed": seed, "task": _task_source(config.task),
+    }  # fmt: skip
+
+    def build(folder: Path) -> dict[str, float]:
+        model = load_language_model(start, config.runtime.device)
+        measured = fit(model, write(config.distil.texts), config.distil, seed, config.runtime.token_budget, report)
+        model.save(folder)
+        return measured
+
+    return build_stage(stages, "distil", ingredients, build, report)
+

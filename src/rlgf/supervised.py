@@ -1,0 +1,97 @@
+"""One supervised training loop, for the language model (raw text), SFT (targets) and distillation (guide texts)."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlgf.config import SupervisedConfig
+from rlgf.models import LanguageModel, forward, padded, selected_batches
+from rlgf.ops import token_log_probs
+from rlgf.randomness import Purpose, permutation
+from rlgf.schedules import learning_rate_factor
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens to learn: `ids` from position `start` on, given what is before them."""
+
+    ids: Sequence[int]
+    start: int
+
+
+def planned_steps(config: SupervisedConfig, examples: int) -> int:
+    """Optimizer steps of a supervised stage."""
+    return config.steps or math.ceil(config.epochs * examples / config.batch_size)
+
+
+def fit(
+    language_model: LanguageModel,
+    examples: Sequence[Example],
+    config: SupervisedConfig,
+    seed: int,
+    token_budget: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Train in place by maximum likelihood; the loss is the mean over the tokens of an optimizer step.
+
+    Returns the mean loss (nats per token) over the last tenth of the steps, steps, tokens trained and seconds.
+    """
+    model = language_model.model.train()
+    steps = planned_steps(config, len(examples))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, betas=(0.9, config.adam_beta2), eps=1e-8,
+        weight_decay=config.weight_decay, fused=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(config.schedule, step, steps, config.warmup_steps)
+    )
+    losses: list[float] = []
+    tokens, began, order, passes = 0, time.monotonic(), [], 0
+    for step in range(steps):
+        while len(order) < config.batch_size:
+            order += permutation(seed, Purpose.SUPERVISED, passes, len(examples)).tolist()
+            passes += 1
+        batch, order = [examples[i] for i in order[: config.batch_size]], order[config.batch_size :]
+        losses.append(supervised_step(language_model, batch, config.precision, token_budget))
+        tokens += sum(len(example.ids) - example.start for example in batch)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % max(1, steps // 20) == 0:
+            recent = losses[-max(1, steps // 20) :]
+            speed = tokens / (time.monotonic() - began)
+            left = (steps - step - 1) * (time.monotonic() - began) / (step + 1)
+            report(f"step {step + 1}/{steps} · loss {sum(recent) / len(recent):.3f} · {speed:,.0f} tokens/s · {left:.0f} s left")
+    model.eval()
+    last = losses[-max(1, steps // 10) :]
+    return {
+        "loss": sum(last) / max(1, len(last)), "steps": steps, "tokens": tokens, "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+def supervised_step(language_model: LanguageModel, batch: Sequence[Example], precision: str, token_budget: int) -> float:
+    """Add the gradient of the batch's mean token loss; returns the loss."""
+    return nll_backward(language_model, batch, 1.0, precision, token_budget)
+
+
+def nll_backward(
+    language_model: LanguageModel, batch: Sequence[Example], coefficient: float, precision: str, token_budget: int
+) -> float:
+    """Add `coefficient` times the gradient of the mean negative log-likelihood over the batch's tokens; returns the mean."""
+    ids = padded([example.ids for example in batch])
+    columns = torch.arange(ids.shape[1])
+    starts = torch.tensor([max(1, example.start) for example in batch])
+    lengths = torch.tensor([len(example.ids) for example in batch])
+    selected = (columns >= starts[:, None]) & (columns < lengths[:, None])
+    total = max(1, int(selected.sum()))
+    loss_sum = 0.0
+    for rows, cols, part, local_rows in selected_batches(ids, selected, token_budget):
+        logits, _ = forward(language_model, part, local_rows, cols, precision)
+        loss = -token_log_probs(logits, ids[rows, cols].to(logits.device)).sum() / total
+        (coefficient * loss).backward()
+        loss_sum += float(loss.detach())
+    return loss_sum

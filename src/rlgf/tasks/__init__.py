@@ -1,0 +1,17 @@
+"""The tasks by name."""
+
+from rlgf.config import TaskConfig
+from rlgf.errors import unknown
+from rlgf.tasks import embedded, imdb
+from rlgf.tasks.base import Task, TaskKind, TextFunction
+
+TASKS: dict[str, TaskKind] = {"embedded": embedded.KIND, "imdb": imdb.KIND}
+
+__all__ = ["TASKS", "Task", "TaskKind", "TextFunction", "task_kind"]
+
+
+def task_kind(config: TaskConfig) -> TaskKind:
+    """The kind of task a config names."""
+    if config.name not in TASKS:
+        raise unknown("task", config.name, TASKS)
+    return TASKS[config.name]

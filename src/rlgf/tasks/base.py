@@ -1,0 +1,51 @@
+"""What a task is: prompts, a reward, metrics. A new task is one file beside this one and a line in `tasks.TASKS`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from rlgf.config import TaskConfig, check_keys
+from rlgf.errors import UserError
+from rlgf.types import Prompt
+
+TextFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+"""(prompts, texts that continue them) -> one number each. Rewards and metrics are such functions."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts of three splits, and functions of texts."""
+
+    name: str
+    train: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    test: Sequence[Prompt]
+    reward: TextFunction | None = None  # the task's own rule; None where a reward model is needed
+    whole_text: bool = False  # whether a reward model reads prompt and continuation, or the continuation alone
+    pass_mark: float | None = None  # a reward from which on a text counts as passed
+    notes: Mapping[str, int] = field(default_factory=dict[str, int])  # rows that could not be used, counted by reason
+
+
+@dataclass(frozen=True)
+class TaskKind:
+    """How a task is made from a config."""
+
+    build: Callable[[TaskConfig, Any], Task]  # (config, tokenizer)
+    options: type  # a dataclass: the keys of `task.options`
+    tokenizer: Callable[[TaskConfig], Any] | None = None  # a task's own, where it does not read natural text
+    raw_texts: Callable[[TaskConfig, int], list[str]] | None = None  # for the lm stage: (config, most)
+    labelled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None  # for a sentiment reward
+
+
+def task_options(config: TaskConfig, kind: type) -> Any:
+    """`task.options` as the task's own dataclass; unknown keys and wrong types are refused."""
+    where = f"task '{config.name}'"
+    check_keys(config.options, kind, where, "task.options.", list_all=True)
+    try:
+        return TypeAdapter(kind).validate_python(config.options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: task.options.{key} = {first.get('input')!r}: {first['msg']}.") from None

@@ -1,0 +1,124 @@
+"""IMDB: continue a film review so that it turns out positive. Source: the paper, section 6; tasks.md."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlgf.config import TaskConfig
+from rlgf.data import read_rows
+from rlgf.errors import UserError
+from rlgf.randomness import Purpose, permutation
+from rlgf.tasks.base import Task, TaskKind, task_options
+from rlgf.types import Prompt
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which part of a review is the prompt, and where the data's splits are."""
+
+    prompt: Literal["half", "first"] = "half"  # the first half by words, its end kept; or exactly the first tokens
+    prompt_tokens: int = 64  # at most ('half') or exactly ('first')
+    train_split: str = "train"
+    test_split: str = "test"  # validation and test prompts both come from here
+    held_out_prompts: int = 5_000  # of each
+    raw_split: str = "unsup"  # unlabelled reviews, for the lm stage
+    text_column: str = "text"
+    label_column: str = "label"  # 1 is positive
+
+
+def build(config: TaskConfig, tokenizer: Any) -> Task:
+    """Prompts from every review; what follows the prompt in a positive review is a target, in any review a reference."""
+    options: Options = task_options(config, Options)
+    if options.prompt_tokens < 1:
+        raise UserError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be at least 1.")
+    notes: dict[str, int] = {}
+    train = _prompts(config, options, options.train_split, tokenizer, notes)
+    held_out = _prompts(config, options, options.test_split, tokenizer, notes)
+    order = permutation(0, Purpose.TASK, 0, len(held_out))
+    shuffled = [held_out[i] for i in order]
+    half = min(options.held_out_prompts, len(shuffled) // 2)
+    if half == 0:
+        raise UserError(f"{config.data}: the {options.test_split} split needs at least 2 usable reviews.")
+    return Task(config.name, train, shuffled[:half], shuffled[half : 2 * half], whole_text=True, notes=notes)
+
+
+def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, notes: dict[str, int]) -> list[Prompt]:
+    rows = read_rows(_source(config), split, (options.text_column, options.label_column))
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row[options.text_column], str) or not row[options.text_column].strip():
+            raise UserError(f"{config.data}, split {split}, row {number}: the prompt is empty: remove the row.")
+    texts = [row[options.text_column] for row in rows]
+    cut = _first_tokens if options.prompt == "first" else _first_half
+    pieces = cut(texts, options.prompt_tokens, config.max_new_tokens, tokenizer)
+    prompts: list[Prompt] = []
+    for row, piece in zip(rows, pieces):
+        if piece is None:
+            notes["reviews too short for a prompt and a continuation"] = 1 + notes.get(
+                "reviews too short for a prompt and a continuation", 0
+            )
+            continue
+        ids, text, rest = piece
+        positive = row[options.label_column] == 1
+        prompts.append(Prompt(text, (rest,), (rest,) if positive else (), ids, {"label": row[options.label_column]}))
+    if not prompts:
+        raise UserError(f"{config.data}, split {split}: no review is longer than a prompt: lower task.options.prompt_tokens.")
+    return prompts
+
+
+Piece = tuple[tuple[int, ...], str, str] | None  # ids of the prompt, its text, the text that follows; None: too short
+
+
+def _first_tokens(texts: Sequence[str], count: int, budget: int, tokenizer: Any) -> list[Piece]:
+    """Exactly the first `count` tokens, unless one ends inside a character, which then leaves the prompt whole."""
+    enough = 16 * (count + budget)  # characters that surely hold the prompt and its target; most reviews are far longer
+    encoded = tokenizer([text[:enough] for text in texts], add_special_tokens=False, return_offsets_mapping=True)
+    pieces: list[Piece] = []
+    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"]):
+        kept = count
+        while 0 < kept < len(ids) and offsets[kept][0] < offsets[kept - 1][1]:
+            kept -= 1
+        end = offsets[kept - 1][1] if 0 < kept < len(ids) else len(text)
+        rest = text[end:]
+        pieces.append((tuple(ids[:kept]), text[:end], rest) if rest.strip() else None)
+    return pieces
+
+
+def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) -> list[Piece]:
+    """The first half by words, of that the last `most` tokens."""
+    halves: list[int] = []
+    for text in texts:
+        words = list(re.finditer(r"\S+", text))
+        halves.append(words[len(words) // 2 - 1].end() if len(words) > 1 else len(text))
+    encoded = tokenizer([text[:end] for text, end in zip(texts, halves)], add_special_tokens=False)["input_ids"]
+    kept = [tuple(ids[-most:]) for ids in encoded]
+    decoded = tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
+    return [
+        (ids, prompt, text[end:]) if ids and text[end:].strip() else None
+        for ids, prompt, text, end in zip(kept, decoded, texts, halves)
+    ]
+
+
+def _source(config: TaskConfig) -> str:
+    if config.data is None:
+        raise UserError("task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files.")
+    return config.data
+
+
+def raw_texts(config: TaskConfig, most: int) -> list[str]:
+    """Unlabelled reviews in a shuffled order, at most `most` (0: all)."""
+    options: Options = task_options(config, Options)
+    rows = read_rows(_source(config), options.raw_split, (options.text_column,))
+    order = permutation(0, Purpose.TASK, 1, len(rows))
+    return [rows[i][options.text_column] for i in (order[:most] if most else order)]
+
+
+def labelled_texts(config: TaskConfig, split: Literal["train", "test"]) -> tuple[list[str], list[int]]:
+    """Whole reviews and their labels, for a sentiment reward."""
+    options: Options = task_options(config, Options)
+    name = options.train_split if split == "train" else options.test_split
+    rows = read_rows(_source(config), name, (options.text_column, options.label_column))
+    return [row[options.text_column] for row in rows], [int(row[options.label_column]) for row in rows]
+
+
+KIND = TaskKind(build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts)
