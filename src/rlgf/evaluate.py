@@ -1,0 +1,76 @@
+"""Evaluation: fresh texts by one author alone, scored and measured; the same for a policy, the SFT model and a guide."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlgf.algorithms import Algorithm, Phase, always, own, ppo
+from rlgf.experience import Reading
+from rlgf.metrics import distinct, kl_to_reference, perplexity, token_perplexity
+from rlgf.models import LanguageModel
+from rlgf.randomness import Purpose
+from rlgf.rewards import continuation_only, score
+from rlgf.rollout import Writing, collect
+from rlgf.tasks import Task, TextFunction
+from rlgf.types import GUIDE, Prompt, Rollout
+
+BATCH = 256  # texts written at once
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Everything an evaluation is measured with."""
+
+    task: Task
+    reward: TextFunction
+    reference: LanguageModel
+    general: LanguageModel | None  # for output-perplexity: the model before SFT
+    reading: Reading
+
+
+def evaluate_policy(
+    writing: Writing, prompts: Sequence[Prompt], judges: Judges, seed: int
+) -> tuple[dict[str, float], Rollout, list[float]]:
+    """Metrics of texts that the policy writes alone (keys: docs/metrics.md), the texts, and their scores."""
+    writing = dataclasses.replace(writing, seed=seed, token_purpose=Purpose.EVALUATION_TOKEN)
+    rollout, metrics, scores = _written(writing, ppo(), prompts, judges)
+    metrics["kl"], metrics["kl_k1"] = kl_to_reference(rollout, writing.policy, judges.reference, judges.reading)
+    metrics["perplexity"] = perplexity(writing.policy, prompts, writing.horizon, judges.reading)
+    return metrics, rollout, scores
+
+
+def evaluate_guide(
+    writing: Writing, prompts: Sequence[Prompt], judges: Judges, seed: int
+) -> tuple[dict[str, float], Rollout, list[float]]:
+    """The same of a guide, which is a black box: no KL and no perplexity of its own."""
+    alone = Algorithm("guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything")
+    rollout, metrics, scores = _written(dataclasses.replace(writing, seed=seed), alone, prompts, judges)
+    return metrics, rollout, scores
+
+
+def _written(
+    writing: Writing, algorithm: Algorithm, prompts: Sequence[Prompt], judges: Judges
+) -> tuple[Rollout, dict[str, float], list[float]]:
+    rollout = collect(writing, algorithm, algorithm.plan(0, 0.0), prompts, range(len(prompts)))
+    scores = score(judges.reward, prompts, rollout.texts)
+    values = torch.tensor(scores, dtype=torch.float64)
+    spread = float(values.std()) if len(scores) > 1 else 0.0
+    metrics = {
+        "score": float(values.mean()),
+        "score_standard_error": spread / math.sqrt(len(scores)),
+        "length": float(rollout.written.sum(1).double().mean()),
+        "finished": float(rollout.finished.double().mean()),
+        "distinct_2": distinct(rollout.texts),
+        "texts": float(len(scores)),
+    }
+    if judges.task.pass_mark is not None:
+        metrics["pass_rate"] = float((values >= judges.task.pass_mark).double().mean())
+    alone = continuation_only(judges.reward)
+    if alone is not None:
+        metrics["score_continuation"] = float(torch.tensor(score(alone, prompts, rollout.texts)).mean())
+    if judges.general is not None:
+        metrics["output_perplexity"] = token_perplexity(judges.general, rollout.ids, rollout.written, judges.reading)
+    return rollout, metrics, scores

@@ -1,0 +1,188 @@
+"""Appraising: what a rollout is worth, token by token, measured before the first update.
+
+Rules (algorithms.md, sections 2 and 3): the reward sits on the last written token; whoever finished a text has the critic
+that values it; V^π is fitted to reward and KL penalty, V^g to the task's reward alone, the penalty of a token then going to
+that token's advantage.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlgf import ops
+from rlgf.algorithms import Share
+from rlgf.config import PPOConfig
+from rlgf.models import Critic, LanguageModel, forward, gather_tokens, selected_batches
+from rlgf.processes import total_moments
+from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Rollout
+
+
+@dataclass(frozen=True)
+class Models:
+    """Everything that reads tokens during training."""
+
+    policy: LanguageModel
+    reference: LanguageModel
+    critics: Mapping[Origin, Critic]  # V^π under POLICY, V^g under GUIDE, as far as the algorithm needs them
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How tokens are read: settings that every forward pass shares."""
+
+    decoding: Decoding
+    ppo: PPOConfig
+    token_budget: int
+    precision: str = "fp32"
+
+
+def policy_log_probs(
+    rollout: Rollout, rows: Tensor, columns: Tensor, logits: Tensor, end_ids: Sequence[int], reading: Reading
+) -> Tensor:
+    """Log-probabilities of the tokens at `(rows, columns)` as the PPO ratio needs them, [tokens]."""
+    tokens = rollout.ids[rows, columns].to(logits.device)
+    if reading.ppo.ratio_support == "full":
+        return ops.token_log_probs(logits, tokens)
+    support = rollout.support.select(rows, columns) if rollout.support is not None else None
+    if support is not None:
+        support = type(support)(support.counts.to(logits.device), support.ids.to(logits.device))
+    forbidden = (rollout.response_position[rows, columns] < rollout.minimum).to(logits.device)
+    ends = torch.tensor(list(end_ids), device=logits.device)
+    return ops.token_log_probs(logits, tokens, reading.decoding.temperature, support, forbidden, ends)
+
+
+def full_log_probs(rollout: Rollout, selected: Tensor, model: LanguageModel, reading: Reading) -> Tensor:
+    """Full, untempered log-probabilities of the selected tokens under a model, zero elsewhere, [texts, width]."""
+    values = torch.zeros(rollout.ids.shape)
+
+    def visit(rows: Tensor, columns: Tensor, logits: Tensor, hidden: Tensor) -> None:
+        values[rows, columns] = ops.token_log_probs(logits, rollout.ids[rows, columns].to(logits.device)).cpu()
+
+    gather_tokens(model, rollout.ids, selected, reading.token_budget, reading.precision, visit)
+    return values
+
+
+def recompute_log_probs(rollout: Rollout, policy: LanguageModel, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the policy's tokens by a full forward: over the sampled support, and full."""
+    sampled, full = torch.zeros(rollout.ids.shape), torch.zeros(rollout.ids.shape)
+
+    def visit(rows: Tensor, columns: Tensor, logits: Tensor, hidden: Tensor) -> None:
+        sampled[rows, columns] = policy_log_probs(rollout, rows, columns, logits, policy.end_ids, reading).cpu()
+        full[rows, columns] = ops.token_log_probs(logits, rollout.ids[rows, columns].to(logits.device)).cpu()
+
+    gather_tokens(policy, rollout.ids, rollout.by_policy, reading.token_budget, reading.precision, visit)
+    return sampled, full
+
+
+def state_values(rollout: Rollout, selected: Tensor, critic: Critic, policy: LanguageModel, reading: Reading) -> Tensor:
+    """Values of the states before the selected tokens, zero elsewhere, [texts, width]."""
+    values = torch.zeros(rollout.ids.shape)
+    with torch.no_grad():
+        for rows, columns, ids, local_rows in selected_batches(rollout.ids, selected, reading.token_budget):
+            hidden = None
+            if critic.trunk is None:  # a head on the policy's trunk: one logit is asked for, as the head must be asked
+                _, hidden = forward(policy, ids, local_rows[:1], columns[:1], reading.precision)
+            values[rows, columns] = critic(ids, local_rows, columns, reading.precision, hidden).cpu()
+    return values
+
+
+def appraise(
+    rollout: Rollout,
+    shares: Sequence[Share],
+    credit: str,
+    scores: Sequence[float],
+    rewards: Sequence[float],
+    models: Models,
+    reading: Reading,
+    kl_coefficient: float,
+) -> Experience:
+    """Measure a rollout: log-probabilities, KL, values, advantages, value targets.
+
+    `scores` are the task's, `rewards` what is optimised (shaped). Shapes as in `Experience`.
+    """
+    ppo = reading.ppo
+    old, full = rollout.log_probs, rollout.full_log_probs
+    if ppo.old_log_probs == "recompute":
+        old, full = recompute_log_probs(rollout, models.policy, reading)
+    if ppo.ratio_support == "full":
+        old = full
+    reference = full_log_probs(rollout, rollout.by_policy, models.reference, reading)
+    kl = ops.kl_k1(full, reference) * rollout.by_policy
+    penalty = -kl_coefficient * kl
+    terminal = ops.place_at_end(torch.tensor(list(rewards)), rollout.written)
+
+    weights = {
+        POLICY: _row_weights(rollout, {share.phase: share.policy_weight for share in shares}),
+        GUIDE: _row_weights(rollout, {share.phase: share.guide_weight for share in shares}),
+    }
+    advantages, returns, values = (torch.zeros(rollout.ids.shape) for _ in range(3))
+    for origin, critic in models.critics.items():
+        own = (rollout.finisher == origin)[:, None]
+        concerned = own | (weights[origin] != 0)[:, None]
+        if not bool(concerned.any()):
+            continue
+        estimate = state_values(rollout, rollout.written & concerned, critic, models.policy, reading)
+        reward = terminal + penalty if origin == POLICY else terminal
+        one_step = ops.td_errors(reward, estimate, rollout.written, ppo.gamma)
+        sampled = ops.gae(reward, estimate, rollout.written, ppo.gamma, ppo.lam)
+        credited = torch.where(own, credited_advantage(rollout, origin, credit, one_step, sampled), one_step)
+        if origin == GUIDE:
+            credited = credited + penalty
+        advantages += weights[origin][:, None] * credited
+        values += own * estimate
+        returns += own * rollout.after_switch * (sampled + estimate)
+
+    trained = rollout.trained(credit)
+    advantages = advantages * trained
+    stats = _stats(rollout, trained, scores, rewards, kl, advantages, values, returns)
+    if ppo.whiten_advantages:
+        advantages = ops.whiten(advantages, trained, total_moments(ops.moments(advantages, trained)))
+    return Experience(
+        rollout, credit, torch.tensor(list(scores)), old, reference, kl, values * rollout.written, returns, advantages, stats
+    )
+
+
+def credited_advantage(rollout: Rollout, finisher: Origin, credit: str, one_step: Tensor, sampled: Tensor) -> Tensor:
+    """Which estimate each token of a text gets from the critic of its finisher.
+
+    Where the policy finished, GAE. Where the guide did: 'gae' the same; 'td' GAE at the last token before the switch, from
+    which the guide really went on, and the one-step error before it; 'switch' trains that last token alone.
+    """
+    if finisher == POLICY or credit != "td":
+        return sampled
+    at_switch = rollout.response_position == rollout.switch[:, None] - 1
+    return torch.where(at_switch, sampled, one_step)
+
+
+def _row_weights(rollout: Rollout, by_phase: Mapping[int, float]) -> Tensor:
+    return torch.tensor([by_phase[phase] for phase in rollout.phase.tolist()])
+
+
+def _stats(
+    rollout: Rollout, trained: Tensor, scores: Sequence[float], rewards: Sequence[float], kl: Tensor, advantages: Tensor,
+    values: Tensor, returns: Tensor,
+) -> dict[str, float]:  # fmt: skip
+    by_policy, after = rollout.by_policy, rollout.after_switch
+    writers = by_policy.any(1)
+    alone = (rollout.finisher == POLICY) & (rollout.switch == 0)
+    score, reward = torch.tensor(list(scores)), torch.tensor(list(rewards))
+    return {
+        "score": float(score.mean()),
+        "score_policy_alone": float(score[alone].mean()) if bool(alone.any()) else float("nan"),
+        "reward": float(reward.mean()),
+        "kl_k1": float(kl.sum() / max(1, int(writers.sum()))),
+        "kl_k1_per_token": float(kl.sum() / max(1, int(by_policy.sum()))),
+        "response_length": float(rollout.written.sum(1).float().mean()),
+        "switch_mean": float(rollout.switch.float().mean()),
+        "policy_tokens": int(by_policy.sum()),
+        "guide_tokens": int(rollout.by_guide.sum()),
+        "trained_tokens": int(trained.sum()),
+        "critic_tokens": int(after.sum()),
+        "guide_texts": int(rollout.by_guide.any(1).sum()),
+        "advantage_mean": float(advantages[trained].mean()) if bool(trained.any()) else 0.0,
+        "advantage_std": float(advantages[trained].std(unbiased=False)) if bool(trained.any()) else 0.0,
+        "value_mean": float(values[after].mean()) if bool(after.any()) else 0.0,
+        "explained_variance": ops.explained_variance(values[after], returns[after]),
+    }

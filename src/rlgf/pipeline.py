@@ -1,0 +1,288 @@
+"""From a config to a finished run: check everything, make or reuse the stages, train, evaluate, save."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlgf.algorithms import Algorithm, Phase, always, own
+from rlgf.config import Config, check_numbers
+from rlgf.errors import RunError, UserError, unknown
+from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
+from rlgf.experience import Models, Reading
+from rlgf.guides import FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
+from rlgf.models import LanguageModel, count_parameters, load_language_model, new_critic
+from rlgf.plugins import load_object
+from rlgf.rewards import build_reward, probe_reward
+from rlgf.rollout import Writing, choose_prompts, collect
+from rlgf.runs import RunDirectory, require_space, rollout_rows
+from rlgf.stages import (
+    Report,
+    base_model,
+    distil_stage,
+    guide_stage,
+    reward_stage,
+    sft_stage,
+    target_examples,
+)
+from rlgf.supervised import Example
+from rlgf.tasks import Task, TextFunction, task_kind
+from rlgf.tasks.base import task_options
+from rlgf.tokens import encode_prompt
+from rlgf.tracking import check_trackers
+from rlgf.trainer import Parts, Progress, Trainer
+from rlgf.types import GUIDE, POLICY, Prompt
+
+GUIDES = ("sft", "trained", "model:PATH", "references", "python:module:name")
+
+
+def silent(line: str) -> None:
+    """A report nobody reads."""
+
+
+def check(config: Config) -> Algorithm:
+    """Everything that can be refused without loading anything; returns the algorithm."""
+    check_numbers(config)
+    algorithm = config.algorithm.build()
+    task_options(config.task, task_kind(config.task).options)
+    check_trackers(config.runtime.trackers)
+    spec = config.guide.spec
+    if spec not in ("sft", "trained", "references") and not spec.startswith(("model:", "python:")):
+        raise unknown("guide", spec, GUIDES)
+    if spec == "references":
+        _require_finisher(algorithm, False, "references")
+    if config.task.max_new_tokens < 1:
+        raise UserError(f"task.max_new_tokens is {config.task.max_new_tokens}, but must be at least 1.")
+    return algorithm
+
+
+def needs_guide(algorithm: Algorithm) -> bool:
+    """Whether an algorithm ever asks a guide."""
+    return algorithm.asks_guide_to_begin or algorithm.asks_guide_to_finish
+
+
+def _require_finisher(algorithm: Algorithm, can_finish: bool, spec: str) -> None:
+    if algorithm.asks_guide_to_finish and not can_finish:
+        raise UserError(
+            f"guide '{spec}' cannot finish a prefix that another has written, which {algorithm.title} asks of it: "
+            "choose ppo_pp, or a guide that can."
+        )
+
+
+def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
+    """Make or reuse every stage and assemble what a trainer needs; raises `UserError` for whatever cannot be trained."""
+    algorithm = check(config)
+    start = sft_stage(config, stages, report)
+    reference = load_language_model(str(start), config.runtime.device)
+    task, reward = prepare_task(config, reference.tokenizer, stages, report)
+    _check_lengths(reference, task, config)
+    probe_reward(reward, task.validation[:4])
+    wanted = needs_guide(algorithm) or config.distil.texts > 0
+    guide = build_guide(config, reference, stages, report, algorithm) if wanted else None
+    if guide is not None:
+        _probe_guide(guide, algorithm, reference, task, config)
+    policy_path = start
+    if config.distil.texts:
+        assert guide is not None
+        chosen = guide
+        policy_path = distil_stage(
+            config, str(start), lambda count: guide_examples(config, reference, chosen, task, count), stages, report
+        )
+    policy = load_language_model(str(policy_path), config.runtime.device)
+    targets = target_examples(task, policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
+    critics = {
+        origin: new_critic(config.critic.kind, config.critic.path or str(policy_path), policy, config.critic.initial_value)
+        for origin in algorithm.critics
+    }
+    models = Models(policy, reference.frozen(), critics)
+    return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report))
+
+
+def prepare_task(config: Config, tokenizer: Any, stages: Path, report: Report) -> tuple[Task, TextFunction]:
+    """The task's prompts and its reward."""
+    task = task_kind(config.task).build(config.task, tokenizer)
+    for reason, count in task.notes.items():
+        report(f"task {task.name}: {count:,} {reason}, left out")
+    ngram = reward_stage(config, stages, report) if config.reward.path == "ngram" else None
+    return task, build_reward(config.reward, task, ngram)
+
+
+def general_model(config: Config, stages: Path, report: Report) -> LanguageModel | None:
+    """The model before SFT, under which output-perplexity is measured; None where it is not wanted or there is none."""
+    if not config.evaluation.output_perplexity or (config.policy and not config.model.path):
+        return None
+    return base_model(config, stages, report)[0]
+
+
+def build_guide(config: Config, reference: LanguageModel, stages: Path, report: Report, algorithm: Algorithm) -> Guide:
+    """The guide a config names, refused where it cannot do what the algorithm asks."""
+    spec, decoding = config.guide.spec, config.guide.decoding
+    guide: Guide
+    if spec == "references":
+        guide = ReferenceGuide()
+    elif spec.startswith("python:"):
+        guide = FunctionGuide(load_object(spec, "guide"))
+    elif spec == "sft":
+        guide = ModelGuide(reference.frozen(), decoding, config.runtime.precision)
+    else:
+        path = str(guide_stage(config, stages, report)) if spec == "trained" else spec.removeprefix("model:")
+        model = load_language_model(path, config.runtime.device)
+        if model.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+            raise UserError(f"guide '{spec}' has another tokenizer than the policy: choose a model with the policy's.")
+        guide = ModelGuide(model.frozen(), decoding, config.runtime.precision)
+    _require_finisher(algorithm, guide.capabilities.can_finish, spec)
+    return guide
+
+
+def guide_examples(
+    config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int
+) -> list[Example]:
+    """`count` texts by the guide on training prompts, as tokens to learn."""
+    alone = Algorithm("guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything")
+    writing = Writing(
+        policy, guide, config.decoding, config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
+        config.runtime.precision,
+    )  # fmt: skip
+    indices = range(count)
+    rollout = collect(writing, alone, alone.plan(0, 0.0), choose_prompts(task.train, config.seed, indices, 1), indices)
+    lengths, starts = rollout.lengths.tolist(), rollout.prompt_lengths.tolist()
+    return [Example(row[:length].tolist(), start) for row, length, start in zip(rollout.ids, lengths, starts)]
+
+
+def _check_lengths(model: LanguageModel, task: Task, config: Config) -> None:
+    """Refuse empty prompts and prompts that leave no room for a response."""
+    room = model.context - config.task.max_new_tokens
+    for split in ("train", "validation", "test"):
+        prompts: Sequence[Prompt] = getattr(task, split)
+        if not prompts:
+            raise UserError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
+        for number, prompt in enumerate(prompts, 1):
+            length = len(encode_prompt(model.tokenizer, prompt))
+            if length == 0:
+                raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
+            if length > room:
+                raise UserError(
+                    f"task '{task.name}', {split} prompt {number} has {length} tokens; with {config.task.max_new_tokens} new "
+                    f"ones it exceeds the model's context of {model.context}: shorten the prompts or task.max_new_tokens."
+                )
+
+
+def _probe_guide(guide: Guide, algorithm: Algorithm, policy: LanguageModel, task: Task, config: Config) -> None:
+    """Try a guide on a few prompts before anything is trained: writing, and finishing where the algorithm asks for that."""
+    requests: list[Request] = []
+    for index, prompt in enumerate(task.validation[:2]):
+        ids = encode_prompt(policy.tokenizer, prompt)
+        budget = config.task.max_new_tokens
+        requests.append(Request(prompt, ids, "", [], budget, config.task.min_new_tokens, index, config.seed))
+        if algorithm.asks_guide_to_finish and budget > 1:
+            begun = encode_prompt(policy.tokenizer, prompt)[-1:]
+            text = policy.tokenizer.decode(begun)
+            minimum = max(0, config.task.min_new_tokens - 1)
+            requests.append(Request(prompt, ids, text, begun, budget - 1, minimum, index, config.seed))
+    try:
+        ask(guide, requests)
+    except RunError as error:
+        raise UserError(f"probe: {error}") from error.__cause__
+
+
+def disk_needed(parts: Parts) -> int:
+    """Bytes of checkpoints and the saved policy: weights and two moments, and a checkpoint being written beside the last."""
+    trained = count_parameters(parts.models.policy.model)
+    trained += sum(count_parameters(critic) for critic in parts.models.critics.values())
+    return 4 * (2 * 3 * trained + trained) + 50_000_000
+
+
+def train(
+    config: Config,
+    out: Path | str,
+    stages: Path | str | None = None,
+    report: Report = silent,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> Trainer:
+    """Train and evaluate one run in the folder `out`, continuing or reusing what is there. Returns the trainer.
+
+    The trained policy is `trainer.parts.models.policy` and, on disk, `out/policy`.
+    """
+    out = Path(out)
+    directory = RunDirectory(out, config)
+    require_space(out, 50_000_000)
+    parts = prepare(config, Path(stages) if stages else out / "stages", report)
+    require_space(out, disk_needed(parts))
+    trainer = Trainer(parts)
+    directory.create(config)
+    began = time.monotonic()
+    trainer.run(directory, watch)
+    if directory.results is None:
+        parts.models.policy.save(out / "policy")
+        directory.finish(final_results(trainer, directory, time.monotonic() - began))
+    return trainer
+
+
+def final_results(trainer: Trainer, directory: RunDirectory, seconds: float) -> dict[str, Any]:
+    """The final evaluation on the test split; its texts go to `evaluation.jsonl`."""
+    config = trainer.config
+    metrics, rollout, scores = trainer.evaluate(trainer.parts.task.test[: config.evaluation.final_prompts])
+    path = directory.folder / "evaluation.jsonl"
+    path.unlink(missing_ok=True)
+    rows = rollout_rows(rollout, scores, config.ppo.iterations, trainer.parts.models.policy.tokenizer)
+    directory.log(path.name, rows)
+    return {
+        "algorithm": config.algorithm.name,
+        "title": trainer.parts.algorithm.title,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "texts_used": config.ppo.iterations * config.ppo.texts_per_iteration + config.distil.texts,
+        "decoding": (config.evaluation.decoding or config.decoding).describe(),
+        "evaluation": metrics,
+        "training_seconds": seconds,
+        "machine": machine(),
+    }
+
+
+def evaluate_baselines(parts: Parts) -> dict[str, dict[str, Any]]:
+    """The final evaluation of the SFT model and of the guide, on the same prompts as every run."""
+    config = parts.config
+    reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
+    judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, reading)
+    decoding = config.evaluation.decoding or config.decoding
+    writing = Writing(
+        parts.models.reference, parts.guide, decoding, config.task.max_new_tokens, config.task.min_new_tokens,
+        config.seed, config.runtime.precision,
+    )  # fmt: skip
+    prompts = parts.task.test[: config.evaluation.final_prompts]
+    found: dict[str, dict[str, Any]] = {}
+    metrics, _, _ = evaluate_policy(writing, prompts, judges, config.evaluation.seed)
+    found["sft"] = {"title": "SFT", "decoding": decoding.describe(), "evaluation": metrics, "texts_used": 0}
+    if parts.guide is not None:
+        metrics, _, _ = evaluate_guide(writing, prompts, judges, config.evaluation.seed)
+        how = config.guide.decoding.describe() if isinstance(parts.guide, ModelGuide) else "its own"
+        found["guide"] = {"title": "guide", "decoding": how, "evaluation": metrics, "texts_used": 0}
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What a number was measured on."""
+    return {
+        "processor": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("rlgf", "torch", "transformers")},
+    }
+
+
+def policy_phases(algorithm: Algorithm) -> list[str]:
+    """Each phase in words, for people."""
+    names = {POLICY: "policy", GUIDE: "guide"}
+    lines: list[str] = []
+    for phase in algorithm.phases:
+        end = f"the {names[phase.rollout]} writes"
+        if phase.rollin is not None:
+            end = f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
+        lines.append(end)
+    return lines

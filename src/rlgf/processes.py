@@ -1,0 +1,16 @@
+"""The one place through which sums over a batch pass, so that several processes agree on every mean and every stop."""
+
+from accelerate.utils import reduce
+from torch import tensor
+
+from rlgf.ops import Moments
+
+
+def total(value: float) -> float:
+    """The sum of `value` over all processes (its own value where there is one process)."""
+    return float(reduce(tensor(value), "sum"))  # pyright: ignore[reportArgumentType]
+
+
+def total_moments(moments: Moments) -> Moments:
+    """Moments over all processes."""
+    return Moments(total(moments.count), total(moments.total), total(moments.squares))

@@ -1,0 +1,115 @@
+"""Rewards: functions of (prompts, texts) to numbers, checked at the door."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlgf.config import RewardConfig
+from rlgf.errors import RunError, UserError
+from rlgf.ngram import NgramClassifier
+from rlgf.plugins import load_object
+from rlgf.tasks import Task, TextFunction
+from rlgf.types import Prompt
+
+
+class SequenceClassifier:
+    """Probability of the positive class by a Hugging Face sequence classifier, of any tokenizer: it reads text."""
+
+    def __init__(self, path: str, batch_size: int = 32) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval()
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        except Exception as error:  # the Hub, the disk and the parser fail in ways of their own; all mean the same
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"no sequence classifier can be loaded from '{path}' ({reason}): give a Hub name, a local folder or 'ngram'."
+            ) from None
+        self.path, self.batch_size = path, batch_size
+        self.positive = _positive_class(self.model.config, path)
+        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
+        self.limit = min(limit for limit in limits if limit)
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """One probability for each text; a text longer than the classifier reads is an error, not cut."""
+        values: list[float] = []
+        for start in range(0, len(texts), self.batch_size):
+            batch = self.tokenizer(list(texts[start : start + self.batch_size]), padding=True, return_tensors="pt")
+            if batch["input_ids"].shape[1] > self.limit:
+                raise ValueError(f"a text has {batch['input_ids'].shape[1]} tokens, but '{self.path}' reads {self.limit}")
+            with torch.no_grad():
+                logits = self.model(**batch).logits
+            chosen = logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.softmax(1)[:, self.positive]
+            values += chosen.tolist()
+        return values
+
+
+def _positive_class(config: Any, path: str) -> int:
+    labels = {int(number): str(name).upper() for number, name in config.id2label.items()}
+    for number, name in labels.items():
+        if name in ("POSITIVE", "POS", "LABEL_1"):
+            return number
+    if len(labels) == 1:
+        return 0
+    raise UserError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")
+
+
+def build_reward(config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:
+    """The reward that `reward.path` names; for a whole-text task a model is given prompt and continuation together."""
+    if config.path == "task":
+        if task.reward is None:
+            raise UserError(f"task '{task.name}' has no rule of its own: set reward.path to 'ngram' or a classifier.")
+        return task.reward
+    if config.path.startswith("python:"):
+        return load_object(config.path, "reward")
+    folder = ngram_folder if config.path == "ngram" else Path(config.path).expanduser()
+    judge: TextFunction
+    if folder is not None and (folder / "ngram.json").is_file():
+        judge = NgramClassifier.load(folder)
+    else:
+        judge = SequenceClassifier(config.path)
+    return whole_text(judge) if task.whole_text else judge
+
+
+def whole_text(judge: TextFunction) -> TextFunction:
+    """A judge that reads the prompt with its continuation."""
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
+        return judge(prompts, [prompt.text + text for prompt, text in zip(prompts, texts)])
+
+    reward.judge = judge  # pyright: ignore[reportFunctionMemberAccess]
+    return reward
+
+
+def continuation_only(reward: TextFunction) -> TextFunction | None:
+    """The judge of a whole-text reward, for reading the continuation alone; None where there is no such judge."""
+    return getattr(reward, "judge", None)
+
+
+def score(reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """Call a reward and refuse what is not one finite number for each text; every failure is a `RunError`."""
+    try:
+        values = list(reward(prompts, texts))
+    except (UserError, RunError):
+        raise
+    except Exception as error:
+        raise RunError(f"the reward failed on {len(texts)} texts ({type(error).__name__}: {error}): mend it and run again.") from error
+    if len(values) != len(texts):
+        raise RunError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
+    for value, text in zip(values, texts):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            raise RunError(f"the reward of the text {text[:60]!r} is {value!r}: it must be a finite number.")
+    return [float(value) for value in values]
+
+
+def probe_reward(reward: TextFunction, prompts: Sequence[Prompt]) -> None:
+    """Try a reward on a few texts before anything is trained."""
+    texts = [prompt.references[0] if prompt.references else "a text" for prompt in prompts]
+    try:
+        score(reward, [*prompts, prompts[0]], [*texts, ""])
+    except RunError as error:
+        raise UserError(f"probe: {error}") from error.__cause__

@@ -1,0 +1,238 @@
+"""Writing: prompts, an algorithm's shares and two authors become a `Rollout`.
+
+Every text goes the same way, whatever the algorithm: a coin says whether it has a rollin, the rollin actor writes, the pen
+changes hands at h, the rollout actor finishes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rlgf.algorithms import Algorithm, Phase, Share, draw_switch
+from rlgf.guides import Guide, Request, Text, ask
+from rlgf.models import LanguageModel, padded
+from rlgf.randomness import Purpose, permutation, uniform_rows, uniforms
+from rlgf.sampling import Continuations, continue_prefixes
+from rlgf.tokens import decode, decode_continuations, encode_continuation, encode_prompt
+from rlgf.types import GUIDE, POLICY, Decoding, Origin, Prompt, Rollout, Support
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What stays the same over a run: who writes, how, and how long."""
+
+    policy: LanguageModel
+    guide: Guide | None
+    decoding: Decoding  # the policy's
+    horizon: int  # most response tokens
+    minimum: int  # response tokens before which no end token may come
+    seed: int
+    precision: str = "fp32"
+    token_purpose: Purpose = Purpose.POLICY_TOKEN
+
+
+@dataclass
+class _Row:
+    """A text while it is being written."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    index: int
+    phase: int
+    finisher: Origin
+    ids: list[int] = field(default_factory=list[int])
+    origin: list[int] = field(default_factory=list[int])
+    log_probs: list[float] = field(default_factory=list[float])
+    full_log_probs: list[float] = field(default_factory=list[float])
+    supports: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    switch: int = 0
+    finished: bool = False
+
+
+def choose_prompts(prompts: Sequence[Prompt], seed: int, indices: Sequence[int], samples_per_prompt: int) -> list[Prompt]:
+    """The prompt of each trajectory: passes over the data in an order drawn anew for each, a prompt for each group."""
+    orders: dict[int, list[int]] = {}
+    chosen: list[Prompt] = []
+    for index in indices:
+        turn, place = divmod(index // samples_per_prompt, len(prompts))
+        if turn not in orders:
+            orders[turn] = permutation(seed, Purpose.PROMPT_ORDER, turn, len(prompts)).tolist()
+        chosen.append(prompts[orders[turn][place]])
+    return chosen
+
+
+def split_texts(shares: Sequence[Share], texts: int) -> list[int]:
+    """How many of an iteration's texts each share writes; they add up to `texts`."""
+    edges = [0.0]
+    for share in shares:
+        edges.append(edges[-1] + share.fraction)
+    counts = [round(edge * texts / edges[-1]) for edge in edges]
+    return [after - before for before, after in zip(counts, counts[1:])]
+
+
+def collect(
+    writing: Writing, algorithm: Algorithm, shares: Sequence[Share], prompts: Sequence[Prompt], indices: Sequence[int],
+    samples_per_prompt: int = 1,
+) -> Rollout:  # fmt: skip
+    """Write one text for each prompt. `indices` are the global trajectory indices, on which every draw depends."""
+    phases = [share.phase for share, count in zip(shares, split_texts(shares, len(prompts))) for _ in range(count)]
+    rows = [
+        _Row(prompt, encode_prompt(writing.policy.tokenizer, prompt), index, phase, algorithm.phases[phase].rollout)
+        for prompt, index, phase in zip(prompts, indices, phases)
+    ]
+    counts = {"discarded_tokens": 0, "guide_texts_cut": 0, "guide_requests": 0}
+    begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, writing.seed)]
+    _roll_in(writing, algorithm, begun, counts)
+    for author in (POLICY, GUIDE):
+        open_rows = [row for row in rows if row.finisher == author and not row.finished and len(row.ids) < writing.horizon]
+        _write(writing, author, open_rows, [writing.horizon] * len(open_rows), counts)
+    return _as_rollout(writing, rows, samples_per_prompt, counts)
+
+
+def _has_rollin(phase: Phase, row: _Row, seed: int) -> bool:
+    return phase.rollin is not None and uniforms(seed, Purpose.ROLLIN_COIN, row.index, 1)[0] < phase.beta
+
+
+def _roll_in(writing: Writing, algorithm: Algorithm, rows: Sequence[_Row], counts: dict[str, int]) -> None:
+    """Let the rollin actors write, and cut their texts at the switch point."""
+    for author in (POLICY, GUIDE):
+        members = [row for row in rows if algorithm.phases[row.phase].rollin == author]
+        planned = [_planned_switch(writing, algorithm.phases[row.phase], row, author) for row in members]
+        _write(writing, author, members, [writing.horizon if h is None else h for h in planned], counts)
+        for row, h in zip(members, planned):
+            phase = algorithm.phases[row.phase]
+            row.switch = _switch(writing, phase, row, author, len(row.ids)) if h is None else min(h, len(row.ids))
+            _cut(row, row.switch, counts)
+
+
+def _planned_switch(writing: Writing, phase: Phase, row: _Row, author: Origin) -> int | None:
+    """The switch point, where it is known before the rollin is written, so that only h tokens need be.
+
+    So it is where texts are exactly as long as the horizon and the author is held to that; and with the rule 'horizon', which
+    asks for nothing but the horizon.
+    """
+    exact = author == POLICY or (writing.guide is not None and writing.guide.capabilities.exact_budget)
+    if phase.switch == "horizon" or (exact and writing.minimum == writing.horizon):
+        return _switch(writing, phase, row, author, writing.horizon)
+    return None
+
+
+def _switch(writing: Writing, phase: Phase, row: _Row, author: Origin, length: int) -> int:
+    draw = float(uniforms(writing.seed, Purpose.SWITCH, row.index, 1)[0])
+    return draw_switch(phase.switch, author, length, writing.horizon, draw)
+
+
+def _cut(row: _Row, length: int, counts: dict[str, int]) -> None:
+    """Keep the first `length` response tokens."""
+    if length < len(row.ids):
+        counts["discarded_tokens"] += len(row.ids) - length
+        row.finished = False
+        for column in (row.ids, row.origin, row.log_probs, row.full_log_probs, row.supports):
+            del column[length:]
+
+
+def _write(writing: Writing, author: Origin, rows: Sequence[_Row], ends: Sequence[int], counts: dict[str, int]) -> None:
+    """Let one author continue every row, to `ends[i]` response tokens at most."""
+    pairs = [(row, end) for row, end in zip(rows, ends) if end > len(row.ids)]
+    if not pairs:
+        return
+    if author == POLICY:
+        _policy_writes(writing, pairs)
+    else:
+        _guide_writes(writing, pairs, counts)
+
+
+def _policy_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]]) -> None:
+    budgets = [end - len(row.ids) for row, end in pairs]
+    starts = [len(row.ids) for row, _ in pairs]
+    written: Continuations = continue_prefixes(
+        writing.policy,
+        [[*row.prompt_ids, *row.ids] for row, _ in pairs],
+        budgets,
+        [max(0, writing.minimum - start) for start in starts],
+        uniform_rows(writing.seed, writing.token_purpose, [row.index for row, _ in pairs], max(budgets), starts),
+        writing.decoding,
+        writing.precision,
+    )
+    parts: list[torch.Tensor] = []
+    if written.support is not None:
+        parts = list(written.support.ids.split(written.support.counts.flatten().tolist()))
+    width = written.tokens.shape[1]
+    for i, (row, _) in enumerate(pairs):
+        length = int(written.lengths[i])
+        row.ids += written.tokens[i, :length].tolist()
+        row.origin += [POLICY] * length
+        row.log_probs += written.log_probs[i, :length].tolist()
+        row.full_log_probs += written.full_log_probs[i, :length].tolist()
+        row.supports += parts[i * width : i * width + length] if parts else [torch.zeros(0, dtype=torch.int64)] * length
+        row.finished = bool(written.finished[i])
+
+
+def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: dict[str, int]) -> None:
+    assert writing.guide is not None
+    tokenizer = writing.policy.tokenizer
+    requests = [
+        Request(
+            row.prompt, row.prompt_ids, decode(tokenizer, row.ids) if row.ids else "", list(row.ids), end - len(row.ids),
+            max(0, writing.minimum - len(row.ids)), row.index, writing.seed,
+        )
+        for row, end in pairs
+    ]  # fmt: skip
+    counts["guide_requests"] += len(requests)
+    for (row, end), answer in zip(pairs, ask(writing.guide, requests)):
+        ids, finished, cut = guide_ids(writing.policy, answer, end - len(row.ids))
+        counts["guide_texts_cut"] += cut
+        row.ids += ids
+        row.origin += [GUIDE] * len(ids)
+        row.log_probs += [0.0] * len(ids)
+        row.full_log_probs += [0.0] * len(ids)
+        row.supports += [torch.zeros(0, dtype=torch.int64)] * len(ids)
+        row.finished = finished
+
+
+def guide_ids(policy: LanguageModel, answer: Text, budget: int) -> tuple[list[int], bool, bool]:
+    """A guide's text in policy tokens, whether it ends with an end token, and whether it was cut at the budget.
+
+    A finished text gets the policy's end token if there is room; one that was cut off does not.
+    """
+    if answer.ids is not None:
+        ids = list(answer.ids)
+    else:
+        ids = encode_continuation(policy.tokenizer, answer.text)
+        ids = [*ids, policy.end_id] if answer.finished and len(ids) < budget else ids
+    kept = ids[:budget]
+    return kept, bool(kept) and kept[-1] in policy.end_ids, len(ids) > budget
+
+
+def _as_rollout(writing: Writing, rows: Sequence[_Row], samples_per_prompt: int, counts: dict[str, int]) -> Rollout:
+    prompts = [row.prompt_ids for row in rows]
+    fronts = [[0.0] * len(prompt) for prompt in prompts]
+    support = None
+    if writing.decoding.truncates:
+        sizes = padded([[*[0] * len(row.prompt_ids), *[len(part) for part in row.supports]] for row in rows])
+        parts = [part for row in rows for part in row.supports]
+        support = Support(sizes, torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64))
+    counts["truncated_texts"] = sum(not row.finished for row in rows)
+    return Rollout(
+        prompts=[row.prompt for row in rows],
+        texts=decode_continuations(writing.policy.tokenizer, prompts, [row.ids for row in rows]),
+        ids=padded([[*row.prompt_ids, *row.ids] for row in rows]),
+        origin=padded([[*[int(Origin.PROMPT)] * len(row.prompt_ids), *row.origin] for row in rows]).to(torch.uint8),
+        switch=torch.tensor([row.switch for row in rows]),
+        finisher=torch.tensor([int(row.finisher) for row in rows], dtype=torch.uint8),
+        phase=torch.tensor([row.phase for row in rows]),
+        finished=torch.tensor([row.finished for row in rows]),
+        index=torch.tensor([row.index for row in rows]),
+        group=torch.tensor([row.index // samples_per_prompt for row in rows]),
+        log_probs=_floats([[*front, *row.log_probs] for front, row in zip(fronts, rows)]),
+        full_log_probs=_floats([[*front, *row.full_log_probs] for front, row in zip(fronts, rows)]),
+        support=support,
+        minimum=writing.minimum,
+        counts=counts,
+    )
+
+
+def _floats(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    width = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows]).view(len(rows), width)

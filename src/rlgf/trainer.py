@@ -1,0 +1,193 @@
+"""The loop: write, appraise, update, log. Everything that differs between algorithms is in their data."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlgf.algorithms import Algorithm, Share
+from rlgf.config import Config, to_dict
+from rlgf.errors import RunError
+from rlgf.evaluate import Judges, evaluate_policy
+from rlgf.experience import Models, Reading, appraise
+from rlgf.guides import Guide
+from rlgf.models import LanguageModel
+from rlgf.randomness import Purpose, uniforms
+from rlgf.rewards import score
+from rlgf.rollout import Writing, choose_prompts, collect
+from rlgf.runs import RunDirectory, rollout_rows
+from rlgf.shaping import KLController, RewardShaper
+from rlgf.supervised import Example
+from rlgf.tasks import Task, TextFunction
+from rlgf.tracking import Trackers
+from rlgf.types import GUIDE, POLICY, Experience, Rollout
+from rlgf.update import Updater
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is made of; `rlgf.pipeline.prepare` makes them from a config, your own code may as well."""
+
+    config: Config
+    algorithm: Algorithm
+    task: Task
+    reward: TextFunction
+    models: Models
+    guide: Guide | None
+    targets: Sequence[Example]
+    general: LanguageModel | None  # for output-perplexity
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One iteration, for whoever watches."""
+
+    iteration: int
+    iterations: int
+    metrics: Mapping[str, Any]
+
+
+class Trainer:
+    """Trains `parts.models.policy` in place. Use `run`, or `collect`, `appraise` and `update` in a loop of your own."""
+
+    def __init__(self, parts: Parts) -> None:
+        config = parts.config
+        self.parts, self.config = parts, config
+        self.reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
+        self.writing = Writing(
+            parts.models.policy, parts.guide, config.decoding, config.task.max_new_tokens, config.task.min_new_tokens,
+            config.seed, config.runtime.precision,
+        )  # fmt: skip
+        self.updater = Updater(parts.models, self.reading, config.kl, config.critic, parts.targets, config.seed)
+        self.kl = KLController(config.kl, config.kl.coefficient)
+        self.shaper = RewardShaper(config.reward, parts.reward)
+        self.judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, self.reading)
+        self.iteration = 0  # iterations done
+
+    def collect(self, iteration: int) -> Rollout:
+        """Write the texts of an iteration."""
+        ppo = self.config.ppo
+        first = iteration * ppo.texts_per_iteration
+        indices = range(first, first + ppo.texts_per_iteration)
+        prompts = choose_prompts(self.parts.task.train, self.config.seed, indices, ppo.samples_per_prompt)
+        return collect(
+            self.writing, self.parts.algorithm, self.shares(iteration), prompts, indices, ppo.samples_per_prompt
+        )
+
+    def shares(self, iteration: int) -> tuple[Share, ...]:
+        """How the algorithm's phases share an iteration."""
+        return self.parts.algorithm.plan(iteration, float(uniforms(self.config.seed, Purpose.PHASE_COIN, iteration, 1)[0]))
+
+    def appraise(self, rollout: Rollout, iteration: int) -> Experience:
+        """Score the texts and measure them."""
+        scores = score(self.parts.reward, rollout.prompts, rollout.texts)
+        rewards = self.shaper.shape(scores, rollout.prompts, rollout.finished.tolist())
+        self._warm_start_critic(iteration)
+        return appraise(
+            rollout, self.shares(iteration), self.parts.algorithm.credit, scores, rewards, self.parts.models, self.reading,
+            self.kl.coefficient,
+        )  # fmt: skip
+
+    def update(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """Learn from an experience; the policy and the critics change in place."""
+        stats = self.updater.update(experience, iteration)
+        self.kl.update(experience.stats["kl_k1"], experience.rollout.ids.shape[0])
+        self.iteration = iteration + 1
+        return stats
+
+    def step(self, iteration: int) -> tuple[dict[str, Any], Experience]:
+        """One iteration: write, appraise, update. Returns its metrics (docs/metrics.md) and its experience."""
+        times = [time.monotonic()]
+        coefficient = self.kl.coefficient
+        rollout = self.collect(iteration)
+        times.append(time.monotonic())
+        experience = self.appraise(rollout, iteration)
+        times.append(time.monotonic())
+        stats = self.update(experience, iteration)
+        times.append(time.monotonic())
+        seconds = {name: after - before for name, before, after in zip(("write", "appraise", "update"), times, times[1:])}
+        metrics = {
+            "iteration": iteration,
+            "texts": (iteration + 1) * self.config.ppo.texts_per_iteration,
+            "phases": sorted({self.parts.algorithm.phases[p].rollout.name.lower() for p in rollout.phase.tolist()}),
+            **experience.stats,
+            **rollout.counts,
+            **stats,
+            "kl_coefficient": coefficient,
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+            "seconds": sum(seconds.values()),
+            "tokens_per_second": int(rollout.written.sum()) / max(sum(seconds.values()), 1e-9),
+        }
+        return metrics, experience
+
+    def run(self, directory: RunDirectory | None = None, watch: Callable[[Progress], None] = lambda progress: None) -> None:
+        """All iterations, from the last checkpoint on where `directory` holds one."""
+        config, iterations = self.config, self.config.ppo.iterations
+        trackers = Trackers(config.runtime.trackers, directory.folder / "trackers", to_dict(config)) if directory else None
+        if directory:
+            self._resume(directory)
+        while self.iteration < iterations:
+            iteration = self.iteration
+            try:
+                metrics, experience = self.step(iteration)
+            except RunError:
+                if directory:
+                    directory.save_checkpoint(iteration, self.state())
+                raise
+            if config.evaluation.every and (self.iteration % config.evaluation.every == 0 or self.iteration == iterations):
+                metrics["evaluation"] = self.evaluate(self.parts.task.validation[: config.evaluation.prompts])[0]
+            if directory and trackers:
+                self._log(directory, trackers, metrics, experience)
+            watch(Progress(self.iteration, iterations, metrics))
+        if trackers:
+            trackers.finish()
+
+    def evaluate(self, prompts: Sequence[Any]) -> tuple[dict[str, float], Rollout, list[float]]:
+        """Fresh texts by the policy alone on `prompts`."""
+        evaluation = self.config.evaluation
+        decoding = evaluation.decoding or self.config.decoding
+        writing = Writing(
+            self.parts.models.policy, self.parts.guide, decoding, self.writing.horizon, self.writing.minimum,
+            evaluation.seed, self.writing.precision,
+        )  # fmt: skip
+        return evaluate_policy(writing, prompts, self.judges, evaluation.seed)
+
+    def _log(
+        self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience
+    ) -> None:
+        tokenizer = self.parts.models.policy.tokenizer
+        iteration = metrics["iteration"]
+        directory.log("rollouts.jsonl", rollout_rows(experience.rollout, experience.score.tolist(), iteration, tokenizer))
+        directory.log("metrics.jsonl", [metrics])
+        flat = {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
+        trackers.log(flat, iteration)
+        if self.iteration % self.config.runtime.checkpoint_every == 0 or self.iteration == self.config.ppo.iterations:
+            directory.save_checkpoint(self.iteration, self.state())
+
+    def _warm_start_critic(self, iteration: int) -> None:
+        """Let V^π begin as a copy of V^g in the first iteration in which the policy finishes texts, where that is asked for."""
+        critics, phases = self.parts.models.critics, self.parts.algorithm.phases
+
+        def policy_finishes(number: int) -> bool:
+            return any(phases[share.phase].rollout == POLICY for share in self.shares(number))
+
+        wanted = self.config.critic.warm_start_from_guide and POLICY in critics and GUIDE in critics
+        if wanted and policy_finishes(iteration) and not any(policy_finishes(number) for number in range(iteration)):
+            critics[POLICY].load_state_dict(critics[GUIDE].state_dict())
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint holds. Draws need no state: they follow from seed and index."""
+        return {
+            "updater": self.updater.state(),
+            "kl_coefficient": self.kl.coefficient,
+            "reward": self.shaper.state(),
+        }
+
+    def _resume(self, directory: RunDirectory) -> None:
+        checkpoint = directory.load_checkpoint()
+        if checkpoint:
+            self.iteration, state = checkpoint
+            self.updater.load_state(state["updater"])
+            self.kl.coefficient = state["kl_coefficient"]
+            self.shaper.load_state(state["reward"])
+        directory.forget_after(self.iteration)

@@ -1,0 +1,244 @@
+"""Learning: optimizer steps on an experience. The policy learns from its own tokens, each critic from what came after the
+switch in the texts of its author. No loss asks which algorithm it serves.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlgf import ops
+from rlgf.config import CriticConfig, KLConfig, PPOConfig
+from rlgf.errors import RunError
+from rlgf.experience import Models, Reading, policy_log_probs
+from rlgf.models import Critic, forward, selected_batches
+from rlgf.processes import total
+from rlgf.randomness import Purpose, permutation, uniforms
+from rlgf.schedules import learning_rate_factor
+from rlgf.supervised import Example, nll_backward
+from rlgf.types import Experience, Origin, Rollout
+
+FIRST_RATIO_TOLERANCE = 1e-4
+
+
+class Updater:
+    """Optimizers of policy and critics, and the optimizer steps of an iteration."""
+
+    def __init__(
+        self, models: Models, reading: Reading, kl: KLConfig, critic: CriticConfig, targets: Sequence[Example], seed: int
+    ) -> None:
+        self.models, self.reading, self.kl, self.critic = models, reading, kl, critic
+        self.targets, self.seed = targets, seed
+        self.shares_trunk = critic.kind == "trunk"
+        ppo = reading.ppo
+        policy_parameters = list(models.policy.model.parameters())
+        if self.shares_trunk:
+            policy_parameters += [p for value in models.critics.values() for p in value.parameters()]
+        self.policy_optimizer = _adam(policy_parameters, ppo.learning_rate, ppo)
+        self.critic_optimizers: dict[Origin, torch.optim.Optimizer] = {}
+        if not self.shares_trunk:
+            for origin, value in models.critics.items():
+                self.critic_optimizers[origin] = _adam(list(value.parameters()), critic.learning_rate, ppo)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps of one iteration when nothing stops early."""
+        ppo = self.reading.ppo
+        return ppo.epochs * math.ceil(ppo.texts_per_iteration / ppo.minibatch_size)
+
+    def update(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """All epochs of one iteration; returns means over its optimizer steps, and what was seen first and last."""
+        ppo = self.reading.ppo
+        self.models.policy.model.train(ppo.dropout)
+        totals: dict[str, float] = {}
+        steps = 0
+        stopped = False
+        texts = experience.rollout.ids.shape[0]
+        for epoch in range(ppo.epochs):
+            order = permutation(self.seed, Purpose.MINIBATCH, iteration * ppo.epochs + epoch, texts)
+            for start in range(0, texts, ppo.minibatch_size):
+                members = torch.from_numpy(order[start : start + ppo.minibatch_size]).sort().values
+                stats = self._step(experience, members, iteration, steps)
+                steps += 1
+                for key, value in stats.items():
+                    totals[key] = totals.get(key, 0.0) + value
+                if ppo.target_kl is not None and stats["old_policy_kl"] > ppo.target_kl:
+                    stopped = True
+                    break
+            if stopped:
+                break
+        self.models.policy.model.eval()
+        first = totals.pop("first_ratio_error")  # of the first step alone
+        means = {key: value / steps for key, value in totals.items()}
+        return {**means, "first_ratio_error": first, "optimizer_steps": steps, "stopped_early": float(stopped)}
+
+    def _step(self, experience: Experience, members: Tensor, iteration: int, done: int) -> dict[str, float]:
+        """One optimizer step of everything on the texts `members`, after `done` steps of the same iteration."""
+        learns = iteration >= self.critic.warmup_iterations
+        step = iteration * self.steps_per_iteration + done
+        stats, policy_moved = self._policy_gradients(experience, members, step, learns)
+        ratio_error = stats.pop("ratio_error")
+        if done == 0:
+            self._check_first_ratio(ratio_error)
+            stats["first_ratio_error"] = ratio_error
+        stats |= self._critic_gradients(experience, members)
+        ppo = self.reading.ppo
+        horizon = ppo.iterations * self.steps_per_iteration
+        factor = learning_rate_factor(ppo.schedule, step, horizon)
+        if policy_moved:
+            stats["policy_gradient_norm"] = _descend(self.policy_optimizer, ppo.learning_rate * factor, ppo.max_gradient_norm)
+        for optimizer in self.critic_optimizers.values():
+            norm = _descend(optimizer, self.critic.learning_rate * factor, ppo.max_gradient_norm)
+            stats["critic_gradient_norm"] = max(norm, stats.get("critic_gradient_norm", 0.0))
+        stats["learning_rate"] = ppo.learning_rate * factor
+        return stats
+
+    def _check_first_ratio(self, error: float) -> None:
+        if self.reading.ppo.check_first_ratio and error > FIRST_RATIO_TOLERANCE:
+            raise RunError(
+                f"the first ratio is off by {error:.2g}: sampling and training disagree; set ppo.old_log_probs=recompute."
+            )
+
+    def _policy_gradients(
+        self, experience: Experience, members: Tensor, step: int, learns: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Add the gradients of surrogate, KL and likelihood losses (and of values, where the trunk is shared)."""
+        ppo, rollout, policy = self.reading.ppo, experience.rollout, self.models.policy
+        trained = rollout.trained(experience.credit)[members] & learns
+        weights = ops.token_weights(trained, ppo.loss_aggregation, total(ops.weight_total(trained, ppo.loss_aggregation)))
+        valued = _value_weights(rollout, members, ppo.loss_aggregation) if self.shares_trunk else {}
+        selected = trained.clone()
+        for value_weights in valued.values():
+            selected |= value_weights > 0
+        tokens = max(1, int(trained.sum()))
+        sums = {"policy_loss": 0.0, "clipped_share": 0.0, "old_policy_kl": 0.0, "ratio_error": 0.0, "kl_loss": 0.0}
+        sums |= {"value_loss": 0.0, "value_clipped_share": 0.0} if valued else {}
+        for local, columns, ids, local_rows in selected_batches(rollout.ids[members], selected, self.reading.token_budget):
+            logits, hidden = forward(policy, ids, local_rows, columns, self.reading.precision)
+            chosen = trained[local, columns]
+            loss = logits.new_zeros(())
+            if bool(chosen.any()):
+                rows, cols = members[local[chosen]], columns[chosen]
+                part = self._surrogate(experience, rows, cols, logits[chosen], weights[local, columns][chosen], sums, tokens)
+                loss = loss + part
+            for origin, value_weights in valued.items():
+                here = value_weights[local, columns] > 0
+                if bool(here.any()):
+                    values = self.models.critics[origin](ids, local_rows[here], columns[here], self.reading.precision, hidden)
+                    picked = value_weights[local[here], columns[here]]
+                    part = self._value_loss(experience, members[local[here]], columns[here], values, picked, sums)
+                    loss = loss + self.critic.value_coefficient * part
+            loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        moved = bool(selected.any())
+        if ppo.mle_coefficient and learns:
+            batch = self._mle_batch(step)
+            sums["mle_loss"] = nll_backward(
+                policy, batch, ppo.mle_coefficient, self.reading.precision, self.reading.token_budget
+            )
+            moved = True
+        return sums, moved
+
+    def _surrogate(
+        self, experience: Experience, rows: Tensor, columns: Tensor, logits: Tensor, weights: Tensor,
+        sums: dict[str, float], tokens: int,
+    ) -> Tensor:  # fmt: skip
+        """The policy's loss on a micro-batch of its trained tokens."""
+        ppo, device = self.reading.ppo, logits.device
+        log_probs = policy_log_probs(experience.rollout, rows, columns, logits, self.models.policy.end_ids, self.reading)
+        old = experience.old_log_probs[rows, columns].to(device)
+        advantages = experience.advantages[rows, columns].to(device)
+        loss, ratio = ops.ppo_loss(log_probs, old, advantages, weights.to(device), ppo.clip)
+        sums["policy_loss"] += float(loss.detach())
+        with torch.no_grad():
+            off = ratio - 1
+            sums["clipped_share"] += float((off.abs() > ppo.clip).sum()) / tokens
+            sums["old_policy_kl"] += total(float((off - (log_probs - old)).sum()) / tokens)
+            sums["ratio_error"] = max(sums["ratio_error"], float(off.abs().max()))
+        if self.kl.loss_coefficient:
+            full = ops.token_log_probs(logits, experience.rollout.ids[rows, columns].to(device))
+            reference = experience.reference_log_probs[rows, columns].to(device)
+            kl = ops.kl_loss(full, reference, ratio, weights.to(device), self.kl.loss_estimator)
+            sums["kl_loss"] += float(kl.detach())
+            loss = loss + self.kl.loss_coefficient * kl
+        return loss
+
+    def _critic_gradients(self, experience: Experience, members: Tensor) -> dict[str, float]:
+        """Add the gradients of separate critics."""
+        if self.shares_trunk:
+            return {}
+        sums = {"value_loss": 0.0, "value_clipped_share": 0.0}
+        rollout = experience.rollout
+        for origin, weights in _value_weights(rollout, members, self.reading.ppo.loss_aggregation).items():
+            critic: Critic = self.models.critics[origin]
+            batches = selected_batches(rollout.ids[members], weights > 0, self.reading.token_budget)
+            for local, columns, ids, local_rows in batches:
+                values = critic(ids, local_rows, columns, self.reading.precision)
+                picked = weights[local, columns]
+                loss = self._value_loss(experience, members[local], columns, values, picked, sums)
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        return sums
+
+    def _value_loss(
+        self, experience: Experience, rows: Tensor, columns: Tensor, values: Tensor, weights: Tensor, sums: dict[str, float]
+    ) -> Tensor:
+        device = values.device
+        old, goal = experience.values[rows, columns].to(device), experience.returns[rows, columns].to(device)
+        loss, clipped = ops.value_loss(values, old, goal, weights.to(device), self.critic.value_clip)
+        sums["value_loss"] += float(loss.detach())
+        sums["value_clipped_share"] += float((weights * clipped.cpu()).sum())
+        return loss
+
+    def _mle_batch(self, step: int) -> list[Example]:
+        size = self.reading.ppo.mle_batch or self.reading.ppo.minibatch_size
+        draws = uniforms(self.seed, Purpose.MLE, step, size)
+        return [self.targets[int(draw * len(self.targets))] for draw in draws]
+
+    def state(self) -> dict[str, Any]:
+        """Everything a checkpoint must hold of models and optimizers."""
+        return {
+            "policy": self.models.policy.model.state_dict(),
+            "critics": {int(origin): critic.state_dict() for origin, critic in self.models.critics.items()},
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "critic_optimizers": {int(origin): o.state_dict() for origin, o in self.critic_optimizers.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.models.policy.model.load_state_dict(state["policy"])
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        for origin, critic in self.models.critics.items():
+            critic.load_state_dict(state["critics"][int(origin)])
+        for origin, optimizer in self.critic_optimizers.items():
+            optimizer.load_state_dict(state["critic_optimizers"][int(origin)])
+
+
+def _value_weights(rollout: Rollout, members: Tensor, aggregation: str) -> dict[Origin, Tensor]:
+    """For each author of a rollout the weights of the states its critic learns from, [members, width]."""
+    weights: dict[Origin, Tensor] = {}
+    for origin in (Origin.POLICY, Origin.GUIDE):
+        selected = (rollout.after_switch & (rollout.finisher == origin)[:, None])[members]
+        denominator = total(ops.weight_total(selected, aggregation))
+        if denominator:
+            weights[origin] = ops.token_weights(selected, aggregation, denominator)
+    return weights
+
+
+def _adam(parameters: list[torch.nn.Parameter], learning_rate: float, ppo: PPOConfig) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters, learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True
+    )
+
+
+def _descend(optimizer: torch.optim.Optimizer, learning_rate: float, max_norm: float) -> float:
+    """Clip, step and clear; without any gradient nothing moves. Returns the gradient's norm."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not parameters:
+        return 0.0
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
