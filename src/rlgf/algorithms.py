@@ -115,7 +115,12 @@ def aggrevated(beta: float, credit: Credit = "gae", switch: SwitchRule = "unifor
     """The policy begins, the guide finishes; the policy learns from what the guide made of its words. Paper, algorithm 2."""
     phase = Phase(POLICY, GUIDE, beta, switch)
     return Algorithm(
-        "aggrevated", "AggreVaTeD", (phase,), always(own(0, GUIDE)), credit, "the policy begins and learns, the guide finishes"
+        "aggrevated",
+        "AggreVaTeD",
+        (phase,),
+        always(own(0, GUIDE)),
+        credit,
+        "the policy begins and learns, the guide finishes",
     )
 
 

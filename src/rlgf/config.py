@@ -256,7 +256,9 @@ def check_numbers(config: Config) -> None:
         if decoding.temperature <= 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0:
             raise UserError(f"{name} needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; it has {decoding}.")
     if config.decoding.greedy:
-        raise UserError("decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices.")
+        raise UserError(
+            "decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices."
+        )
     if not 0 <= task.min_new_tokens <= task.max_new_tokens:
         raise UserError(
             f"task.min_new_tokens is {task.min_new_tokens}, but must lie within [0, task.max_new_tokens = {task.max_new_tokens}]."
@@ -348,7 +350,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"command line: '{text}' is not of the form section.field=value.")
-    if value and value[0] in "[{" or not value:
+    if (value and value[0] in "[{") or not value:
         parsed: Any = yaml.safe_load(value)
     else:
         parsed = yaml.safe_load(value)

@@ -27,7 +27,9 @@ def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict
     for column in columns:
         for number, row in enumerate(rows, 1):
             if column not in row:
-                raise UserError(f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}.")
+                raise UserError(
+                    f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}."
+                )
     return rows
 
 

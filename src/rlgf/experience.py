@@ -140,7 +140,16 @@ def appraise(
     if ppo.whiten_advantages:
         advantages = ops.whiten(advantages, trained, total_moments(ops.moments(advantages, trained)))
     return Experience(
-        rollout, credit, torch.tensor(list(scores)), old, reference, kl, values * rollout.written, returns, advantages, stats
+        rollout,
+        credit,
+        torch.tensor(list(scores)),
+        old,
+        reference,
+        kl,
+        values * rollout.written,
+        returns,
+        advantages,
+        stats,
     )
 
 

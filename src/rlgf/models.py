@@ -81,7 +81,11 @@ def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
 
 def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> LanguageModel:
     """A model with random weights of the given shape, a pure function of the seed."""
-    common = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    common = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     if shape.architecture == "gpt2":
         config: Any = GPT2Config(
             n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.context,
@@ -113,7 +117,9 @@ def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
+        raise UserError(
+            f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder."
+        ) from None
 
 
 @contextmanager
@@ -169,7 +175,9 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, initial_value)
 
-    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None
+    ) -> Tensor:
         """Values [tokens] of the states before the tokens at `(rows, columns)`; `hidden` is the policy's, if it is shared."""
         device = self.head.weight.device
         with autocast(device, precision):
@@ -209,7 +217,9 @@ def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
 def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
     """Rows of ids as one tensor, padded on the right."""
     width = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *([fill] * (width - len(row)))] for row in rows], dtype=torch.int64).view(len(rows), width)
+    return torch.tensor([[*row, *([fill] * (width - len(row)))] for row in rows], dtype=torch.int64).view(
+        len(rows), width
+    )
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -237,7 +247,9 @@ def gather_tokens(
             visit(rows, columns, logits, picked)
 
 
-def selected_batches(ids: Tensor, selected: Tensor, token_budget: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def selected_batches(
+    ids: Tensor, selected: Tensor, token_budget: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Micro-batches for the selected tokens of `ids`: their rows and columns, the ids to read, their rows within those."""
     needed = (torch.arange(1, ids.shape[1] + 1) * selected).amax(1) if ids.numel() else torch.zeros(0)
     wanted = needed.nonzero().squeeze(1)

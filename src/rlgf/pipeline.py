@@ -95,7 +95,9 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     policy = load_language_model(str(policy_path), config.runtime.device)
     targets = target_examples(task, policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     critics = {
-        origin: new_critic(config.critic.kind, config.critic.path or str(policy_path), policy, config.critic.initial_value)
+        origin: new_critic(
+            config.critic.kind, config.critic.path or str(policy_path), policy, config.critic.initial_value
+        )
         for origin in algorithm.critics
     }
     models = Models(policy, reference.frozen(), critics)
@@ -138,11 +140,11 @@ def build_guide(config: Config, reference: LanguageModel, stages: Path, report: 
     return guide
 
 
-def guide_examples(
-    config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int
-) -> list[Example]:
+def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int) -> list[Example]:
     """`count` texts by the guide on training prompts, as tokens to learn."""
-    alone = Algorithm("guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything")
+    alone = Algorithm(
+        "guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything"
+    )
     writing = Writing(
         policy, guide, config.decoding, config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
         config.runtime.precision,
@@ -264,6 +266,23 @@ def evaluate_baselines(parts: Parts) -> dict[str, dict[str, Any]]:
     return found
 
 
+def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report: Report) -> dict[str, float]:
+    """The metrics of a policy (a folder or Hub name; None: the SFT stage) on the test split; nothing is trained for RL."""
+    check(config)
+    start = sft_stage(config, stages, report)
+    reference = load_language_model(str(start), config.runtime.device)
+    language_model = load_language_model(policy, config.runtime.device) if policy else reference
+    task, reward = prepare_task(config, reference.tokenizer, stages, report)
+    _check_lengths(language_model, task, config)
+    reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
+    judges = Judges(task, reward, reference, general_model(config, stages, report), reading)
+    writing = Writing(
+        language_model, None, config.evaluation.decoding or config.decoding, config.task.max_new_tokens,
+        config.task.min_new_tokens, config.seed, config.runtime.precision,
+    )  # fmt: skip
+    return evaluate_policy(writing, task.test[: config.evaluation.final_prompts], judges, config.evaluation.seed)[0]
+
+
 def machine() -> dict[str, Any]:
     """What a number was measured on."""
     return {
@@ -283,6 +302,8 @@ def policy_phases(algorithm: Algorithm) -> list[str]:
     for phase in algorithm.phases:
         end = f"the {names[phase.rollout]} writes"
         if phase.rollin is not None:
-            end = f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
+            end = (
+                f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
+            )
         lines.append(end)
     return lines

@@ -47,7 +47,13 @@ def quickstart() -> Config:
         ),
         algorithm=AlgorithmConfig(beta_guide=0.8, beta_policy=0.8, mixing_weight=0.8, switch_iteration=8),
         ppo=PPOConfig(
-            iterations=40, texts_per_iteration=128, epochs=2, minibatch_size=128, learning_rate=1e-3, gamma=1.0, lam=0.95
+            iterations=40,
+            texts_per_iteration=128,
+            epochs=2,
+            minibatch_size=128,
+            learning_rate=1e-3,
+            gamma=1.0,
+            lam=0.95,
         ),
         kl=KLConfig(coefficient=0.001),
         critic=CriticConfig(learning_rate=1e-3),

@@ -40,7 +40,9 @@ class SequenceClassifier:
         for start in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(list(texts[start : start + self.batch_size]), padding=True, return_tensors="pt")
             if batch["input_ids"].shape[1] > self.limit:
-                raise ValueError(f"a text has {batch['input_ids'].shape[1]} tokens, but '{self.path}' reads {self.limit}")
+                raise ValueError(
+                    f"a text has {batch['input_ids'].shape[1]} tokens, but '{self.path}' reads {self.limit}"
+                )
             with torch.no_grad():
                 logits = self.model(**batch).logits
             chosen = logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.softmax(1)[:, self.positive]
@@ -55,7 +57,9 @@ def _positive_class(config: Any, path: str) -> int:
             return number
     if len(labels) == 1:
         return 0
-    raise UserError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")
+    raise UserError(
+        f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1."
+    )
 
 
 def build_reward(config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:
@@ -97,7 +101,9 @@ def score(reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str])
     except (UserError, RunError):
         raise
     except Exception as error:
-        raise RunError(f"the reward failed on {len(texts)} texts ({type(error).__name__}: {error}): mend it and run again.") from error
+        raise RunError(
+            f"the reward failed on {len(texts)} texts ({type(error).__name__}: {error}): mend it and run again."
+        ) from error
     if len(values) != len(texts):
         raise RunError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
     for value, text in zip(values, texts):

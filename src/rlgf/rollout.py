@@ -50,7 +50,9 @@ class _Row:
     finished: bool = False
 
 
-def choose_prompts(prompts: Sequence[Prompt], seed: int, indices: Sequence[int], samples_per_prompt: int) -> list[Prompt]:
+def choose_prompts(
+    prompts: Sequence[Prompt], seed: int, indices: Sequence[int], samples_per_prompt: int
+) -> list[Prompt]:
     """The prompt of each trajectory: passes over the data in an order drawn anew for each, a prompt for each group."""
     orders: dict[int, list[int]] = {}
     chosen: list[Prompt] = []
@@ -85,7 +87,9 @@ def collect(
     begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, writing.seed)]
     _roll_in(writing, algorithm, begun, counts)
     for author in (POLICY, GUIDE):
-        open_rows = [row for row in rows if row.finisher == author and not row.finished and len(row.ids) < writing.horizon]
+        open_rows = [
+            row for row in rows if row.finisher == author and not row.finished and len(row.ids) < writing.horizon
+        ]
         _write(writing, author, open_rows, [writing.horizon] * len(open_rows), counts)
     return _as_rollout(writing, rows, samples_per_prompt, counts)
 

@@ -173,8 +173,6 @@ def spans(rollout: Rollout, row: int, tokenizer: Any) -> list[dict[str, Any]]:
         while end < length and origin[end] == origin[start]:
             end += 1
         whole = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found.append(
-            {"author": Origin(origin[start]).name.lower(), "tokens": end - start, "text": whole[len(done) :]}
-        )
+        found.append({"author": Origin(origin[start]).name.lower(), "tokens": end - start, "text": whole[len(done) :]})
         done, start = whole, end
     return found

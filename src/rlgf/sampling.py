@@ -228,11 +228,15 @@ class _Layer(DynamicLayer):
 class _Decoder:
     """A batch of prefixes aligned at their ends: one prefill, then a column at a time."""
 
-    def __init__(self, language_model: LanguageModel, prefixes: Sequence[Sequence[int]], budget: int, precision: str) -> None:
+    def __init__(
+        self, language_model: LanguageModel, prefixes: Sequence[Sequence[int]], budget: int, precision: str
+    ) -> None:
         self.language_model, self.prefixes, self.precision = language_model, prefixes, precision
         self.lengths = torch.tensor([len(prefix) for prefix in prefixes])
         self.widest = int(self.lengths.max())
-        layers = [_Layer(len(prefixes), self.widest + budget) for _ in range(language_model.model.config.num_hidden_layers)]
+        layers = [
+            _Layer(len(prefixes), self.widest + budget) for _ in range(language_model.model.config.num_hidden_layers)
+        ]
         self.layers, self.cache = layers, Cache(layers=layers)  # pyright: ignore[reportArgumentType]
         self.mask = torch.arange(self.widest + budget) >= (self.widest - self.lengths)[:, None]
         self.ragged = bool((self.lengths != self.widest).any())

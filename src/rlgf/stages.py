@@ -71,7 +71,12 @@ def build_at(
         measured = build(scratch)
         write_json(
             scratch / "stage.json",
-            {"stage": name, "fingerprint": mark, "made_from": json.loads(json.dumps(ingredients, default=str)), "measured": measured},
+            {
+                "stage": name,
+                "fingerprint": mark,
+                "made_from": json.loads(json.dumps(ingredients, default=str)),
+                "measured": measured,
+            },
         )
         if target.exists():
             target.rmdir()
@@ -83,7 +88,9 @@ def build_at(
     return target
 
 
-def tokenizer_for(config: Config, task: TaskConfig, shape: ModelConfig, stages: Path, report: Report) -> tuple[Any, Any]:
+def tokenizer_for(
+    config: Config, task: TaskConfig, shape: ModelConfig, stages: Path, report: Report
+) -> tuple[Any, Any]:
     """The tokenizer before any model is made, and its fingerprint."""
     if shape.path:
         return load_tokenizer(shape.path), source_fingerprint(shape.path)
@@ -91,7 +98,9 @@ def tokenizer_for(config: Config, task: TaskConfig, shape: ModelConfig, stages: 
     if kind.tokenizer:
         return kind.tokenizer(task), f"{task.name} words"
     if not shape.vocabulary or kind.raw_texts is None:
-        raise UserError(f"task '{task.name}' has no tokenizer of its own: give --policy or model.path, or set model.vocabulary.")
+        raise UserError(
+            f"task '{task.name}' has no tokenizer of its own: give --policy or model.path, or set model.vocabulary."
+        )
     ingredients = {"vocabulary": shape.vocabulary, "texts": TOKENIZER_TEXTS, "task": _task_source(task)}
 
     def build(folder: Path) -> dict[str, Any]:
@@ -148,7 +157,9 @@ def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = Non
     task, shape = config.task, config.model
     raw_texts = task_kind(task).raw_texts
     if raw_texts is None:
-        raise UserError(f"task '{task.name}' has no raw text to train a language model on: set lm.steps=0 and lm.epochs=0.")
+        raise UserError(
+            f"task '{task.name}' has no raw text to train a language model on: set lm.steps=0 and lm.epochs=0."
+        )
     if shape.path:
         raise UserError(f"model.path is '{shape.path}', a trained model: remove it to train one, or skip the lm stage.")
     tokenizer, token_mark = tokenizer_for(config, task, shape, stages, report)
@@ -203,7 +214,9 @@ def guide_stage(config: Config, stages: Path, report: Report) -> Path | str:
     """The guide 'trained': a model of its own, fine-tuned on demonstrations of its own."""
     guide = config.guide
     options = {**config.task.options, **guide.options}
-    task = TaskConfig(config.task.name, config.task.data, config.task.max_new_tokens, config.task.min_new_tokens, options)
+    task = TaskConfig(
+        config.task.name, config.task.data, config.task.max_new_tokens, config.task.min_new_tokens, options
+    )
     return _sft(config, task, guide.model, guide.sft, "guide", stages, report, None)
 
 
@@ -219,7 +232,9 @@ def _sft(
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
-        examples = target_examples(task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts)
+        examples = target_examples(
+            task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts
+        )
         measured = fit(model, examples, training, seed, config.runtime.token_budget, report)
         model.save(folder)
         return measured
@@ -263,4 +278,3 @@ def distil_stage(
         return measured
 
     return build_stage(stages, "distil", ingredients, build, report)
-

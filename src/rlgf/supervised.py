@@ -65,7 +65,9 @@ def fit(
             recent = losses[-max(1, steps // 20) :]
             speed = tokens / (time.monotonic() - began)
             left = (steps - step - 1) * (time.monotonic() - began) / (step + 1)
-            report(f"step {step + 1}/{steps} · loss {sum(recent) / len(recent):.3f} · {speed:,.0f} tokens/s · {left:.0f} s left")
+            report(
+                f"step {step + 1}/{steps} · loss {sum(recent) / len(recent):.3f} · {speed:,.0f} tokens/s · {left:.0f} s left"
+            )
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return {
@@ -73,7 +75,9 @@ def fit(
     }  # fmt: skip
 
 
-def supervised_step(language_model: LanguageModel, batch: Sequence[Example], precision: str, token_budget: int) -> float:
+def supervised_step(
+    language_model: LanguageModel, batch: Sequence[Example], precision: str, token_budget: int
+) -> float:
     """Add the gradient of the batch's mean token loss; returns the loss."""
     return nll_backward(language_model, batch, 1.0, precision, token_budget)
 

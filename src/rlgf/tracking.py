@@ -16,7 +16,9 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in MODULES:
             raise unknown("tracker", name, MODULES)
         if importlib.util.find_spec(MODULES[name]) is None:
-            raise UserError(f"tracker '{name}' is not installed: pip install 'rlgf[{name}]', or leave it out of runtime.trackers.")
+            raise UserError(
+                f"tracker '{name}' is not installed: pip install 'rlgf[{name}]', or leave it out of runtime.trackers."
+            )
 
 
 class Trackers:

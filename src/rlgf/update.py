@@ -27,7 +27,13 @@ class Updater:
     """Optimizers of policy and critics, and the optimizer steps of an iteration."""
 
     def __init__(
-        self, models: Models, reading: Reading, kl: KLConfig, critic: CriticConfig, targets: Sequence[Example], seed: int
+        self,
+        models: Models,
+        reading: Reading,
+        kl: KLConfig,
+        critic: CriticConfig,
+        targets: Sequence[Example],
+        seed: int,
     ) -> None:
         self.models, self.reading, self.kl, self.critic = models, reading, kl, critic
         self.targets, self.seed = targets, seed
@@ -88,7 +94,9 @@ class Updater:
         horizon = ppo.iterations * self.steps_per_iteration
         factor = learning_rate_factor(ppo.schedule, step, horizon)
         if policy_moved:
-            stats["policy_gradient_norm"] = _descend(self.policy_optimizer, ppo.learning_rate * factor, ppo.max_gradient_norm)
+            stats["policy_gradient_norm"] = _descend(
+                self.policy_optimizer, ppo.learning_rate * factor, ppo.max_gradient_norm
+            )
         for optimizer in self.critic_optimizers.values():
             norm = _descend(optimizer, self.critic.learning_rate * factor, ppo.max_gradient_norm)
             stats["critic_gradient_norm"] = max(norm, stats.get("critic_gradient_norm", 0.0))
@@ -107,7 +115,9 @@ class Updater:
         """Add the gradients of surrogate, KL and likelihood losses (and of values, where the trunk is shared)."""
         ppo, rollout, policy = self.reading.ppo, experience.rollout, self.models.policy
         trained = rollout.trained(experience.credit)[members] & learns
-        weights = ops.token_weights(trained, ppo.loss_aggregation, total(ops.weight_total(trained, ppo.loss_aggregation)))
+        weights = ops.token_weights(
+            trained, ppo.loss_aggregation, total(ops.weight_total(trained, ppo.loss_aggregation))
+        )
         valued = _value_weights(rollout, members, ppo.loss_aggregation) if self.shares_trunk else {}
         selected = trained.clone()
         for value_weights in valued.values():
@@ -115,18 +125,24 @@ class Updater:
         tokens = max(1, int(trained.sum()))
         sums = {"policy_loss": 0.0, "clipped_share": 0.0, "old_policy_kl": 0.0, "ratio_error": 0.0, "kl_loss": 0.0}
         sums |= {"value_loss": 0.0, "value_clipped_share": 0.0} if valued else {}
-        for local, columns, ids, local_rows in selected_batches(rollout.ids[members], selected, self.reading.token_budget):
+        for local, columns, ids, local_rows in selected_batches(
+            rollout.ids[members], selected, self.reading.token_budget
+        ):
             logits, hidden = forward(policy, ids, local_rows, columns, self.reading.precision)
             chosen = trained[local, columns]
             loss = logits.new_zeros(())
             if bool(chosen.any()):
                 rows, cols = members[local[chosen]], columns[chosen]
-                part = self._surrogate(experience, rows, cols, logits[chosen], weights[local, columns][chosen], sums, tokens)
+                part = self._surrogate(
+                    experience, rows, cols, logits[chosen], weights[local, columns][chosen], sums, tokens
+                )
                 loss = loss + part
             for origin, value_weights in valued.items():
                 here = value_weights[local, columns] > 0
                 if bool(here.any()):
-                    values = self.models.critics[origin](ids, local_rows[here], columns[here], self.reading.precision, hidden)
+                    values = self.models.critics[origin](
+                        ids, local_rows[here], columns[here], self.reading.precision, hidden
+                    )
                     picked = value_weights[local[here], columns[here]]
                     part = self._value_loss(experience, members[local[here]], columns[here], values, picked, sums)
                     loss = loss + self.critic.value_coefficient * part
@@ -146,7 +162,9 @@ class Updater:
     ) -> Tensor:  # fmt: skip
         """The policy's loss on a micro-batch of its trained tokens."""
         ppo, device = self.reading.ppo, logits.device
-        log_probs = policy_log_probs(experience.rollout, rows, columns, logits, self.models.policy.end_ids, self.reading)
+        log_probs = policy_log_probs(
+            experience.rollout, rows, columns, logits, self.models.policy.end_ids, self.reading
+        )
         old = experience.old_log_probs[rows, columns].to(device)
         advantages = experience.advantages[rows, columns].to(device)
         loss, ratio = ops.ppo_loss(log_probs, old, advantages, weights.to(device), ppo.clip)
@@ -181,7 +199,13 @@ class Updater:
         return sums
 
     def _value_loss(
-        self, experience: Experience, rows: Tensor, columns: Tensor, values: Tensor, weights: Tensor, sums: dict[str, float]
+        self,
+        experience: Experience,
+        rows: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        weights: Tensor,
+        sums: dict[str, float],
     ) -> Tensor:
         device = values.device
         old, goal = experience.values[rows, columns].to(device), experience.returns[rows, columns].to(device)
@@ -226,9 +250,7 @@ def _value_weights(rollout: Rollout, members: Tensor, aggregation: str) -> dict[
 
 
 def _adam(parameters: list[torch.nn.Parameter], learning_rate: float, ppo: PPOConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters, learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True
-    )
+    return torch.optim.AdamW(parameters, learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True)
 
 
 def _descend(optimizer: torch.optim.Optimizer, learning_rate: float, max_norm: float) -> float:

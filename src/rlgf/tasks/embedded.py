@@ -21,12 +21,27 @@ from rlgf.randomness import Purpose, uniforms
 from rlgf.tasks.base import Task, TaskKind, task_options
 from rlgf.types import Prompt
 
-ASPECTS = (
-    "acting plot music script cast pacing ending dialogue camera humour costumes lighting editing sound story direction"
-).split()
-POSITIVE = "great superb lovely brilliant charming splendid moving witty fresh bold".split()
-NEGATIVE = "dull weak awful clumsy boring bland messy flat tired silly".split()
-FRAME = "review of : =>".split()
+ASPECTS = [
+    "acting",
+    "plot",
+    "music",
+    "script",
+    "cast",
+    "pacing",
+    "ending",
+    "dialogue",
+    "camera",
+    "humour",
+    "costumes",
+    "lighting",
+    "editing",
+    "sound",
+    "story",
+    "direction",
+]
+POSITIVE = ["great", "superb", "lovely", "brilliant", "charming", "splendid", "moving", "witty", "fresh", "bold"]
+NEGATIVE = ["dull", "weak", "awful", "clumsy", "boring", "bland", "messy", "flat", "tired", "silly"]
+FRAME = ["review", "of", ":", "=>"]
 END = "<end>"
 
 

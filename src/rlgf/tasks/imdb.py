@@ -62,7 +62,9 @@ def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, n
         positive = row[options.label_column] == 1
         prompts.append(Prompt(text, (rest,), (rest,) if positive else (), ids, {"label": row[options.label_column]}))
     if not prompts:
-        raise UserError(f"{config.data}, split {split}: no review is longer than a prompt: lower task.options.prompt_tokens.")
+        raise UserError(
+            f"{config.data}, split {split}: no review is longer than a prompt: lower task.options.prompt_tokens."
+        )
     return prompts
 
 
@@ -101,7 +103,9 @@ def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) ->
 
 def _source(config: TaskConfig) -> str:
     if config.data is None:
-        raise UserError("task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files.")
+        raise UserError(
+            "task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files."
+        )
     return config.data
 
 

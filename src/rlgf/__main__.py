@@ -1,0 +1,5 @@
+"""`python -m rlgf`."""
+
+from rlgf.cli import main
+
+main()

@@ -1,0 +1,115 @@
+"""`rlgf check task`: is a task sound? Without any policy: rewards finite, as many as texts, not constant, pure; targets
+continue their prompts; and whether targets outscore empty and shuffled text.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlgf.config import Config
+from rlgf.errors import RunError
+from rlgf.pipeline import Report, prepare_task
+from rlgf.randomness import Purpose, permutation
+from rlgf.rewards import score
+from rlgf.stages import tokenizer_for
+from rlgf.tasks import Task, TextFunction
+from rlgf.tokens import decode, encode_prompt
+from rlgf.types import Prompt
+
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at: 'ok', 'warning' or 'error', and what was seen."""
+
+    level: str
+    text: str
+
+
+def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
+    """Look at prompts, targets and reward of a config's task; any 'error' among the findings means it cannot be trained."""
+    tokenizer, _ = tokenizer_for(config, config.task, config.model, stages, report)
+    task, reward = prepare_task(config, tokenizer, stages, report)
+    sizes = f"{len(task.train):,} / {len(task.validation):,} / {len(task.test):,} train, validation and test prompts"
+    findings = [Finding("ok", sizes)]
+    findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in task.notes.items()]
+    findings += check_prompts(task, tokenizer)
+    findings += check_reward(task, reward)
+    return findings
+
+
+def check_prompts(task: Task, tokenizer: object) -> list[Finding]:
+    """Prompts are not empty, their ids say what their text says, and targets are among the references."""
+    findings: list[Finding] = []
+    sample = [*task.train[:SAMPLE], *task.test[:SAMPLE]]
+    for prompt in sample:
+        if not encode_prompt(tokenizer, prompt):
+            return [Finding("error", "a prompt is empty: remove the row")]
+        if prompt.ids is not None and decode(tokenizer, prompt.ids).strip() != prompt.text.strip():
+            findings.append(Finding("error", f"the ids of a prompt do not say its text: {prompt.text[:60]!r}"))
+            break
+    bad = [p for p in sample for target in p.targets if target not in p.references or not target.strip()]
+    targets = sum(bool(prompt.targets) for prompt in task.train)
+    if bad:
+        findings.append(Finding("error", f"a target does not continue its prompt: {bad[0].text[:60]!r}"))
+    elif targets == 0:
+        findings.append(Finding("warning", "no training prompt has a target: SFT and the MLE term cannot be used"))
+    else:
+        findings.append(Finding("ok", f"{targets:,} targets, each one of its prompt's references"))
+    return findings
+
+
+def check_reward(task: Task, reward: TextFunction) -> list[Finding]:
+    """The reward is finite, one per text, pure and not constant, and prefers targets to empty and shuffled text."""
+    prompts = [prompt for prompt in task.train if prompt.targets][:SAMPLE] or list(task.train[:SAMPLE])
+    goals = [(prompt.targets or prompt.references or ("",))[0] for prompt in prompts]
+    kinds = {
+        "targets": goals,
+        "empty texts": [""] * len(prompts),
+        "shuffled targets": [shuffled(g, i) for i, g in enumerate(goals)],
+    }
+    try:
+        scores = {name: score(reward, prompts, texts) for name, texts in kinds.items()}
+        again = score(reward, prompts, goals)
+        alone = [score(reward, prompts[i : i + 1], goals[i : i + 1])[0] for i in range(min(4, len(prompts)))]
+    except RunError as error:
+        return [Finding("error", str(error))]
+    findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each text")]
+    together = scores["targets"]
+    if any(abs(a - b) > 1e-6 for a, b in [*zip(together, again), *zip(together, alone)]):
+        findings.append(
+            Finding("error", "the reward is not pure: the same text got another number the second time or alone")
+        )
+    else:
+        findings.append(Finding("ok", "the reward is pure: the same text gets the same number, alone or among others"))
+    findings.append(_constant(task, reward, [value for values in scores.values() for value in values]))
+    means = {name: statistics.fmean(values) for name, values in scores.items()}
+    for name in ("empty texts", "shuffled targets"):
+        level = "ok" if means["targets"] > means[name] else "warning"
+        relation = "outscore" if level == "ok" else "do not outscore"
+        findings.append(Finding(level, f"targets ({means['targets']:.3f}) {relation} {name} ({means[name]:.3f})"))
+    return findings
+
+
+def _constant(task: Task, reward: TextFunction, seen: Sequence[float]) -> Finding:
+    """Whether the reward tells any texts apart; a sparse one is given more targets before it is called constant."""
+    values, tried = list(seen), len(seen)
+    for start in range(SAMPLE, len(task.train), 4096):
+        if max(values) > min(values):
+            break
+        part: Sequence[Prompt] = [prompt for prompt in task.train[start : start + 4096] if prompt.targets]
+        values += score(reward, part, [prompt.targets[0] for prompt in part])
+        tried += len(part)
+    if max(values) == min(values):
+        return Finding("error", f"the reward is constant: {values[0]:g} for all {tried:,} texts tried")
+    return Finding(
+        "ok", f"the reward is not constant: from {min(values):.3f} to {max(values):.3f} over {tried:,} texts"
+    )
+
+
+def shuffled(text: str, number: int) -> str:
+    """The words of a text in another order."""
+    words = text.split()
+    return " " + " ".join(words[i] for i in permutation(0, Purpose.TASK, 1000 + number, len(words)))

@@ -1,0 +1,445 @@
+"""The command line: `rlgf train | compare | sft | lm | reward | evaluate | write | show | check | list`.
+
+Libraries that take seconds to import are imported inside the commands, so that `--help` and a mistyped key answer at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlgf import __version__, algorithms
+from rlgf.config import Config, dump, from_dict, override, parse_assignment, read_yaml
+from rlgf.errors import RunError, UserError, unknown
+from rlgf.recipes import CONTROLS, RECIPES, recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Reinforcement learning from guided feedback: a policy and a guide take turns writing; the policy learns to win.",
+    epilog="Start with: rlgf compare quickstart --out runs/quickstart",
+)
+
+Recipe = Annotated[str, typer.Argument(help="A recipe (`rlgf list`) or a YAML file.", metavar="RECIPE_OR_YAML")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Any other field, as section.field=value (`rlgf show config` lists them).")
+]
+Out = Annotated[Path | None, typer.Option(help="The folder to write to.", metavar="DIR")]
+Stages = Annotated[
+    Path | None, typer.Option(help="Where stages are kept and found. Default: OUT/stages.", metavar="DIR")
+]
+Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
+Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub name or folder), skipping lm and sft.")]
+GuideSpec = Annotated[
+    str | None, typer.Option("--guide", help="sft, trained, model:PATH, references or python:module:name.")
+]
+Seed = Annotated[int | None, typer.Option(help="All randomness follows from it.")]
+Iterations = Annotated[int | None, typer.Option(help="Iterations of writing and learning.")]
+Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
+Alpha = Annotated[
+    float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")
+]
+
+
+def read_config(
+    source: str,
+    overrides: list[str] | None = None,
+    *,
+    algorithm: str | None = None,
+    beta: float | None = None,
+    alpha: float | None = None,
+    guide: str | None = None,
+    policy: str | None = None,
+    data: str | None = None,
+    iterations: int | None = None,
+    seed: int | None = None,
+) -> Config:
+    """A recipe or a YAML file (over the recipe it names), changed by flags and assignments."""
+    if source in RECIPES:
+        config = recipe(source)
+    elif source.endswith((".yaml", ".yml")) or Path(source).is_file():
+        config = from_yaml(Path(source))
+    else:
+        raise unknown("recipe", source, RECIPES)
+    if algorithm is not None and algorithm not in algorithms.NAMES:
+        raise unknown("algorithm", algorithm, algorithms.NAMES)
+    name = algorithm or config.algorithm.name
+    changes: list[tuple[str, Any]] = [
+        (key, value)
+        for key, value in {
+            "algorithm.name": algorithm,
+            "algorithm.beta_guide": beta,
+            "algorithm.beta_policy": beta,
+            "guide.spec": guide,
+            "policy": policy,
+            "task.data": data,
+            "ppo.iterations": iterations,
+            "seed": seed,
+        }.items()
+        if value is not None
+    ]
+    if alpha is not None:
+        changes.append(alpha_change(name, alpha))
+    changes += [parse_assignment(text) for text in overrides or []]
+    return override(config, changes)
+
+
+def from_yaml(path: Path) -> Config:
+    """A YAML file: a whole config, or changes to the recipe that its key `recipe` names."""
+    values = read_yaml(path)
+    base = values.get("recipe")
+    if base not in RECIPES:
+        return from_dict(values, str(path))
+    flat: list[tuple[str, Any]] = []
+
+    def walk(mapping: dict[str, Any], prefix: str) -> None:
+        for key, value in mapping.items():
+            free = f"{prefix}{key}" in ("task.options", "guide.options")
+            if isinstance(value, dict) and not free:
+                walk(value, f"{prefix}{key}.")  # pyright: ignore[reportUnknownArgumentType]
+            else:
+                flat.append((f"{prefix}{key}", value))
+
+    walk(values, "")
+    return override(recipe(base), flat, str(path))
+
+
+def alpha_change(name: str, alpha: float) -> tuple[str, Any]:
+    """Which field `--alpha` means for an algorithm."""
+    if name == "lols":
+        return "algorithm.mixing_weight", alpha
+    if name == "d2lols":
+        if alpha != int(alpha):
+            raise UserError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
+        return "algorithm.switch_iteration", int(alpha)
+    raise UserError(f"--alpha means nothing to {name}: it belongs to lols and d2lols.")
+
+
+@app.command()
+def train(
+    recipe_or_yaml: Recipe,
+    overrides: Overrides = None,
+    algorithm: Annotated[str | None, typer.Option(help=", ".join(algorithms.NAMES))] = None,
+    beta: Beta = None,
+    alpha: Alpha = None,
+    guide: GuideSpec = None,
+    policy: Policy = None,
+    data: Data = None,
+    iterations: Iterations = None,
+    seed: Seed = None,
+    out: Out = None,
+    stages: Stages = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")] = False,
+) -> None:
+    """One run: make or reuse the stages, train, evaluate. Continues from its last checkpoint."""
+    config = read_config(
+        recipe_or_yaml, overrides, algorithm=algorithm, beta=beta, alpha=alpha, guide=guide, policy=policy, data=data,
+        iterations=iterations, seed=seed,
+    )  # fmt: skip
+    from rlgf import console, pipeline
+
+    console.set_up_machine(config)
+    if dry_run:
+        console.print_plan(config, pipeline.check(config))
+        return
+    target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
+    watch = console.Watch()
+    try:
+        pipeline.train(config, target, stages, console.report, watch)
+    finally:
+        watch.close()
+    results = json.loads((target / "results.json").read_text())
+    console.print_metrics({name: float("nan") if v is None else v for name, v in results["evaluation"].items()})
+    console.report(
+        f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see texts with `rlgf write {target}`"
+    )
+
+
+@app.command()
+def compare(
+    recipe_or_yaml: Recipe,
+    overrides: Overrides = None,
+    algorithms_: Annotated[str, typer.Option("--algorithms", help="Comma-separated; default: all.")] = "",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own, sharing the cores.")] = 1,
+    controls: Annotated[bool, typer.Option(help="Whether the recipe's control runs are made too.")] = True,
+    guide: GuideSpec = None,
+    policy: Policy = None,
+    data: Data = None,
+    iterations: Iterations = None,
+    out: Out = None,
+) -> None:
+    """Several algorithms and their baselines: one table, one plot; finished runs are reused."""
+    config = read_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
+    names = [name.strip() for name in algorithms_.split(",") if name.strip()] or list(algorithms.NAMES)
+    for name in names:
+        if name not in algorithms.NAMES:
+            raise unknown("algorithm", name, algorithms.NAMES)
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
+    from rlgf import compare as comparing
+    from rlgf import console, pipeline
+
+    pipeline.check(config)
+    console.set_up_machine(config)
+    target = out or Path("runs") / config.recipe
+    rows = comparing.entries(config, names, CONTROLS.get(config.recipe, {}) if controls else {})
+    watch = console.Watch()
+    try:
+        results = comparing.compare(config, rows, numbers, target, jobs, console.report, watch)
+    finally:
+        watch.close()
+    console.print_comparison(results)
+    console.report(f"{target}: table.md, results.json, curves.png, runs/ ({results['seconds_of_this_call']:.0f} s)")
+
+
+def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,
+           out: Path | None, stages: Path | None) -> None:  # fmt: skip
+    config = read_config(source, overrides, policy=policy, data=data, seed=seed)
+    from rlgf import console, pipeline
+    from rlgf import stages as making
+
+    pipeline.check(config)
+    console.set_up_machine(config)
+    target = out or Path("runs") / f"{config.recipe}-{name}"
+    shelf = stages or target.parent / "stages"
+    make: dict[str, Any] = {"lm": making.lm_stage, "sft": making.sft_stage, "reward": making.reward_stage}
+    if name == "sft" and not (config.sft.steps or config.sft.epochs):
+        raise UserError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
+    if name == "sft" and policy:
+        raise UserError("--policy skips the sft stage: give model.path=... to fine-tune that model.")
+    folder = make[name](config, shelf, console.report, target)
+    measured = json.loads((Path(folder) / "stage.json").read_text())["measured"]
+    console.print_metrics(measured)
+    console.report(f"{folder} is ready")
+
+
+@app.command()
+def lm(
+    recipe_or_yaml: Recipe, overrides: Overrides = None, data: Data = None, seed: Seed = None, out: Out = None,
+    stages: Stages = None,
+) -> None:  # fmt: skip
+    """Train a small language model on the task's raw text."""
+    _stage("lm", recipe_or_yaml, overrides, None, data, seed, out, stages)
+
+
+@app.command()
+def sft(
+    recipe_or_yaml: Recipe, overrides: Overrides = None, data: Data = None, seed: Seed = None, out: Out = None,
+    stages: Stages = None,
+) -> None:  # fmt: skip
+    """Supervised fine-tuning on the task's targets; the result is what `--policy` takes."""
+    _stage("sft", recipe_or_yaml, overrides, None, data, seed, out, stages)
+
+
+@app.command()
+def reward(
+    recipe_or_yaml: Recipe, overrides: Overrides = None, data: Data = None, seed: Seed = None, out: Out = None,
+    stages: Stages = None,
+) -> None:  # fmt: skip
+    """Train the small n-gram sentiment reward; the result is what reward.path takes."""
+    _stage("reward", recipe_or_yaml, overrides, None, data, seed, out, stages)
+
+
+@app.command()
+def evaluate(
+    run_or_recipe: Annotated[str, typer.Argument(help="A run's folder, or a recipe or YAML file with --policy.")],
+    overrides: Overrides = None,
+    policy: Policy = None,
+    data: Data = None,
+    prompts: Annotated[int | None, typer.Option(help="Held-out prompts, from the test split.")] = None,
+    stages: Stages = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Also write the metrics to this file.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Fresh texts by a policy alone on held-out prompts, measured."""
+    folder = Path(run_or_recipe)
+    is_run = (folder / "config.yaml").is_file()
+    config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=data)
+    if prompts is not None:
+        config = override(config, [("evaluation.final_prompts", prompts)])
+    chosen = policy or (str(folder / "policy") if is_run else None)
+    if is_run and policy is None and not (folder / "policy").is_dir():
+        raise UserError(
+            f"{folder} has no policy/ yet: finish the run with `rlgf train {folder / 'config.yaml'} --out {folder}`."
+        )
+    from rlgf import console, pipeline
+
+    console.set_up_machine(config)
+    shelf = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
+    metrics = pipeline.evaluate_policy_at(config, chosen, shelf, console.report)
+    console.print_metrics(metrics)
+    if json_out:
+        from rlgf.data import write_json
+
+        write_json(json_out, metrics)
+
+
+def default_stages(run: Path) -> Path:
+    """Where a run's stages are: in its own folder, or in that of the comparison it belongs to."""
+    own, shared = run / "stages", run.parent.parent / "stages"
+    return shared if shared.is_dir() and not own.is_dir() else own
+
+
+@app.command()
+def write(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    iteration: Annotated[int | None, typer.Option(help="Which iteration; default: the last that was logged.")] = None,
+    count: Annotated[int, typer.Option(help="How many texts.")] = 5,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Texts of the final evaluation, by the policy alone.")
+    ] = False,
+) -> None:
+    """Print texts of a run, every token in the colour of its author and in brackets that name it."""
+    from rlgf.runs import read_complete_lines
+
+    path = run / ("evaluation.jsonl" if evaluation else "rollouts.jsonl")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {run} is no run, or has not written any texts yet.")
+    rows = read_complete_lines(path)
+    known = sorted({row["iteration"] for row in rows})
+    if not known:
+        raise UserError(f"{path} holds no texts yet.")
+    wanted = known[-1] if iteration is None else iteration
+    if wanted not in known:
+        raise UserError(f"{run} has no iteration {wanted}: it has {known[0]} to {known[-1]}.")
+    from rlgf import console
+
+    for row in [row for row in rows if row["iteration"] == wanted][:count]:
+        console.print_rollout(row)
+
+
+@app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="An algorithm, a recipe, or 'config'.")],
+    iterations: Annotated[int, typer.Option(help="Length of the training that is drawn.")] = 40,
+    alpha: Alpha = None,
+    beta: Beta = None,
+    seed: Annotated[int, typer.Option(help="Draws the coins of lols mixed by iteration.")] = 0,
+) -> None:
+    """Draw an algorithm's phases over training, or print a recipe or every config key with its default."""
+    if what == "config":
+        defaults = dump(Config())
+        typer.echo(defaults, nl=False)
+        return
+    if what in RECIPES:
+        typer.echo(dump(recipe(what)), nl=False)
+        return
+    if what not in algorithms.NAMES:
+        raise unknown("algorithm or recipe", what, [*algorithms.NAMES, *RECIPES, "config"])
+    if iterations < 1:
+        raise UserError(f"--iterations is {iterations}, but must be at least 1.")
+    changes: list[tuple[str, Any]] = [("algorithm.name", what)]
+    if beta is not None:
+        changes += [("algorithm.beta_guide", beta), ("algorithm.beta_policy", beta)]
+    if alpha is not None:
+        changes.append(alpha_change(what, alpha))
+    config = override(Config(), changes)
+    from rlgf import console
+    from rlgf.randomness import Purpose, uniforms
+
+    coins = [float(uniforms(seed, Purpose.PHASE_COIN, number, 1)[0]) for number in range(iterations)]
+    console.print_algorithm(config.algorithm.build(), iterations, coins)
+
+
+check_app = typer.Typer(no_args_is_help=True, help="Validate a part before training with it.")
+app.add_typer(check_app, name="check")
+
+
+@check_app.command("task")
+def check_task(
+    name: Annotated[str, typer.Argument(help="A task, a recipe or a YAML file.")],
+    overrides: Overrides = None,
+    data: Data = None,
+    policy: Policy = None,
+    stages: Stages = None,
+) -> None:
+    """Look at a task without a model: rewards finite, pure and not constant; targets continue their prompts and score well."""
+    homes = {"embedded": "quickstart"}  # a task's name stands for the recipe with its numbers
+    source = homes.get(name, name)
+    if source not in RECIPES and not Path(source).is_file():
+        raise unknown("task or recipe", name, [*RECIPES, *homes, "imdb"])
+    config = read_config(source, overrides, data=data)
+    if policy:
+        config = override(config, [("model.path", policy)])
+    from rlgf import check, console
+
+    console.set_up_machine(config)
+    findings = check.check_task(config, stages or Path("runs") / "stages", console.report)
+    for finding in findings:
+        mark = {"ok": "  ok     ", "warning": "  WARNING", "error": "  ERROR  "}[finding.level]
+        typer.echo(f"{mark} {console.visible(finding.text)}")
+    if any(finding.level == "error" for finding in findings):
+        raise UserError(f"task '{config.task.name}' cannot be trained as it is: mend what is marked ERROR.")
+
+
+@app.command("list")
+def list_() -> None:
+    """What there is to choose from: recipes, tasks, algorithms, guides."""
+    from rlgf.tasks import TASKS
+
+    sections: dict[str, dict[str, str]] = {
+        "recipes": {name: (make.__doc__ or "").split("\n")[0] for name, make in RECIPES.items()},
+        "tasks": {
+            name: (sys.modules[kind.build.__module__].__doc__ or "").split("\n")[0] for name, kind in TASKS.items()
+        },
+        "algorithms": {},
+        "guides": {
+            "sft": "the policy's starting point, sampled as guide.decoding says",
+            "trained": "a model of its own, trained here (guide.model, guide.sft)",
+            "model:PATH": "a Hub name or local folder with the policy's tokenizer",
+            "references": "the dataset's references; can begin texts (ppo_pp), not finish them",
+            "python:module:name": "a function from requests to texts",
+        },
+    }
+    for name in algorithms.NAMES:
+        built = override(Config(), [("algorithm.name", name)]).algorithm.build()
+        sections["algorithms"][name] = f"{built.title}: {built.summary}"
+    for title, items in sections.items():
+        typer.echo(title)
+        for name, text in items.items():
+            typer.echo(f"  {name:20}{text}")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Nothing happens before the commands."""
+
+
+def main() -> None:
+    """Entry point: errors that are ours are one sentence, with exit code 2 (asked wrongly) or 3 (failed while running)."""
+    try:
+        app()
+    except UserError as error:
+        _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 3)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from the last checkpoint.", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    from rlgf import console
+
+    console.fail(message)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Several runs side by side: the same task, prompts, texts and evaluation; what is there already is reused."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlgf.config import Config, dump, override
+from rlgf.data import read_json, write_json
+from rlgf.errors import RunError, UserError
+from rlgf.pipeline import Report, evaluate_baselines, prepare, silent, train
+from rlgf.recipes import Control
+from rlgf.report import write_report
+from rlgf.runs import RunDirectory, json_safe, read_complete_lines
+from rlgf.stages import fingerprint
+from rlgf.trainer import Progress
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a comparison: a variant of the config, run once for each seed."""
+
+    key: str
+    title: str
+    changes: Mapping[str, Any]
+
+
+def entries(config: Config, algorithms: Sequence[str], controls: Mapping[str, Control]) -> list[Entry]:
+    """The algorithms asked for, then the recipe's controls."""
+    found: list[Entry] = []
+    for name in algorithms:
+        title = override(config, [("algorithm.name", name)]).algorithm.build().title
+        found.append(Entry(name, title, {"algorithm.name": name}))
+    for key, control in controls.items():
+        found.append(Entry(key, control.title, {"algorithm.name": "ppo", **control.changes}))
+    return found
+
+
+def compare(
+    config: Config,
+    rows: Sequence[Entry],
+    seeds: Sequence[int],
+    out: Path,
+    jobs: int = 1,
+    report: Report = silent,
+    watch: Callable[[Progress], None] = lambda progress: None,
+) -> dict[str, Any]:
+    """Run or reuse every row with every seed under `out`, then write `results.json`, `table.md` and `curves.png` there."""
+    if not rows or not seeds:
+        raise UserError("nothing to compare: give at least one algorithm and one seed.")
+    stages = out / "stages"
+    began = time.monotonic()
+    configs = {
+        (row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds
+    }
+    folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in configs}
+    for place, changed in configs.items():
+        RunDirectory(folders[place], changed)  # refuses a folder that holds another run, before any work
+    baselines = [_baselines(override(config, [("seed", seed)]), out, stages, report) for seed in seeds]
+    waiting = [place for place in configs if not (folders[place] / "results.json").is_file()]
+    for place in configs:
+        if place not in waiting:
+            report(f"{place[0]} seed {place[1]}: reusing {folders[place].name}")
+    if jobs > 1:
+        _run_in_processes([(configs[place], folders[place]) for place in waiting], stages, jobs, report)
+    else:
+        for key, seed in waiting:
+            report(f"{key} seed {seed}")
+            train(configs[key, seed], folders[key, seed], stages, report, watch)
+    return _write_results(config, rows, seeds, folders, baselines, out, time.monotonic() - began)
+
+
+def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[str, Any]:
+    """SFT and guide for one seed, evaluated once. Any algorithm that asks the guide will do to prepare them."""
+    asking = override(config, [("algorithm.name", "aggrevated"), ("distil.texts", 0)])
+    if config.guide.spec == "references":
+        asking = override(asking, [("algorithm.name", "ppo_pp")])
+    mark = fingerprint({"config": dump(override(asking, [("runtime.threads", 0)]))})
+    path = out / "baselines" / f"seed{config.seed}.json"
+    if path.is_file() and read_json(path).get("fingerprint") == mark:
+        return read_json(path)["rows"]
+    rows = evaluate_baselines(prepare(asking, stages, report))
+    write_json(path, json_safe({"fingerprint": mark, "rows": rows}))
+    return rows
+
+
+def _run_in_processes(runs: Sequence[tuple[Config, Path]], stages: Path, jobs: int, report: Report) -> None:
+    """Each run in a process of its own, `jobs` at a time, the cores shared out among them."""
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    waiting, running = list(runs), dict[Path, subprocess.Popen[str]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                config, folder = waiting.pop(0)
+                RunDirectory(folder, config).create(config)
+                command = [sys.executable, "-m", "rlgf", "train", str(folder / "config.yaml"), "--out", str(folder)]
+                command += ["--stages", str(stages), f"runtime.threads={threads}"]
+                log = (folder / "log.txt").open("w")
+                running[folder] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+                log.close()
+                report(f"started {folder.name}")
+            time.sleep(0.2)
+            for folder, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[folder]
+                    if process.returncode:
+                        tail = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+                        raise RunError(f"{folder.name} ended with exit code {process.returncode}: {' '.join(tail)}")
+                    report(f"finished {folder.name} ({len(waiting) + len(running)} to go)")
+    finally:
+        for process in running.values():
+            process.terminate()
+
+
+def _write_results(
+    config: Config, rows: Sequence[Entry], seeds: Sequence[int], folders: Mapping[tuple[str, int], Path],
+    baselines: Sequence[Mapping[str, Any]], out: Path, seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    table: list[dict[str, Any]] = []
+    for key in baselines[0]:
+        table.append(_row(key, [baseline[key] for baseline in baselines], []))
+    for row in rows:
+        results = [read_json(folders[row.key, seed] / "results.json") for seed in seeds]
+        curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in seeds]
+        table.append({**_row(row.key, results, curves), "title": row.title})
+    first = read_json(folders[rows[0].key, seeds[0]] / "results.json")
+    results = {
+        "recipe": config.recipe,
+        "seeds": list(seeds),
+        "task": config.task.name,
+        "evaluation_prompts": config.evaluation.final_prompts,
+        "rows": table,
+        "machine": first["machine"],
+        "seconds_of_this_call": seconds,
+    }
+    write_json(out / "results.json", json_safe(results))
+    write_report(results, out)
+    return results
+
+
+def _row(
+    key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]
+) -> dict[str, Any]:
+    names = results[0]["evaluation"].keys()
+    return {
+        "key": key,
+        "title": results[0]["title"],
+        "decoding": results[0]["decoding"],
+        "texts_used": results[0]["texts_used"],
+        "metrics": {name: [result["evaluation"][name] for result in results] for name in names},
+        "training_seconds": [result.get("training_seconds") for result in results],
+        "curves": [list(curve) for curve in curves],
+    }
+
+
+def _curve(path: Path) -> list[dict[str, Any]]:
+    """Evaluations on the validation split during training."""
+    return [
+        {"iteration": row["iteration"] + 1, "texts": row["texts"], **row["evaluation"]}
+        for row in read_complete_lines(path)
+        if "evaluation" in row
+    ]

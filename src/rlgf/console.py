@@ -1,0 +1,228 @@
+"""What people see in a terminal: progress, tables, plans, and texts in the colours of their authors.
+
+Data goes to standard output, everything else to standard error. Text from models is untrusted: control characters are made
+visible, and nothing in it is read as markup.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from rlgf.algorithms import Algorithm
+from rlgf.config import Config
+from rlgf.models import count_parameters
+from rlgf.pipeline import needs_guide, policy_phases
+from rlgf.report import table_rows
+from rlgf.trainer import Progress as Step
+from rlgf.types import POLICY
+
+out = Console(highlight=False)
+log = Console(stderr=True, highlight=False)
+STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
+
+
+def visible(text: str) -> str:
+    """Text with control characters (escape sequences among them) shown as `\\x1b`; newlines as `⏎`."""
+    shown = text.replace("\r\n", "\n").replace("\n", "⏎")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def set_up_machine(config: Config) -> None:
+    """Threads as the config says (0: all cores), and no noise from libraries."""
+    torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+    quiet()
+
+
+def quiet() -> None:
+    """Turn off the progress bars and notices of transformers and datasets."""
+    import datasets
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def report(line: str) -> None:
+    """A line about what is happening, to standard error."""
+    log.print(Text(line))
+
+
+class Watch:
+    """Live progress of a run: a bar in a terminal, otherwise a line every few seconds."""
+
+    def __init__(self, every_seconds: float = 10.0) -> None:
+        self.every, self.last, self.began = every_seconds, 0.0, 0.0
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def __call__(self, step: Step) -> None:
+        """Show one more iteration."""
+        metrics = step.metrics
+        line = (
+            f"reward {metrics['score']:.3f} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
+        )
+        if log.is_terminal:
+            self._show_bar(step, line)
+            return
+        now = time.monotonic()
+        if step.iteration == 1 or now < self.began:
+            self.began = now - metrics["seconds"]
+        if step.iteration == step.iterations or now - self.last > self.every:
+            self.last = now
+            left = (now - self.began) / step.iteration * (step.iterations - step.iteration)
+            report(f"iteration {step.iteration}/{step.iterations} · {line} · {left:.0f} s left")
+
+    def _show_bar(self, step: Step, line: str) -> None:
+        if self.bar is None:
+            columns = [
+                TextColumn("iteration {task.completed}/{task.total}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+            ]
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=log)
+            self.bar.start()
+            self.task = self.bar.add_task(line, total=step.iterations)
+        self.bar.update(self.task, completed=step.iteration, description=line, total=step.iterations)
+        if step.iteration == step.iterations:
+            self.close()
+
+    def close(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def print_comparison(results: Mapping[str, Any]) -> None:
+    """The table of a comparison."""
+    headings, rows = table_rows(results)
+    print_table(headings, rows)
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A plain table to standard output; the first column is text, the others are figures."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, heading in enumerate(headings):
+        table.add_column(Text(heading), justify="right" if number else "left", no_wrap=number > 0 and len(heading) < 14)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    out.print(table)
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """Names and values."""
+    print_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
+
+
+def print_rollout(row: Mapping[str, Any]) -> None:
+    """One text: its prompt, then what each author wrote, in its colour and in brackets."""
+    head = f"iteration {row['iteration']} · text {row['index']} · reward {row['score']:.3f} · switch at token {row['switch']}"
+    out.print(Text(head, style="dim"))
+    line = Text(visible(row["prompt"]), style="dim")
+    for span in row["spans"]:
+        line.append(f" [{span['author']}:", style=STYLES[span["author"]])
+        line.append(visible(span["text"]), style=STYLES[span["author"]])
+        line.append("]", style=STYLES[span["author"]])
+    if row["finished"]:
+        line.append(" ■", style="dim")
+    out.print(line, soft_wrap=True)
+    out.print()
+
+
+def print_algorithm(algorithm: Algorithm, iterations: int, coins: Sequence[float]) -> None:
+    """The phases of an algorithm, and which of them each iteration runs."""
+    out.print(Text(f"{algorithm.title}: {algorithm.summary}", style="bold"))
+    for number, line in enumerate(policy_phases(algorithm)):
+        phase = algorithm.phases[number]
+        critic = "V^π" if phase.rollout == POLICY else "V^g"
+        out.print(Text(f"  phase {number}: {line}; critic {critic}"))
+    names = {POLICY: "policy"}
+    width = 60
+    out.print()
+    for number, phase in enumerate(algorithm.phases):
+        cells = ""
+        for place in range(min(width, iterations)):
+            iteration = place * iterations // min(width, iterations)
+            share = sum(s.fraction for s in algorithm.plan(iteration, coins[iteration]) if s.phase == number)
+            cells += "·" if share == 0 else "█" if share > 0.99 else "▄"
+        rollin = "nobody" if phase.rollin is None else names.get(phase.rollin, "guide")
+        label = f"{rollin} → {names.get(phase.rollout, 'guide')}"
+        out.print(Text(f"  {label:18}{cells}  iterations 0–{iterations - 1}"))
+    out.print(Text("  █ all texts of the iteration   ▄ a part   · none", style="dim"))
+
+
+def print_plan(config: Config, algorithm: Algorithm) -> None:
+    """What a run would do: phases, models, texts and tokens, memory."""
+    ppo, task = config.ppo, config.task
+    out.print(Text(f"{config.recipe}: {algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
+    for number, line in enumerate(policy_phases(algorithm)):
+        out.print(Text(f"  phase {number}: {line}"))
+    guide = config.guide.spec if needs_guide(algorithm) or config.distil.texts else "not asked"
+    if guide in ("sft", "trained") or guide.startswith("model:"):
+        guide += f" ({config.guide.decoding.describe()})"
+    size, known = _parameters(config)
+    critics = " and ".join("V^π" if origin == POLICY else "V^g" for origin in algorithm.critics)
+    steps = ppo.epochs * -(-ppo.texts_per_iteration // ppo.minibatch_size)
+    trained = 1 + (len(algorithm.critics) if config.critic.kind == "separate" else 0)
+    frozen = (
+        1 + (needs_guide(algorithm) and config.guide.spec != "references") + bool(config.evaluation.output_perplexity)
+    )
+    vocabulary = config.model.vocabulary or 0
+    memory = 4 * (4 * trained + frozen) * size + 12 * config.runtime.token_budget * max(vocabulary, 64)
+    lines = {
+        "data": task.data or "made by the task",
+        "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",
+        "parameters": f"{size:,}" if known else "unknown until it is loaded",
+        "critics": f"{critics} ({config.critic.kind})",
+        "guide": guide,
+        "reward": config.reward.path,
+        "sampling": config.decoding.describe(),
+        "iterations": f"{ppo.iterations} of {ppo.texts_per_iteration} texts; {steps} optimizer steps each",
+        "tokens": f"at most {ppo.texts_per_iteration * task.max_new_tokens:,} written in an iteration",
+        "in all": f"{ppo.iterations * ppo.texts_per_iteration:,} texts",
+        "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries"
+        if known
+        else "unknown until the model is loaded",
+    }
+    for name, value in lines.items():
+        out.print(Text(f"  {name:12}{value}"))
+
+
+def _parameters(config: Config) -> tuple[int, bool]:
+    """Parameters of the policy, from its shape alone."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+    shape = config.model
+    path = config.policy or shape.path
+    size = {"vocab_size": shape.vocabulary or 64}
+    try:
+        if path:
+            wanted: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        elif shape.architecture == "gpt2":
+            wanted = GPT2Config(
+                n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.context, **size
+            )
+        else:
+            wanted = LlamaConfig(
+                num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
+                num_attention_heads=shape.heads, tie_word_embeddings=True, **size,
+            )  # fmt: skip
+        with torch.device("meta"):
+            return count_parameters(AutoModelForCausalLM.from_config(wanted)), True
+    except (OSError, ValueError):
+        return 0, False
+
+
+def fail(message: str) -> None:
+    """An error, to standard error."""
+    sys.stdout.flush()
+    log.print(Text("error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True)
