@@ -1,0 +1,90 @@
+"""What all tests share: one thread, no network, tiny language models, and the data beside the repository."""
+
+import os
+
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled",
+)  # fmt: skip
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+
+from rlgf.config import ModelConfig, TaskConfig
+from rlgf.models import LanguageModel, new_language_model
+from rlgf.tasks import embedded
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "")
+
+torch.set_num_threads(1)
+settings.register_profile("fast", max_examples=40, deadline=None, derandomize=True, database=None)
+settings.load_profile("fast")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Connections that leave this machine are refused, whoever tries."""
+
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        def connect(self: socket.socket, address: Any) -> Any:
+            if self.family in (socket.AF_INET, socket.AF_INET6) and str(address[0]) not in LOCAL_HOSTS:
+                raise ConnectionRefusedError(f"tests may not use the network, but something connects to {address!r}")
+            return original(self, address)
+
+        return connect
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", guarded(socket.socket.connect))
+    patch.setattr(socket.socket, "connect_ex", guarded(socket.socket.connect_ex))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer() -> Any:
+    """The embedded task's tokenizer: 41 words, one token each; pad, bos and eos are the same token."""
+    return embedded.tokenizer(TaskConfig())
+
+
+@pytest.fixture(scope="session")
+def new_tiny_model(word_tokenizer: Any) -> Callable[..., LanguageModel]:
+    """A maker of small random models, `new_tiny_model("llama", seed=3)`: for tests that change what they are given."""
+
+    def make(architecture: str, seed: int = 0, **shape: Any) -> LanguageModel:
+        values: dict[str, Any] = {"layers": 2, "width": 32, "heads": 4, "context": 64, "initial_std": 0.3, **shape}
+        language_model = new_language_model(ModelConfig(architecture=architecture, **values), word_tokenizer, seed)
+        language_model.model.requires_grad_(False).eval()
+        return language_model
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_models(new_tiny_model: Callable[..., LanguageModel]) -> dict[str, LanguageModel]:
+    """A random model of each architecture, shared by all tests: read, never changed."""
+    return {"gpt2": new_tiny_model("gpt2"), "llama": new_tiny_model("llama")}
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def tiny_model(request: pytest.FixtureRequest, tiny_models: dict[str, LanguageModel]) -> LanguageModel:
+    """Each of the shared tiny models in turn."""
+    return tiny_models[request.param]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data: `data` in the folder that RLGF_SHARED names, by default `shared` beside the repository."""
+    folder = Path(os.environ.get("RLGF_SHARED") or REPOSITORY.parent / "shared") / "data"
+    if not folder.is_dir():
+        reason = f"the real data is not there ({folder}): set RLGF_SHARED to the folder that holds `data`"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
