@@ -1,0 +1,226 @@
+"""Small things to test with: texts spelled as strings of authors, models whose gradient names the token, tiny trainers."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlgf.algorithms import Algorithm, Share
+from rlgf.config import Config, ModelConfig, TaskConfig, override
+from rlgf.experience import Models, Reading, appraise
+from rlgf.guides import FunctionGuide, Guide, ModelGuide, Request, Text
+from rlgf.models import Critic, LanguageModel, new_language_model
+from rlgf.supervised import Example
+from rlgf.tasks import embedded
+from rlgf.trainer import Parts, Trainer
+from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Prompt, Rollout, Support
+from rlgf.update import Updater
+
+LETTER = {"-": Origin.PAD, "x": Origin.PROMPT, "P": Origin.POLICY, "G": Origin.GUIDE}
+WORDS = embedded.tokenizer(TaskConfig())
+END = int(WORDS.eos_token_id)
+UNBOUNDED = 10**6  # a token budget that puts everything into one micro-batch
+
+
+# --- rollouts by hand -------------------------------------------------------------------------------------------------
+
+
+def rollout_of(
+    authors: Sequence[str],
+    finishers: str | None = None,
+    ids: Tensor | None = None,
+    phases: Sequence[int] | None = None,
+    log_probs: Tensor | None = None,
+    support: Support | None = None,
+    minimum: int = 0,
+) -> Rollout:
+    """A rollout from strings such as `xxGGPP-`: prompt, guide, policy, padding.
+
+    `finishers` has a letter for each text ('P' or 'G'; by default the author of its last token); the switch point is where
+    the finisher's run of tokens at the end begins.
+    """
+    finishers = finishers or "".join(text.rstrip("-")[-1] for text in authors)
+    origin = torch.tensor([[int(LETTER[letter]) for letter in text] for text in authors], dtype=torch.uint8)
+    responses = [text.strip("-").lstrip("x") for text in authors]
+    switch = torch.tensor([len(text.rstrip(author)) for text, author in zip(responses, finishers)])
+    zeros = torch.zeros(origin.shape)
+    given = zeros if log_probs is None else log_probs
+    rows = len(authors)
+    return Rollout(
+        prompts=[Prompt("")] * rows,
+        texts=[""] * rows,
+        ids=torch.arange(origin.numel()).view_as(zeros) if ids is None else ids,
+        origin=origin,
+        switch=switch,
+        finisher=torch.tensor([int(LETTER[letter]) for letter in finishers], dtype=torch.uint8),
+        phase=torch.tensor([0] * rows if phases is None else phases),
+        finished=torch.ones(rows, dtype=torch.bool),
+        index=torch.arange(rows),
+        group=torch.arange(rows),
+        log_probs=given,
+        full_log_probs=given,
+        support=support,
+        minimum=minimum,
+    )
+
+
+def experience_of(rollout: Rollout, credit: str = "gae", **measured: Tensor) -> Experience:
+    """An experience with the given measurements and zeros for the rest."""
+    names = ("old_log_probs", "reference_log_probs", "kl", "values", "returns", "advantages")
+    zeros = {name: torch.zeros(rollout.ids.shape) for name in names}
+    return Experience(rollout, credit, torch.zeros(len(rollout.ids)), **{**zeros, **measured})
+
+
+# --- models of which everything is known ------------------------------------------------------------------------------
+
+
+class Lookup(nn.Module):
+    """A causal model without context: the logits that follow a token depend on that token alone.
+
+    If every token of a rollout has an id of its own, row `i` of `embedding` is moved only by what is learned of the token
+    after the one with id `i`.
+    """
+
+    def __init__(self, vocabulary: int, width: int = 8, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.embedding = nn.Embedding.from_pretrained(torch.randn(vocabulary, width, generator=generator), freeze=False)
+        self.head = nn.Linear(width, vocabulary, bias=False).requires_grad_(False)
+        self.head.weight.copy_(torch.randn(vocabulary, width, generator=generator))
+        self.device = torch.device("cpu")
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
+
+
+def lookup_policy(vocabulary: int, seed: int = 0, end_ids: tuple[int, ...] = (0,)) -> LanguageModel:
+    return LanguageModel(Lookup(vocabulary, seed=seed), None, end_ids, 10**6, vocabulary)
+
+
+class LookupTrunk(nn.Module):
+    """The same for a critic: the value of a state depends on its last token alone."""
+
+    def __init__(self, vocabulary: int, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(torch.ones(vocabulary, width), freeze=False)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        return SimpleNamespace(last_hidden_state=self.embedding(input_ids))
+
+
+def lookup_critic(vocabulary: int) -> Critic:
+    critic = Critic(LookupTrunk(vocabulary), 8, 0.0)
+    nn.init.ones_(critic.head.weight)
+    return critic
+
+
+class StubCritic(nn.Module):
+    """Values as given: `table` [vocabulary] holds the value of the state *before* the token with that id.
+
+    Made for rollouts whose ids are all different, so that a table in the shape of `ids` reads naturally.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.trunk = nn.Identity()
+        self.table = nn.Parameter(table.flatten().clone())
+
+    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
+        return self.table[ids[rows, columns]]
+
+
+# --- settings and measuring -------------------------------------------------------------------------------------------
+
+
+def config_of(**values: Any) -> Config:
+    """A small config; `ppo__epochs=3` sets `ppo.epochs`."""
+    base: dict[str, Any] = {
+        "task__max_new_tokens": 6, "task__options": {"slots": 2, "train_prompts": 32, "held_out_prompts": 4},
+        "ppo__iterations": 3, "ppo__texts_per_iteration": 8, "ppo__minibatch_size": 4, "ppo__epochs": 2,
+        "ppo__learning_rate": 1e-2, "critic__learning_rate": 1e-2, "kl__coefficient": 0.05,
+    }  # fmt: skip
+    return override(Config(), [(key.replace("__", "."), value) for key, value in {**base, **values}.items()])
+
+
+def reading_of(config: Config) -> Reading:
+    return Reading(config.decoding, config.ppo, config.runtime.token_budget)
+
+
+def updater_of(models: Models, config: Config, targets: Sequence[Example] = ()) -> Updater:
+    return Updater(models, reading_of(config), config.kl, config.critic, targets, config.seed)
+
+
+def measure(
+    rollout: Rollout, shares: Sequence[Share], rewards: Sequence[float], models: Models, config: Config, credit: str = "gae"
+) -> Experience:
+    """`appraise` with the score as the reward."""
+    return appraise(rollout, shares, credit, rewards, rewards, models, reading_of(config), config.kl.coefficient)
+
+
+# --- tiny trainers ----------------------------------------------------------------------------------------------------
+
+
+def tiny_model(seed: int = 0, dropout: float = 0.0, **shape: Any) -> LanguageModel:
+    values = {"layers": 1, "width": 16, "heads": 2, "context": 32, "initial_std": 0.4, **shape}
+    model = new_language_model(ModelConfig(**values), WORDS, seed)
+    for module in model.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = dropout
+    model.model.eval()
+    return model
+
+
+def tiny_critic(policy: LanguageModel) -> Critic:
+    trunk = copy.deepcopy(policy.model.get_decoder() if hasattr(policy.model, "get_decoder") else policy.model.transformer)
+    return Critic(trunk, int(policy.model.config.hidden_size), 0.0)
+
+
+def word_reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """Something that differs from text to text: how many positive words, and a little for their order."""
+    return [sum((1 + 0.1 * i) * (w in embedded.POSITIVE) for i, w in enumerate(text.split())) for text in texts]
+
+
+def known_word(requests: Sequence[Request]) -> list[Text]:
+    """A guide that writes `superb` three times, or as often as there is room, and ends."""
+    return [Text(" superb" * min(3, request.budget), finished=request.budget > 3) for request in requests]
+
+
+def tiny_parts(algorithm: Algorithm, config: Config, guide: Guide | None = None, policy: LanguageModel | None = None) -> Parts:
+    """What a trainer is made of, equal for equal arguments."""
+    policy = policy or tiny_model()
+    task = embedded.build(config.task, policy.tokenizer)
+    shared = config.critic.kind == "trunk"
+    width = int(policy.model.config.hidden_size)
+    critics = {origin: Critic(None, width, 0.0) if shared else tiny_critic(policy) for origin in algorithm.critics}
+    targets = [Example(WORDS(p.text)["input_ids"] + WORDS(p.targets[0])["input_ids"], 4) for p in task.train]
+    models = Models(policy, tiny_model(seed=7).frozen(), critics)
+    return Parts(config, algorithm, task, word_reward, models, guide or FunctionGuide(known_word), targets, None)
+
+
+def tiny_trainer(
+    algorithm: Algorithm, config: Config, guide: Guide | None = None, policy: LanguageModel | None = None
+) -> Trainer:
+    return Trainer(tiny_parts(algorithm, config, guide, policy))
+
+
+def parameters(module: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in module.parameters()]
+
+
+def farthest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest change of any parameter."""
+    return max(float((a - b).abs().max()) for a, b in zip(before, after))
+
+
+__all__ = [
+    "END", "GUIDE", "POLICY", "UNBOUNDED", "WORDS", "Decoding", "ModelGuide", "StubCritic", "config_of", "dataclasses",
+    "experience_of", "farthest", "known_word", "lookup_critic", "lookup_policy", "measure", "parameters", "reading_of",
+    "rollout_of", "tiny_critic", "tiny_model", "tiny_parts", "tiny_trainer", "updater_of", "word_reward",
+]  # fmt: skip
