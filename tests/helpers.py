@@ -1,7 +1,6 @@
 """Small things to test with: texts spelled as strings of authors, models whose gradient names the token, tiny trainers."""
 
 import copy
-import dataclasses
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
-from rlgf.guides import FunctionGuide, Guide, ModelGuide, Request, Text
+from rlgf.guides import FunctionGuide, Guide, Request, Text
 from rlgf.models import Critic, LanguageModel, new_language_model
 from rlgf.supervised import Example
 from rlgf.tasks import embedded
 from rlgf.trainer import Parts, Trainer
-from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Prompt, Rollout, Support
+from rlgf.types import Experience, Origin, Prompt, Rollout, Support
 from rlgf.update import Updater
 
 LETTER = {"-": Origin.PAD, "x": Origin.PROMPT, "P": Origin.POLICY, "G": Origin.GUIDE}
@@ -41,8 +40,9 @@ def rollout_of(
     """A rollout from strings such as `xxGGPP-`: prompt, guide, policy, padding.
 
     `finishers` has a letter for each text ('P' or 'G'; by default the author of its last token); the switch point is where
-    the finisher's run of tokens at the end begins.
+    the finisher's run of tokens at the end begins. Rows are padded to the longest.
     """
+    authors = [text.ljust(max(map(len, authors)), "-") for text in authors]
     finishers = finishers or "".join(text.rstrip("-")[-1] for text in authors)
     origin = torch.tensor([[int(LETTER[letter]) for letter in text] for text in authors], dtype=torch.uint8)
     responses = [text.strip("-").lstrip("x") for text in authors]
@@ -100,8 +100,15 @@ class Lookup(nn.Module):
         return SimpleNamespace(logits=self.head(self.embedding(input_ids)))
 
 
-def lookup_policy(vocabulary: int, seed: int = 0, end_ids: tuple[int, ...] = (0,)) -> LanguageModel:
-    return LanguageModel(Lookup(vocabulary, seed=seed), None, end_ids, 10**6, vocabulary)
+def lookup_policy(vocabulary: int, seed: int = 0) -> LanguageModel:
+    return LanguageModel(Lookup(vocabulary, seed=seed), None, (0,), 10**6, vocabulary)
+
+
+def uniform_policy(vocabulary: int) -> LanguageModel:
+    """Every token has probability 1 / vocabulary."""
+    policy = lookup_policy(vocabulary)
+    nn.init.zeros_(policy.model.embedding.weight)
+    return policy
 
 
 class LookupTrunk(nn.Module):
@@ -214,13 +221,23 @@ def parameters(module: nn.Module) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in module.parameters()]
 
 
+def descends_by_its_gradient(updater: Updater) -> Updater:
+    """The updater with plain gradient descent at rate 1: what a parameter loses in a step is its gradient (unless clipped)."""
+    updater.policy_optimizer = _plain(updater.policy_optimizer)
+    updater.critic_optimizers = {origin: _plain(adam) for origin, adam in updater.critic_optimizers.items()}
+    return updater
+
+
+def _plain(adam: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return torch.optim.SGD([parameter for group in adam.param_groups for parameter in group["params"]], lr=1.0)
+
+
+def plain_config(**values: Any) -> Config:
+    """One step on all texts at rate 1, the gradient as it is."""
+    once = {"ppo__epochs": 1, "ppo__minibatch_size": 64, "ppo__learning_rate": 1.0, "critic__learning_rate": 1.0}
+    return config_of(**{**once, "ppo__max_gradient_norm": 1e9, "ppo__old_log_probs": "recompute", **values})
+
+
 def farthest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest change of any parameter."""
     return max(float((a - b).abs().max()) for a, b in zip(before, after))
-
-
-__all__ = [
-    "END", "GUIDE", "POLICY", "UNBOUNDED", "WORDS", "Decoding", "ModelGuide", "StubCritic", "config_of", "dataclasses",
-    "experience_of", "farthest", "known_word", "lookup_critic", "lookup_policy", "measure", "parameters", "reading_of",
-    "rollout_of", "tiny_critic", "tiny_model", "tiny_parts", "tiny_trainer", "updater_of", "word_reward",
-]  # fmt: skip
