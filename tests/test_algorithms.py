@@ -87,9 +87,7 @@ def test_the_horizon_rule_is_clipped_to_the_length() -> None:
     assert law("horizon", POLICY, 2) == {1: pytest.approx(1 / 6), 2: pytest.approx(5 / 6)}
 
 
-@pytest.mark.parametrize(
-    ("rule", "rollin"), [("uniform", GUIDE), ("uniform", POLICY), ("paper", GUIDE), ("horizon", POLICY)]
-)
+@pytest.mark.parametrize(("rule", "rollin"), [("uniform", GUIDE), ("uniform", POLICY), ("paper", GUIDE), ("horizon", POLICY)])
 def test_an_empty_rollin_switches_at_0(rule: SwitchRule, rollin: Origin) -> None:
     assert law(rule, rollin, 0) == {0: 1.0}
 

@@ -140,9 +140,7 @@ def test_value_loss_is_the_larger_of_clipped_and_unclipped_half_squared_error() 
 
 
 def test_value_loss_without_a_clip_is_half_the_squared_error() -> None:
-    loss, clipped = ops.value_loss(
-        torch.tensor([1.0, 0.0]), torch.zeros(2), torch.ones(2), torch.tensor([0.5, 0.5]), clip=None
-    )
+    loss, clipped = ops.value_loss(torch.tensor([1.0, 0.0]), torch.zeros(2), torch.ones(2), torch.tensor([0.5, 0.5]), clip=None)
     same(loss, 0.25)
     assert clipped.tolist() == [False, False]
 
@@ -269,9 +267,7 @@ AGGREGATIONS = st.sampled_from(["token_mean", "sequence_mean"])
 def selections(draw: st.DrawFn) -> Tensor:
     """A mask of any shape and pattern, empty rows included."""
     rows, width = draw(st.integers(1, 5)), draw(st.integers(1, 6))
-    return torch.tensor(
-        draw(st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=rows, max_size=rows))
-    )
+    return torch.tensor(draw(st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=rows, max_size=rows)))
 
 
 @st.composite
@@ -303,9 +299,7 @@ def test_weights_sum_to_1_or_to_0_where_nothing_is_selected(selected: Tensor, ag
 
 
 @given(selections(), AGGREGATIONS, st.integers(0, 5), st.integers(0, 10**6))
-def test_micro_batches_with_a_global_total_add_up_to_the_whole(
-    selected: Tensor, aggregation: str, cut: int, seed: int
-) -> None:
+def test_micro_batches_with_a_global_total_add_up_to_the_whole(selected: Tensor, aggregation: str, cut: int, seed: int) -> None:
     log_probs, old, advantages, returns = noise(selected, seed, 4)
     total = ops.weight_total(selected, aggregation)
 
@@ -382,9 +376,7 @@ def test_moments_of_parts_add_up(selected: Tensor, seed: int) -> None:
 
 
 @given(st.integers(1, 4), st.integers(1, 5), AGGREGATIONS, st.integers(0, 10**6))
-def test_an_empty_selection_gives_zero_loss_and_zero_gradient(
-    rows: int, width: int, aggregation: str, seed: int
-) -> None:
+def test_an_empty_selection_gives_zero_loss_and_zero_gradient(rows: int, width: int, aggregation: str, seed: int) -> None:
     nothing = torch.zeros((rows, width), dtype=torch.bool)
     old, advantages, returns = noise(nothing, seed, 3)
     for pick in (lambda values: values, lambda values: values[nothing]):  # masked by weights, or selected beforehand

@@ -369,7 +369,7 @@ def test_row_order_and_company_change_no_text(name: str, policy: LanguageModel, 
     setting = writing(policy, guide, decoding=Decoding(top_p=0.95))
     whole = collect(setting, algorithm, shares, PROMPTS, INDICES)
     texts, lengths = responses(whole), whole.prompt_lengths
-    for order in (list(reversed(range(24))), [4], [0, 5, 9, 23]):
+    for order in (list(reversed(range(24))), [0, 5, 23]):
         part = collect(setting, algorithm, shares, [PROMPTS[i] for i in order], [INDICES[i] for i in order])
         assert responses(part) == [texts[i] for i in order]
         assert part.switch.tolist() == whole.switch[order].tolist()

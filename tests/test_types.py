@@ -82,17 +82,13 @@ def test_a_plain_text_by_the_policy_is_all_after_the_switch_whatever_the_credit(
         assert spelled(plain.trained(credit)) == spelled(plain.after_switch) == [".11.", "..1."]
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5), st.booleans()
-)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=5), st.booleans())
 def test_masks_divide_the_written_tokens(shapes: list[tuple[int, int, int]], guide_first: bool) -> None:
     first, second = ("g", "p") if guide_first else ("p", "g")
     rows = ["x" * prompt + first * before + second * after for prompt, before, after in shapes]
     width = max(map(len, rows)) + 1
     finisher = LETTERS[second]
-    found = rollout(
-        [row.ljust(width, "_") for row in rows], [before for _, before, _ in shapes], [finisher] * len(rows)
-    )
+    found = rollout([row.ljust(width, "_") for row in rows], [before for _, before, _ in shapes], [finisher] * len(rows))
     assert torch.equal(found.written, found.by_policy ^ found.by_guide)
     assert torch.equal(found.after_switch, found.origin == finisher)
     assert torch.equal(found.lengths, found.prompt_lengths + found.written.sum(1))
@@ -122,9 +118,7 @@ def test_support_select_of_nothing_is_nothing() -> None:
     st.lists(st.lists(st.integers(0, 3), min_size=3, max_size=3), min_size=1, max_size=4),
     st.lists(st.tuples(st.integers(0, 10), st.integers(0, 2)), max_size=6),
 )
-def test_support_select_equals_picking_from_nested_lists(
-    counts: list[list[int]], places: list[tuple[int, int]]
-) -> None:
+def test_support_select_equals_picking_from_nested_lists(counts: list[list[int]], places: list[tuple[int, int]]) -> None:
     flat = iter(range(100))
     nested = [[[next(flat) for _ in range(count)] for count in row] for row in counts]
     support = Support(torch.tensor(counts), torch.arange(sum(map(sum, counts))))
