@@ -308,7 +308,7 @@ def test_order_of_rows_padding_and_micro_batches_change_nothing(algorithm: Any) 
             assert torch.allclose(getattr(found, name), widen(getattr(expected, name)), atol=1e-5), (name, budget)
 
 
-def test_a_model_that_was_left_in_training_mode_is_appraised_without_dropout() -> None:
+def test_a_model_that_is_handed_over_in_training_mode_writes_and_is_read_without_dropout() -> None:
     policy = tiny_model(dropout=0.5)
     policy.model.train()
     trainer = tiny_trainer(ppo(), config_of(), policy=policy)
