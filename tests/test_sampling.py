@@ -1,6 +1,7 @@
 """The decoder: what it writes, what it says it drew from, and that no row is touched by its neighbours."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +98,7 @@ def common_ends(language_model: LanguageModel) -> LanguageModel:
 # greedy search
 
 
-@pytest.mark.parametrize("minimum", [0, 6, 12])
+@pytest.mark.parametrize("minimum", [0, 6])
 @pytest.mark.parametrize("ragged", [True, False])
 def test_greedy_equals_generate_token_for_token(tiny_model: LanguageModel, ragged: bool, minimum: int) -> None:
     ending = common_ends(tiny_model)
@@ -256,13 +257,19 @@ def test_what_is_kept_of_tied_tokens_does_not_depend_on_the_other_rows(decoding:
         assert found[0] == found[1]
 
 
+@functools.cache
+def first_draws(count: int) -> NDArray[np.float64]:
+    """One uniform of each of many trajectories."""
+    return uniform_rows(5, Purpose.POLICY_TOKEN, range(count), 1, [3] * count)[:, 0]
+
+
 @pytest.mark.parametrize("decoding", DECODINGS.values(), ids=DECODINGS)
 @pytest.mark.parametrize("forbidden", [False, True])
 def test_frequencies_of_draws_fit_the_distribution(decoding: Decoding, forbidden: bool) -> None:
     count = 6000
     logits = torch.tensor([0.5, -1.0, 1.5, 0.0, -3.0, 1.4, 0.2, -0.5])
     mask = torch.full((count,), forbidden)
-    draws = torch.from_numpy(uniform_rows(5, Purpose.POLICY_TOKEN, range(count), 1, [3] * count)[:, 0])
+    draws = torch.from_numpy(first_draws(count))
     tokens = draw(logits.expand(count, -1), draws, mask, (2,), decoding).tokens
     expected = processed(logits[None], mask[:1], (2,), decoding)[0].double().softmax(0).numpy()
     seen = np.bincount(tokens.numpy(), minlength=8)
