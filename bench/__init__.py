@@ -1,0 +1,1 @@
+"""Measurements of rlgf against its peers; see bench/README.md."""

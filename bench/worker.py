@@ -1,0 +1,96 @@
+"""What a worker process does on either side: wait for its turn, do one iteration, report what it took."""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+class Turns:
+    """The worker's end of the talk with `bench.iteration`: a line on stdin is a turn, a line of JSON the answer.
+
+    The libraries print to stdout as they like, so the answers go out through a copy of it made before, and what
+    they print ends up in the log.
+    """
+
+    def __init__(self) -> None:
+        self.answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+        self.counts: Counter[str] = Counter()
+        self.stages: dict[str, float] = {}
+        self.began = self.began_cpu = 0.0
+
+    def say(self, **answer: Any) -> None:
+        """Answer the turn."""
+        print(json.dumps(answer), file=self.answers, flush=True)
+
+    def begin(self) -> None:
+        """Wait for the turn, then start the clocks."""
+        if not sys.stdin.readline():
+            raise SystemExit("the benchmark went away")
+        self.counts.clear()
+        self.stages.clear()
+        self.began, self.began_cpu = time.perf_counter(), time.process_time()
+
+    def stage(self, name: str) -> None:
+        """Note that the stage `name` ends now, counted from the beginning of the turn."""
+        self.stages[name] = time.perf_counter() - self.began
+
+    def end(self, score: float) -> None:
+        """Stop the clocks and answer."""
+        seconds, cpu_seconds = time.perf_counter() - self.began, time.process_time() - self.began_cpu
+        ends = [0.0, *self.stages.values()]
+        self.say(
+            seconds=seconds,
+            cpu_seconds=cpu_seconds,
+            stages={name: after - before for name, before, after in zip(self.stages, ends, ends[1:])},
+            counts=dict(self.counts),
+            score=score,
+            peak_rss_mb=peak_rss_mb(),
+        )
+
+    def count_optimizer_steps(self, **parameters: torch.nn.Parameter) -> None:
+        """Count the steps of whichever optimizer holds each of `parameters`, as `optimizer_steps_NAME`."""
+
+        def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            for name, parameter in parameters.items():
+                self.counts[f"optimizer_steps_{name}"] += id(parameter) in held
+
+        register_optimizer_step_post_hook(after_step)
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process ever held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """What the worker runs on, and the versions of what it runs."""
+    from importlib.metadata import version
+
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": "cpu",
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+    }
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, wrapper: Any) -> Any:
+    """Within it `owner.name` is `wrapper(original)`: how work is counted inside code that does not count it."""
+    original = getattr(owner, name)
+    setattr(owner, name, wrapper(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,0 +1,95 @@
+"""The side of rlgf: `Trainer.step` on parts built by hand."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.worker import Turns, machine, peak_rss_mb, replaced
+from bench.workload import Workload, read_prompts, reward
+from rlgf import ops
+from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
+from rlgf.experience import Models
+from rlgf.models import load_language_model, new_critic
+from rlgf.tasks import Task
+from rlgf.trainer import Parts, Trainer
+from rlgf.types import POLICY, Decoding, Prompt
+
+
+def build(workload: Workload, folder: Path, turns: int, token_budget: int) -> Trainer:
+    """A trainer for the workload."""
+    model = str(folder / "model")
+    config = Config(
+        seed=workload.seed,
+        task=TaskConfig(max_new_tokens=workload.new_tokens, min_new_tokens=workload.new_tokens),
+        ppo=PPOConfig(
+            iterations=turns,
+            texts_per_iteration=workload.texts,
+            epochs=workload.epochs,
+            minibatch_size=workload.minibatch_texts,
+            learning_rate=workload.learning_rate,
+            gamma=workload.gamma,
+            lam=workload.lam,
+            clip=workload.clip,
+        ),
+        kl=KLConfig(coefficient=workload.kl_coefficient),
+        critic=CriticConfig(learning_rate=workload.learning_rate, value_clip=workload.value_clip),
+        decoding=Decoding(temperature=workload.temperature),
+        evaluation=EvaluationConfig(every=0),
+        runtime=RuntimeConfig(trackers=(), **({"token_budget": token_budget} if token_budget else {})),
+    )
+    policy = load_language_model(model)
+    prompts = [Prompt(text="", ids=tuple(ids)) for ids in read_prompts(folder)]
+
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        return reward(texts)
+
+    models = Models(policy, policy.frozen(), {POLICY: new_critic("separate", model, policy, 0.0)})
+    task = Task("S", prompts, prompts, prompts, judge)
+    return Trainer(Parts(config, config.algorithm.build(), task, judge, models, None, [], None))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--turns", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--token-budget", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    turns = Turns()
+    trainer = build(Workload(), arguments.folder, arguments.turns, arguments.token_budget)
+    models = trainer.parts.models
+    turns.count_optimizer_steps(policy=next(models.policy.model.parameters()), critic=next(models.critics[POLICY].parameters()))
+
+    def counting(ppo_loss: Any) -> Any:
+        def counted(log_probs: Tensor, *rest: Any) -> Any:
+            turns.counts["tokens_trained"] += log_probs.numel()
+            return ppo_loss(log_probs, *rest)
+
+        return counted
+
+    turns.say(
+        **machine("rlgf", "torch", "transformers"),
+        parameters=sum(parameter.numel() for parameter in models.policy.model.parameters()),
+        token_budget=trainer.reading.token_budget,
+        attention=models.policy.model.config._attn_implementation,
+        loaded_rss_mb=peak_rss_mb(),
+    )
+    with replaced(ops, "ppo_loss", counting):
+        for iteration in range(arguments.turns):
+            turns.begin()
+            metrics, experience = trainer.step(iteration)
+            passed = 0.0
+            for stage in ("write", "appraise", "update"):
+                passed += metrics[f"seconds_{stage}"]
+                turns.stages[stage] = passed
+            turns.counts["tokens_generated"] = int(experience.rollout.written.sum())
+            turns.end(metrics["score"])
+
+
+if __name__ == "__main__":
+    main()
