@@ -9,7 +9,7 @@ letter or two only; what it learns there makes the places before easier, until i
 This file uses torch and transformers and nothing else of this repository; a test holds the library to the same numbers.
 One convention: column `c` of every [texts, width] tensor speaks of the token in column `c`: who wrote it, its
 log-probability given all before it, and the value of the state before it.
-Source: "Learning to Generate Better Than Your LLM", algorithm 1; the details of PPO as in docs/algorithms.
+Source: "Learning to Generate Better Than Your LLM", algorithm 1; Schulman et al. 2017 (PPO) and 2016 (advantages).
 """
 
 import copy
