@@ -1,7 +1,6 @@
-"""Test doubles with a table where a language model has weights: small enough that every expectation can be summed up.
+"""Test doubles with a table where a language model has weights, small enough to enumerate.
 
-A `Game` is a deterministic automaton over tokens: by default one state for every text that can go on (a trie), otherwise any
-transitions, such as the combination lock's. `TabularModel` is a causal model in all that `rlgf` asks of one: its hidden
+A `Game` is a deterministic automaton over tokens: a trie, with one state for every unfinished text, or any other, such as the combination lock's. `TabularModel` is a causal model in all that `rlgf` asks of one: its hidden
 state is the number of the automaton's state, its head a table of logits.
 """
 
@@ -21,7 +20,7 @@ from rlgf.guides import ModelGuide
 from rlgf.models import LanguageModel
 from rlgf.tasks import Task
 from rlgf.trainer import Parts, Trainer
-from rlgf.types import POLICY, Decoding, Prompt
+from rlgf.types import Decoding, Prompt
 
 LETTERS = "abcdefgh"
 State = int
@@ -30,7 +29,7 @@ Text = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Game:
-    """A token MDP: `transitions[state, token]` is the next state, state 0 the start; `reward` reads the finished text.
+    """A token MDP: `transitions[state, token]` is the next state, 0 the first; `reward` reads finished texts.
 
     The last row of `transitions` is the end, which no one leaves and in which nothing is asked; its last column is the prompt
     token, which changes nothing. The tokens are letters and, last, the end token; texts of fixed length are those whose
@@ -150,7 +149,7 @@ class TabularHead(nn.Module):
 
 
 class TabularModel(nn.Module):
-    """A causal language model whose weights are one row of logits for every state of a game.
+    """A causal language model whose weights are a row of logits for every state of a game.
 
     With a cache its keys are the tokens read so far, so that a decoding step sees the whole prefix; what the attention mask
     hides is skipped, and positions that disagree with the mask are an error.
@@ -162,7 +161,7 @@ class TabularModel(nn.Module):
         self.head = TabularHead(logits)
         self.config = SimpleNamespace(
             num_hidden_layers=1, vocab_size=game.vocabulary, max_position_embeddings=game.horizon + 8
-        )
+        )  # fmt: skip
         self.generation_config = SimpleNamespace(eos_token_id=game.end_id)
 
     @property
@@ -209,22 +208,19 @@ class TabularCritic(nn.Module):
         self.transitions = game.transitions
         self.table = nn.Parameter(torch.zeros(game.states) if values is None else values.float().clone())
 
-    def forward(
-        self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
         return self.table[walk(self.transitions, ids)[rows, columns - 1]]
 
 
 def language_model(game: Game, logits: Tensor) -> LanguageModel:
     """A table as the library takes a policy, a reference or a guide."""
-    return LanguageModel(
-        TabularModel(game, logits), TabularTokenizer(game), (game.end_id,), game.horizon + 8, game.vocabulary
-    )
+    model, tokenizer = TabularModel(game, logits), TabularTokenizer(game)
+    return LanguageModel(model, tokenizer, (game.end_id,), game.horizon + 8, game.vocabulary)
 
 
 @dataclass
 class Play:
-    """A game, its players, and a trainer of the library that plays it."""
+    """A game, a trainer of the library that plays it, and the gradients that reached the policy."""
 
     game: Game
     trainer: Trainer
@@ -302,7 +298,7 @@ def values(game: Game, logits: Tensor, gamma: float = 1.0, penalty: Tensor | Non
         if state not in known:
             chances = probabilities(game, logits, tokens)
             total = 0.0
-            for token in range(game.vocabulary):
+            for token in chances.nonzero().flatten().tolist():
                 after = (*tokens, token)
                 worth = game.payoff(after) if game.is_over(after) else gamma * value(after)
                 total += float(chances[token]) * (worth - (0.0 if penalty is None else float(penalty[state, token])))
@@ -312,3 +308,31 @@ def values(game: Game, logits: Tensor, gamma: float = 1.0, penalty: Tensor | Non
 
     value(())
     return table
+
+
+LEARNING = PPOConfig(
+    iterations=10**6, texts_per_iteration=64, minibatch_size=64, epochs=4, learning_rate=0.1, check_first_ratio=True
+)
+
+
+def sure_guide(game: Game, key: Sequence[int], probability: float) -> Tensor:
+    """Logits of a guide that plays each token of the key with this probability, and anything off it."""
+    logits = torch.zeros(game.states, game.vocabulary)
+    for position, token in enumerate(key):
+        logits[position, token] = math.log(probability / ((1 - probability) / (game.letters - 1)))
+    return logits
+
+
+def solve_lock(
+    length: int, algorithm: Algorithm, seed: int, cap: int, ppo: PPOConfig = LEARNING, probability: float = 0.9
+) -> tuple[int | None, Play]:  # fmt: skip
+    """Texts that a uniform policy needs until its exact value on the lock is .9; None where `cap` is not enough."""
+    game, key = lock(length)
+    start = torch.zeros(game.states, game.vocabulary)
+    played = play(game, algorithm, start, sure_guide(game, key, probability), ppo, seed)
+    for iteration in range(cap // ppo.texts_per_iteration):
+        played.trainer.step(iteration)
+        on_key = played.table[:length, : game.letters].softmax(1)[torch.arange(length), list(key)]
+        if float(on_key.prod()) >= 0.9:
+            return (iteration + 1) * ppo.texts_per_iteration, played
+    return None, played
