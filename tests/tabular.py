@@ -1,7 +1,8 @@
 """Test doubles with a table where a language model has weights, small enough to enumerate.
 
-A `Game` is a deterministic automaton over tokens: a trie, with one state for every unfinished text, or any other, such as the combination lock's. `TabularModel` is a causal model in all that `rlgf` asks of one: its hidden
-state is the number of the automaton's state, its head a table of logits.
+A `Game` is a deterministic automaton over tokens: a trie, with one state for every unfinished text, or any other,
+such as the combination lock's. `TabularModel` is a causal model in all that `rlgf` asks of one: its hidden state is the
+number of the automaton's state, its head a table of logits.
 """
 
 import math
@@ -31,9 +32,9 @@ Text = tuple[int, ...]
 class Game:
     """A token MDP: `transitions[state, token]` is the next state, 0 the first; `reward` reads finished texts.
 
-    The last row of `transitions` is the end, which no one leaves and in which nothing is asked; its last column is the prompt
-    token, which changes nothing. The tokens are letters and, last, the end token; texts of fixed length are those whose
-    minimum is the horizon, so that it is always forbidden.
+    The last row of `transitions` is the end, which no one leaves and in which nothing is asked; its last column is the
+    prompt token, which changes nothing. The tokens are letters and, last, the end token; it is always forbidden where the
+    minimum is the horizon, so that all texts have the same length.
     """
 
     letters: int

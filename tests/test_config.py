@@ -15,7 +15,6 @@ from rlgf.config import (
     all_keys,
     dump,
     from_dict,
-    load,
     override,
     parse_assignment,
     read_yaml,
@@ -180,7 +179,7 @@ def test_a_learning_rate_in_scientific_notation_is_a_number_on_the_command_line_
     assert overridden("ppo.learning_rate=1e-4").ppo.learning_rate == 1e-4
     path = tmp_path / "a.yaml"
     path.write_text("ppo:\n  learning_rate: 1e-4\n")
-    assert load(path).ppo.learning_rate == 1e-4
+    assert from_dict(read_yaml(path), str(path)).ppo.learning_rate == 1e-4
 
 
 def test_overrides_change_what_they_name_and_nothing_else() -> None:
@@ -204,9 +203,9 @@ def test_a_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
     )  # fmt: skip
     path = tmp_path / "config.yaml"
     path.write_text(dump(config), encoding="utf-8")
-    assert load(path) == config
-    assert dump(load(path)) == dump(config)
-    assert load(path).runtime.trackers == ()
+    assert from_dict(read_yaml(path), str(path)) == config
+    assert dump(from_dict(read_yaml(path), str(path))) == dump(config)
+    assert from_dict(read_yaml(path), str(path)).runtime.trackers == ()
 
 
 def test_a_dump_holds_every_key() -> None:

@@ -124,9 +124,7 @@ def aggrevated(beta: float, credit: Credit = "gae", switch: SwitchRule = "unifor
     )
 
 
-def _both(
-    beta_guide: float, beta_policy: float, switch_guide: SwitchRule, switch_policy: SwitchRule
-) -> tuple[Phase, Phase]:
+def _both(beta_guide: float, beta_policy: float, switch_guide: SwitchRule, switch_policy: SwitchRule) -> tuple[Phase, Phase]:
     """The phase of PPO++ and that of AggreVaTeD, in this order."""
     return Phase(GUIDE, POLICY, beta_guide, switch_guide), Phase(POLICY, GUIDE, beta_policy, switch_policy)
 
@@ -148,14 +146,16 @@ def lols(
     if not 0.0 <= alpha <= 1.0:
         raise UserError(f"alpha is {alpha:g}, but for lols it is a weight: choose a value within [0, 1].")
     phases = _both(beta_guide, beta_policy, switch_guide, switch_policy)
+    plan: Callable[[int, float], tuple[Share, ...]]
     if mix == "advantage":
         plan = always(Share(0, 0.5, alpha, 1 - alpha), Share(1, 0.5, alpha, 1 - alpha))
         summary = f"both at once, advantages mixed {alpha:g} to {1 - alpha:.2g}"
     elif mix == "iteration":
 
-        def plan(iteration: int, coin: float) -> tuple[Share, ...]:
+        def by_coin(iteration: int, coin: float) -> tuple[Share, ...]:
             return (own(0, POLICY),) if coin < alpha else (own(1, GUIDE),)
 
+        plan = by_coin
         summary = f"each iteration PPO++ with probability {alpha:g}, otherwise AggreVaTeD"
     else:
         raise unknown("mix", mix, ("advantage", "iteration"))

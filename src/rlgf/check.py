@@ -79,9 +79,7 @@ def check_reward(task: Task, reward: TextFunction) -> list[Finding]:
     findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each text")]
     together = scores["targets"]
     if any(abs(a - b) > 1e-6 for a, b in [*zip(together, again), *zip(together, alone)]):
-        findings.append(
-            Finding("error", "the reward is not pure: the same text got another number the second time or alone")
-        )
+        findings.append(Finding("error", "the reward is not pure: the same text got another number the second time or alone"))
     else:
         findings.append(Finding("ok", "the reward is pure: the same text gets the same number, alone or among others"))
     findings.append(_constant(task, reward, [value for values in scores.values() for value in values]))
@@ -104,9 +102,7 @@ def _constant(task: Task, reward: TextFunction, seen: Sequence[float]) -> Findin
         tried += len(part)
     if max(values) == min(values):
         return Finding("error", f"the reward is constant: {values[0]:g} for all {tried:,} texts tried")
-    return Finding(
-        "ok", f"the reward is not constant: from {min(values):.3f} to {max(values):.3f} over {tried:,} texts"
-    )
+    return Finding("ok", f"the reward is not constant: from {min(values):.3f} to {max(values):.3f} over {tried:,} texts")
 
 
 def shuffled(text: str, number: int) -> str:

@@ -28,20 +28,14 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Any other field, as section.field=value (`rlgf show config` lists them).")
 ]
 Out = Annotated[Path | None, typer.Option(help="The folder to write to.", metavar="DIR")]
-Stages = Annotated[
-    Path | None, typer.Option(help="Where stages are kept and found. Default: OUT/stages.", metavar="DIR")
-]
+Stages = Annotated[Path | None, typer.Option(help="Where stages are kept and found. Default: OUT/stages.", metavar="DIR")]
 Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
 Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub name or folder), skipping lm and sft.")]
-GuideSpec = Annotated[
-    str | None, typer.Option("--guide", help="sft, trained, model:PATH, references or python:module:name.")
-]
+GuideSpec = Annotated[str | None, typer.Option("--guide", help="sft, trained, model:PATH, references or python:module:name.")]
 Seed = Annotated[int | None, typer.Option(help="All randomness follows from it.")]
 Iterations = Annotated[int | None, typer.Option(help="Iterations of writing and learning.")]
 Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
-Alpha = Annotated[
-    float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")
-]
+Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")]
 
 
 def read_config(
@@ -153,9 +147,7 @@ def train(
         watch.close()
     results = json.loads((target / "results.json").read_text())
     console.print_metrics({name: float("nan") if v is None else v for name, v in results["evaluation"].items()})
-    console.report(
-        f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see texts with `rlgf write {target}`"
-    )
+    console.report(f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see texts with `rlgf write {target}`")
 
 
 @app.command()
@@ -386,9 +378,7 @@ def list_() -> None:
 
     sections: dict[str, dict[str, str]] = {
         "recipes": {name: (make.__doc__ or "").split("\n")[0] for name, make in RECIPES.items()},
-        "tasks": {
-            name: (sys.modules[kind.build.__module__].__doc__ or "").split("\n")[0] for name, kind in TASKS.items()
-        },
+        "tasks": {name: (sys.modules[kind.build.__module__].__doc__ or "").split("\n")[0] for name, kind in TASKS.items()},
         "algorithms": {},
         "guides": {
             "sft": "the policy's starting point, sampled as guide.decoding says",
@@ -415,9 +405,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Nothing happens before the commands."""
 

@@ -54,9 +54,7 @@ def compare(
         raise UserError("nothing to compare: give at least one algorithm and one seed.")
     stages = out / "stages"
     began = time.monotonic()
-    configs = {
-        (row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds
-    }
+    configs = {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds}
     folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in configs}
     for place, changed in configs.items():
         RunDirectory(folders[place], changed)  # refuses a folder that holds another run, before any work
@@ -142,9 +140,7 @@ def _write_results(
     return results
 
 
-def _row(
-    key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]
-) -> dict[str, Any]:
+def _row(key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     names = results[0]["evaluation"].keys()
     return {
         "key": key,

@@ -108,8 +108,7 @@ class AlgorithmConfig:
 
     def build(self) -> algorithms.Algorithm:
         """The algorithm these numbers describe."""
-        switches = {"switch_guide": self.switch_guide, "switch_policy": self.switch_policy}
-        betas = (self.beta_guide, self.beta_policy)
+        betas, switches = (self.beta_guide, self.beta_policy), (self.switch_guide, self.switch_policy)
         if self.name == "ppo":
             return algorithms.ppo()
         if self.name == "ppo_pp":
@@ -117,9 +116,9 @@ class AlgorithmConfig:
         if self.name == "aggrevated":
             return algorithms.aggrevated(self.beta_policy, self.credit, self.switch_policy)
         if self.name == "lols":
-            return algorithms.lols(*betas, self.mixing_weight, self.mix, self.credit, **switches)
+            return algorithms.lols(*betas, self.mixing_weight, self.mix, self.credit, *switches)
         if self.name == "d2lols":
-            return algorithms.d2lols(*betas, self.switch_iteration, self.credit, **switches)
+            return algorithms.d2lols(*betas, self.switch_iteration, self.credit, *switches)
         raise unknown("algorithm", self.name, algorithms.NAMES)
 
 
@@ -145,7 +144,7 @@ class PPOConfig:
     old_log_probs: Literal["sampler", "recompute"] = "sampler"
     ratio_support: Literal["sampled", "full"] = "sampled"  # 'full' ignores what top-k or top-p cut off: a biased ratio
     dropout: bool = False
-    target_kl: float | None = None  # stop an iteration's epochs when the mean log-ratio to the old policy exceeds this
+    target_kl: float | None = None  # stop an iteration's epochs once the mean of (ratio − 1) − log ratio exceeds this
     check_first_ratio: bool = False  # an error if the first ratio is off by more than 1e-4
     mle_coefficient: float = 0.0
     mle_batch: int | None = None  # targets per optimizer step; None: the minibatch size
@@ -196,7 +195,7 @@ class RuntimeConfig:
     threads: int = 0  # 0: all cores (command line); the library never sets threads by itself
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    token_budget: int = 8192  # tokens of one micro-batch; changes speed and memory, not results
+    token_budget: int = 2048  # tokens of one micro-batch; changes speed and memory, not results
     checkpoint_every: int = 10  # iterations; the last one is always kept
     trackers: tuple[str, ...] = ("tensorboard",)
 
@@ -252,16 +251,28 @@ def check_numbers(config: Config) -> None:
     }.items():
         if not 0.0 <= value <= 1.0:
             raise UserError(f"{name} is {value:g}, but must lie within [0, 1].")
+    above_zero = {
+        "ppo.clip": ppo.clip,
+        "ppo.adam_epsilon": ppo.adam_epsilon,
+        "ppo.max_gradient_norm": ppo.max_gradient_norm,
+        "kl.target": config.kl.target,
+        "kl.horizon": config.kl.horizon,
+        "critic.value_clip": 1.0 if config.critic.value_clip is None else config.critic.value_clip,
+    }
+    for name, value in {"ppo": ppo.learning_rate, "critic": config.critic.learning_rate}.items():
+        if not value >= 0:
+            raise UserError(f"{name}.learning_rate is {value:g}, but must not be negative.")
+    for name, value in above_zero.items():
+        if not value > 0:  # nan is not, either
+            raise UserError(f"{name} is {value:g}, but must be above 0.")
     for name, decoding in {"decoding": config.decoding, "guide.decoding": config.guide.decoding}.items():
         if decoding.temperature <= 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0:
             raise UserError(f"{name} needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; it has {decoding}.")
     if config.decoding.greedy:
-        raise UserError(
-            "decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices."
-        )
+        raise UserError("decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices.")
     if not 0 <= task.min_new_tokens <= task.max_new_tokens:
         raise UserError(
-            f"task.min_new_tokens is {task.min_new_tokens}, but must lie within [0, task.max_new_tokens = {task.max_new_tokens}]."
+            f"task.min_new_tokens is {task.min_new_tokens}, but must lie within [0, {task.max_new_tokens}] (max_new_tokens)."
         )
     if ppo.texts_per_iteration % ppo.samples_per_prompt:
         raise UserError(
@@ -303,8 +314,8 @@ def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all
 def unknown_key(key: str, where: str) -> UserError:
     """The error for a key that no config has, with the nearest that one has."""
     valid = list(all_keys(Config))
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5) or [k for k in valid if k.split(".")[-1] == key][:1]
     last = {name.split(".")[-1]: name for name in valid}
+    close = [last[key]] if key in last else difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
     hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
     return UserError(f"{where}: unknown key '{key}': {hint}")
@@ -350,21 +361,16 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key, separator, value = text.partition("=")
     if not separator or not key:
         raise UserError(f"command line: '{text}' is not of the form section.field=value.")
-    if (value and value[0] in "[{") or not value:
+    try:
         parsed: Any = yaml.safe_load(value)
-    else:
-        parsed = yaml.safe_load(value)
-        if isinstance(parsed, str):
-            try:  # YAML 1.1 reads 1e-4 as a string
-                parsed = float(parsed)
-            except ValueError:
-                parsed = value
+    except yaml.YAMLError:
+        raise UserError(f"command line: the value of '{text}' is not valid YAML: quote it.") from None
+    if parsed == value:
+        try:  # YAML 1.1 reads 1e-4 as a string
+            parsed = float(value)
+        except ValueError:
+            parsed = value
     return key, parsed
-
-
-def load(path: Path) -> Config:
-    """A config from a YAML file. A key `recipe` names the recipe whose numbers the file changes is resolved by the caller."""
-    return from_dict(read_yaml(path), str(path))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
-from rlgf.models import count_parameters
+from rlgf.models import count_parameters, shape_config
 from rlgf.pipeline import needs_guide, policy_phases
 from rlgf.report import table_rows
 from rlgf.trainer import Progress as Step
@@ -67,9 +67,7 @@ class Watch:
     def __call__(self, step: Step) -> None:
         """Show one more iteration."""
         metrics = step.metrics
-        line = (
-            f"reward {metrics['score']:.3f} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
-        )
+        line = f"reward {metrics['score']:.3f} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
         if log.is_terminal:
             self._show_bar(step, line)
             return
@@ -173,9 +171,7 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
     critics = " and ".join("V^π" if origin == POLICY else "V^g" for origin in algorithm.critics)
     steps = ppo.epochs * -(-ppo.texts_per_iteration // ppo.minibatch_size)
     trained = 1 + (len(algorithm.critics) if config.critic.kind == "separate" else 0)
-    frozen = (
-        1 + (needs_guide(algorithm) and config.guide.spec != "references") + bool(config.evaluation.output_perplexity)
-    )
+    frozen = 1 + (needs_guide(algorithm) and config.guide.spec != "references") + bool(config.evaluation.output_perplexity)
     vocabulary = config.model.vocabulary or 0
     memory = 4 * (4 * trained + frozen) * size + 12 * config.runtime.token_budget * max(vocabulary, 64)
     lines = {
@@ -189,9 +185,7 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
         "iterations": f"{ppo.iterations} of {ppo.texts_per_iteration} texts; {steps} optimizer steps each",
         "tokens": f"at most {ppo.texts_per_iteration * task.max_new_tokens:,} written in an iteration",
         "in all": f"{ppo.iterations * ppo.texts_per_iteration:,} texts",
-        "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries"
-        if known
-        else "unknown until the model is loaded",
+        "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
     for name, value in lines.items():
         out.print(Text(f"  {name:12}{value}"))
@@ -199,23 +193,14 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
 
 def _parameters(config: Config) -> tuple[int, bool]:
     """Parameters of the policy, from its shape alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    shape = config.model
-    path = config.policy or shape.path
-    size = {"vocab_size": shape.vocabulary or 64}
+    path = config.policy or config.model.path
     try:
         if path:
             wanted: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        elif shape.architecture == "gpt2":
-            wanted = GPT2Config(
-                n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.context, **size
-            )
         else:
-            wanted = LlamaConfig(
-                num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
-                num_attention_heads=shape.heads, tie_word_embeddings=True, **size,
-            )  # fmt: skip
+            wanted = shape_config(config.model, config.model.vocabulary or 64)
         with torch.device("meta"):
             return count_parameters(AutoModelForCausalLM.from_config(wanted)), True
     except (OSError, ValueError):

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -27,9 +28,7 @@ def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict
     for column in columns:
         for number, row in enumerate(rows, 1):
             if column not in row:
-                raise UserError(
-                    f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}."
-                )
+                raise UserError(f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}.")
     return rows
 
 
@@ -47,7 +46,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
                     rows.append(cast("dict[str, Any]", row))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}, after line {number}: cannot be decoded ({error}).") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None

@@ -46,9 +46,7 @@ def evaluate_guide(
     writing: Writing, prompts: Sequence[Prompt], judges: Judges, seed: int
 ) -> tuple[dict[str, float], Rollout, list[float]]:
     """The same of a guide, which is a black box: no KL and no perplexity of its own."""
-    alone = Algorithm(
-        "guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything"
-    )
+    alone = Algorithm("guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything")
     rollout, metrics, scores = _written(dataclasses.replace(writing, seed=seed), alone, prompts, judges)
     return metrics, rollout, scores
 

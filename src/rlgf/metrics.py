@@ -42,9 +42,7 @@ def perplexity(language_model: LanguageModel, prompts: Sequence[Prompt], budget:
     return token_perplexity(language_model, padded(rows), selected, reading)
 
 
-def token_perplexity(
-    language_model: LanguageModel, ids: torch.Tensor, selected: torch.Tensor, reading: Reading
-) -> float:
+def token_perplexity(language_model: LanguageModel, ids: torch.Tensor, selected: torch.Tensor, reading: Reading) -> float:
     """exp of the mean negative log-likelihood of the selected tokens of `ids` [texts, width]."""
     total = 0.0
 
@@ -57,9 +55,7 @@ def token_perplexity(
     return math.exp(min(total / count, 700.0)) if count else float("nan")
 
 
-def kl_to_reference(
-    rollout: Rollout, policy: LanguageModel, reference: LanguageModel, reading: Reading
-) -> tuple[float, float]:
+def kl_to_reference(rollout: Rollout, policy: LanguageModel, reference: LanguageModel, reading: Reading) -> tuple[float, float]:
     """KL(π ‖ π_0) of fresh texts by the policy: exact at every state and summed over a text, and its k1 estimate.
 
     Both in nats, averaged over texts; the distributions are the full, untempered ones.

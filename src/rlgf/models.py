@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.activations import NewGELUActivation
 
 from rlgf.config import ModelConfig
@@ -55,6 +55,15 @@ def load_tokenizer(path: str) -> Any:
     return _from_pretrained(AutoTokenizer, path, "tokenizer")
 
 
+def context_length(path: str) -> int:
+    """Tokens a model reads at once, from its config alone."""
+    return _context(_from_pretrained(AutoConfig, path, "model config"))
+
+
+def _context(config: Any) -> int:
+    return int(getattr(config, "max_position_embeddings", 0) or 10**9)
+
+
 def load_language_model(path: str, device: str = "cpu") -> LanguageModel:
     """A causal model from a Hub name or folder, in fp32; no remote code is run."""
     model = _from_pretrained(AutoModelForCausalLM, path, "causal language model", dtype=torch.float32)
@@ -63,43 +72,42 @@ def load_language_model(path: str, device: str = "cpu") -> LanguageModel:
 
 def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
     """Model and tokenizer with end tokens and context length worked out; raises where one is missing."""
+    vocabulary = int(model.config.vocab_size)
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
     ends: list[int] = []
     for configured in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
         for end in configured if isinstance(configured, list) else [configured]:
-            if end is not None and end not in ends:
+            if end is not None and end < vocabulary and end not in ends:  # GPT-2's default id exceeds a small vocabulary
                 ends.append(end)
     if not ends:
         raise UserError(
             f"model '{name}' has no end token: set eos_token in its tokenizer_config.json or eos_token_id in its config.json."
         )
-    vocabulary = int(model.config.vocab_size)
-    if max(len(tokenizer), *(end + 1 for end in ends)) > vocabulary:
-        raise UserError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
-    context = int(getattr(model.config, "max_position_embeddings", 0) or 10**9)
-    return LanguageModel(speed_up(model), tokenizer, tuple(ends), context, vocabulary)
+    return LanguageModel(speed_up(model), tokenizer, tuple(ends), _context(model.config), vocabulary)
+
+
+def shape_config(shape: ModelConfig, vocabulary: int) -> Any:
+    """The transformers config of a new model of this shape."""
+    if shape.architecture == "gpt2":
+        return GPT2Config(
+            vocab_size=vocabulary, n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.context,
+            initializer_range=shape.initial_std, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )  # fmt: skip
+    return LlamaConfig(
+        vocab_size=vocabulary, num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
+        num_attention_heads=shape.heads, max_position_embeddings=shape.context, initializer_range=shape.initial_std,
+        tie_word_embeddings=True,
+    )  # fmt: skip
 
 
 def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> LanguageModel:
     """A model with random weights of the given shape, a pure function of the seed."""
-    common = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    if shape.architecture == "gpt2":
-        config: Any = GPT2Config(
-            n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.context,
-            initializer_range=shape.initial_std, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
-        )  # fmt: skip
-    else:
-        config = LlamaConfig(
-            num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
-            num_attention_heads=shape.heads, max_position_embeddings=shape.context,
-            initializer_range=shape.initial_std, tie_word_embeddings=True, **common,
-        )  # fmt: skip
+    config = shape_config(shape, len(tokenizer))
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config).eval()
     return bundle(model, tokenizer, "new model")
 
 
@@ -117,9 +125,7 @@ def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder."
-        ) from None
+        raise UserError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
 
 
 @contextmanager
@@ -152,12 +158,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Logits of the tokens at `(rows, columns)` given all before them, and the hidden states.
 
-    `ids` [texts, width] padded on the right; returns float [tokens, vocabulary] and [texts, width, hidden]. A token in
+    `ids` [texts, width] padded on the right; returns float [tokens, vocabulary] and [texts, width − 1, hidden]. A token in
     column 0 has nothing before it and must not be asked for.
     """
     model, device = language_model.model, language_model.device
     with autocast(device, precision), head_positions(model, rows.to(device), columns.to(device) - 1) as hidden:
-        logits = model(input_ids=ids.to(device), use_cache=False).logits
+        logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits  # the last token conditions nothing
     return logits.squeeze(0).float(), hidden[0]
 
 
@@ -175,14 +181,12 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, initial_value)
 
-    def forward(
-        self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
         """Values [tokens] of the states before the tokens at `(rows, columns)`; `hidden` is the policy's, if it is shared."""
         device = self.head.weight.device
         with autocast(device, precision):
             if self.trunk is not None:
-                hidden = self.trunk(input_ids=ids.to(device), use_cache=False).last_hidden_state
+                hidden = self.trunk(input_ids=ids[:, :-1].to(device), use_cache=False).last_hidden_state
             assert hidden is not None
             picked = hidden[rows.to(device), columns.to(device) - 1]
         return self.head(picked.float()).squeeze(-1)
@@ -217,9 +221,7 @@ def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
 def padded(rows: Sequence[Sequence[int]], fill: int = 0) -> Tensor:
     """Rows of ids as one tensor, padded on the right."""
     width = max((len(row) for row in rows), default=0)
-    return torch.tensor([[*row, *([fill] * (width - len(row)))] for row in rows], dtype=torch.int64).view(
-        len(rows), width
-    )
+    return torch.tensor([[*row, *([fill] * (width - len(row)))] for row in rows], dtype=torch.int64).view(len(rows), width)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -247,9 +249,7 @@ def gather_tokens(
             visit(rows, columns, logits, picked)
 
 
-def selected_batches(
-    ids: Tensor, selected: Tensor, token_budget: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def selected_batches(ids: Tensor, selected: Tensor, token_budget: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Micro-batches for the selected tokens of `ids`: their rows and columns, the ids to read, their rows within those."""
     needed = (torch.arange(1, ids.shape[1] + 1) * selected).amax(1) if ids.numel() else torch.zeros(0)
     wanted = needed.nonzero().squeeze(1)

@@ -51,9 +51,7 @@ class NgramClassifier:
 
     def _of_features(self, rows: Sequence[NDArray[np.int64]]) -> list[float]:
         flat, offsets = as_bag(rows)
-        logits = (
-            torch.nn.functional.embedding_bag(flat, self.weights[:, None], offsets, mode="sum").squeeze(1) + self.bias
-        )
+        logits = torch.nn.functional.embedding_bag(flat, self.weights[:, None], offsets, mode="sum").squeeze(1) + self.bias
         return torch.sigmoid(logits).tolist()
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -93,9 +91,7 @@ def train_ngram(
     )
     order = permutation(seed, Purpose.SUPERVISED, 0, len(train[0]))
     tokenizer.train_from_iterator([train[0][i] for i in order[:8000]], trainer)
-    encoded = [
-        np.asarray(row.ids, dtype=np.int64) for row in tokenizer.encode_batch(train[0], add_special_tokens=False)
-    ]
+    encoded = [np.asarray(row.ids, dtype=np.int64) for row in tokenizer.encode_batch(train[0], add_special_tokens=False)]
     rows = [features(ids) for ids in encoded]
     labels = list(train[1])
     for number, size in enumerate(FRAGMENTS):
@@ -104,14 +100,10 @@ def train_ngram(
     classifier = NgramClassifier(tokenizer, torch.zeros(VOCABULARY + PAIRS), 0.0)
     _fit(classifier, rows, torch.tensor(labels, dtype=torch.float32), epochs, seed, report)
     classifier.save(folder)
-    held_out = [
-        np.asarray(row.ids, dtype=np.int64) for row in tokenizer.encode_batch(test[0], add_special_tokens=False)
-    ]
+    held_out = [np.asarray(row.ids, dtype=np.int64) for row in tokenizer.encode_batch(test[0], add_special_tokens=False)]
     measured = {"accuracy_whole": accuracy(classifier, held_out, test[1])}
     for number, size in enumerate(FRAGMENTS):
-        measured[f"accuracy_{size}_tokens"] = accuracy(
-            classifier, fragments(held_out, size, seed, 10 + number), test[1]
-        )
+        measured[f"accuracy_{size}_tokens"] = accuracy(classifier, fragments(held_out, size, seed, 10 + number), test[1])
     return measured
 
 

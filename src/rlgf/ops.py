@@ -5,6 +5,7 @@ selected. `selected` answers a question about tokens ("did the policy write it?"
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ def whiten(values: Tensor, selected: Tensor, over: Moments | None = None) -> Ten
         return torch.zeros_like(values)
     mean = sums.total / sums.count
     variance = max(sums.squares / sums.count - mean**2, 0.0)
-    return (values - mean) / (variance + 1e-8) ** 0.5 * selected
+    return torch.where(selected, (values - mean) / (variance + 1e-8) ** 0.5, 0.0)
 
 
 def ppo_loss(
@@ -155,8 +156,8 @@ def token_log_probs(
     vocabulary, without `forbidden_ids` where `forbidden` [tokens] says so (an end token before the minimum length).
     """
     scaled = logits if temperature == 1.0 else logits / temperature
-    drawn = scaled.gather(1, tokens[:, None]).squeeze(1)
     if support is not None and bool((support.counts > 0).any()):
+        drawn = scaled.gather(1, tokens[:, None]).squeeze(1)
         width = int(support.counts.max())
         inside = torch.arange(width, device=logits.device) < support.counts[:, None]
         ids = torch.zeros(inside.shape, dtype=torch.int64, device=logits.device)
@@ -167,9 +168,33 @@ def token_log_probs(
         whole = token_log_probs(logits, tokens, temperature, None, forbidden, forbidden_ids)
         limited = drawn - torch.where(support.counts[:, None] > 0, kept, 0.0).logsumexp(1)
         return torch.where(support.counts > 0, limited, whole)
-    if forbidden is not None and forbidden_ids is not None and bool(forbidden.any()):
-        scaled = without_ids(scaled, forbidden, forbidden_ids)
-    return drawn - scaled.logsumexp(1)
+    if forbidden is None or forbidden_ids is None or not bool(forbidden.any()):
+        forbidden_ids = None
+    result: Tensor = _WholeLogProbs.apply(scaled, tokens, forbidden, forbidden_ids)
+    return result
+
+
+class _WholeLogProbs(torch.autograd.Function):
+    """Log-softmax at `tokens`; keeps one number per row beside the logits, where autograd would keep copies of them."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, forbidden: Tensor | None, forbidden_ids: Tensor | None) -> Tensor:
+        normaliser = logits.logsumexp(1)
+        if forbidden is not None and forbidden_ids is not None:
+            # log(e^a − e^b): leave the forbidden share out of the sum instead of copying all logits
+            share = (logits[:, forbidden_ids].logsumexp(1) - normaliser).exp()
+            normaliser = torch.where(forbidden, normaliser + torch.log1p(-share), normaliser)
+        ctx.save_for_backward(logits, normaliser, tokens, forbidden, forbidden_ids)
+        return logits.gather(1, tokens[:, None]).squeeze(1) - normaliser
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = gradients
+        logits, normaliser, tokens, forbidden, forbidden_ids = ctx.saved_tensors
+        result = (logits - normaliser[:, None]).exp_().mul_(-gradient[:, None])
+        if forbidden is not None and forbidden_ids is not None:
+            result[:, forbidden_ids] = result[:, forbidden_ids].masked_fill(forbidden[:, None], 0.0)
+        return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None, None, None
 
 
 def without_ids(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:

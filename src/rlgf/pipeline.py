@@ -15,19 +15,27 @@ from rlgf.errors import RunError, UserError, unknown
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
 from rlgf.experience import Models, Reading
 from rlgf.guides import FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
-from rlgf.models import LanguageModel, count_parameters, load_language_model, new_critic
+from rlgf.models import (
+    LanguageModel,
+    context_length,
+    count_parameters,
+    load_language_model,
+    load_tokenizer,
+    new_critic,
+)
 from rlgf.plugins import load_object
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
 from rlgf.runs import RunDirectory, require_space, rollout_rows
 from rlgf.stages import (
     Report,
+    TargetExamples,
     base_model,
     distil_stage,
     guide_stage,
     reward_stage,
     sft_stage,
-    target_examples,
+    tokenizer_for,
 )
 from rlgf.supervised import Example
 from rlgf.tasks import Task, TextFunction, task_kind
@@ -60,6 +68,19 @@ def check(config: Config) -> Algorithm:
     return algorithm
 
 
+def cautions(algorithm: Algorithm) -> list[str]:
+    """What can be trained, but is known to leave something unlearnt. Source: algorithms.md, sections 2 and 3."""
+    found: list[str] = []
+    for phase in algorithm.phases:
+        if phase.rollin == POLICY and phase.beta == 1.0:
+            found.append("with beta = 1 V^g of the prompt is never fitted, though the first token needs it: choose beta < 1")
+        if phase.rollin == GUIDE and phase.beta == 1.0 and phase.switch == "paper":
+            found.append("with beta = 1 and switch 'paper' the first token is never trained: choose beta < 1 or 'uniform'")
+        if phase.rollin == POLICY and phase.switch == "paper":
+            found.append("with switch 'paper' the last token is never trained where the guide finishes: choose 'uniform'")
+    return found
+
+
 def needs_guide(algorithm: Algorithm) -> bool:
     """Whether an algorithm ever asks a guide."""
     return algorithm.asks_guide_to_begin or algorithm.asks_guide_to_finish
@@ -76,15 +97,24 @@ def _require_finisher(algorithm: Algorithm, can_finish: bool, spec: str) -> None
 def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     """Make or reuse every stage and assemble what a trainer needs; raises `UserError` for whatever cannot be trained."""
     algorithm = check(config)
+    for warning in cautions(algorithm):
+        report(f"warning: {warning}")
+    wanted = needs_guide(algorithm) or config.distil.texts > 0
+    # Whatever can be refused without a model is refused before one is trained.
+    tokenizer, context = starting_tokenizer(config, stages, report)
+    task, reward = prepare_task(config, tokenizer, stages, report)
+    _check_lengths(tokenizer, context, task, config)
+    if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
+        raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
+    probe_reward(reward, task.validation[:4])
+    guide = plain_guide(config, algorithm) if wanted else None
+    if guide is not None:
+        _probe_guide(guide, algorithm, tokenizer, task, config)
     start = sft_stage(config, stages, report)
     reference = load_language_model(str(start), config.runtime.device)
-    task, reward = prepare_task(config, reference.tokenizer, stages, report)
-    _check_lengths(reference, task, config)
-    probe_reward(reward, task.validation[:4])
-    wanted = needs_guide(algorithm) or config.distil.texts > 0
-    guide = build_guide(config, reference, stages, report, algorithm) if wanted else None
-    if guide is not None:
-        _probe_guide(guide, algorithm, reference, task, config)
+    if wanted and guide is None:
+        guide = model_guide(config, reference, stages, report)
+        _probe_guide(guide, algorithm, tokenizer, task, config)
     policy_path = start
     if config.distil.texts:
         assert guide is not None
@@ -93,15 +123,21 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
             config, str(start), lambda count: guide_examples(config, reference, chosen, task, count), stages, report
         )
     policy = load_language_model(str(policy_path), config.runtime.device)
-    targets = target_examples(task, policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
+    targets = TargetExamples(task, policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     critics = {
-        origin: new_critic(
-            config.critic.kind, config.critic.path or str(policy_path), policy, config.critic.initial_value
-        )
+        origin: new_critic(config.critic.kind, config.critic.path or str(policy_path), policy, config.critic.initial_value)
         for origin in algorithm.critics
     }
     models = Models(policy, reference.frozen(), critics)
     return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report))
+
+
+def starting_tokenizer(config: Config, stages: Path, report: Report) -> tuple[Any, int]:
+    """The policy's tokenizer and context length, before the policy is made."""
+    path = config.policy or config.model.path
+    if path is None:
+        return tokenizer_for(config, config.task, config.model, stages, report)[0], config.model.context
+    return load_tokenizer(path), context_length(path)
 
 
 def prepare_task(config: Config, tokenizer: Any, stages: Path, report: Report) -> tuple[Task, TextFunction]:
@@ -120,31 +156,37 @@ def general_model(config: Config, stages: Path, report: Report) -> LanguageModel
     return base_model(config, stages, report)[0]
 
 
-def build_guide(config: Config, reference: LanguageModel, stages: Path, report: Report, algorithm: Algorithm) -> Guide:
-    """The guide a config names, refused where it cannot do what the algorithm asks."""
-    spec, decoding = config.guide.spec, config.guide.decoding
+def plain_guide(config: Config, algorithm: Algorithm) -> Guide | None:
+    """The guide a config names if it is no model; refused where it cannot do what the algorithm asks."""
+    spec = config.guide.spec
     guide: Guide
     if spec == "references":
         guide = ReferenceGuide()
     elif spec.startswith("python:"):
         guide = FunctionGuide(load_object(spec, "guide"))
-    elif spec == "sft":
-        guide = ModelGuide(reference.frozen(), decoding, config.runtime.precision)
     else:
-        path = str(guide_stage(config, stages, report)) if spec == "trained" else spec.removeprefix("model:")
-        model = load_language_model(path, config.runtime.device)
-        if model.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-            raise UserError(f"guide '{spec}' has another tokenizer than the policy: choose a model with the policy's.")
-        guide = ModelGuide(model.frozen(), decoding, config.runtime.precision)
+        return None
     _require_finisher(algorithm, guide.capabilities.can_finish, spec)
     return guide
 
 
+def model_guide(config: Config, reference: LanguageModel, stages: Path, report: Report) -> Guide:
+    """The guide a config names as a model in this process: the SFT model, one trained here, or one to be loaded."""
+    spec, decoding = config.guide.spec, config.guide.decoding
+    if spec == "sft":
+        return ModelGuide(reference.frozen(), decoding, config.runtime.precision)
+    path = str(guide_stage(config, stages, report)) if spec == "trained" else spec.removeprefix("model:")
+    model = load_language_model(path, config.runtime.device)
+    if model.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
+        raise UserError(f"guide '{spec}' has another tokenizer than the policy: choose a model with the policy's.")
+    if model.context < reference.context:
+        raise UserError(f"guide '{spec}' reads {model.context} tokens, the policy {reference.context}: choose a longer one.")
+    return ModelGuide(model.frozen(), decoding, config.runtime.precision)
+
+
 def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int) -> list[Example]:
     """`count` texts by the guide on training prompts, as tokens to learn."""
-    alone = Algorithm(
-        "guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything"
-    )
+    alone = Algorithm("guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything")
     writing = Writing(
         policy, guide, config.decoding, config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
         config.runtime.precision,
@@ -155,34 +197,34 @@ def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Ta
     return [Example(row[:length].tolist(), start) for row, length, start in zip(rollout.ids, lengths, starts)]
 
 
-def _check_lengths(model: LanguageModel, task: Task, config: Config) -> None:
+def _check_lengths(tokenizer: Any, context: int, task: Task, config: Config) -> None:
     """Refuse empty prompts and prompts that leave no room for a response."""
-    room = model.context - config.task.max_new_tokens
+    room = context - config.task.max_new_tokens
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)
         if not prompts:
             raise UserError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
         for number, prompt in enumerate(prompts, 1):
-            length = len(encode_prompt(model.tokenizer, prompt))
+            length = len(encode_prompt(tokenizer, prompt))
             if length == 0:
                 raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
             if length > room:
                 raise UserError(
                     f"task '{task.name}', {split} prompt {number} has {length} tokens; with {config.task.max_new_tokens} new "
-                    f"ones it exceeds the model's context of {model.context}: shorten the prompts or task.max_new_tokens."
+                    f"ones it exceeds the model's context of {context}: shorten the prompts or task.max_new_tokens."
                 )
 
 
-def _probe_guide(guide: Guide, algorithm: Algorithm, policy: LanguageModel, task: Task, config: Config) -> None:
+def _probe_guide(guide: Guide, algorithm: Algorithm, tokenizer: Any, task: Task, config: Config) -> None:
     """Try a guide on a few prompts before anything is trained: writing, and finishing where the algorithm asks for that."""
     requests: list[Request] = []
     for index, prompt in enumerate(task.validation[:2]):
-        ids = encode_prompt(policy.tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt)
         budget = config.task.max_new_tokens
         requests.append(Request(prompt, ids, "", [], budget, config.task.min_new_tokens, index, config.seed))
         if algorithm.asks_guide_to_finish and budget > 1:
-            begun = encode_prompt(policy.tokenizer, prompt)[-1:]
-            text = policy.tokenizer.decode(begun)
+            begun = encode_prompt(tokenizer, prompt)[-1:]
+            text = tokenizer.decode(begun)
             minimum = max(0, config.task.min_new_tokens - 1)
             requests.append(Request(prompt, ids, text, begun, budget - 1, minimum, index, config.seed))
     try:
@@ -273,7 +315,7 @@ def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report:
     reference = load_language_model(str(start), config.runtime.device)
     language_model = load_language_model(policy, config.runtime.device) if policy else reference
     task, reward = prepare_task(config, reference.tokenizer, stages, report)
-    _check_lengths(language_model, task, config)
+    _check_lengths(language_model.tokenizer, language_model.context, task, config)
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
     judges = Judges(task, reward, reference, general_model(config, stages, report), reading)
     writing = Writing(
@@ -302,8 +344,6 @@ def policy_phases(algorithm: Algorithm) -> list[str]:
     for phase in algorithm.phases:
         end = f"the {names[phase.rollout]} writes"
         if phase.rollin is not None:
-            end = (
-                f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
-            )
+            end = f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
         lines.append(end)
     return lines

@@ -19,6 +19,4 @@ def load_object(spec: str, kind: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"{kind} '{spec}' cannot be loaded ({error}): check the module's and the function's names."
-        ) from None
+        raise UserError(f"{kind} '{spec}' cannot be loaded ({error}): check the module's and the function's names.") from None

@@ -31,13 +31,13 @@ class Purpose(IntEnum):
 
 def uniforms(seed: int, purpose: Purpose, index: int, count: int, start: int = 0) -> NDArray[np.float64]:
     """`count` uniform numbers in [0, 1) for positions `start …`, float64."""
-    bits = np.random.Philox(key=[seed % 2**64, int(purpose)], counter=[0, index % 2**64, 0, 0])
+    # as uint64: a list would pass through float64, in which large neighbouring seeds are one
+    key = np.array([seed % 2**64, int(purpose)], dtype=np.uint64)
+    bits = np.random.Philox(key=key, counter=np.array([0, index % 2**64, 0, 0], dtype=np.uint64))
     return np.random.Generator(bits).random(start + count)[start:]
 
 
-def uniform_rows(
-    seed: int, purpose: Purpose, indices: Sequence[int], count: int, starts: Sequence[int]
-) -> NDArray[np.float64]:
+def uniform_rows(seed: int, purpose: Purpose, indices: Sequence[int], count: int, starts: Sequence[int]) -> NDArray[np.float64]:
     """A row of `count` uniforms for each index, from its own start position, [rows, count]."""
     rows = [uniforms(seed, purpose, index, count, start) for index, start in zip(indices, starts)]
     return np.stack(rows) if rows else np.zeros((0, count))

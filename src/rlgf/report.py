@@ -114,9 +114,7 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
                       textcoords="offset points", ha="right", fontsize=9, color="#555555")  # fmt: skip
     axes.set_xlabel("texts written in training")
     axes.set_ylabel("pass rate" if quantity == "pass_rate" else "reward")
-    axes.set_title(
-        f"{results['recipe']}: validation prompts, {len(results['seeds'])} seed(s), band = lowest to highest"
-    )
+    axes.set_title(f"{results['recipe']}: validation prompts, {len(results['seeds'])} seed(s), band = lowest to highest")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)

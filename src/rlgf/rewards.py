@@ -40,9 +40,7 @@ class SequenceClassifier:
         for start in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(list(texts[start : start + self.batch_size]), padding=True, return_tensors="pt")
             if batch["input_ids"].shape[1] > self.limit:
-                raise ValueError(
-                    f"a text has {batch['input_ids'].shape[1]} tokens, but '{self.path}' reads {self.limit}"
-                )
+                raise ValueError(f"a text has {batch['input_ids'].shape[1]} tokens, but '{self.path}' reads {self.limit}")
             with torch.no_grad():
                 logits = self.model(**batch).logits
             chosen = logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.softmax(1)[:, self.positive]
@@ -57,9 +55,7 @@ def _positive_class(config: Any, path: str) -> int:
             return number
     if len(labels) == 1:
         return 0
-    raise UserError(
-        f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1."
-    )
+    raise UserError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")
 
 
 def build_reward(config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:

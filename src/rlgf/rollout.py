@@ -6,6 +6,7 @@ changes hands at h, the rollout actor finishes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -50,9 +51,7 @@ class _Row:
     finished: bool = False
 
 
-def choose_prompts(
-    prompts: Sequence[Prompt], seed: int, indices: Sequence[int], samples_per_prompt: int
-) -> list[Prompt]:
+def choose_prompts(prompts: Sequence[Prompt], seed: int, indices: Sequence[int], samples_per_prompt: int) -> list[Prompt]:
     """The prompt of each trajectory: passes over the data in an order drawn anew for each, a prompt for each group."""
     orders: dict[int, list[int]] = {}
     chosen: list[Prompt] = []
@@ -70,7 +69,7 @@ def split_texts(shares: Sequence[Share], texts: int) -> list[int]:
     for share in shares:
         edges.append(edges[-1] + share.fraction)
     counts = [round(edge * texts / edges[-1]) for edge in edges]
-    return [after - before for before, after in zip(counts, counts[1:])]
+    return [after - before for before, after in pairwise(counts)]
 
 
 def collect(
@@ -87,9 +86,7 @@ def collect(
     begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, writing.seed)]
     _roll_in(writing, algorithm, begun, counts)
     for author in (POLICY, GUIDE):
-        open_rows = [
-            row for row in rows if row.finisher == author and not row.finished and len(row.ids) < writing.horizon
-        ]
+        open_rows = [row for row in rows if row.finisher == author and not row.finished and len(row.ids) < writing.horizon]
         _write(writing, author, open_rows, [writing.horizon] * len(open_rows), counts)
     return _as_rollout(writing, rows, samples_per_prompt, counts)
 
@@ -198,13 +195,16 @@ def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: d
 def guide_ids(policy: LanguageModel, answer: Text, budget: int) -> tuple[list[int], bool, bool]:
     """A guide's text in policy tokens, whether it ends with an end token, and whether it was cut at the budget.
 
-    A finished text gets the policy's end token if there is room; one that was cut off does not.
+    A finished text gets the policy's end token if there is room; one that was cut off does not. An end token that the guide
+    itself writes ends the text: nothing follows it.
     """
     if answer.ids is not None:
         ids = list(answer.ids)
     else:
         ids = encode_continuation(policy.tokenizer, answer.text)
         ids = [*ids, policy.end_id] if answer.finished and len(ids) < budget else ids
+    ended = next((place + 1 for place, token in enumerate(ids) if token in policy.end_ids), len(ids))
+    ids = ids[:ended]
     kept = ids[:budget]
     return kept, bool(kept) and kept[-1] in policy.end_ids, len(ids) > budget
 

@@ -126,14 +126,16 @@ def truncate(scaled: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
     if count < vocabulary:
         values, ids = scaled.topk(count + 1, dim=1)
         if bool((values[:, count - 1] == values[:, count]).any()):  # a tie at the last place: every tied token is kept
-            values, ids = scaled.sort(1, descending=True)
+            values, ids = scaled.sort(dim=1, descending=True, stable=True)
             values = values.masked_fill(values < values[:, count - 1 : count], -torch.inf)
             most = int((values > -torch.inf).sum(1).max())
             values, ids = values[:, :most], ids[:, :most]
         else:
-            values, ids = values[:, :count], ids[:, :count]
+            ids, order = ids[:, :count].sort(1)  # equal values in the order of ids, whatever the other rows are
+            values, order = values[:, :count].gather(1, order).sort(dim=1, descending=True, stable=True)
+            ids = ids.gather(1, order)
     else:
-        values, ids = scaled.sort(1, descending=True)
+        values, ids = scaled.sort(dim=1, descending=True, stable=True)
     if decoding.top_p < 1.0:
         # as transformers: going up from the least likely, cut while what is below and including holds at most 1 − p
         tail = values.softmax(1).flip(1).cumsum(1).flip(1)
@@ -228,15 +230,11 @@ class _Layer(DynamicLayer):
 class _Decoder:
     """A batch of prefixes aligned at their ends: one prefill, then a column at a time."""
 
-    def __init__(
-        self, language_model: LanguageModel, prefixes: Sequence[Sequence[int]], budget: int, precision: str
-    ) -> None:
+    def __init__(self, language_model: LanguageModel, prefixes: Sequence[Sequence[int]], budget: int, precision: str) -> None:
         self.language_model, self.prefixes, self.precision = language_model, prefixes, precision
         self.lengths = torch.tensor([len(prefix) for prefix in prefixes])
         self.widest = int(self.lengths.max())
-        layers = [
-            _Layer(len(prefixes), self.widest + budget) for _ in range(language_model.model.config.num_hidden_layers)
-        ]
+        layers = [_Layer(len(prefixes), self.widest + budget) for _ in range(language_model.model.config.num_hidden_layers)]
         self.layers, self.cache = layers, Cache(layers=layers)  # pyright: ignore[reportArgumentType]
         self.mask = torch.arange(self.widest + budget) >= (self.widest - self.lengths)[:, None]
         self.ragged = bool((self.lengths != self.widest).any())

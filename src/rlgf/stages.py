@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -88,9 +88,7 @@ def build_at(
     return target
 
 
-def tokenizer_for(
-    config: Config, task: TaskConfig, shape: ModelConfig, stages: Path, report: Report
-) -> tuple[Any, Any]:
+def tokenizer_for(config: Config, task: TaskConfig, shape: ModelConfig, stages: Path, report: Report) -> tuple[Any, Any]:
     """The tokenizer before any model is made, and its fingerprint."""
     if shape.path:
         return load_tokenizer(shape.path), source_fingerprint(shape.path)
@@ -157,9 +155,7 @@ def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = Non
     task, shape = config.task, config.model
     raw_texts = task_kind(task).raw_texts
     if raw_texts is None:
-        raise UserError(
-            f"task '{task.name}' has no raw text to train a language model on: set lm.steps=0 and lm.epochs=0."
-        )
+        raise UserError(f"task '{task.name}' has no raw text to train a language model on: set lm.steps=0 and lm.epochs=0.")
     if shape.path:
         raise UserError(f"model.path is '{shape.path}', a trained model: remove it to train one, or skip the lm stage.")
     tokenizer, token_mark = tokenizer_for(config, task, shape, stages, report)
@@ -186,19 +182,29 @@ def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = Non
     return build_stage(stages, "lm", ingredients, build, report)
 
 
-def target_examples(task: Task, model: LanguageModel, budget: int, most: int = 0) -> list[Example]:
-    """Every target of the training prompts, as tokens to learn."""
-    examples: list[Example] = []
-    for prompt in task.train:
-        if most and len(examples) >= most:
-            break
-        if prompt.targets:
-            before = encode_prompt(model.tokenizer, prompt)
-            after = encode_target(model.tokenizer, prompt.targets[0], model.end_id, budget)
-            examples.append(Example([*before, *after], len(before)))
-    if not examples:
-        raise UserError(f"task '{task.name}' has no targets: SFT and the MLE term need at least one.")
-    return examples
+class TargetExamples(Sequence[Example]):
+    """Every target of a task's training prompts as tokens to learn, encoded when it is asked for."""
+
+    def __init__(self, task: Task, model: LanguageModel, budget: int, most: int = 0) -> None:
+        prompts = [prompt for prompt in task.train if prompt.targets]
+        self.prompts, self.model, self.budget = prompts[:most] if most else prompts, model, budget
+        if not prompts:
+            raise UserError(f"task '{task.name}' has no targets: SFT and the MLE term need at least one.")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @overload
+    def __getitem__(self, place: int) -> Example: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Example]: ...
+    def __getitem__(self, place: int | slice) -> Example | Sequence[Example]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        prompt = self.prompts[place]
+        before = encode_prompt(self.model.tokenizer, prompt)
+        after = encode_target(self.model.tokenizer, prompt.targets[0], self.model.end_id, self.budget)
+        return Example([*before, *after], len(before))
 
 
 def sft_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path | str:
@@ -214,9 +220,7 @@ def guide_stage(config: Config, stages: Path, report: Report) -> Path | str:
     """The guide 'trained': a model of its own, fine-tuned on demonstrations of its own."""
     guide = config.guide
     options = {**config.task.options, **guide.options}
-    task = TaskConfig(
-        config.task.name, config.task.data, config.task.max_new_tokens, config.task.min_new_tokens, options
-    )
+    task = TaskConfig(config.task.name, config.task.data, config.task.max_new_tokens, config.task.min_new_tokens, options)
     return _sft(config, task, guide.model, guide.sft, "guide", stages, report, None)
 
 
@@ -232,9 +236,7 @@ def _sft(
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
-        examples = target_examples(
-            task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts
-        )
+        examples = TargetExamples(task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts)
         measured = fit(model, examples, training, seed, config.runtime.token_budget, report)
         model.save(folder)
         return measured
@@ -261,13 +263,11 @@ def reward_stage(config: Config, stages: Path, report: Report, at: Path | None =
     return build_stage(stages, "reward", ingredients, build, report)
 
 
-def distil_stage(
-    config: Config, start: str, write: Callable[[int], list[Example]], stages: Path, report: Report
-) -> Path:
+def distil_stage(config: Config, start: str, write: Callable[[int], list[Example]], stages: Path, report: Report) -> Path:
     """The policy fine-tuned on `distil.texts` texts that the guide writes (`write`)."""
     seed = config.seed if config.distil.seed is None else config.distil.seed
     ingredients = {
-        "start": source_fingerprint(start) if not Path(start).parent == stages else Path(start).name,
+        "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
         "guide": to_dict(config.guide), "distil": to_dict(config.distil), "seed": seed, "task": _task_source(config.task),
     }  # fmt: skip
 

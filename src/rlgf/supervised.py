@@ -75,9 +75,7 @@ def fit(
     }  # fmt: skip
 
 
-def supervised_step(
-    language_model: LanguageModel, batch: Sequence[Example], precision: str, token_budget: int
-) -> float:
+def supervised_step(language_model: LanguageModel, batch: Sequence[Example], precision: str, token_budget: int) -> float:
     """Add the gradient of the batch's mean token loss; returns the loss."""
     return nll_backward(language_model, batch, 1.0, precision, token_budget)
 

@@ -29,9 +29,7 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def decode_continuations(
-    tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> list[str]:
+def decode_continuations(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
     """The text that each response adds to its prompt (white space at the joint included)."""
 
     def batch(rows: list[list[int]]) -> list[str]:

@@ -70,15 +70,11 @@ class Trainer:
         first = iteration * ppo.texts_per_iteration
         indices = range(first, first + ppo.texts_per_iteration)
         prompts = choose_prompts(self.parts.task.train, self.config.seed, indices, ppo.samples_per_prompt)
-        return collect(
-            self.writing, self.parts.algorithm, self.shares(iteration), prompts, indices, ppo.samples_per_prompt
-        )
+        return collect(self.writing, self.parts.algorithm, self.shares(iteration), prompts, indices, ppo.samples_per_prompt)
 
     def shares(self, iteration: int) -> tuple[Share, ...]:
         """How the algorithm's phases share an iteration."""
-        return self.parts.algorithm.plan(
-            iteration, float(uniforms(self.config.seed, Purpose.PHASE_COIN, iteration, 1)[0])
-        )
+        return self.parts.algorithm.plan(iteration, float(uniforms(self.config.seed, Purpose.PHASE_COIN, iteration, 1)[0]))
 
     def appraise(self, rollout: Rollout, iteration: int) -> Experience:
         """Score the texts and measure them."""
@@ -93,7 +89,8 @@ class Trainer:
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Learn from an experience; the policy and the critics change in place."""
         stats = self.updater.update(experience, iteration)
-        self.kl.update(experience.stats["kl_k1"], experience.rollout.ids.shape[0])
+        if experience.stats["policy_tokens"]:  # texts by the guide alone say nothing about the policy's KL
+            self.kl.update(experience.stats["kl_k1"], experience.rollout.ids.shape[0])
         self.iteration = iteration + 1
         return stats
 
@@ -107,9 +104,7 @@ class Trainer:
         times.append(time.monotonic())
         stats = self.update(experience, iteration)
         times.append(time.monotonic())
-        seconds = {
-            name: after - before for name, before, after in zip(("write", "appraise", "update"), times, times[1:])
-        }
+        seconds = {name: after - before for name, before, after in zip(("write", "appraise", "update"), times, times[1:])}
         metrics = {
             "iteration": iteration,
             "texts": (iteration + 1) * self.config.ppo.texts_per_iteration,
@@ -124,14 +119,10 @@ class Trainer:
         }
         return metrics, experience
 
-    def run(
-        self, directory: RunDirectory | None = None, watch: Callable[[Progress], None] = lambda progress: None
-    ) -> None:
+    def run(self, directory: RunDirectory | None = None, watch: Callable[[Progress], None] = lambda progress: None) -> None:
         """All iterations, from the last checkpoint on where `directory` holds one."""
         config, iterations = self.config, self.config.ppo.iterations
-        trackers = (
-            Trackers(config.runtime.trackers, directory.folder / "trackers", to_dict(config)) if directory else None
-        )
+        trackers = Trackers(config.runtime.trackers, directory.folder / "trackers", to_dict(config)) if directory else None
         if directory:
             self._resume(directory)
         while self.iteration < iterations:
@@ -142,9 +133,7 @@ class Trainer:
                 if directory:
                     directory.save_checkpoint(iteration, self.state())
                 raise
-            if config.evaluation.every and (
-                self.iteration % config.evaluation.every == 0 or self.iteration == iterations
-            ):
+            if config.evaluation.every and (self.iteration % config.evaluation.every == 0 or self.iteration == iterations):
                 metrics["evaluation"] = self.evaluate(self.parts.task.validation[: config.evaluation.prompts])[0]
             if directory and trackers:
                 self._log(directory, trackers, metrics, experience)
@@ -162,14 +151,10 @@ class Trainer:
         )  # fmt: skip
         return evaluate_policy(writing, prompts, self.judges, evaluation.seed)
 
-    def _log(
-        self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience
-    ) -> None:
+    def _log(self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience) -> None:
         tokenizer = self.parts.models.policy.tokenizer
         iteration = metrics["iteration"]
-        directory.log(
-            "rollouts.jsonl", rollout_rows(experience.rollout, experience.score.tolist(), iteration, tokenizer)
-        )
+        directory.log("rollouts.jsonl", rollout_rows(experience.rollout, experience.score.tolist(), iteration, tokenizer))
         directory.log("metrics.jsonl", [metrics])
         flat = {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
         trackers.log(flat, iteration)

@@ -38,6 +38,10 @@ class Updater:
         self.models, self.reading, self.kl, self.critic = models, reading, kl, critic
         self.targets, self.seed = targets, seed
         self.shares_trunk = critic.kind == "trunk"
+        for language_model in (models.policy, models.reference):
+            language_model.model.eval()  # no dropout, so that the first ratio is exactly 1
+        for value in models.critics.values():
+            value.eval()
         ppo = reading.ppo
         policy_parameters = list(models.policy.model.parameters())
         if self.shares_trunk:
@@ -58,7 +62,7 @@ class Updater:
         """All epochs of one iteration; returns means over its optimizer steps, and what was seen first and last."""
         ppo = self.reading.ppo
         self.models.policy.model.train(ppo.dropout)
-        totals: dict[str, float] = {}
+        seen: dict[str, list[float]] = {}
         steps = 0
         stopped = False
         texts = experience.rollout.ids.shape[0]
@@ -69,16 +73,15 @@ class Updater:
                 stats = self._step(experience, members, iteration, steps)
                 steps += 1
                 for key, value in stats.items():
-                    totals[key] = totals.get(key, 0.0) + value
+                    seen.setdefault(key, []).append(value)
                 if ppo.target_kl is not None and stats["old_policy_kl"] > ppo.target_kl:
                     stopped = True
                     break
             if stopped:
                 break
         self.models.policy.model.eval()
-        first = totals.pop("first_ratio_error")  # of the first step alone
-        means = {key: value / steps for key, value in totals.items()}
-        return {**means, "first_ratio_error": first, "optimizer_steps": steps, "stopped_early": float(stopped)}
+        means = {key: sum(values) / len(values) for key, values in seen.items()}
+        return {**means, "optimizer_steps": steps, "stopped_early": float(stopped)}
 
     def _step(self, experience: Experience, members: Tensor, iteration: int, done: int) -> dict[str, float]:
         """One optimizer step of everything on the texts `members`, after `done` steps of the same iteration."""
@@ -94,9 +97,7 @@ class Updater:
         horizon = ppo.iterations * self.steps_per_iteration
         factor = learning_rate_factor(ppo.schedule, step, horizon)
         if policy_moved:
-            stats["policy_gradient_norm"] = _descend(
-                self.policy_optimizer, ppo.learning_rate * factor, ppo.max_gradient_norm
-            )
+            stats["policy_gradient_norm"] = _descend(self.policy_optimizer, ppo.learning_rate * factor, ppo.max_gradient_norm)
         for optimizer in self.critic_optimizers.values():
             norm = _descend(optimizer, self.critic.learning_rate * factor, ppo.max_gradient_norm)
             stats["critic_gradient_norm"] = max(norm, stats.get("critic_gradient_norm", 0.0))
@@ -115,38 +116,34 @@ class Updater:
         """Add the gradients of surrogate, KL and likelihood losses (and of values, where the trunk is shared)."""
         ppo, rollout, policy = self.reading.ppo, experience.rollout, self.models.policy
         trained = rollout.trained(experience.credit)[members] & learns
-        weights = ops.token_weights(
-            trained, ppo.loss_aggregation, total(ops.weight_total(trained, ppo.loss_aggregation))
-        )
+        weights = ops.token_weights(trained, ppo.loss_aggregation, total(ops.weight_total(trained, ppo.loss_aggregation)))
         valued = _value_weights(rollout, members, ppo.loss_aggregation) if self.shares_trunk else {}
         selected = trained.clone()
         for value_weights in valued.values():
             selected |= value_weights > 0
-        tokens = max(1, int(trained.sum()))
         sums = {"policy_loss": 0.0, "clipped_share": 0.0, "old_policy_kl": 0.0, "ratio_error": 0.0, "kl_loss": 0.0}
         sums |= {"value_loss": 0.0, "value_clipped_share": 0.0} if valued else {}
-        for local, columns, ids, local_rows in selected_batches(
-            rollout.ids[members], selected, self.reading.token_budget
-        ):
+        for local, columns, ids, local_rows in selected_batches(rollout.ids[members], selected, self.reading.token_budget):
             logits, hidden = forward(policy, ids, local_rows, columns, self.reading.precision)
             chosen = trained[local, columns]
             loss = logits.new_zeros(())
             if bool(chosen.any()):
+                chosen_logits = logits if bool(chosen.all()) else logits[chosen]  # indexing would copy them
                 rows, cols = members[local[chosen]], columns[chosen]
-                part = self._surrogate(
-                    experience, rows, cols, logits[chosen], weights[local, columns][chosen], sums, tokens
-                )
-                loss = loss + part
+                loss = loss + self._surrogate(experience, rows, cols, chosen_logits, weights[local, columns][chosen], sums)
+            if not learns:  # a critic's warm-up leaves the trunk it shares as it is
+                hidden = hidden.detach()
             for origin, value_weights in valued.items():
                 here = value_weights[local, columns] > 0
                 if bool(here.any()):
-                    values = self.models.critics[origin](
-                        ids, local_rows[here], columns[here], self.reading.precision, hidden
-                    )
+                    values = self.models.critics[origin](ids, local_rows[here], columns[here], self.reading.precision, hidden)
                     picked = value_weights[local[here], columns[here]]
                     part = self._value_loss(experience, members[local[here]], columns[here], values, picked, sums)
                     loss = loss + self.critic.value_coefficient * part
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        tokens = max(1.0, total(float(trained.sum())))
+        for key in ("clipped_share", "old_policy_kl"):
+            sums[key] = total(sums[key]) / tokens
         moved = bool(selected.any())
         if ppo.mle_coefficient and learns:
             batch = self._mle_batch(step)
@@ -158,21 +155,19 @@ class Updater:
 
     def _surrogate(
         self, experience: Experience, rows: Tensor, columns: Tensor, logits: Tensor, weights: Tensor,
-        sums: dict[str, float], tokens: int,
+        sums: dict[str, float],
     ) -> Tensor:  # fmt: skip
         """The policy's loss on a micro-batch of its trained tokens."""
         ppo, device = self.reading.ppo, logits.device
-        log_probs = policy_log_probs(
-            experience.rollout, rows, columns, logits, self.models.policy.end_ids, self.reading
-        )
+        log_probs = policy_log_probs(experience.rollout, rows, columns, logits, self.models.policy.end_ids, self.reading)
         old = experience.old_log_probs[rows, columns].to(device)
         advantages = experience.advantages[rows, columns].to(device)
         loss, ratio = ops.ppo_loss(log_probs, old, advantages, weights.to(device), ppo.clip)
         sums["policy_loss"] += float(loss.detach())
         with torch.no_grad():
             off = ratio - 1
-            sums["clipped_share"] += float((off.abs() > ppo.clip).sum()) / tokens
-            sums["old_policy_kl"] += total(float((off - (log_probs - old)).sum()) / tokens)
+            sums["clipped_share"] += float((off.abs() > ppo.clip).sum())
+            sums["old_policy_kl"] += float((off - (log_probs - old)).sum())
             sums["ratio_error"] = max(sums["ratio_error"], float(off.abs().max()))
         if self.kl.loss_coefficient:
             full = ops.token_log_probs(logits, experience.rollout.ids[rows, columns].to(device))

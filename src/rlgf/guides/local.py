@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rlgf.guides.base import Capabilities, Request, Text
 from rlgf.models import LanguageModel
@@ -69,7 +70,7 @@ class FunctionGuide:
 
     def complete(self, requests: Sequence[Request]) -> list[Text]:
         """What the function answers."""
-        answers = self.function(requests)
+        answers: Any = self.function(requests)
         if answers is None or isinstance(answers, (str, Text)):
             raise TypeError(f"it gave {type(answers).__name__} instead of a list of texts")
         return [Text(answer, finished=True) if isinstance(answer, str) else answer for answer in answers]

@@ -42,7 +42,7 @@ ASPECTS = [
 POSITIVE = ["great", "superb", "lovely", "brilliant", "charming", "splendid", "moving", "witty", "fresh", "bold"]
 NEGATIVE = ["dull", "weak", "awful", "clumsy", "boring", "bland", "messy", "flat", "tired", "silly"]
 FRAME = ["review", "of", ":", "=>"]
-END = "<end>"
+END, UNKNOWN = "<end>", "<unknown>"
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ def _passes(aspects: Sequence[str], words: Sequence[str]) -> bool:
 
 def tokenizer(config: TaskConfig) -> Any:
     """A tokenizer of whole words: every word of the grammar is one token."""
-    words = [END, *FRAME, *ASPECTS, *POSITIVE, *NEGATIVE]
+    words = [END, UNKNOWN, *FRAME, *ASPECTS, *POSITIVE, *NEGATIVE]
     vocabulary = {word: i for i, word in enumerate(words)}
-    word_level = Tokenizer(models.WordLevel(vocabulary, unk_token=END))
+    word_level = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    return PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token=END, bos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token=END, bos_token=END, pad_token=END, unk_token=UNKNOWN)
 
 
 KIND = TaskKind(build, Options, tokenizer=tokenizer)

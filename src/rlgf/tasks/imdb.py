@@ -62,9 +62,7 @@ def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, n
         positive = row[options.label_column] == 1
         prompts.append(Prompt(text, (rest,), (rest,) if positive else (), ids, {"label": row[options.label_column]}))
     if not prompts:
-        raise UserError(
-            f"{config.data}, split {split}: no review is longer than a prompt: lower task.options.prompt_tokens."
-        )
+        raise UserError(f"{config.data}, split {split}: no review is longer than a prompt: lower task.options.prompt_tokens.")
     return prompts
 
 
@@ -73,10 +71,15 @@ Piece = tuple[tuple[int, ...], str, str] | None  # ids of the prompt, its text, 
 
 def _first_tokens(texts: Sequence[str], count: int, budget: int, tokenizer: Any) -> list[Piece]:
     """Exactly the first `count` tokens, unless one ends inside a character, which then leaves the prompt whole."""
-    enough = 16 * (count + budget)  # characters that surely hold the prompt and its target; most reviews are far longer
+    enough = 8 * count + 64  # characters that hold the prompt of nearly every review; the others are encoded whole
     encoded = tokenizer([text[:enough] for text in texts], add_special_tokens=False, return_offsets_mapping=True)
+    rows = list(zip(encoded["input_ids"], encoded["offset_mapping"]))
+    for number, (text, (ids, _)) in enumerate(zip(texts, rows)):
+        if len(ids) < count + 16 and len(text) > enough:
+            whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            rows[number] = (whole["input_ids"], whole["offset_mapping"])
     pieces: list[Piece] = []
-    for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"]):
+    for text, (ids, offsets) in zip(texts, rows):
         kept = count
         while 0 < kept < len(ids) and offsets[kept][0] < offsets[kept - 1][1]:
             kept -= 1
@@ -103,9 +106,7 @@ def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) ->
 
 def _source(config: TaskConfig) -> str:
     if config.data is None:
-        raise UserError(
-            "task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files."
-        )
+        raise UserError("task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files.")
     return config.data
 
 
@@ -117,8 +118,8 @@ def raw_texts(config: TaskConfig, most: int) -> list[str]:
     return [rows[i][options.text_column] for i in (order[:most] if most else order)]
 
 
-def labelled_texts(config: TaskConfig, split: Literal["train", "test"]) -> tuple[list[str], list[int]]:
-    """Whole reviews and their labels, for a sentiment reward."""
+def labelled_texts(config: TaskConfig, split: str) -> tuple[list[str], list[int]]:
+    """Whole reviews of 'train' or 'test' and their labels, for a sentiment reward."""
     options: Options = task_options(config, Options)
     name = options.train_split if split == "train" else options.test_split
     rows = read_rows(_source(config), name, (options.text_column, options.label_column))

@@ -1,0 +1,291 @@
+"""From a config to a finished run, and everything that must be refused before any work is done."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlgf import cli
+from rlgf.config import Config, dump, override
+from rlgf.errors import RunError, UserError
+from rlgf.pipeline import prepare, train
+from rlgf.recipes import quickstart
+from rlgf.runs import read_complete_lines
+
+SMALL = [
+    ("task.options", {"slots": 2, "train_prompts": 64, "held_out_prompts": 16}),
+    ("task.max_new_tokens", 5),
+    ("task.min_new_tokens", 0),
+    ("model.layers", 1),
+    ("model.width", 16),
+    ("model.heads", 2),
+    ("guide.model.layers", 1),
+    ("guide.model.width", 16),
+    ("guide.model.heads", 2),
+    ("sft.steps", 3),
+    ("sft.batch_size", 8),
+    ("guide.sft.steps", 3),
+    ("guide.sft.batch_size", 8),
+    ("ppo.iterations", 3),
+    ("ppo.texts_per_iteration", 8),
+    ("ppo.minibatch_size", 4),
+    ("evaluation.every", 2),
+    ("evaluation.prompts", 4),
+    ("evaluation.final_prompts", 8),
+    ("runtime.trackers", []),
+    ("runtime.checkpoint_every", 1),
+]
+TIMES = ("seconds", "tokens_per_second")
+
+
+def small(*changes: tuple[str, object]) -> Config:
+    return override(quickstart(), [*SMALL, *changes])
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stages")
+
+
+def timeless(path: Path) -> list[dict]:
+    rows = read_complete_lines(path)
+    return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
+
+
+def test_a_run_leaves_every_part_of_the_contract(tmp_path: Path, stages: Path):
+    train(small(("algorithm.name", "d2lols"), ("runtime.trackers", ["tensorboard"])), tmp_path / "run", stages)
+    run = tmp_path / "run"
+    for name in ("config.yaml", "metrics.jsonl", "rollouts.jsonl", "evaluation.jsonl", "results.json", "policy", "checkpoints"):
+        assert (run / name).exists(), name
+    assert list(run.glob("trackers/**/events*"))
+    assert len(read_complete_lines(run / "metrics.jsonl")) == 3
+    rows = read_complete_lines(run / "rollouts.jsonl")
+    assert len(rows) == 24
+    for row in rows:
+        assert "".join(span["text"] for span in row["spans"]) == row["text"]
+        assert {span["author"] for span in row["spans"]} <= {"policy", "guide"}
+    assert AutoModelForCausalLM.from_pretrained(run / "policy").config.vocab_size == 42
+
+
+def test_every_metric_is_explained(tmp_path: Path, stages: Path):
+    changes = [("algorithm.name", "lols"), ("ppo.mle_coefficient", 0.1)]
+    train(small(*changes), tmp_path / "run", stages)
+    text = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    for row in read_complete_lines(tmp_path / "run" / "metrics.jsonl"):
+        for key in [*row, *row.get("evaluation", {})]:
+            assert f"`{key}`" in text, key
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "ppo_pp", "aggrevated", "lols", "d2lols"])
+def test_the_golden_run_is_bit_identical_twice(tmp_path: Path, stages: Path, algorithm: str):
+    config = small(("algorithm.name", algorithm), ("algorithm.switch_iteration", 1))
+    for name in ("one", "two"):
+        train(config, tmp_path / name, stages)
+    assert timeless(tmp_path / "one" / "metrics.jsonl") == timeless(tmp_path / "two" / "metrics.jsonl")
+    assert timeless(tmp_path / "one" / "rollouts.jsonl") == timeless(tmp_path / "two" / "rollouts.jsonl")
+    first = torch.load(tmp_path / "one/checkpoints/iteration-000003/state.pt", weights_only=True)
+    second = torch.load(tmp_path / "two/checkpoints/iteration-000003/state.pt", weights_only=True)
+    for name, value in first["updater"]["policy"].items():
+        assert torch.equal(value, second["updater"]["policy"][name]), name
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch):
+    config = small(("algorithm.name", "ppo_pp"), ("kl.controller", "adaptive"), ("reward.normalise", True))
+    train(config, tmp_path / "whole", stages)
+    from rlgf import trainer
+
+    original = trainer.Trainer.update
+
+    def breaks(self, experience, iteration):
+        if iteration == 2:
+            raise KeyboardInterrupt
+        return original(self, experience, iteration)
+
+    monkeypatch.setattr(trainer.Trainer, "update", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "parts", stages)
+    monkeypatch.setattr(trainer.Trainer, "update", original)
+    train(config, tmp_path / "parts", stages)
+    assert timeless(tmp_path / "whole" / "metrics.jsonl") == timeless(tmp_path / "parts" / "metrics.jsonl")
+
+
+def test_a_complete_run_is_reused(tmp_path: Path, stages: Path):
+    config = small()
+    train(config, tmp_path / "run", stages)
+    before = (tmp_path / "run" / "results.json").stat().st_mtime_ns
+    train(config, tmp_path / "run", stages)
+    assert (tmp_path / "run" / "results.json").stat().st_mtime_ns == before
+
+
+def test_stages_are_reused_when_they_match_and_not_otherwise(tmp_path: Path):
+    lines: list[str] = []
+    prepare(small(), tmp_path, lines.append)
+    prepare(small(), tmp_path, lines.append)
+    prepare(small(("sft.steps", 4)), tmp_path, lines.append)
+    sft = [line for line in lines if line.startswith("sft:")]
+    assert [line.split()[1] for line in sft] == ["making", "reusing", "making"]
+
+
+def test_a_run_can_be_run_again_from_its_config(tmp_path: Path, stages: Path):
+    config = small(("algorithm.name", "ppo_pp"))
+    train(config, tmp_path / "run", stages)
+    again = cli.read_config(str(tmp_path / "run" / "config.yaml"))
+    assert again == config
+    assert dump(again) == dump(config)
+
+
+def test_a_guide_that_fails_while_training_leaves_a_checkpoint(tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "late_guide.py").write_text(
+        "calls = 0\n"
+        "def guide(requests):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    return ['great acting'] * len(requests) if calls < 3 else None\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = small(("algorithm.name", "ppo_pp"), ("guide.spec", "python:late_guide:guide"), ("algorithm.beta_guide", 1.0))
+    with pytest.raises(RunError, match="guide"):
+        train(config, tmp_path / "run", stages)
+    saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert len(saved) == 1
+    assert int(saved[0].split("-")[1]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return [0.0]", "numbers for"),
+        ("return [None] * len(texts)", "finite"),
+        ("return [float('nan')] * len(texts)", "finite"),
+        ("raise ValueError('no')", "failed"),
+    ],
+)
+def test_a_reward_that_fails_its_probe_is_refused(
+    tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, body: str, words: str
+):
+    name = f"reward_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"def reward(prompts, texts):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=words):
+        prepare(small(("reward.path", f"python:{name}:reward")), stages)
+
+
+@pytest.mark.parametrize(
+    "body", ["return None", "return ['a']*(len(requests)+1)", "raise OSError('gone')", "return [None]*len(requests)"]
+)
+def test_a_guide_that_fails_its_probe_is_refused(tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, body: str):
+    name = f"guide_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"def guide(requests):\n    {body}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match="probe"):
+        prepare(small(("guide.spec", f"python:{name}:guide"), ("algorithm.name", "aggrevated")), stages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "quickstrat"], "did you mean 'quickstart'"),
+        (["train", "quickstart", "--algorithm", "pp"], "did you mean 'ppo'"),
+        (["train", "quickstart", "--guide", "refrences"], "did you mean 'references'"),
+        (["train", "quickstart", "ppo.epoch=3"], "did you mean 'ppo.epochs'"),
+        (["train", "quickstart", "epochs=3"], "ppo.epochs"),
+        (["train", "quickstart", "task.options.slot=3"], "slots"),
+        (["train", "quickstart", "task.name=imbd"], "did you mean 'imdb'"),
+        (["train", "quickstart", "--beta", "1.5"], r"\[0, 1\]"),
+        (["train", "quickstart", "--algorithm", "d2lols", "--alpha", "0.5"], "whole number"),
+        (["train", "quickstart", "--alpha", "0.5"], "lols"),
+        (["train", "quickstart", "ppo.epochs=many"], "ppo.epochs"),
+        (["train", "quickstart", "ppo"], "section.field=value"),
+        (["train", "quickstart", "--guide", "references", "--algorithm", "aggrevated"], "cannot finish"),
+        (["train", "quickstart", "runtime.trackers=[tensorbord]"], "did you mean 'tensorboard'"),
+        (["train", "imdb-small"], "needs data"),
+        (["train", "imdb-small", "--data", "nowhere"], "nowhere"),
+        (["train", "quickstart", "--policy", "nowhere"], "nowhere"),
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["compare", "quickstart", "--algorithms", "ppo,lol"], "did you mean 'lols'"),
+        (["compare", "quickstart", "--seeds", "0,a"], "whole numbers"),
+        (["write", "nowhere"], "no run"),
+        (["evaluate", "nowhere"], "unknown recipe"),
+        (["show", "ppo+"], "did you mean 'ppo"),
+        (["check", "task", "embeded"], "did you mean 'embedded'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["rlgf", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    import re
+
+    assert re.search(words, captured.err), captured.err
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.glob("runs/*/config.yaml"))
+
+
+def test_an_output_folder_that_holds_another_run_is_refused(tmp_path: Path, stages: Path):
+    train(small(), tmp_path / "run", stages)
+    with pytest.raises(UserError, match="another run"):
+        train(small(("seed", 1)), tmp_path / "run", stages)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="not a run"):
+        train(small(), tmp_path / "other", stages)
+
+
+def test_no_disk_space_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage(10, 10, 0))
+    with pytest.raises(UserError, match="make room"):
+        train(small(), tmp_path / "run", tmp_path / "stages")
+    assert not (tmp_path / "stages").exists()
+
+
+def test_a_prompt_longer_than_the_context_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="exceeds the model's context"):
+        prepare(small(("model.context", 8)), tmp_path)
+
+
+def test_a_model_without_an_end_token_is_refused(tmp_path: Path, stages: Path):
+    parts = prepare(small(), stages)
+    language_model = parts.models.policy
+    language_model.save(tmp_path / "model")
+    for name, keys in {
+        "config.json": ("eos_token_id",),
+        "generation_config.json": ("eos_token_id",),
+        "tokenizer_config.json": ("eos_token",),
+    }.items():
+        path = tmp_path / "model" / name
+        values = json.loads(path.read_text())
+        for key in keys:
+            values[key] = None
+        path.write_text(json.dumps(values))
+    special = tmp_path / "model" / "special_tokens_map.json"
+    special.unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no end token"):
+        prepare(small(("policy", str(tmp_path / "model"))), stages)
+
+
+def test_ten_lines_of_python_train_and_return_the_policy(tmp_path: Path, stages: Path):
+    trainer = train(small(("algorithm.name", "aggrevated")), tmp_path / "run", stages)
+    policy = trainer.parts.models.policy
+    prompt = policy.tokenizer("review of : plot cast =>", return_tensors="pt")["input_ids"]
+    assert policy.model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] <= prompt.shape[1] + 3
+
+
+def test_the_loop_can_be_written_by_hand(stages: Path):
+    from rlgf.trainer import Trainer
+
+    trainer = Trainer(prepare(small(("algorithm.name", "lols")), stages))
+    for iteration in range(2):
+        rollout = trainer.collect(iteration)
+        experience = trainer.appraise(rollout, iteration)
+        stats = trainer.update(experience, iteration)
+        assert stats["first_ratio_error"] < 1e-4
