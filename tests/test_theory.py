@@ -267,8 +267,8 @@ def test_lols_by_iteration_and_d2lols_are_one_algorithm_at_a_time(kind: str) -> 
     for phase in turns:
         check(setting(kind), lols, iterations=turns[phase][:16])
     d2lols = algorithms.d2lols(0.6, 0.7, 16, "td")
-    check(setting(kind), d2lols, [algorithms.ppo_pp(0.6)], range(16))
-    check(setting(kind), d2lols, [algorithms.aggrevated(0.7, "td")], range(16, 32))
+    check(setting(kind), d2lols, [algorithms.ppo_pp(0.6)], iterations=range(16))
+    check(setting(kind), d2lols, [algorithms.aggrevated(0.7, "td")], iterations=range(16, 32))
 
 
 @pytest.mark.parametrize("kind", ["fixed", "ending"])
