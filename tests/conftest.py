@@ -28,6 +28,13 @@ settings.register_profile("fast", max_examples=40, deadline=None, derandomize=Tr
 settings.load_profile("fast")
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The command line takes all cores; the test after it shall not."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """Connections that leave this machine are refused, whoever tries."""
