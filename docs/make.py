@@ -25,8 +25,8 @@ def page() -> str:
     lines = [
         "# Every setting",
         "",
-        "Made from `src/rlgf/config.py` by `make docs`. On the command line: `section.field=value`; in a YAML file: nested. A recipe",
-        "(`rlgf show quickstart`) changes some of these defaults.",
+        "Made from `src/rlgf/config.py` by `make docs`. On the command line: `section.field=value`; in a YAML file: nested.",
+        "A recipe (`rlgf show quickstart`) changes some of these defaults.",
     ]
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name in SECTIONS:

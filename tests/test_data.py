@@ -23,9 +23,13 @@ def file_with(path: Path, content: str) -> Path:
     return path
 
 
-def test_a_file_is_its_own_only_split(tmp_path: Path) -> None:
-    path = file_with(tmp_path / "any.jsonl", LINES)
-    assert read_rows(str(path), "train") == read_rows(str(path), "test", ["text", "label"]) == ROWS
+def test_a_fifth_of_a_single_file_is_held_out(tmp_path: Path) -> None:
+    path = file_with(tmp_path / "any.jsonl", "".join(f'{{"text": "{number}"}}\n' for number in range(50)))
+    train, held_out = (read_rows(str(path), split, ["text"]) for split in ("train", "test"))
+    assert len(held_out) == 10
+    assert sorted(int(row["text"]) for row in train + held_out) == list(range(50))
+    assert held_out == read_rows(str(path), "test")
+    assert len(read_rows(str(path), "unsup")) == 50
 
 
 def test_a_folder_holds_a_file_for_each_split_plain_or_gzipped(tmp_path: Path) -> None:
@@ -42,7 +46,7 @@ def test_blank_lines_and_a_missing_last_newline_are_no_rows(tmp_path: Path) -> N
 def test_a_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file_with(tmp_path / "a.jsonl", LINES)
-    assert read_rows("~/a.jsonl", "train") == ROWS
+    assert read_rows("~/a.jsonl", "all") == ROWS
 
 
 def test_a_missing_column_is_named_with_its_row_and_those_there_are(tmp_path: Path) -> None:

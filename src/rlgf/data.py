@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, cast
 
 from rlgf.errors import UserError
+from rlgf.randomness import Purpose, permutation
 
 
 def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of one split.
 
-    A local folder holds `SPLIT.jsonl[.gz]`, or anything `datasets.load_dataset` reads; a file is its own only split.
+    A local folder holds `SPLIT.jsonl[.gz]`, or anything `datasets.load_dataset` reads. Of a single file a fifth, always the
+    same rows, is the split 'test', the rest is 'train', and any other split is all of it.
     Raises `UserError` for a source that cannot be read, has a broken line, lacks a column or holds no row.
     """
     path = Path(source).expanduser()
@@ -29,7 +31,14 @@ def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict
         for number, row in enumerate(rows, 1):
             if column not in row:
                 raise UserError(f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}.")
-    return rows
+    return _part_of_file(rows, split) if path.is_file() else rows
+
+
+def _part_of_file(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+    if split not in ("train", "test"):
+        return rows
+    held_out = {int(place) for place in permutation(0, Purpose.TASK, 2, len(rows))[: -(-len(rows) // 5)]}
+    return [row for place, row in enumerate(rows) if (place in held_out) == (split == "test")]
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

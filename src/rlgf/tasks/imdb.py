@@ -98,6 +98,10 @@ def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) ->
     encoded = tokenizer([text[:end] for text, end in zip(texts, halves)], add_special_tokens=False)["input_ids"]
     kept = [tuple(ids[-most:]) for ids in encoded]
     decoded = tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
+    for place, prompt in enumerate(decoded):
+        while prompt.startswith("\ufffd") and len(kept[place]) > 1:  # the cut fell inside a character
+            kept[place] = kept[place][1:]
+            prompt = decoded[place] = tokenizer.decode(kept[place], clean_up_tokenization_spaces=False)
     return [
         (ids, prompt, text[end:]) if ids and text[end:].strip() else None
         for ids, prompt, text, end in zip(kept, decoded, texts, halves)
