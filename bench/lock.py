@@ -71,6 +71,7 @@ def plot(rows: Sequence[dict[str, Any]], seeds: int, path: Path) -> None:
                 axes.annotate(text, place, textcoords="offset points", xytext=(0, 9), ha="center", fontsize=8)
     axes.set(yscale="log", xlabel="length of the key", ylabel="texts until solved")
     axes.set_title("Combination lock, 4 tokens, guide right with p = .9")
+    axes.margins(x=0.08)
     axes.set_xticks(sorted({row["length"] for row in rows}))
     axes.grid(True, which="both", alpha=0.2)
     axes.legend()

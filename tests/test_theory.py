@@ -300,11 +300,11 @@ def best_of_guide(game: Game, guide: Tensor) -> float:
     return game.payoff(tokens)
 
 
-def learn_on_tree(seed: int, credit: algorithms.Credit, iterations: int) -> tuple[float, float, float]:
+def learn_on_tree(seed: int, credit: algorithms.Credit, iterations: int, rate: float = 0.1) -> tuple[float, float, float]:
     """Values of the policy that AggreVaTeD finds, of its guide, and of argmax A^g."""
     game, guide = random_tree(seed)
     ppo = PPOConfig(
-        iterations=10**6, texts_per_iteration=64, minibatch_size=64, epochs=1, learning_rate=0.1,
+        iterations=10**6, texts_per_iteration=64, minibatch_size=64, epochs=1, learning_rate=rate,
         check_first_ratio=True,
     )  # fmt: skip
     start = torch.zeros(game.states, game.vocabulary)
@@ -332,7 +332,8 @@ def test_aggrevated_exceeds_its_guide_with_every_credit(seed: int, credit: algor
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 def test_aggrevated_at_the_switch_acts_by_the_best_advantage_of_its_guide(seed: int) -> None:
-    reached, guide, best = learn_on_tree(seed, "switch", 500)
+    # on tree 3 the best two actions differ by .012: larger steps settle on the second now and then
+    reached, guide, best = learn_on_tree(seed, "switch", 600, rate=0.05)
     print(f"tree {seed} switch: {reached:.3f}, guide {guide:.3f}, argmax {best:.3f}")
     assert reached > guide
     assert abs(reached - best) < 0.01

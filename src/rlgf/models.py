@@ -206,12 +206,16 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
     return Critic(trunk, int(trunk.config.hidden_size), initial_value).to(policy.device)
 
 
+FILL = 0.75  # rows share a micro-batch while the shortest has at least this share of the longest
+
+
 def micro_batches(lengths: Tensor, token_budget: int) -> list[Tensor]:
     """Row numbers in groups of similar length, each group's padded size within the budget (or a single row)."""
     order = torch.argsort(lengths, descending=True, stable=True).tolist()
     groups: list[list[int]] = []
     for row in order:
-        if groups and (len(groups[-1]) + 1) * int(lengths[groups[-1][0]]) <= token_budget:
+        longest = int(lengths[groups[-1][0]]) if groups else 0
+        if groups and (len(groups[-1]) + 1) * longest <= token_budget and int(lengths[row]) >= FILL * longest:
             groups[-1].append(row)
         else:
             groups.append([row])
