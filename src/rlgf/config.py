@@ -108,7 +108,8 @@ class AlgorithmConfig:
 
     def build(self) -> algorithms.Algorithm:
         """The algorithm these numbers describe."""
-        betas, switches = (self.beta_guide, self.beta_policy), (self.switch_guide, self.switch_policy)
+        betas = (self.beta_guide, self.beta_policy)
+        switches: tuple[algorithms.SwitchRule, algorithms.SwitchRule] = (self.switch_guide, self.switch_policy)
         if self.name == "ppo":
             return algorithms.ppo()
         if self.name == "ppo_pp":

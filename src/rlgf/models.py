@@ -4,7 +4,7 @@ Rows are padded on the right, so causal attention needs no mask and a padded row
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +129,7 @@ def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
 
 
 @contextmanager
-def head_positions(model: Any, rows: Tensor, columns: Tensor) -> Iterator[list[Tensor]]:
+def head_positions(model: Any, rows: Tensor, columns: Tensor) -> Generator[list[Tensor]]:
     """Within it, the language-model head sees only the hidden states at `(rows, columns)`, as `[1, tokens, width]`.
 
     So logits of positions that nobody asks for are never computed, for any model whatever it does behind its head.

@@ -93,7 +93,7 @@ def continuation_only(reward: TextFunction) -> TextFunction | None:
 def score(reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
     """Call a reward and refuse what is not one finite number for each text; every failure is a `RunError`."""
     try:
-        values = list(reward(prompts, texts))
+        values: list[Any] = list(reward(prompts, texts))
     except (UserError, RunError):
         raise
     except Exception as error:

@@ -99,7 +99,7 @@ def draw(logits: Tensor, uniforms: Tensor, forbidden: Tensor, end_ids: Sequence[
     Order: forbid end tokens, temper, top-k (ties at the last place are kept), top-p. `uniforms` [rows] float64 in [0, 1).
     """
     full = logits.logsumexp(1)
-    allowed = without_ids(logits, forbidden, torch.tensor(end_ids)) if bool(forbidden.any()) else logits
+    allowed = without_ids(logits, forbidden, torch.tensor(end_ids, dtype=torch.int64)) if bool(forbidden.any()) else logits
     if decoding.greedy:
         tokens = allowed.argmax(1)
         picked = logits.gather(1, tokens[:, None]).squeeze(1)

@@ -32,7 +32,7 @@ class Trackers:
         if names:
             PartialState(cpu=True)  # accelerate's trackers ask it which process is the main one
         for name in names:
-            kind = LOGGER_TYPE_TO_CLASS[name]
+            kind: Any = LOGGER_TYPE_TO_CLASS[name]
             tracker: Any = kind(folder.name, str(folder)) if kind.requires_logging_directory else kind("rlgf")
             if hasattr(tracker, "start"):
                 tracker.start()
