@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench docs clean
+.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench docs clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -21,6 +21,11 @@ quickstart-seeds: setup  ## the same over five seeds; the committed table comes 
 
 imdb-small: setup  ## the five algorithms on real reviews, three seeds, about two hours on two cores
 	$(BIN)/rlgf compare imdb-small --data $(DATA)/imdb --seeds 0,1,2 --jobs 2 --out runs/imdb-small
+
+results:  ## keep the small files of a comparison under docs/results: make results NAME=imdb-small
+	mkdir -p docs/results/$(NAME)
+	cd runs/$(NAME) && cp -r --parents $$(ls -d results.json table.md curves.png baselines \
+	  runs/*/config.yaml runs/*/metrics.jsonl runs/*/results.json 2>/dev/null) ../../docs/results/$(NAME)/
 
 test: setup  ## the fast suite: no network, under a minute
 	$(BIN)/python -m pytest

@@ -156,7 +156,7 @@ def _row(key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequen
 def _curve(path: Path) -> list[dict[str, Any]]:
     """Evaluations on the validation split during training."""
     return [
-        {"iteration": row["iteration"] + 1, "texts": row["texts"], **row["evaluation"]}
+        {**row["evaluation"], "iteration": row["iteration"] + 1, "texts": row["texts"]}
         for row in read_complete_lines(path)
         if "evaluation" in row
     ]

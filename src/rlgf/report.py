@@ -98,10 +98,12 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
         colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
         number += 1
         points = [list(points) for points in zip(*row["curves"])]
-        texts = [0, *(at[0]["texts"] for at in points)]
-        scores = [levels.get("sft", []), *([point[quantity] for point in at] for at in points)]
-        if not scores[0]:
-            texts, scores = texts[1:], scores[1:]
+        texts = [at[0]["texts"] for at in points]
+        scores = [[point[quantity] for point in at] for at in points]
+        before = row["texts_used"] - texts[-1]  # texts of a distillation
+        texts = [before + count for count in texts]
+        if before == 0 and levels.get("sft"):  # everything else starts as the SFT model
+            texts, scores = [0, *texts], [levels["sft"], *scores]
         axes.plot(
             texts, [statistics.fmean(at) for at in scores], label=row["title"], color=colour, marker=marker, markersize=4,
             linestyle="--" if row["key"] not in ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols") else "-",
@@ -114,7 +116,7 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
                       textcoords="offset points", ha="right", fontsize=9, color="#555555")  # fmt: skip
     axes.set_xlabel("texts written in training")
     axes.set_ylabel("pass rate" if quantity == "pass_rate" else "reward")
-    axes.set_title(f"{results['recipe']}: validation prompts, {len(results['seeds'])} seed(s), band = lowest to highest")
+    axes.set_title(f"{results['recipe']}: validation prompts, {len(results['seeds'])} seed(s), band from lowest to highest")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
