@@ -420,3 +420,17 @@ def test_exact_kl_is_never_negative_and_zero_for_equals(rows: int, vocabulary: i
     policy, reference = (torch.randn((rows, vocabulary), generator=generator) for _ in range(2))
     assert bool((ops.exact_kl(policy, reference) >= -1e-6).all())
     same(ops.exact_kl(policy, policy), torch.zeros(rows))
+
+
+@pytest.mark.parametrize("height", [-20.0, 0.0, 3.0, 15.0, 25.0, 60.0])
+def test_a_forbidden_token_however_likely_leaves_the_others_their_due(height: float) -> None:
+    logits = torch.linspace(-1, 1, 50).repeat(2, 1)
+    logits[:, 7] = height
+    logits = logits.requires_grad_()
+    tokens, forbidden = torch.tensor([3, 3]), torch.tensor([True, False])
+    found = ops.token_log_probs(logits, tokens, forbidden=forbidden, forbidden_ids=torch.tensor([7]))
+    expected = ops.without_ids(logits, forbidden, torch.tensor([7])).log_softmax(1)[:, 3]
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    (mine,) = torch.autograd.grad(found.sum(), logits, retain_graph=True)
+    (theirs,) = torch.autograd.grad(expected.sum(), logits)
+    assert torch.allclose(mine, theirs, atol=1e-6)

@@ -207,7 +207,7 @@ def test_a_guide_that_fails_its_probe_is_refused(tmp_path: Path, stages: Path, m
         (["compare", "quickstart", "--algorithms", "ppo,lol"], "did you mean 'lols'"),
         (["compare", "quickstart", "--seeds", "0,a"], "whole numbers"),
         (["write", "nowhere"], "no run"),
-        (["evaluate", "nowhere"], "unknown recipe"),
+        (["evaluate", "nowhere"], "neither a run"),
         (["show", "ppo+"], "did you mean 'ppo"),
         (["check", "task", "embeded"], "did you mean 'embedded'"),
     ],
@@ -289,3 +289,68 @@ def test_the_loop_can_be_written_by_hand(stages: Path):
         experience = trainer.appraise(rollout, iteration)
         stats = trainer.update(experience, iteration)
         assert stats["first_ratio_error"] < 1e-4
+
+
+def test_logged_texts_with_every_kind_of_line_end_are_read_back(tmp_path: Path):
+    from rlgf.runs import to_line
+
+    rows = [{"iteration": number, "text": "a\x85b\u2028c\u2029d\re\nf\x0cg"} for number in range(3)]
+    path = tmp_path / "rollouts.jsonl"
+    path.write_text("".join(map(to_line, rows)) + '{"iteration": 3, "te', encoding="utf-8", newline="")
+    assert read_complete_lines(path) == rows
+
+
+@pytest.mark.parametrize(
+    "change", [("task.options.slots", 2), ("evaluation.decoding.greedy", True), ("task.options.right_aspect", 0.5)]
+)
+def test_a_setting_that_was_taken_away_makes_another_run(tmp_path: Path, change: tuple[str, object]):
+    from rlgf.runs import RunDirectory
+
+    plain = quickstart()
+    changed = override(plain, [change])
+    RunDirectory(tmp_path, changed).create(changed)
+    with pytest.raises(UserError, match="another run"):
+        RunDirectory(tmp_path, plain)
+
+
+def test_a_reward_that_fails_while_evaluating_leaves_the_iteration_and_a_checkpoint(
+    tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from rlgf import trainer
+
+    def fails(self, prompts):
+        raise RunError("the reward failed")
+
+    monkeypatch.setattr(trainer.Trainer, "evaluate", fails)
+    with pytest.raises(RunError):
+        train(small(), tmp_path / "run", stages)
+    assert len(read_complete_lines(tmp_path / "run" / "metrics.jsonl")) == 2
+    assert (tmp_path / "run/checkpoints/iteration-000002").is_dir()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("guide.options.right_aspct", 0.9),
+        ("guide.spec", "model:nowhere"),
+        ("critic.path", "nowhere"),
+        ("task.data", "anywhere"),
+        ("runtime.device", "abacus"),
+        ("guide.sft.steps", 0),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_made(tmp_path: Path, change: tuple[str, object]):
+    with pytest.raises(UserError):
+        prepare(small(("algorithm.name", "lols"), change), tmp_path / "stages")
+    assert not (tmp_path / "stages").exists()
+
+
+def test_rewards_may_be_numbers_of_numpy_and_torch():
+    import numpy as np
+
+    from rlgf.rewards import score
+
+    for values in (np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]), [np.float32(0.5), np.int64(1)], (0.5, 1)):
+        assert score(lambda prompts, texts, values=values: values, [], ["a", "b"]) == [0.5, 1.0]
+    with pytest.raises(RunError):
+        score(lambda prompts, texts: [True, False], [], ["a", "b"])

@@ -284,7 +284,8 @@ def test_a_request_says_all_that_a_guide_needs(policy: LanguageModel) -> None:
         assert request.prompt is PROMPTS[row]
         assert list(request.prompt_ids) == policy.tokenizer(PROMPTS[row].text)["input_ids"]
         assert list(request.prefix_ids) == written
-        assert request.prefix == policy.tokenizer.decode(written, skip_special_tokens=True)
+        whole = policy.tokenizer.decode([*request.prompt_ids, *written], skip_special_tokens=True)
+        assert whole == policy.tokenizer.decode(request.prompt_ids, skip_special_tokens=True) + request.prefix
         assert request.budget == HORIZON - switch
         assert request.minimum == max(0, 3 - switch)
         assert request.seed == 11
@@ -443,13 +444,13 @@ def test_a_prompt_without_a_reference_is_a_run_error_of_the_references_guide(pol
         run(writing(policy, ReferenceGuide()), ppo_pp(1.0), [Prompt("review of : plot =>")], [0])
 
 
-def test_errors_that_already_say_what_to_do_pass_through() -> None:
-    for error in (UserError("a"), RunError("b")):
+def test_every_failure_of_a_guide_is_one_kind_of_error() -> None:
+    for error in (UserError("a"), RunError("b"), ValueError("c")):
 
         def fail(requests: Sequence[Request], error: Exception = error) -> list[str]:
             raise error
 
-        with pytest.raises(type(error), match=str(error)):
+        with pytest.raises(RunError, match=str(error)):
             ask(FunctionGuide(fail), [Request(PROMPTS[0], [1], "", [], 3, 0, 0, 0)])
 
 

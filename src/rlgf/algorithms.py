@@ -181,4 +181,10 @@ def d2lols(
     return Algorithm("d2lols", "D2LOLS", phases, plan, credit, f"AggreVaTeD for {alpha} iterations, then PPO++")
 
 
+def guide_alone() -> Algorithm:
+    """The guide writes everything: no algorithm to learn by, but how a guide is evaluated and its texts are gathered."""
+    phase = Phase(rollin=None, rollout=GUIDE)
+    return Algorithm("guide", "guide", (phase,), always(own(0, GUIDE)), "gae", "the guide writes everything")
+
+
 NAMES = ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols")

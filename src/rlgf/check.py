@@ -50,15 +50,22 @@ def check_prompts(task: Task, tokenizer: object) -> list[Finding]:
         if prompt.ids is not None and decode(tokenizer, prompt.ids).strip() != prompt.text.strip():
             findings.append(Finding("error", f"the ids of a prompt do not say its text: {prompt.text[:60]!r}"))
             break
-    bad = [p for p in sample for target in p.targets if target not in p.references or not target.strip()]
+    bad = [p for p in sample for target in p.targets if not _continues(p, target)]
     targets = sum(bool(prompt.targets) for prompt in task.train)
     if bad:
-        findings.append(Finding("error", f"a target does not continue its prompt: {bad[0].text[:60]!r}"))
+        what = "a target is empty, is no reference of its prompt, or begins by repeating it"
+        findings.append(Finding("error", f"{what}: {bad[0].text[:60]!r}"))
     elif targets == 0:
         findings.append(Finding("warning", "no training prompt has a target: SFT and the MLE term cannot be used"))
     else:
-        findings.append(Finding("ok", f"{targets:,} targets, each one of its prompt's references"))
+        findings.append(Finding("ok", f"{targets:,} targets, each a continuation of its prompt"))
     return findings
+
+
+def _continues(prompt: Prompt, target: str) -> bool:
+    """Whether a target can be what follows its prompt: one of its references, and not the prompt's own beginning again."""
+    repeats = len(prompt.text.split()) >= 3 and target.strip().startswith(prompt.text.strip())
+    return bool(target.strip()) and target in prompt.references and not repeats
 
 
 def check_reward(task: Task, reward: TextFunction) -> list[Finding]:

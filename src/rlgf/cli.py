@@ -13,7 +13,8 @@ import typer
 from rlgf import __version__, algorithms
 from rlgf.config import Config, dump, from_dict, override, parse_assignment, read_yaml
 from rlgf.errors import RunError, UserError, unknown
-from rlgf.recipes import CONTROLS, RECIPES, recipe
+from rlgf.recipes import RECIPES, recipe
+from rlgf.recipes import controls as recipe_controls
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -106,7 +107,7 @@ def alpha_change(name: str, alpha: float) -> tuple[str, Any]:
     if name == "lols":
         return "algorithm.mixing_weight", alpha
     if name == "d2lols":
-        if alpha != int(alpha):
+        if alpha != alpha // 1:
             raise UserError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
         return "algorithm.switch_iteration", int(alpha)
     raise UserError(f"--alpha means nothing to {name}: it belongs to lols and d2lols.")
@@ -180,7 +181,7 @@ def compare(
     pipeline.check(config)
     console.set_up_machine(config)
     target = out or Path("runs") / config.recipe
-    rows = comparing.entries(config, names, CONTROLS.get(config.recipe, {}) if controls else {})
+    rows = comparing.entries(config, names, recipe_controls(config) if controls else {})
     watch = console.Watch()
     try:
         results = comparing.compare(config, rows, numbers, target, jobs, console.report, watch)
@@ -253,6 +254,8 @@ def evaluate(
     """Fresh texts by a policy alone on held-out prompts, measured."""
     folder = Path(run_or_recipe)
     is_run = (folder / "config.yaml").is_file()
+    if not is_run and run_or_recipe not in RECIPES and not folder.is_file():
+        raise UserError(f"{run_or_recipe} is neither a run (it has no config.yaml) nor a recipe: see `rlgf list`.")
     config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=data)
     if prompts is not None:
         config = override(config, [("evaluation.final_prompts", prompts)])

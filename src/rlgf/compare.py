@@ -52,6 +52,8 @@ def compare(
     """Run or reuse every row with every seed under `out`, then write `results.json`, `table.md` and `curves.png` there."""
     if not rows or not seeds:
         raise UserError("nothing to compare: give at least one algorithm and one seed.")
+    if (out / "config.yaml").exists():
+        raise UserError(f"{out} holds a single run: choose another --out for a comparison.")
     stages = out / "stages"
     began = time.monotonic()
     configs = {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds}

@@ -239,8 +239,38 @@ def check_numbers(config: Config) -> None:
         "ppo.epochs": ppo.epochs,
         "ppo.minibatch_size": ppo.minibatch_size,
         "runtime.token_budget": config.runtime.token_budget,
+        "ppo.mle_batch": 1 if ppo.mle_batch is None else ppo.mle_batch,
+        "evaluation.prompts": config.evaluation.prompts,
         "evaluation.final_prompts": config.evaluation.final_prompts,
+        "runtime.checkpoint_every": config.runtime.checkpoint_every,
     }
+    for name, shape in {"model": config.model, "guide.model": config.guide.model}.items():
+        positive |= {f"{name}.{key}": getattr(shape, key) for key in ("layers", "width", "heads", "context")}
+        if shape.heads > 0 and shape.width % shape.heads:
+            raise UserError(f"{name}.width is {shape.width}, but must be a multiple of {name}.heads = {shape.heads}.")
+    stages = {"lm": config.lm, "sft": config.sft, "distil": config.distil, "guide.sft": config.guide.sft}
+    positive |= {f"{name}.batch_size": stage.batch_size for name, stage in stages.items()}
+    not_negative = {
+        "ppo.learning_rate": ppo.learning_rate,
+        "critic.learning_rate": config.critic.learning_rate,
+        "kl.coefficient": config.kl.coefficient,
+        "kl.loss_coefficient": config.kl.loss_coefficient,
+        "ppo.mle_coefficient": ppo.mle_coefficient,
+        "ppo.weight_decay": ppo.weight_decay,
+        "critic.value_coefficient": config.critic.value_coefficient,
+        "critic.warmup_iterations": config.critic.warmup_iterations,
+        "evaluation.every": config.evaluation.every,
+        "runtime.threads": config.runtime.threads,
+        "reward.clip": config.reward.clip or 0.0,
+        "model.vocabulary": config.model.vocabulary,
+    }
+    for name, stage in stages.items():
+        not_negative |= {f"{name}.{key}": getattr(stage, key) for key in ("learning_rate", "steps", "epochs", "texts")}
+    for name, value in not_negative.items():
+        if not 0 <= value < float("inf"):
+            raise UserError(f"{name} is {value:g}, but must be a number that is not negative.")
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed is {config.seed}, but must lie within [0, 2^63).")
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} is {value}, but must be at least 1.")
@@ -260,13 +290,12 @@ def check_numbers(config: Config) -> None:
         "kl.horizon": config.kl.horizon,
         "critic.value_clip": 1.0 if config.critic.value_clip is None else config.critic.value_clip,
     }
-    for name, value in {"ppo": ppo.learning_rate, "critic": config.critic.learning_rate}.items():
-        if not value >= 0:
-            raise UserError(f"{name}.learning_rate is {value:g}, but must not be negative.")
     for name, value in above_zero.items():
         if not value > 0:  # nan is not, either
             raise UserError(f"{name} is {value:g}, but must be above 0.")
-    for name, decoding in {"decoding": config.decoding, "guide.decoding": config.guide.decoding}.items():
+    decodings = {"decoding": config.decoding, "guide.decoding": config.guide.decoding}
+    decodings["evaluation.decoding"] = config.evaluation.decoding or config.decoding
+    for name, decoding in decodings.items():
         if decoding.temperature <= 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0:
             raise UserError(f"{name} needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; it has {decoding}.")
     if config.decoding.greedy:

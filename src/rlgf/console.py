@@ -19,10 +19,10 @@ from rich.text import Text
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
 from rlgf.models import count_parameters, shape_config
-from rlgf.pipeline import needs_guide, policy_phases
+from rlgf.pipeline import cautions, needs_guide
 from rlgf.report import table_rows
 from rlgf.trainer import Progress as Step
-from rlgf.types import POLICY
+from rlgf.types import GUIDE, POLICY
 
 out = Console(highlight=False)
 log = Console(stderr=True, highlight=False)
@@ -60,7 +60,8 @@ class Watch:
     """Live progress of a run: a bar in a terminal, otherwise a line every few seconds."""
 
     def __init__(self, every_seconds: float = 10.0) -> None:
-        self.every, self.last, self.began = every_seconds, 0.0, 0.0
+        self.every, self.last = every_seconds, 0.0
+        self.began, self.first = 0.0, 0  # when the run that is watched began, and iterations done before
         self.bar: Progress | None = None
         self.task: Any = None
 
@@ -72,12 +73,14 @@ class Watch:
             self._show_bar(step, line)
             return
         now = time.monotonic()
-        if step.iteration == 1 or now < self.began:
-            self.began = now - metrics["seconds"]
+        if step.iteration <= self.first or not self.began:
+            self.began, self.first = now - metrics["seconds"], step.iteration - 1
         if step.iteration == step.iterations or now - self.last > self.every:
             self.last = now
-            left = (now - self.began) / step.iteration * (step.iterations - step.iteration)
+            left = (now - self.began) / (step.iteration - self.first) * (step.iterations - step.iteration)
             report(f"iteration {step.iteration}/{step.iterations} · {line} · {left:.0f} s left")
+        if step.iteration == step.iterations:
+            self.began, self.first = 0.0, 0
 
     def _show_bar(self, step: Step, line: str) -> None:
         if self.bar is None:
@@ -136,13 +139,25 @@ def print_rollout(row: Mapping[str, Any]) -> None:
     out.print()
 
 
+def describe_phases(algorithm: Algorithm) -> list[str]:
+    """Each phase in words, for people."""
+    names = {POLICY: "policy", GUIDE: "guide"}
+    lines: list[str] = []
+    for phase in algorithm.phases:
+        end = f"the {names[phase.rollout]} writes"
+        if phase.rollin is not None:
+            end = f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
+        lines.append(end)
+    return lines
+
+
 def print_algorithm(algorithm: Algorithm, iterations: int, coins: Sequence[float]) -> None:
     """The phases of an algorithm, and which of them each iteration runs."""
     out.print(Text(f"{algorithm.title}: {algorithm.summary}", style="bold"))
-    for number, line in enumerate(policy_phases(algorithm)):
+    for number, line in enumerate(describe_phases(algorithm)):
         phase = algorithm.phases[number]
         critic = "V^π" if phase.rollout == POLICY else "V^g"
-        out.print(Text(f"  phase {number}: {line}; critic {critic}"))
+        out.print(Text(f"  phase {number}: {line}; critic {critic}"), soft_wrap=True)
     names = {POLICY: "policy"}
     width = 60
     out.print()
@@ -162,7 +177,7 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
     """What a run would do: phases, models, texts and tokens, memory."""
     ppo, task = config.ppo, config.task
     out.print(Text(f"{config.recipe}: {algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
-    for number, line in enumerate(policy_phases(algorithm)):
+    for number, line in enumerate(describe_phases(algorithm)):
         out.print(Text(f"  phase {number}: {line}"))
     guide = config.guide.spec if needs_guide(algorithm) or config.distil.texts else "not asked"
     if guide in ("sft", "trained") or guide.startswith("model:"):
@@ -188,7 +203,9 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
     for name, value in lines.items():
-        out.print(Text(f"  {name:12}{value}"))
+        out.print(Text(f"  {name:12}{value}"), soft_wrap=True)
+    for caution in cautions(algorithm):
+        out.print(Text(f"  warning: {caution}"), soft_wrap=True)
 
 
 def _parameters(config: Config) -> tuple[int, bool]:

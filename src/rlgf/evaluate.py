@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from rlgf.algorithms import Algorithm, Phase, always, own, ppo
+from rlgf.algorithms import Algorithm, guide_alone, ppo
 from rlgf.experience import Reading
 from rlgf.metrics import distinct, kl_to_reference, perplexity, token_perplexity
 from rlgf.models import LanguageModel
@@ -15,9 +15,7 @@ from rlgf.randomness import Purpose
 from rlgf.rewards import continuation_only, score
 from rlgf.rollout import Writing, collect
 from rlgf.tasks import Task, TextFunction
-from rlgf.types import GUIDE, Prompt, Rollout
-
-BATCH = 256  # texts written at once
+from rlgf.types import Prompt, Rollout
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ def evaluate_guide(
     writing: Writing, prompts: Sequence[Prompt], judges: Judges, seed: int
 ) -> tuple[dict[str, float], Rollout, list[float]]:
     """The same of a guide, which is a black box: no KL and no perplexity of its own."""
-    alone = Algorithm("guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything")
-    rollout, metrics, scores = _written(dataclasses.replace(writing, seed=seed), alone, prompts, judges)
+    rollout, metrics, scores = _written(dataclasses.replace(writing, seed=seed), guide_alone(), prompts, judges)
     return metrics, rollout, scores
 
 

@@ -181,9 +181,12 @@ class _WholeLogProbs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, tokens: Tensor, forbidden: Tensor | None, forbidden_ids: Tensor | None) -> Tensor:
         normaliser = logits.logsumexp(1)
         if forbidden is not None and forbidden_ids is not None:
-            # log(e^a − e^b): leave the forbidden share out of the sum instead of copying all logits
+            # log(e^a − e^b): leave the forbidden share out of the sum instead of copying all logits, unless it is most of it
             share = (logits[:, forbidden_ids].logsumexp(1) - normaliser).exp()
-            normaliser = torch.where(forbidden, normaliser + torch.log1p(-share), normaliser)
+            large = forbidden & (share > 0.5)
+            normaliser = torch.where(forbidden & ~large, normaliser + torch.log1p(-share.clamp(max=0.5)), normaliser)
+            if bool(large.any()):
+                normaliser[large] = without_ids(logits[large], large[large], forbidden_ids).logsumexp(1)
         ctx.save_for_backward(logits, normaliser, tokens, forbidden, forbidden_ids)
         return logits.gather(1, tokens[:, None]).squeeze(1) - normaliser
 

@@ -1,7 +1,6 @@
 """From a config to a finished run: check everything, make or reuse the stages, train, evaluate, save."""
 
 import platform
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -9,8 +8,8 @@ from typing import Any
 
 import torch
 
-from rlgf.algorithms import Algorithm, Phase, always, own
-from rlgf.config import Config, check_numbers
+from rlgf.algorithms import Algorithm, guide_alone
+from rlgf.config import Config
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
 from rlgf.experience import Models, Reading
@@ -26,13 +25,14 @@ from rlgf.models import (
 from rlgf.plugins import load_object
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
-from rlgf.runs import RunDirectory, require_space, rollout_rows
+from rlgf.runs import RunDirectory, read_complete_lines, require_space, rollout_rows
 from rlgf.stages import (
     Report,
     TargetExamples,
     base_model,
     distil_stage,
     guide_stage,
+    guide_task,
     reward_stage,
     sft_stage,
     tokenizer_for,
@@ -40,7 +40,7 @@ from rlgf.stages import (
 from rlgf.supervised import Example
 from rlgf.tasks import Task, TextFunction, task_kind
 from rlgf.tasks.base import task_options
-from rlgf.tokens import encode_prompt
+from rlgf.tokens import encode_prompt, encode_prompts
 from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
 from rlgf.types import GUIDE, POLICY, Prompt
@@ -54,17 +54,27 @@ def silent(line: str) -> None:
 
 def check(config: Config) -> Algorithm:
     """Everything that can be refused without loading anything; returns the algorithm."""
-    check_numbers(config)
     algorithm = config.algorithm.build()
-    task_options(config.task, task_kind(config.task).options)
+    kind = task_kind(config.task)
+    task_options(config.task, kind.options)
+    if kind.needs_data and config.task.data is None:
+        raise UserError(f"task '{config.task.name}' needs data: give --data with a Hub name or a folder of .jsonl[.gz] files.")
+    if not kind.needs_data and config.task.data is not None:
+        raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
     check_trackers(config.runtime.trackers)
     spec = config.guide.spec
     if spec not in ("sft", "trained", "references") and not spec.startswith(("model:", "python:")):
         raise unknown("guide", spec, GUIDES)
     if spec == "references":
         _require_finisher(algorithm, False, "references")
-    if config.task.max_new_tokens < 1:
-        raise UserError(f"task.max_new_tokens is {config.task.max_new_tokens}, but must be at least 1.")
+    if spec == "trained":
+        task_options(guide_task(config), kind.options)
+        if not (config.guide.sft.steps or config.guide.sft.epochs):
+            raise UserError("guide 'trained' has guide.sft.steps and guide.sft.epochs 0: set one, or choose another guide.")
+    try:
+        torch.device(config.runtime.device)
+    except RuntimeError:
+        raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
     return algorithm
 
 
@@ -102,6 +112,7 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     wanted = needs_guide(algorithm) or config.distil.texts > 0
     # Whatever can be refused without a model is refused before one is trained.
     tokenizer, context = starting_tokenizer(config, stages, report)
+    _check_paths(config, tokenizer, context)
     task, reward = prepare_task(config, tokenizer, stages, report)
     _check_lengths(tokenizer, context, task, config)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
@@ -138,6 +149,24 @@ def starting_tokenizer(config: Config, stages: Path, report: Report) -> tuple[An
     if path is None:
         return tokenizer_for(config, config.task, config.model, stages, report)[0], config.model.context
     return load_tokenizer(path), context_length(path)
+
+
+def _check_paths(config: Config, tokenizer: Any, context: int) -> None:
+    """Refuse models that are named but cannot serve, from their configs and tokenizers alone."""
+    if config.guide.spec.startswith("model:"):
+        path = config.guide.spec.removeprefix("model:")
+        _check_guide_model(path, load_tokenizer(path), context_length(path), tokenizer, context)
+    if config.guide.spec == "trained" and config.guide.model.path is None:
+        _check_guide_model("trained", tokenizer, config.guide.model.context, tokenizer, context)
+    if config.critic.path is not None:
+        context_length(config.critic.path)
+
+
+def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer: Any, policy_context: int) -> None:
+    if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
+        raise UserError(f"guide '{name}' has another tokenizer than the policy: choose a model with the policy's.")
+    if context < policy_context:
+        raise UserError(f"guide '{name}' reads {context} tokens, the policy {policy_context}: choose a longer one.")
 
 
 def prepare_task(config: Config, tokenizer: Any, stages: Path, report: Report) -> tuple[Task, TextFunction]:
@@ -177,22 +206,19 @@ def model_guide(config: Config, reference: LanguageModel, stages: Path, report: 
         return ModelGuide(reference.frozen(), decoding, config.runtime.precision)
     path = str(guide_stage(config, stages, report)) if spec == "trained" else spec.removeprefix("model:")
     model = load_language_model(path, config.runtime.device)
-    if model.tokenizer.get_vocab() != reference.tokenizer.get_vocab():
-        raise UserError(f"guide '{spec}' has another tokenizer than the policy: choose a model with the policy's.")
-    if model.context < reference.context:
-        raise UserError(f"guide '{spec}' reads {model.context} tokens, the policy {reference.context}: choose a longer one.")
     return ModelGuide(model.frozen(), decoding, config.runtime.precision)
 
 
 def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int) -> list[Example]:
     """`count` texts by the guide on training prompts, as tokens to learn."""
-    alone = Algorithm("guide", "guide", (Phase(None, GUIDE),), always(own(0, GUIDE)), "gae", "the guide writes everything")
     writing = Writing(
         policy, guide, config.decoding, config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
         config.runtime.precision,
     )  # fmt: skip
     indices = range(count)
-    rollout = collect(writing, alone, alone.plan(0, 0.0), choose_prompts(task.train, config.seed, indices, 1), indices)
+    rollout = collect(
+        writing, guide_alone(), guide_alone().plan(0, 0.0), choose_prompts(task.train, config.seed, indices, 1), indices
+    )
     lengths, starts = rollout.lengths.tolist(), rollout.prompt_lengths.tolist()
     return [Example(row[:length].tolist(), start) for row, length, start in zip(rollout.ids, lengths, starts)]
 
@@ -204,8 +230,7 @@ def _check_lengths(tokenizer: Any, context: int, task: Task, config: Config) -> 
         prompts: Sequence[Prompt] = getattr(task, split)
         if not prompts:
             raise UserError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
-        for number, prompt in enumerate(prompts, 1):
-            length = len(encode_prompt(tokenizer, prompt))
+        for number, length in enumerate(map(len, encode_prompts(tokenizer, prompts)), 1):
             if length == 0:
                 raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
             if length > room:
@@ -253,20 +278,28 @@ def train(
     """
     out = Path(out)
     directory = RunDirectory(out, config)
+    check(config)
     require_space(out, 50_000_000)
+    _require_writable(out)
     parts = prepare(config, Path(stages) if stages else out / "stages", report)
     require_space(out, disk_needed(parts))
     trainer = Trainer(parts)
     directory.create(config)
-    began = time.monotonic()
     trainer.run(directory, watch)
     if directory.results is None:
         parts.models.policy.save(out / "policy")
-        directory.finish(final_results(trainer, directory, time.monotonic() - began))
+        directory.finish(final_results(trainer, directory))
     return trainer
 
 
-def final_results(trainer: Trainer, directory: RunDirectory, seconds: float) -> dict[str, Any]:
+def _require_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from None
+
+
+def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
     """The final evaluation on the test split; its texts go to `evaluation.jsonl`."""
     config = trainer.config
     metrics, rollout, scores = trainer.evaluate(trainer.parts.task.test[: config.evaluation.final_prompts])
@@ -282,7 +315,7 @@ def final_results(trainer: Trainer, directory: RunDirectory, seconds: float) -> 
         "texts_used": config.ppo.iterations * config.ppo.texts_per_iteration + config.distil.texts,
         "decoding": (config.evaluation.decoding or config.decoding).describe(),
         "evaluation": metrics,
-        "training_seconds": seconds,
+        "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
         "machine": machine(),
     }
 
@@ -335,15 +368,3 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("rlgf", "torch", "transformers")},
     }
-
-
-def policy_phases(algorithm: Algorithm) -> list[str]:
-    """Each phase in words, for people."""
-    names = {POLICY: "policy", GUIDE: "guide"}
-    lines: list[str] = []
-    for phase in algorithm.phases:
-        end = f"the {names[phase.rollout]} writes"
-        if phase.rollin is not None:
-            end = f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
-        lines.append(end)
-    return lines

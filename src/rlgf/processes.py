@@ -1,14 +1,14 @@
 """The one place through which sums over a batch pass, so that several processes agree on every mean and every stop."""
 
 from accelerate.utils import reduce
-from torch import tensor
+from torch import float64, tensor
 
 from rlgf.ops import Moments
 
 
 def total(value: float) -> float:
     """The sum of `value` over all processes (its own value where there is one process)."""
-    return float(reduce(tensor(value), "sum"))  # pyright: ignore[reportArgumentType]
+    return float(reduce(tensor(value, dtype=float64), "sum"))  # pyright: ignore[reportArgumentType]
 
 
 def total_moments(moments: Moments) -> Moments:

@@ -114,22 +114,20 @@ def imdb_small() -> Config:
 
 RECIPES: dict[str, Callable[[], Config]] = {"quickstart": quickstart, "imdb": imdb, "imdb-small": imdb_small}
 
-CONTROLS: dict[str, dict[str, Control]] = {
-    "quickstart": {
+
+def controls(config: Config) -> dict[str, Control]:
+    """The fair controls of a config's recipe, by the config's own numbers."""
+    if config.recipe != "quickstart":
+        return {}
+    # as many texts as the guide begins in a run of PPO++
+    texts = round(config.ppo.iterations * config.ppo.texts_per_iteration * config.algorithm.beta_guide)
+    distil = {"texts": texts, "steps": 150, "batch_size": 64, "learning_rate": 1e-3, "adam_beta2": 0.98}
+    return {
         "ppo_sharpened": Control("PPO, own sampling sharpened (top-p 0.6)", {"decoding.top_p": 0.6}),
-        # 4,096 = 40 iterations of 128 texts, 80 % of them begun by the guide
         "distil_ppo": Control(
-            "distil 4,096 guide texts, then PPO",
-            {
-                "distil.texts": 4096,
-                "distil.steps": 150,
-                "distil.batch_size": 64,
-                "distil.learning_rate": 1e-3,
-                "distil.adam_beta2": 0.98,
-            },
+            f"distil {texts:,} guide texts, then PPO", {f"distil.{key}": value for key, value in distil.items()}
         ),
     }
-}
 
 
 def recipe(name: str) -> Config:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def continuation_only(reward: TextFunction) -> TextFunction | None:
 def score(reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
     """Call a reward and refuse what is not one finite number for each text; every failure is a `RunError`."""
     try:
-        values: list[Any] = list(reward(prompts, texts))
-    except (UserError, RunError):
+        answer: Any = reward(prompts, texts)
+        values: list[Any] = list(answer.tolist() if hasattr(answer, "tolist") else answer)
+    except RunError:
         raise
     except Exception as error:
         raise RunError(
@@ -103,7 +105,7 @@ def score(reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str])
     if len(values) != len(texts):
         raise RunError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
     for value, text in zip(values, texts):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise RunError(f"the reward of the text {text[:60]!r} is {value!r}: it must be a finite number.")
     return [float(value) for value in values]
 

@@ -11,11 +11,12 @@ from itertools import pairwise
 import torch
 
 from rlgf.algorithms import Algorithm, Phase, Share, draw_switch
+from rlgf.errors import RunError
 from rlgf.guides import Guide, Request, Text, ask
 from rlgf.models import LanguageModel, padded
 from rlgf.randomness import Purpose, permutation, uniform_rows, uniforms
 from rlgf.sampling import Continuations, continue_prefixes
-from rlgf.tokens import decode, decode_continuations, encode_continuation, encode_prompt
+from rlgf.tokens import decode_continuations, encode_continuation, encode_prompt
 from rlgf.types import GUIDE, POLICY, Decoding, Origin, Prompt, Rollout, Support
 
 
@@ -173,12 +174,13 @@ def _policy_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]]) -> None:
 def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: dict[str, int]) -> None:
     assert writing.guide is not None
     tokenizer = writing.policy.tokenizer
+    prefixes = decode_continuations(tokenizer, [row.prompt_ids for row, _ in pairs], [row.ids for row, _ in pairs])
     requests = [
         Request(
-            row.prompt, row.prompt_ids, decode(tokenizer, row.ids) if row.ids else "", list(row.ids), end - len(row.ids),
+            row.prompt, row.prompt_ids, prefix, list(row.ids), end - len(row.ids),
             max(0, writing.minimum - len(row.ids)), row.index, writing.seed,
         )
-        for row, end in pairs
+        for (row, end), prefix in zip(pairs, prefixes)
     ]  # fmt: skip
     counts["guide_requests"] += len(requests)
     for (row, end), answer in zip(pairs, ask(writing.guide, requests)):
@@ -203,10 +205,15 @@ def guide_ids(policy: LanguageModel, answer: Text, budget: int) -> tuple[list[in
     else:
         ids = encode_continuation(policy.tokenizer, answer.text)
         ids = [*ids, policy.end_id] if answer.finished and len(ids) < budget else ids
+    if any(not 0 <= token < policy.vocabulary for token in ids):
+        raise RunError(
+            f"the guide wrote token ids outside the policy's vocabulary of {policy.vocabulary}: it must use its tokenizer."
+        )
+    whole = len(ids)
     ended = next((place + 1 for place, token in enumerate(ids) if token in policy.end_ids), len(ids))
     ids = ids[:ended]
     kept = ids[:budget]
-    return kept, bool(kept) and kept[-1] in policy.end_ids, len(ids) > budget
+    return kept, bool(kept) and kept[-1] in policy.end_ids, len(kept) < whole
 
 
 def _as_rollout(writing: Writing, rows: Sequence[_Row], samples_per_prompt: int, counts: dict[str, int]) -> Rollout:

@@ -100,9 +100,11 @@ def json_safe(value: Any) -> Any:
 def read_complete_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file that may have been cut off in its last line."""
     rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # not splitlines(), which also splits at characters that JSON leaves as they are (U+0085, U+2028)
+    for line in path.read_text(encoding="utf-8").split("\n"):
         try:
-            rows.append(json.loads(line))
+            if line:
+                rows.append(json.loads(line))
         except ValueError:
             break
     return rows
@@ -110,11 +112,14 @@ def read_complete_lines(path: Path) -> list[dict[str, Any]]:
 
 def _refuse_other(folder: Path, old: Config, new: Config) -> None:
     before, after = _flat(to_dict(old)), _flat(to_dict(new))
-    differing = [key for key in after if before.get(key) != after[key] and not key.startswith("runtime.")]
+    missing = object()
+    keys = [*after, *(key for key in before if key not in after)]
+    changed = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
+    differing = [key for key in changed if not key.startswith("runtime.")]
     if differing:
         key = differing[0]
         raise UserError(
-            f"{folder} holds another run ({key} is {before.get(key)!r} there, {after[key]!r} here): choose another --out."
+            f"{folder} holds another run ({key} is {before.get(key)!r} there, {after.get(key)!r} here): choose another --out."
         )
 
 

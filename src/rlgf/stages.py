@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
@@ -36,12 +37,27 @@ def fingerprint(ingredients: Mapping[str, Any]) -> str:
 
 
 def source_fingerprint(source: str | None) -> Any:
-    """What identifies data or a model: name and size of every file of a local folder, otherwise its name."""
+    """What identifies data or a model: name and content of every file of a local folder, otherwise its name.
+
+    Files over 256 MB are told apart by size and time instead of being read.
+    """
     path = Path(source).expanduser() if source else None
     if path is None or not path.exists():
         return source
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [(file.name, file.stat().st_size) for file in files]
+    return [(file.name, _content_mark(file)) for file in files]
+
+
+def _content_mark(file: Path) -> str:
+    status = file.stat()
+    if status.st_size > 2**28:
+        return f"{status.st_size} {status.st_mtime_ns}"
+    return _content_hash(str(file), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _content_hash(file: str, size: int, time: int) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 def build_stage(
@@ -133,12 +149,16 @@ def _base_model(
 ) -> tuple[LanguageModel, Any]:
     if shape.path:
         return load_language_model(shape.path, config.runtime.device), source_fingerprint(shape.path)
-    tokenizer, token_mark = tokenizer_for(config, task, shape, stages, report)
+    # A guide made here speaks the policy's tokens.
+    if config.policy:
+        tokenizer, token_mark = load_tokenizer(config.policy), source_fingerprint(config.policy)
+    else:
+        tokenizer, token_mark = tokenizer_for(config, config.task, config.model, stages, report)
     seed = run_seed if config.lm.seed is None else config.lm.seed
     if not _asked_for(config.lm):
         model = new_language_model(shape, tokenizer, seed)
         return model, {"new": to_dict(shape), "tokenizer": token_mark, "seed": seed}
-    folder = lm_stage(config, stages, report)
+    folder = lm_stage(config, stages, report, shape=shape)
     return load_language_model(str(folder), config.runtime.device), folder.name
 
 
@@ -150,15 +170,15 @@ def _task_source(task: TaskConfig) -> dict[str, Any]:
     return {"name": task.name, "options": task.options, "data": source_fingerprint(task.data)}
 
 
-def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path:
-    """A small language model trained on the task's raw text."""
-    task, shape = config.task, config.model
+def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = None, shape: ModelConfig | None = None) -> Path:
+    """A small language model trained on the task's raw text, of the policy's shape unless another is given."""
+    task, shape = config.task, shape or config.model
     raw_texts = task_kind(task).raw_texts
     if raw_texts is None:
         raise UserError(f"task '{task.name}' has no raw text to train a language model on: set lm.steps=0 and lm.epochs=0.")
     if shape.path:
         raise UserError(f"model.path is '{shape.path}', a trained model: remove it to train one, or skip the lm stage.")
-    tokenizer, token_mark = tokenizer_for(config, task, shape, stages, report)
+    tokenizer, token_mark = tokenizer_for(config, task, config.model, stages, report)
     seed = config.seed if config.lm.seed is None else config.lm.seed
     ingredients = {
         "shape": to_dict(shape), "tokenizer": token_mark, "lm": to_dict(config.lm), "seed": seed, "task": _task_source(task),
@@ -204,7 +224,7 @@ class TargetExamples(Sequence[Example]):
         prompt = self.prompts[place]
         before = encode_prompt(self.model.tokenizer, prompt)
         after = encode_target(self.model.tokenizer, prompt.targets[0], self.model.end_id, self.budget)
-        return Example([*before, *after], len(before))
+        return Example([*before, *after], len(before), cut=after[-1] != self.model.end_id)
 
 
 def sft_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path | str:
@@ -216,12 +236,15 @@ def sft_stage(config: Config, stages: Path, report: Report, at: Path | None = No
     return _sft(config, config.task, config.model, config.sft, "sft", stages, report, at)
 
 
+def guide_task(config: Config) -> TaskConfig:
+    """The task whose demonstrations the guide 'trained' learns from."""
+    task = config.task
+    return TaskConfig(task.name, task.data, task.max_new_tokens, task.min_new_tokens, {**task.options, **config.guide.options})
+
+
 def guide_stage(config: Config, stages: Path, report: Report) -> Path | str:
     """The guide 'trained': a model of its own, fine-tuned on demonstrations of its own."""
-    guide = config.guide
-    options = {**config.task.options, **guide.options}
-    task = TaskConfig(config.task.name, config.task.data, config.task.max_new_tokens, config.task.min_new_tokens, options)
-    return _sft(config, task, guide.model, guide.sft, "guide", stages, report, None)
+    return _sft(config, guide_task(config), config.guide.model, config.guide.sft, "guide", stages, report, None)
 
 
 def _sft(
@@ -239,7 +262,7 @@ def _sft(
         examples = TargetExamples(task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts)
         measured = fit(model, examples, training, seed, config.runtime.token_budget, report)
         model.save(folder)
-        return measured
+        return measured | {"targets_cut": sum(example.cut for example in examples)}
 
     if at:
         return build_at(at, name, ingredients, build, report)
@@ -268,7 +291,9 @@ def distil_stage(config: Config, start: str, write: Callable[[int], list[Example
     seed = config.seed if config.distil.seed is None else config.distil.seed
     ingredients = {
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
-        "guide": to_dict(config.guide), "distil": to_dict(config.distil), "seed": seed, "task": _task_source(config.task),
+        "guide": to_dict(config.guide), "guide_files": source_fingerprint(config.guide.spec.removeprefix("model:")),
+        "distil": to_dict(config.distil), "seed": seed, "texts_seed": config.seed, "task": _task_source(config.task),
+        "budget": [config.task.min_new_tokens, config.task.max_new_tokens],
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:

@@ -16,10 +16,11 @@ from rlgf.schedules import learning_rate_factor
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens to learn: `ids` from position `start` on, given what is before them."""
+    """Tokens to learn: `ids` from position `start` on, given what is before them; `cut` if the text went on behind them."""
 
     ids: Sequence[int]
     start: int
+    cut: bool = False
 
 
 def planned_steps(config: SupervisedConfig, examples: int) -> int:
@@ -55,7 +56,7 @@ def fit(
             order += permutation(seed, Purpose.SUPERVISED, passes, len(examples)).tolist()
             passes += 1
         batch, order = [examples[i] for i in order[: config.batch_size]], order[config.batch_size :]
-        losses.append(supervised_step(language_model, batch, config.precision, token_budget))
+        losses.append(nll_backward(language_model, batch, 1.0, config.precision, token_budget))
         tokens += sum(len(example.ids) - example.start for example in batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -73,11 +74,6 @@ def fit(
     return {
         "loss": sum(last) / max(1, len(last)), "steps": steps, "tokens": tokens, "seconds": time.monotonic() - began,
     }  # fmt: skip
-
-
-def supervised_step(language_model: LanguageModel, batch: Sequence[Example], precision: str, token_budget: int) -> float:
-    """Add the gradient of the batch's mean token loss; returns the loss."""
-    return nll_backward(language_model, batch, 1.0, precision, token_budget)
 
 
 def nll_backward(

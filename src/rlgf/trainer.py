@@ -113,6 +113,7 @@ class Trainer:
             **rollout.counts,
             **stats,
             "kl_coefficient": coefficient,
+            "left_out_prompts": sum(self.parts.task.notes.values()),
             **{f"seconds_{name}": value for name, value in seconds.items()},
             "seconds": sum(seconds.values()),
             "tokens_per_second": int(rollout.written.sum()) / max(sum(seconds.values()), 1e-9),
@@ -125,21 +126,28 @@ class Trainer:
         trackers = Trackers(config.runtime.trackers, directory.folder / "trackers", to_dict(config)) if directory else None
         if directory:
             self._resume(directory)
-        while self.iteration < iterations:
-            iteration = self.iteration
-            try:
-                metrics, experience = self.step(iteration)
-            except RunError:
-                if directory:
-                    directory.save_checkpoint(iteration, self.state())
-                raise
-            if config.evaluation.every and (self.iteration % config.evaluation.every == 0 or self.iteration == iterations):
-                metrics["evaluation"] = self.evaluate(self.parts.task.validation[: config.evaluation.prompts])[0]
-            if directory and trackers:
-                self._log(directory, trackers, metrics, experience)
-            watch(Progress(self.iteration, iterations, metrics))
-        if trackers:
-            trackers.finish()
+        try:
+            while self.iteration < iterations:
+                metrics, experience = self.step(self.iteration)
+                try:
+                    if self._evaluates():
+                        metrics["evaluation"] = self.evaluate(self.parts.task.validation[: config.evaluation.prompts])[0]
+                finally:  # a reward that fails in an evaluation must not lose the iteration before it
+                    if directory and trackers:
+                        self._log(directory, trackers, metrics, experience)
+                watch(Progress(self.iteration, iterations, metrics))
+        except RunError:
+            if directory:
+                directory.save_checkpoint(self.iteration, self.state())
+            raise
+        finally:
+            if trackers:
+                trackers.finish()
+
+    def _evaluates(self) -> bool:
+        """Whether the iteration that was just done is followed by an evaluation."""
+        every = self.config.evaluation.every
+        return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.ppo.iterations)
 
     def evaluate(self, prompts: Sequence[Any]) -> tuple[dict[str, float], Rollout, list[float]]:
         """Fresh texts by the policy alone on `prompts`."""

@@ -147,6 +147,7 @@ class Updater:
         moved = bool(selected.any())
         if ppo.mle_coefficient and learns:
             batch = self._mle_batch(step)
+            sums["mle_targets_cut"] = float(sum(example.cut for example in batch))
             sums["mle_loss"] = nll_backward(
                 policy, batch, ppo.mle_coefficient, self.reading.precision, self.reading.token_budget
             )

@@ -1,9 +1,9 @@
-"""Guides: whoever helps the policy write. `checked` is the one door through which their answers come in."""
+"""Guides: whoever helps the policy write. `ask` is the one door through which their answers come in."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from rlgf.errors import RunError, UserError
+from rlgf.errors import RunError
 from rlgf.guides.base import Capabilities, Guide, Request, Text
 from rlgf.guides.local import FunctionGuide, ModelGuide, ReferenceGuide
 
@@ -18,7 +18,7 @@ def ask(guide: Guide, requests: Sequence[Request]) -> list[Text]:
         return []
     try:
         answers: Any = guide.complete(requests)
-    except (UserError, RunError):
+    except RunError:
         raise
     except Exception as error:
         raise RunError(
@@ -28,7 +28,8 @@ def ask(guide: Guide, requests: Sequence[Request]) -> list[Text]:
         found = len(answers) if isinstance(answers, list) else type(answers).__name__
         raise RunError(f"the guide gave {found} texts for {len(requests)} requests: it must give a list with one each.")
     for answer, request in zip(answers, requests):
-        if not isinstance(answer, Text):
+        good = isinstance(answer, Text) and isinstance(answer.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not good or any(not isinstance(token, int) for token in answer.ids or ()):
             raise RunError(f"the guide answered {answer!r} to the prompt {request.prompt.text[:60]!r}: it must be a text.")
         if not answer.finished and not (answer.text if answer.ids is None else answer.ids):
             raise RunError(

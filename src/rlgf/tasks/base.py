@@ -37,6 +37,7 @@ class TaskKind:
     tokenizer: Callable[[TaskConfig], Any] | None = None  # a task's own, where it does not read natural text
     raw_texts: Callable[[TaskConfig, int], list[str]] | None = None  # for the lm stage: (config, most)
     labelled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None  # for a sentiment reward
+    needs_data: bool = False
 
 
 def task_options(config: TaskConfig, kind: type) -> Any:

@@ -60,6 +60,8 @@ class Options:
 def build(config: TaskConfig, tokenizer: Any) -> Task:
     """The task; every prompt carries its demonstration as reference and target."""
     options: Options = task_options(config, Options)
+    if min(options.train_prompts, options.held_out_prompts) < 1:
+        raise UserError("task.options.train_prompts and task.options.held_out_prompts must be at least 1.")
     if not 1 <= options.slots <= len(ASPECTS):
         raise UserError(f"task.options.slots is {options.slots}: choose 1 to {len(ASPECTS)}.")
     sizes = (options.train_prompts, options.held_out_prompts, options.held_out_prompts)

@@ -44,10 +44,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
 
 
 def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, notes: dict[str, int]) -> list[Prompt]:
-    rows = read_rows(_source(config), split, (options.text_column, options.label_column))
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row[options.text_column], str) or not row[options.text_column].strip():
-            raise UserError(f"{config.data}, split {split}, row {number}: the prompt is empty: remove the row.")
+    rows = _reviews(config, options, split)
     texts = [row[options.text_column] for row in rows]
     cut = _first_tokens if options.prompt == "first" else _first_half
     pieces = cut(texts, options.prompt_tokens, config.max_new_tokens, tokenizer)
@@ -108,6 +105,19 @@ def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) ->
     ]
 
 
+def _reviews(config: TaskConfig, options: Options, split: str, labelled: bool = True) -> list[dict[str, Any]]:
+    """Rows of a split, each with a text that is not empty and a label that is 0 or 1."""
+    columns = (options.text_column, options.label_column) if labelled else (options.text_column,)
+    rows = read_rows(_source(config), split, columns)
+    for number, row in enumerate(rows, 1):
+        where = f"{config.data}, split {split}, row {number}"
+        if not isinstance(row[options.text_column], str) or not row[options.text_column].strip():
+            raise UserError(f"{where}: the prompt is empty: remove the row.")
+        if labelled and row[options.label_column] not in (0, 1):
+            raise UserError(f"{where}: the label is {row[options.label_column]!r}, but must be 1 (positive) or 0.")
+    return rows
+
+
 def _source(config: TaskConfig) -> str:
     if config.data is None:
         raise UserError("task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files.")
@@ -117,7 +127,7 @@ def _source(config: TaskConfig) -> str:
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
     """Unlabelled reviews in a shuffled order, at most `most` (0: all)."""
     options: Options = task_options(config, Options)
-    rows = read_rows(_source(config), options.raw_split, (options.text_column,))
+    rows = _reviews(config, options, options.raw_split, labelled=False)
     order = permutation(0, Purpose.TASK, 1, len(rows))
     return [rows[i][options.text_column] for i in (order[:most] if most else order)]
 
@@ -126,8 +136,8 @@ def labelled_texts(config: TaskConfig, split: str) -> tuple[list[str], list[int]
     """Whole reviews of 'train' or 'test' and their labels, for a sentiment reward."""
     options: Options = task_options(config, Options)
     name = options.train_split if split == "train" else options.test_split
-    rows = read_rows(_source(config), name, (options.text_column, options.label_column))
+    rows = _reviews(config, options, name)
     return [row[options.text_column] for row in rows], [int(row[options.label_column]) for row in rows]
 
 
-KIND = TaskKind(build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts)
+KIND = TaskKind(build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts, needs_data=True)
