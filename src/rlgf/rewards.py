@@ -105,7 +105,7 @@ def score(reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str])
     if len(values) != len(texts):
         raise RunError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
     for value, text in zip(values, texts):
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
             raise RunError(f"the reward of the text {text[:60]!r} is {value!r}: it must be a finite number.")
     return [float(value) for value in values]
 
