@@ -1,0 +1,115 @@
+"""Metrics against other people's numbers and against enumeration; evaluation; rewards and guides at their doors."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from rlgf import guides
+from rlgf.config import PPOConfig, TaskConfig
+from rlgf.errors import RunError
+from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
+from rlgf.experience import Reading
+from rlgf.guides import FunctionGuide, ModelGuide, Request, Text
+from rlgf.metrics import distinct, kl_to_reference, perplexity, token_perplexity
+from rlgf.models import LanguageModel, padded
+from rlgf.rewards import continuation_only, whole_text
+from rlgf.rollout import Writing
+from rlgf.tasks import Task, embedded
+from rlgf.types import Decoding, Prompt
+
+READING = Reading(Decoding(), PPOConfig(), 64)
+
+
+def test_distinct_counts_pairs_of_words_over_all_texts():
+    assert distinct(["a b a b", "a b"]) == pytest.approx(2 / 4)  # ab ba ab | ab: two different of four
+    assert distinct(["a", ""]) == 0.0
+    assert distinct(["a b c"], order=1) == 1.0
+
+
+def test_perplexity_is_that_of_the_models_own_loss(tiny_model: LanguageModel):
+    prompts = [Prompt("review of : plot =>", (" great plot",)), Prompt("review of : cast plot =>", (" dull cast fresh plot",))]
+    total, count = 0.0, 0
+    for prompt in prompts:
+        before = tiny_model.tokenizer(prompt.text)["input_ids"]
+        after = [*tiny_model.tokenizer(prompt.references[0])["input_ids"], tiny_model.end_id]
+        labels = torch.tensor([[-100] * len(before) + after])
+        loss = tiny_model.model(input_ids=torch.tensor([before + after]), labels=labels).loss
+        total, count = total + float(loss) * len(after), count + len(after)
+    assert perplexity(tiny_model, prompts, 16, READING) == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert math.isnan(perplexity(tiny_model, [Prompt("review")], 16, READING))
+    assert math.isnan(token_perplexity(tiny_model, padded([[1, 2]]), torch.zeros((1, 2), dtype=torch.bool), READING))
+
+
+def task(tiny: LanguageModel) -> Task:
+    options = {"slots": 2, "train_prompts": 4, "held_out_prompts": 12}
+    return embedded.build(TaskConfig(max_new_tokens=5, options=options), tiny.tokenizer)
+
+
+def test_exact_kl_is_the_sum_over_states_and_vocabulary(tiny_models: dict[str, LanguageModel]):
+    policy, reference = tiny_models["gpt2"], tiny_models["llama"]
+    judges = Judges(task(policy), embedded.reward, reference, None, READING)
+    writing = Writing(policy, None, Decoding(), 5, 0, 0)
+    metrics, rollout, scores = evaluate_policy(writing, judges.task.test, judges, 3)
+    exact = 0.0
+    for row in range(12):
+        length, start = int(rollout.lengths[row]), int(rollout.prompt_lengths[row])
+        ids = rollout.ids[row : row + 1, :length]
+        mine = policy.model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(1)
+        theirs = reference.model(input_ids=ids).logits[0, start - 1 : -1].log_softmax(1)
+        exact += float((mine.exp() * (mine - theirs)).sum())
+    assert metrics["kl"] == pytest.approx(exact / 12, rel=1e-4)
+    assert kl_to_reference(rollout, policy, policy, READING) == (0.0, 0.0)
+    assert len(scores) == 12
+    assert metrics["pass_rate"] == metrics["score"]
+    again = evaluate_policy(writing, judges.task.test, judges, 3)[0]
+    assert again == metrics
+
+
+def test_a_guide_is_evaluated_as_a_black_box(tiny_models: dict[str, LanguageModel]):
+    policy = tiny_models["gpt2"]
+    judges = Judges(task(policy), embedded.reward, policy, policy, READING)
+
+    def perfect(requests: Any) -> list[str]:
+        return [" ".join(f"great {aspect}" for aspect in request.prompt.columns["aspects"]) for request in requests]
+
+    writing = Writing(policy, FunctionGuide(perfect), Decoding(), 5, 0, 0)
+    metrics, _, _ = evaluate_guide(writing, judges.task.test, judges, 0)
+    assert metrics["pass_rate"] == 1.0
+    assert metrics["finished"] == 1.0
+    assert metrics["length"] == 5.0  # four words and the end token
+    assert "kl" not in metrics
+    assert metrics["output_perplexity"] > 1
+
+
+def test_a_whole_text_reward_reads_the_prompt_and_its_judge_can_read_without():
+    def judge(prompts: Any, texts: Any) -> list[float]:
+        return [float(len(text)) for text in texts]
+
+    reward = whole_text(judge)
+    assert list(reward([Prompt("abc")], [" de"])) == [6.0]
+    alone = continuation_only(reward)
+    assert alone is not None
+    assert list(alone([Prompt("abc")], [" de"])) == [3.0]
+    assert continuation_only(judge) is None
+
+
+def request(prompt: str = "review of : plot =>", prefix: tuple[int, ...] = (), budget: int = 4, index: int = 0) -> Request:
+    return Request(Prompt(prompt), [3, 4, 5], "", list(prefix), budget, 0, index, 7)
+
+
+def test_a_model_guides_text_depends_on_seed_trajectory_and_position_alone(tiny_model: LanguageModel):
+    guide = ModelGuide(tiny_model, Decoding())
+    together = guide.complete([request(index=index) for index in range(5)])
+    alone = guide.complete([request(index=3)])
+    assert together[3] == alone[0]
+    first = list(together[3].ids or ())
+    rest = guide.complete([request(prefix=tuple(first[:2]), budget=2, index=3)])[0]
+    assert list(rest.ids or ()) == first[2:]
+
+
+@pytest.mark.parametrize("answer", [[Text(None, True)], [Text("", True, ["x"])], [3], "text", [Text("", False)]])  # type: ignore[list-item,arg-type]
+def test_an_unusable_answer_of_a_guide_is_refused(answer: Any):
+    with pytest.raises(RunError):
+        guides.ask(FunctionGuide(lambda requests: answer), [request()])

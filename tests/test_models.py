@@ -1,0 +1,119 @@
+"""Models, critics and the forward pass that scoring and training share."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, GPT2Config
+
+from rlgf.config import ModelConfig
+from rlgf.errors import UserError
+from rlgf.models import (
+    LanguageModel,
+    bundle,
+    context_length,
+    forward,
+    gather_tokens,
+    load_language_model,
+    micro_batches,
+    new_critic,
+    new_language_model,
+    padded,
+)
+
+ROWS = [[5, 9, 12, 7, 20, 33], [8, 8, 3], [40, 2, 19, 11]]
+
+
+def test_logits_are_those_of_the_whole_model_at_the_asked_tokens(tiny_model: LanguageModel):
+    ids = padded(ROWS)
+    rows, columns = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 5, 2, 3])
+    logits, hidden = forward(tiny_model, ids, rows, columns)
+    whole = tiny_model.model(input_ids=ids).logits
+    assert torch.allclose(logits, whole[rows, columns - 1], atol=1e-6)
+    assert hidden.shape[:2] == (3, 5)
+
+
+def test_padding_and_neighbours_change_no_logit(tiny_model: LanguageModel):
+    together, _ = forward(tiny_model, padded([*ROWS, list(range(20))]), torch.tensor([1, 1]), torch.tensor([1, 2]))
+    alone, _ = forward(tiny_model, padded(ROWS[1:2]), torch.tensor([0, 0]), torch.tensor([1, 2]))
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 12, 1000])
+def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(budget: int):
+    lengths = torch.tensor([6, 3, 4, 6, 1, 2])
+    groups = micro_batches(lengths, budget)
+    assert sorted(torch.cat(groups).tolist()) == list(range(6))
+    for group in groups:
+        assert len(group) == 1 or len(group) * int(lengths[group].max()) <= budget
+
+
+@pytest.mark.parametrize("budget", [1, 12, 1000])
+def test_gathering_visits_each_selected_token_once_whatever_the_budget(tiny_model: LanguageModel, budget: int):
+    ids = padded(ROWS)
+    selected = torch.zeros(ids.shape, dtype=torch.bool)
+    selected[0, 2:5] = selected[2, 3] = True
+    seen = torch.zeros(ids.shape)
+
+    def visit(rows: Any, columns: Any, logits: Any, hidden: Any) -> None:
+        seen[rows, columns] += logits.log_softmax(1).gather(1, ids[rows, columns][:, None]).squeeze(1)
+
+    gather_tokens(tiny_model, ids, selected, budget, "fp32", visit)
+    whole = tiny_model.model(input_ids=ids).logits.log_softmax(2)
+    expected = torch.zeros(ids.shape)
+    expected[:, 1:] = whole[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    assert torch.allclose(seen, expected * selected, atol=1e-5)
+
+
+def test_a_new_model_is_a_function_of_its_seed(word_tokenizer: Any):
+    shape = ModelConfig(layers=1, width=16, heads=2, context=16)
+    first, same, other = (new_language_model(shape, word_tokenizer, seed).model.state_dict() for seed in (3, 3, 4))
+    assert all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_a_saved_model_is_read_back(tiny_model: LanguageModel, tmp_path: Path):
+    tiny_model.save(tmp_path)
+    again = load_language_model(str(tmp_path))
+    assert again.end_ids == tiny_model.end_ids
+    assert again.context == tiny_model.context == context_length(str(tmp_path))
+    for name, value in tiny_model.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_several_end_tokens_are_known_and_impossible_ones_ignored(tiny_model: LanguageModel):
+    model = copy.deepcopy(tiny_model.model)
+    model.generation_config.eos_token_id = [4, 7, 50256]
+    assert bundle(model, tiny_model.tokenizer, "m").end_ids == (tiny_model.end_ids[0], 4, 7)
+
+
+@pytest.mark.parametrize("kind", ["separate", "trunk"])
+def test_a_critic_begins_with_its_initial_value_everywhere(tiny_model: LanguageModel, tmp_path: Path, kind: str):
+    tiny_model.save(tmp_path)
+    critic = new_critic(kind, str(tmp_path), tiny_model, 0.5)
+    rows, columns = torch.tensor([0, 2]), torch.tensor([3, 1])
+    _, hidden = forward(tiny_model, padded(ROWS), rows, columns)
+    values = critic(padded(ROWS), rows, columns, "fp32", None if kind == "separate" else hidden)
+    assert values.tolist() == [0.5, 0.5]
+
+
+def test_a_critic_may_start_from_a_reward_model(tiny_models: dict[str, LanguageModel], tmp_path: Path):
+    policy = tiny_models["gpt2"]
+    config: GPT2Config = copy.deepcopy(policy.model.config)
+    config.num_labels, config.pad_token_id = 1, 0
+    torch.manual_seed(1)
+    judge = AutoModelForSequenceClassification.from_config(config)
+    judge.save_pretrained(tmp_path)
+    critic = new_critic("separate", str(tmp_path), policy, 0.0)
+    mine, theirs = critic.trunk.state_dict(), judge.transformer.state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_critic_of_another_vocabulary_is_refused(tiny_model: LanguageModel, word_tokenizer: Any, tmp_path: Path):
+    new_language_model(ModelConfig(layers=1, width=16, heads=2), word_tokenizer, 0).save(tmp_path)
+    text = (tmp_path / "config.json").read_text().replace('"vocab_size": 42', '"vocab_size": 40')
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError):
+        new_critic("separate", str(tmp_path), tiny_model, 0.0)
