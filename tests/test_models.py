@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_whole_model_at_the_asked_tokens(tiny_model: Lan
     logits, hidden = forward(tiny_model, ids, rows, columns)
     whole = tiny_model.model(input_ids=ids).logits
     assert torch.allclose(logits, whole[rows, columns - 1], atol=1e-6)
-    assert hidden.shape[:2] == (3, 5)
+    assert hidden.shape[0] == 4
 
 
 def test_padding_and_neighbours_change_no_logit(tiny_model: LanguageModel):

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlgf import ops
 from rlgf.algorithms import Share
 from rlgf.config import PPOConfig
-from rlgf.models import Critic, LanguageModel, forward, gather_tokens, selected_batches
+from rlgf.models import Critic, LanguageModel, gather_tokens, selected_batches, trunk_states
 from rlgf.processes import total_moments
 from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Rollout
 
@@ -82,8 +82,8 @@ def state_values(rollout: Rollout, selected: Tensor, critic: Critic, policy: Lan
     with torch.no_grad():
         for rows, columns, ids, local_rows in selected_batches(rollout.ids, selected, reading.token_budget):
             hidden = None
-            if critic.trunk is None:  # a head on the policy's trunk: one logit is asked for, as the head must be asked
-                _, hidden = forward(policy, ids, local_rows[:1], columns[:1], reading.precision)
+            if critic.trunk is None:
+                hidden = trunk_states(policy.model.base_model, ids, local_rows, columns, reading.precision, policy.device)
             values[rows, columns] = critic(ids, local_rows, columns, reading.precision, hidden).cpu()
     return values
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 from transformers.activations import NewGELUActivation
 
+from rlgf import packing
 from rlgf.config import ModelConfig
 from rlgf.errors import UserError
 
@@ -112,12 +113,12 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
 
 
 def speed_up(model: Any) -> Any:
-    """Replace modules that transformers computes step by step by equal ones that torch computes at once."""
+    """Faster ways to the same numbers: GELU in one step instead of six, texts in a line instead of padded rows."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    return model
+    return packing.enable(model)
 
 
 def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
@@ -129,17 +130,17 @@ def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
 
 
 @contextmanager
-def head_positions(model: Any, rows: Tensor, columns: Tensor) -> Generator[list[Tensor]]:
-    """Within it, the language-model head sees only the hidden states at `(rows, columns)`, as `[1, tokens, width]`.
+def head_positions(model: Any, pick: Callable[[Tensor], Tensor]) -> Generator[list[Tensor]]:
+    """Within it, the language-model head sees only the hidden states that `pick` takes, as `[1, states, width]`.
 
     So logits of positions that nobody asks for are never computed, for any model whatever it does behind its head.
-    Yields a list that receives all hidden states `[rows, columns, width]` of each forward pass.
+    Yields a list that receives the hidden states picked, `[states, width]`, of each forward pass.
     """
     hidden: list[Tensor] = []
 
     def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden.append(arguments[0])
-        return (arguments[0][rows, columns].unsqueeze(0), *arguments[1:])
+        hidden.append(pick(arguments[0]))
+        return (hidden[-1].unsqueeze(0), *arguments[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(select)
     try:
@@ -156,15 +157,42 @@ def autocast(device: torch.device, precision: str) -> Any:
 def forward(
     language_model: LanguageModel, ids: Tensor, rows: Tensor, columns: Tensor, precision: str = "fp32"
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the tokens at `(rows, columns)` given all before them, and the hidden states.
+    """Logits of the tokens at `(rows, columns)` given all before them, and the states before them.
 
-    `ids` [texts, width] padded on the right; returns float [tokens, vocabulary] and [texts, width − 1, hidden]. A token in
-    column 0 has nothing before it and must not be asked for.
+    `ids` [texts, width] padded on the right; returns float [tokens, vocabulary] and [tokens, hidden]. A token in column 0 has
+    nothing before it and must not be asked for; no token may be asked for twice.
     """
     model, device = language_model.model, language_model.device
-    with autocast(device, precision), head_positions(model, rows.to(device), columns.to(device) - 1) as hidden:
-        logits = model(input_ids=ids[:, :-1].to(device), use_cache=False).logits  # the last token conditions nothing
+    with (
+        autocast(device, precision),
+        reading(model, ids, rows, columns, device) as (inputs, pick),
+        head_positions(model, pick) as hidden,
+    ):
+        logits = model(**inputs, use_cache=False).logits
     return logits.squeeze(0).float(), hidden[0]
+
+
+def trunk_states(trunk: Any, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, device: torch.device) -> Tensor:
+    """The states before the tokens at `(rows, columns)` by a model without a head, [tokens, hidden]."""
+    with autocast(device, precision), reading(trunk, ids, rows, columns, device) as (inputs, pick):
+        return pick(trunk(**inputs, use_cache=False).last_hidden_state)
+
+
+@contextmanager
+def reading(
+    model: Any, ids: Tensor, rows: Tensor, columns: Tensor, device: torch.device
+) -> Generator[tuple[dict[str, Tensor], Callable[[Tensor], Tensor]]]:
+    """A model's inputs, and how to pick the states before the tokens at `(rows, columns)` from what it makes of them.
+
+    A line without padding where the model can read one, otherwise rows padded on the right.
+    """
+    if packing.is_enabled(model):
+        line = packing.line_up(ids, rows, columns, device)
+        with packing.packed(line), packing.last_block_on(model, line.asked):
+            yield {"input_ids": line.ids, "position_ids": line.positions}, lambda hidden: packing.take(hidden[0], line.asked)
+    else:  # the last token conditions nothing
+        places = (rows.to(device), columns.to(device) - 1)
+        yield {"input_ids": ids[:, :-1].to(device)}, lambda hidden: hidden[places]
 
 
 class Critic(nn.Module):
@@ -182,14 +210,14 @@ class Critic(nn.Module):
         nn.init.constant_(self.head.bias, initial_value)
 
     def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
-        """Values [tokens] of the states before the tokens at `(rows, columns)`; `hidden` is the policy's, if it is shared."""
-        device = self.head.weight.device
-        with autocast(device, precision):
-            if self.trunk is not None:
-                hidden = self.trunk(input_ids=ids[:, :-1].to(device), use_cache=False).last_hidden_state
-            assert hidden is not None
-            picked = hidden[rows.to(device), columns.to(device) - 1]
-        return self.head(picked.float()).squeeze(-1)
+        """Values [tokens] of the states before the tokens at `(rows, columns)`.
+
+        `hidden` [tokens, width] are the policy's states there, where its trunk is shared.
+        """
+        if self.trunk is not None:
+            hidden = trunk_states(self.trunk, ids, rows, columns, precision, self.head.weight.device)
+        assert hidden is not None
+        return self.head(hidden.float()).squeeze(-1)
 
 
 def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float) -> Critic:
@@ -249,8 +277,7 @@ def gather_tokens(
     with torch.no_grad():
         for rows, columns, batch, local_rows in selected_batches(ids, selected, token_budget):
             logits, hidden = forward(language_model, batch, local_rows, columns, precision)
-            picked = hidden[local_rows.to(hidden.device), columns.to(hidden.device) - 1]
-            visit(rows, columns, logits, picked)
+            visit(rows, columns, logits, hidden)
 
 
 def selected_batches(ids: Tensor, selected: Tensor, token_budget: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:

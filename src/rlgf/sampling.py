@@ -268,8 +268,7 @@ class _Decoder:
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         model, device = self.language_model.model, self.language_model.device
-        rows, last = torch.arange(len(ids)), torch.full((len(ids),), ids.shape[1] - 1)
-        with torch.no_grad(), autocast(device, self.precision), head_positions(model, rows.to(device), last.to(device)):
+        with torch.no_grad(), autocast(device, self.precision), head_positions(model, lambda hidden: hidden[:, -1]):
             output = model(
                 input_ids=ids.to(device),
                 attention_mask=None if mask is None else mask.long().to(device),

@@ -136,7 +136,9 @@ class Updater:
             for origin, value_weights in valued.items():
                 here = value_weights[local, columns] > 0
                 if bool(here.any()):
-                    values = self.models.critics[origin](ids, local_rows[here], columns[here], self.reading.precision, hidden)
+                    values = self.models.critics[origin](
+                        ids, local_rows[here], columns[here], self.reading.precision, hidden[here]
+                    )
                     picked = value_weights[local[here], columns[here]]
                     part = self._value_loss(experience, members[local[here]], columns[here], values, picked, sums)
                     loss = loss + self.critic.value_coefficient * part

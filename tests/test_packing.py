@@ -1,0 +1,84 @@
+"""A line without padding gives what padded rows give: logits, states, losses and gradients."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlgf import packing
+from rlgf.models import LanguageModel, forward, load_language_model, padded, trunk_states
+
+TEXTS = [[5, 9, 12, 7, 20, 33, 2, 4], [8, 8, 3], [40, 2, 19, 11, 30], [1, 6]]
+ROWS = torch.tensor([0, 0, 0, 1, 2, 2, 3])
+COLUMNS = torch.tensor([2, 3, 7, 1, 3, 4, 1])
+
+
+def plain(tiny_model: LanguageModel) -> LanguageModel:
+    """The same model, read as padded rows."""
+    model = copy.deepcopy(tiny_model.model)
+    model.set_attn_implementation("sdpa")
+    return LanguageModel(model, tiny_model.tokenizer, tiny_model.end_ids, tiny_model.context, tiny_model.vocabulary)
+
+
+def test_both_architectures_are_read_as_lines(tiny_model: LanguageModel):
+    assert packing.is_enabled(tiny_model.model)
+    assert packing.is_enabled(tiny_model.frozen().model)
+    assert not packing.is_enabled(plain(tiny_model).model)
+
+
+def test_logits_states_and_gradients_equal_those_of_padded_rows(tiny_model: LanguageModel):
+    results = []
+    mine = LanguageModel(
+        copy.deepcopy(tiny_model.model), tiny_model.tokenizer, tiny_model.end_ids, tiny_model.context, tiny_model.vocabulary
+    )
+    for language_model in (mine, plain(tiny_model)):
+        language_model.model.requires_grad_(True)
+        logits, hidden = forward(language_model, padded(TEXTS), ROWS, COLUMNS)
+        loss = -logits.log_softmax(1)[torch.arange(7), padded(TEXTS)[ROWS, COLUMNS]].mean() + hidden.square().mean()
+        loss.backward()
+        gradients = {name: value.grad.clone() for name, value in language_model.model.named_parameters()}
+        results.append((logits.detach(), hidden.detach(), float(loss.detach()), gradients))
+    (logits, hidden, loss, gradients), (other_logits, other_hidden, other_loss, other_gradients) = results
+    assert torch.allclose(logits, other_logits, atol=1e-5)
+    assert torch.allclose(hidden, other_hidden, atol=1e-5)
+    assert loss == pytest.approx(other_loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        scale = float(other_gradients[name].abs().max())
+        assert torch.allclose(gradient, other_gradients[name], atol=1e-5 * max(scale, 1e-3)), name
+
+
+def test_a_trunk_is_read_alike(tiny_model: LanguageModel):
+    other = plain(tiny_model)
+    mine, theirs = (
+        trunk_states(m.model.base_model, padded(TEXTS), ROWS, COLUMNS, "fp32", m.device) for m in (tiny_model, other)
+    )
+    assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_the_line_holds_only_what_is_read():
+    line = packing.line_up(padded(TEXTS), torch.tensor([0, 2, 2]), torch.tensor([3, 1, 2]), torch.device("cpu"))
+    assert line.ids.tolist() == [[5, 9, 12, 40, 2]]
+    assert line.positions.tolist() == [[0, 1, 2, 0, 1]]
+    assert line.asked.tolist() == [2, 3, 4]
+
+
+def test_the_last_block_feeds_forward_asked_states_alone(tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    base = tiny_model.model.base_model
+    blocks = next(child for child in base.children() if isinstance(child, torch.nn.ModuleList))
+    seen: list[int] = []
+    handles = [block.mlp.register_forward_hook(lambda m, i, output: seen.append(output.shape[1])) for block in blocks]
+    forward(tiny_model, padded(TEXTS), ROWS, COLUMNS)
+    for handle in handles:
+        handle.remove()
+    assert set(seen[:-1]) <= {7 + 1 + 4 + 1}
+    assert seen[-1] == 7
+
+
+def test_outside_of_a_line_the_model_is_itself_and_is_saved_as_itself(tiny_model: LanguageModel, tmp_path: Path):
+    ids = torch.tensor(TEXTS[:1])
+    assert torch.equal(tiny_model.model(input_ids=ids).logits, plain(tiny_model).model(input_ids=ids).logits)
+    tiny_model.save(tmp_path)
+    assert packing.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()).get("_attn_implementation", ""))
+    assert packing.is_enabled(load_language_model(str(tmp_path)).model)
