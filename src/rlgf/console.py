@@ -116,7 +116,8 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(Text(heading), justify="right" if number else "left", no_wrap=number > 0 and len(heading) < 14)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    out.print(table)
+    # a narrow terminal folds lines rather than cells
+    Console(highlight=False, width=max(out.width, 160)).print(table)
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
