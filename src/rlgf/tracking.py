@@ -1,6 +1,7 @@
 """Numbers for people who watch: TensorBoard, wandb and trackio, through accelerate's trackers."""
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ class Trackers:
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Numbers of one iteration."""
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
         for tracker in self.trackers:
             tracker.log(numbers, step=step)
 
