@@ -5,7 +5,8 @@ Unknown keys and impossible values are answered before any work is done, with th
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
 
@@ -228,78 +229,58 @@ class Config:
         check_numbers(self)
 
 
+AT_LEAST_ONE = """
+    task.max_new_tokens ppo.iterations ppo.texts_per_iteration ppo.samples_per_prompt ppo.epochs ppo.minibatch_size
+    ppo.mle_batch evaluation.prompts evaluation.final_prompts runtime.token_budget runtime.checkpoint_every
+    model.layers model.width model.heads model.context
+    guide.model.layers guide.model.width guide.model.heads guide.model.context
+    lm.batch_size sft.batch_size distil.batch_size guide.sft.batch_size
+"""
+NOT_NEGATIVE = """
+    ppo.learning_rate ppo.weight_decay ppo.mle_coefficient critic.learning_rate critic.value_coefficient
+    critic.warmup_iterations kl.coefficient kl.loss_coefficient evaluation.every runtime.threads reward.clip model.vocabulary
+    lm.learning_rate lm.steps lm.epochs lm.texts sft.learning_rate sft.steps sft.epochs sft.texts
+    distil.learning_rate distil.steps distil.epochs distil.texts
+    guide.sft.learning_rate guide.sft.steps guide.sft.epochs guide.sft.texts
+"""
+ABOVE_ZERO = "ppo.clip ppo.adam_epsilon ppo.max_gradient_norm kl.target kl.horizon critic.value_clip"
+SHARES = "algorithm.beta_guide algorithm.beta_policy ppo.gamma ppo.lam"
+BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [  # nan is within none of them
+    (AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1"),
+    (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must be a number that is not negative"),
+    (ABOVE_ZERO, lambda value: value > 0, "must be above 0"),
+    (SHARES, lambda value: 0 <= value <= 1, "must lie within [0, 1]"),
+    ("seed", lambda value: 0 <= value < 2**63, "must lie within [0, 2^63)"),
+]
+
+
 def check_numbers(config: Config) -> None:
-    """Bounds on single numbers and pairs of them."""
-    ppo, task = config.ppo, config.task
-    positive = {
-        "task.max_new_tokens": task.max_new_tokens,
-        "ppo.iterations": ppo.iterations,
-        "ppo.texts_per_iteration": ppo.texts_per_iteration,
-        "ppo.samples_per_prompt": ppo.samples_per_prompt,
-        "ppo.epochs": ppo.epochs,
-        "ppo.minibatch_size": ppo.minibatch_size,
-        "runtime.token_budget": config.runtime.token_budget,
-        "ppo.mle_batch": 1 if ppo.mle_batch is None else ppo.mle_batch,
-        "evaluation.prompts": config.evaluation.prompts,
-        "evaluation.final_prompts": config.evaluation.final_prompts,
-        "runtime.checkpoint_every": config.runtime.checkpoint_every,
-    }
-    for name, shape in {"model": config.model, "guide.model": config.guide.model}.items():
-        positive |= {f"{name}.{key}": getattr(shape, key) for key in ("layers", "width", "heads", "context")}
-        if shape.heads > 0 and shape.width % shape.heads:
-            raise UserError(f"{name}.width is {shape.width}, but must be a multiple of {name}.heads = {shape.heads}.")
-    stages = {"lm": config.lm, "sft": config.sft, "distil": config.distil, "guide.sft": config.guide.sft}
-    positive |= {f"{name}.batch_size": stage.batch_size for name, stage in stages.items()}
-    not_negative = {
-        "ppo.learning_rate": ppo.learning_rate,
-        "critic.learning_rate": config.critic.learning_rate,
-        "kl.coefficient": config.kl.coefficient,
-        "kl.loss_coefficient": config.kl.loss_coefficient,
-        "ppo.mle_coefficient": ppo.mle_coefficient,
-        "ppo.weight_decay": ppo.weight_decay,
-        "critic.value_coefficient": config.critic.value_coefficient,
-        "critic.warmup_iterations": config.critic.warmup_iterations,
-        "evaluation.every": config.evaluation.every,
-        "runtime.threads": config.runtime.threads,
-        "reward.clip": config.reward.clip or 0.0,
-        "model.vocabulary": config.model.vocabulary,
-    }
-    for name, stage in stages.items():
-        not_negative |= {f"{name}.{key}": getattr(stage, key) for key in ("learning_rate", "steps", "epochs", "texts")}
-    for name, value in not_negative.items():
-        if not 0 <= value < float("inf"):
-            raise UserError(f"{name} is {value:g}, but must be a number that is not negative.")
-    if not 0 <= config.seed < 2**63:
-        raise UserError(f"seed is {config.seed}, but must lie within [0, 2^63).")
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} is {value}, but must be at least 1.")
-    for name, value in {
-        "algorithm.beta_guide": config.algorithm.beta_guide,
-        "algorithm.beta_policy": config.algorithm.beta_policy,
-        "ppo.gamma": ppo.gamma,
-        "ppo.lam": ppo.lam,
-    }.items():
-        if not 0.0 <= value <= 1.0:
-            raise UserError(f"{name} is {value:g}, but must lie within [0, 1].")
-    above_zero = {
-        "ppo.clip": ppo.clip,
-        "ppo.adam_epsilon": ppo.adam_epsilon,
-        "ppo.max_gradient_norm": ppo.max_gradient_norm,
-        "kl.target": config.kl.target,
-        "kl.horizon": config.kl.horizon,
-        "critic.value_clip": 1.0 if config.critic.value_clip is None else config.critic.value_clip,
-    }
-    for name, value in above_zero.items():
-        if not value > 0:  # nan is not, either
-            raise UserError(f"{name} is {value:g}, but must be above 0.")
+    """Bounds on single numbers, then on pairs of them."""
+    flat = flatten(to_dict(config))
+    for keys, holds, words in BOUNDS:
+        for key in keys.split():
+            value = flat[key]
+            if value is not None and not holds(value):
+                raise UserError(f"{key} is {value:g}, but {words}.")
+    _check_decodings(config)
+    _check_pairs(config)
+
+
+def _check_decodings(config: Config) -> None:
     decodings = {"decoding": config.decoding, "guide.decoding": config.guide.decoding}
     decodings["evaluation.decoding"] = config.evaluation.decoding or config.decoding
     for name, decoding in decodings.items():
-        if decoding.temperature <= 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0:
+        if not decoding.temperature > 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0:
             raise UserError(f"{name} needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; it has {decoding}.")
     if config.decoding.greedy:
         raise UserError("decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices.")
+
+
+def _check_pairs(config: Config) -> None:
+    ppo, task = config.ppo, config.task
+    for name, shape in {"model": config.model, "guide.model": config.guide.model}.items():
+        if shape.width % shape.heads:
+            raise UserError(f"{name}.width is {shape.width}, but must be a multiple of {name}.heads = {shape.heads}.")
     if not 0 <= task.min_new_tokens <= task.max_new_tokens:
         raise UserError(
             f"task.min_new_tokens is {task.min_new_tokens}, but must lie within [0, {task.max_new_tokens}] (max_new_tokens)."
@@ -313,6 +294,17 @@ def check_numbers(config: Config) -> None:
         raise UserError(
             "runtime.precision is bf16, in which sampling and training disagree by percents: set ppo.old_log_probs=recompute."
         )
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
+    return flat
 
 
 _adapter: TypeAdapter[Config] = TypeAdapter(Config)

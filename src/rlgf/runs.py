@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlgf.config import Config, dump, from_dict, read_yaml, to_dict
+from rlgf.config import Config, dump, flatten, from_dict, read_yaml, to_dict
 from rlgf.data import read_json, write_atomically, write_json
 from rlgf.errors import UserError
 from rlgf.types import Origin, Rollout
@@ -111,7 +111,7 @@ def read_complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _refuse_other(folder: Path, old: Config, new: Config) -> None:
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flatten(to_dict(old)), flatten(to_dict(new))
     missing = object()
     keys = [*after, *(key for key in before if key not in after)]
     changed = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
@@ -121,16 +121,6 @@ def _refuse_other(folder: Path, old: Config, new: Config) -> None:
         raise UserError(
             f"{folder} holds another run ({key} is {before.get(key)!r} there, {after.get(key)!r} here): choose another --out."
         )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
-    return flat
 
 
 def require_space(folder: Path, needed: int) -> None:
