@@ -12,6 +12,7 @@ from bench.worker import Turns, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
 from rlgf import ops
 from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
+from rlgf.console import keep_freed_memory
 from rlgf.experience import Models
 from rlgf.models import load_language_model, new_critic
 from rlgf.tasks import Task
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--token-budget", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    keep_freed_memory()  # as the command line does
     turns = Turns()
     trainer = build(Workload(), arguments.folder, arguments.turns, arguments.token_budget)
     models = trainer.parts.models

@@ -39,18 +39,27 @@ class Reading:
 
 
 def policy_log_probs(
-    rollout: Rollout, rows: Tensor, columns: Tensor, logits: Tensor, end_ids: Sequence[int], reading: Reading
+    rollout: Rollout,
+    rows: Tensor,
+    columns: Tensor,
+    logits: Tensor,
+    end_ids: Sequence[int],
+    reading: Reading,
+    consume: bool = False,
 ) -> Tensor:
-    """Log-probabilities of the tokens at `(rows, columns)` as the PPO ratio needs them, [tokens]."""
+    """Log-probabilities of the tokens at `(rows, columns)` as the PPO ratio needs them, [tokens].
+
+    `consume` as in `ops.token_log_probs`.
+    """
     tokens = rollout.ids[rows, columns].to(logits.device)
     if reading.ppo.ratio_support == "full":
-        return ops.token_log_probs(logits, tokens)
+        return ops.token_log_probs(logits, tokens, consume=consume)
     support = rollout.support.select(rows, columns) if rollout.support is not None else None
     if support is not None:
         support = type(support)(support.counts.to(logits.device), support.ids.to(logits.device))
     forbidden = (rollout.response_position[rows, columns] < rollout.minimum).to(logits.device)
     ends = torch.tensor(list(end_ids), device=logits.device)
-    return ops.token_log_probs(logits, tokens, reading.decoding.temperature, support, forbidden, ends)
+    return ops.token_log_probs(logits, tokens, reading.decoding.temperature, support, forbidden, ends, consume)
 
 
 def full_log_probs(rollout: Rollout, selected: Tensor, model: LanguageModel, reading: Reading) -> Tensor:

@@ -4,6 +4,7 @@ Rows are padded on the right, so causal attention needs no mask and a padded row
 """
 
 import copy
+import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,12 +113,44 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
     return bundle(model, tokenizer, "new model")
 
 
+class TanhGELU(nn.Module):
+    """GELU's tanh approximation by the logistic function, ½(1 + tanh u) = σ(2u), which costs a CPU a third of a tanh."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The activation of `states`, any shape."""
+        if states.device.type != "cpu":
+            return nn.functional.gelu(states, approximate="tanh")
+        result: Tensor = _TanhGELU.apply(states)
+        return result
+
+
+class _TanhGELU(torch.autograd.Function):
+    """Keeps the derivative instead of the argument, so that the backward pass is one product."""
+
+    SCALE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        square = states * states
+        gate = torch.addcmul(states, square, states, value=_TanhGELU.CUBE).mul_(_TanhGELU.SCALE).sigmoid_()
+        result = states * gate
+        if ctx.needs_input_grad[0]:
+            slope = square.mul_(3 * _TanhGELU.CUBE * _TanhGELU.SCALE).add_(_TanhGELU.SCALE).mul_(result)  # x σ · d(2u)/dx
+            ctx.save_for_backward(slope.addcmul_(slope, gate, value=-1).add_(gate))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return gradients[0] * slope
+
+
 def speed_up(model: Any) -> Any:
     """Faster ways to the same numbers: GELU in one step instead of six, texts in a line instead of padded rows."""
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
+                setattr(module, name, TanhGELU())
     return packing.enable(model)
 
 

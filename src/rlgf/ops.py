@@ -149,11 +149,13 @@ def token_log_probs(
     support: Support | None = None,
     forbidden: Tensor | None = None,
     forbidden_ids: Tensor | None = None,
+    consume: bool = False,
 ) -> Tensor:
     """Log-probabilities of `tokens` [tokens] under `logits` [tokens, vocabulary], over the support they were drawn from.
 
     With a `support` the softmax runs over its ids (the drawn token among them); tokens with an empty support use the whole
     vocabulary, without `forbidden_ids` where `forbidden` [tokens] says so (an end token before the minimum length).
+    `consume` lets the backward pass write the gradient over `logits`, which nobody else may need then.
     """
     scaled = logits if temperature == 1.0 else logits / temperature
     if support is not None and bool((support.counts > 0).any()):
@@ -170,7 +172,8 @@ def token_log_probs(
         return torch.where(support.counts > 0, limited, whole)
     if forbidden is None or forbidden_ids is None or not bool(forbidden.any()):
         forbidden_ids = None
-    result: Tensor = _WholeLogProbs.apply(scaled, tokens, forbidden, forbidden_ids)
+    owned = consume or scaled is not logits
+    result: Tensor = _WholeLogProbs.apply(scaled, tokens, forbidden, forbidden_ids, owned)
     return result
 
 
@@ -178,26 +181,41 @@ class _WholeLogProbs(torch.autograd.Function):
     """Log-softmax at `tokens`; keeps one number per row beside the logits, where autograd would keep copies of them."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, forbidden: Tensor | None, forbidden_ids: Tensor | None) -> Tensor:
-        normaliser = logits.logsumexp(1)
+    def forward(
+        ctx: Any, logits: Tensor, tokens: Tensor, forbidden: Tensor | None, forbidden_ids: Tensor | None, owned: bool
+    ) -> Tensor:
+        whole = log_normaliser(logits)
+        normaliser = whole
         if forbidden is not None and forbidden_ids is not None:
             # log(e^a − e^b): leave the forbidden share out of the sum instead of copying all logits, unless it is most of it
-            share = (logits[:, forbidden_ids].logsumexp(1) - normaliser).exp()
+            share = (logits[:, forbidden_ids].logsumexp(1) - whole).exp()
             large = forbidden & (share > 0.5)
-            normaliser = torch.where(forbidden & ~large, normaliser + torch.log1p(-share.clamp(max=0.5)), normaliser)
+            normaliser = torch.where(forbidden & ~large, whole + torch.log1p(-share.clamp(max=0.5)), whole)
             if bool(large.any()):
                 normaliser[large] = without_ids(logits[large], large[large], forbidden_ids).logsumexp(1)
-        ctx.save_for_backward(logits, normaliser, tokens, forbidden, forbidden_ids)
+        ctx.owned = owned
+        ctx.save_for_backward(logits, normaliser, whole, tokens, forbidden, forbidden_ids)
         return logits.gather(1, tokens[:, None]).squeeze(1) - normaliser
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = gradients
-        logits, normaliser, tokens, forbidden, forbidden_ids = ctx.saved_tensors
-        result = (logits - normaliser[:, None]).exp_().mul_(-gradient[:, None])
+        logits, normaliser, whole, tokens, forbidden, forbidden_ids = ctx.saved_tensors
+        larger = (whole - normaliser).exp()  # what a probability gains where something is forbidden
+        large = larger > 2
+        exact = (logits[large] - normaliser[large, None]).exp() if bool(large.any()) else None
+        result = torch.softmax(logits, 1, out=logits) if ctx.owned else logits.softmax(1)
+        if exact is not None:
+            result[large], larger[large] = exact, 1.0
         if forbidden is not None and forbidden_ids is not None:
             result[:, forbidden_ids] = result[:, forbidden_ids].masked_fill(forbidden[:, None], 0.0)
-        return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None, None, None
+        result.mul_((-gradient * larger)[:, None])
+        return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None, None, None, None
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """`logits.logsumexp(1)`, some rows at a time: its working copy stays in the cache."""
+    return torch.cat([part.logsumexp(1) for part in logits.split(64)])
 
 
 def without_ids(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from rlgf.models import LanguageModel, autocast, head_positions
-from rlgf.ops import without_ids
+from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 
 BATCH_TOKENS = 16_384  # cache columns of one decoding batch: bounds memory, changes nothing else
@@ -98,18 +98,16 @@ def draw(logits: Tensor, uniforms: Tensor, forbidden: Tensor, end_ids: Sequence[
 
     Order: forbid end tokens, temper, top-k (ties at the last place are kept), top-p. `uniforms` [rows] float64 in [0, 1).
     """
-    full = logits.logsumexp(1)
-    allowed = without_ids(logits, forbidden, torch.tensor(end_ids, dtype=torch.int64)) if bool(forbidden.any()) else logits
+    full = log_normaliser(logits)
+    ends = torch.tensor(end_ids, dtype=torch.int64)
+    if not decoding.truncates and not decoding.greedy:
+        return _draw_whole(logits, full, uniforms, forbidden, ends, decoding.temperature)
+    allowed = without_ids(logits, forbidden, ends) if bool(forbidden.any()) else logits
     if decoding.greedy:
         tokens = allowed.argmax(1)
         picked = logits.gather(1, tokens[:, None]).squeeze(1)
         return Draw(tokens, torch.zeros_like(picked), picked - full, None)
     scaled = allowed if decoding.temperature == 1.0 else allowed / decoding.temperature
-    if not decoding.truncates:
-        total = full if scaled is logits else scaled.logsumexp(1)
-        tokens = invert((scaled - scaled.amax(1, keepdim=True)).exp(), uniforms)
-        picked = logits.gather(1, tokens[:, None]).squeeze(1)
-        return Draw(tokens, scaled.gather(1, tokens[:, None]).squeeze(1) - total, picked - full, None)
     kept, ids = truncate(scaled, decoding)
     place = invert((kept - kept.amax(1, keepdim=True)).exp(), uniforms)
     tokens = ids.gather(1, place[:, None]).squeeze(1)
@@ -117,6 +115,26 @@ def draw(logits: Tensor, uniforms: Tensor, forbidden: Tensor, end_ids: Sequence[
     log_probs = kept.gather(1, place[:, None]).squeeze(1) - kept.logsumexp(1)
     picked = logits.gather(1, tokens[:, None]).squeeze(1)
     return Draw(tokens, log_probs, picked - full, Support(inside.sum(1), ids[inside]))
+
+
+def _draw_whole(logits: Tensor, full: Tensor, uniforms: Tensor, forbidden: Tensor, end_ids: Tensor, temperature: float) -> Draw:
+    """Draw from the whole vocabulary; what is forbidden loses its weight instead of all logits being copied."""
+    scaled = logits if temperature == 1.0 else logits / temperature
+    total = full if temperature == 1.0 else scaled.logsumexp(1)
+    weights = (scaled - total[:, None]).exp_()
+    if bool(forbidden.any()):
+        blocked = weights[:, end_ids]
+        share = (blocked.sum(1) * forbidden).clamp(max=1.0)
+        if bool((share > 0.5).any()):  # too little is left to be told from rounding: leave the end tokens out from the start
+            scaled = without_ids(scaled, forbidden, end_ids)
+            total = scaled.logsumexp(1)
+            weights = (scaled - total[:, None]).exp_()
+        else:
+            total = total + torch.log1p(-share)
+            weights[:, end_ids] = blocked.masked_fill(forbidden[:, None], 0.0)
+    tokens = invert(weights, uniforms)
+    picked = logits.gather(1, tokens[:, None]).squeeze(1)
+    return Draw(tokens, scaled.gather(1, tokens[:, None]).squeeze(1) - total, picked - full, None)
 
 
 def truncate(scaled: Tensor, decoding: Decoding) -> tuple[Tensor, Tensor]:
@@ -153,8 +171,9 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = weights.cumsum(1, dtype=torch.float64)
     goal = uniforms.to(cumulative.device)[:, None] * cumulative[:, -1:]
     place = torch.searchsorted(cumulative, goal, right=True).squeeze(1)
-    last = (cumulative < cumulative[:, -1:]).sum(1)  # the last place that adds anything
-    return torch.minimum(place, last)
+    if bool((place == weights.shape[1]).any()):  # the goal was rounded up to the total: the last place that adds anything
+        place = torch.minimum(place, (cumulative < cumulative[:, -1:]).sum(1))
+    return place
 
 
 def _assemble(kept: dict[tuple[int, int], Tensor], rows: int, most: int) -> Support:

@@ -89,7 +89,7 @@ def nll_backward(
     loss_sum = 0.0
     for rows, cols, part, local_rows in selected_batches(ids, selected, token_budget):
         logits, _ = forward(language_model, part, local_rows, cols, precision)
-        loss = -token_log_probs(logits, ids[rows, cols].to(logits.device)).sum() / total
+        loss = -token_log_probs(logits, ids[rows, cols].to(logits.device), consume=True).sum() / total
         (coefficient * loss).backward()
         loss_sum += float(loss.detach())
     return loss_sum

@@ -162,7 +162,8 @@ class Updater:
     ) -> Tensor:  # fmt: skip
         """The policy's loss on a micro-batch of its trained tokens."""
         ppo, device = self.reading.ppo, logits.device
-        log_probs = policy_log_probs(experience.rollout, rows, columns, logits, self.models.policy.end_ids, self.reading)
+        only = not self.kl.loss_coefficient  # nobody else reads the logits
+        log_probs = policy_log_probs(experience.rollout, rows, columns, logits, self.models.policy.end_ids, self.reading, only)
         old = experience.old_log_probs[rows, columns].to(device)
         advantages = experience.advantages[rows, columns].to(device)
         loss, ratio = ops.ppo_loss(log_probs, old, advantages, weights.to(device), ppo.clip)
