@@ -10,8 +10,8 @@ import rlgf
 PACKAGE = Path(rlgf.__file__).parent
 
 LAYERS = """
-    errors types randomness schedules ops algorithms config data plugins tokens packing models supervised sampling guides
-    ngram tasks rewards shaping processes rollout experience metrics evaluate update runs tracking trainer stages recipes
+    errors display types randomness schedules ops algorithms config data plugins tokens packing models supervised sampling
+    guides ngram tasks rewards shaping processes rollout experience metrics evaluate update runs tracking trainer stages recipes
     pipeline check report compare console cli
 """
 """From what depends on nothing to what depends on all. A folder is one module; FOLDERS orders the files within it."""
@@ -19,7 +19,7 @@ LAYERS = """
 ORDER = LAYERS.split()
 
 FOLDERS = {
-    "guides": ["base", "local", "__init__"],
+    "guides": ["base", "local", "cache", "human", "server", "remote", "__init__"],
     "tasks": ["base", "embedded", "imdb", "__init__"],
 }
 

@@ -1,14 +1,27 @@
-"""`rlgf check task`: is a task sound? Without any policy: rewards finite, as many as texts, not constant, pure; targets
-continue their prompts; and whether targets outscore empty and shuffled text.
+"""`rlgf check`: what can a guide do, and is a task sound?
+
+A task is looked at without a policy: rewards finite, as many as texts, not constant, pure; targets continue their prompts;
+and whether targets outscore empty and shuffled text.
 """
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlgf.config import Config
+from rlgf import algorithms, pipeline
+from rlgf.config import Config, override
 from rlgf.errors import RunError
+from rlgf.guides.server import (
+    CONTINUATIONS,
+    Answer,
+    InvalidError,
+    PermanentError,
+    Question,
+    Server,
+    TransientError,
+)
 from rlgf.pipeline import Report, prepare_task
 from rlgf.randomness import Purpose, permutation
 from rlgf.rewards import score
@@ -38,6 +51,64 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     findings += check_prompts(task, tokenizer)
     findings += check_reward(task, reward)
     return findings
+
+
+def check_guide(config: Config, prompt: str, prefix: str) -> list[Finding]:
+    """Ask a server in every way it can be asked; of other guides say what they can do."""
+    spec = config.guide.spec
+    if not spec.startswith("server:"):
+        pipeline.check(override(config, [("algorithm.name", "ppo_pp")]))
+        able = spec != "references"
+        return [Finding("ok", _serves(able) + ("" if able else "; it cannot finish what another has begun"))]
+    findings: list[Finding] = []
+    modes = CONTINUATIONS[:-1] if config.guide.continuation == "auto" else (config.guide.continuation,)
+    for mode in modes:
+        server = Server(spec, config.guide, mode)
+        begun, finished = (_try(server, Question(prompt, part, config.task.max_new_tokens, 0)) for part in ("", prefix))
+        where = f"guide.continuation={mode}: "
+        if isinstance(begun, str):
+            findings.append(Finding("warning", f"{where}does not write ({begun})"))
+            continue
+        findings.append(Finding("ok", f"{where}begins a text, {begun[1]:.2f} s: {begun[0].text!r}"))
+        if mode == "none":
+            findings.append(Finding("ok", where + _serves(False)))
+        elif isinstance(finished, str):
+            findings.append(Finding("warning", f"{where}does not finish a prefix ({finished}); " + _serves(False)))
+        else:
+            findings.append(Finding("ok", f"{where}finishes {prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
+            findings.append(Finding("ok", where + _serves(True)))
+        findings.append(_price(config, begun[0]))
+    if not any(finding.level == "ok" for finding in findings):
+        return [Finding("error", finding.text) for finding in findings]
+    return findings
+
+
+def _try(server: Server, question: Question) -> tuple[Answer, float] | str:
+    """An answer and its seconds, or why there is none."""
+    began = time.monotonic()
+    try:
+        return server.ask(question), time.monotonic() - began
+    except (TransientError, InvalidError, PermanentError) as error:
+        return str(error)
+
+
+def _serves(can_finish: bool) -> str:
+    served = [
+        algorithm.title
+        for name in algorithms.NAMES
+        if not (algorithm := override(Config(), [("algorithm.name", name)]).algorithm.build()).asks_guide_to_finish
+        or can_finish
+    ]
+    return f"serves {', '.join(served)}"
+
+
+def _price(config: Config, answer: Answer) -> Finding:
+    guide, tokens = config.guide, (answer.prompt_tokens, answer.completion_tokens)
+    if guide.price_input is None or guide.price_output is None:
+        unknown_price = "price unknown: give guide.price_input and guide.price_output per million tokens"
+        return Finding("ok", f"billed {tokens[0]} + {tokens[1]} tokens; {unknown_price}")
+    thousand = (tokens[0] * guide.price_input + tokens[1] * guide.price_output) / 1e3
+    return Finding("ok", f"billed {tokens[0]} + {tokens[1]} tokens: {thousand:.4f} per thousand texts at the prices given")
 
 
 def check_prompts(task: Task, tokenizer: object) -> list[Finding]:

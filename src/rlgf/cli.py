@@ -5,6 +5,7 @@ Libraries that take seconds to import are imported inside the commands, so that 
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 
 from rlgf import __version__, algorithms
 from rlgf.config import Config, dump, from_dict, override, parse_assignment, read_yaml
+from rlgf.display import visible
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.recipes import RECIPES, recipe
 from rlgf.recipes import controls as recipe_controls
@@ -32,7 +34,13 @@ Out = Annotated[Path | None, typer.Option(help="The folder to write to.", metava
 Stages = Annotated[Path | None, typer.Option(help="Where stages are kept and found. Default: OUT/stages.", metavar="DIR")]
 Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
 Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub name or folder), skipping lm and sft.")]
-GuideSpec = Annotated[str | None, typer.Option("--guide", help="sft, trained, model:PATH, references or python:module:name.")]
+GuideSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references or python:module:name."
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Answers of a guide outside this process from the cache alone.")]
 Seed = Annotated[int | None, typer.Option(help="All randomness follows from it.")]
 Iterations = Annotated[int | None, typer.Option(help="Iterations of writing and learning.")]
 Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
@@ -51,6 +59,7 @@ def read_config(
     data: str | None = None,
     iterations: int | None = None,
     seed: int | None = None,
+    offline: bool = False,
 ) -> Config:
     """A recipe or a YAML file (over the recipe it names), changed by flags and assignments."""
     if source in RECIPES:
@@ -73,6 +82,7 @@ def read_config(
             "task.data": data,
             "ppo.iterations": iterations,
             "seed": seed,
+            "guide.offline": offline or None,
         }.items()
         if value is not None
     ]
@@ -127,12 +137,13 @@ def train(
     seed: Seed = None,
     out: Out = None,
     stages: Stages = None,
+    offline: Offline = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")] = False,
 ) -> None:
     """One run: make or reuse the stages, train, evaluate. Continues from its last checkpoint."""
     config = read_config(
         recipe_or_yaml, overrides, algorithm=algorithm, beta=beta, alpha=alpha, guide=guide, policy=policy, data=data,
-        iterations=iterations, seed=seed,
+        iterations=iterations, seed=seed, offline=offline,
     )  # fmt: skip
     from rlgf import console, pipeline
 
@@ -347,6 +358,27 @@ check_app = typer.Typer(no_args_is_help=True, help="Validate a part before train
 app.add_typer(check_app, name="check")
 
 
+@check_app.command("guide")
+def check_guide(
+    spec: Annotated[str, typer.Argument(help="A guide, such as server:MODEL@URL.")],
+    overrides: Overrides = None,
+    prompt: Annotated[str, typer.Option(help="What it shall continue.")] = "The film begins in a quiet town where",
+    prefix: Annotated[
+        str, typer.Option(help="What another has written of the continuation.")
+    ] = " nothing ever happens. One day",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=1)] = 48,
+) -> None:
+    """Ask a guide: what works, with a sample, how long it takes, what a thousand texts cost, which algorithms it serves."""
+    config = read_config("quickstart", [*(overrides or []), f"task.max_new_tokens={max_tokens}"], guide=spec)
+    from rlgf import check, console
+
+    console.quiet()
+    findings = check.check_guide(config, prompt, prefix)
+    _print_findings(findings)
+    if not any(finding.level == "ok" for finding in findings):
+        raise UserError("this guide cannot be used: mend what is marked ERROR.")
+
+
 @check_app.command("task")
 def check_task(
     name: Annotated[str, typer.Argument(help="A task, a recipe or a YAML file.")],
@@ -367,11 +399,15 @@ def check_task(
 
     console.set_up_machine(config)
     findings = check.check_task(config, stages or Path("runs") / "stages", console.report)
-    for finding in findings:
-        mark = {"ok": "  ok     ", "warning": "  WARNING", "error": "  ERROR  "}[finding.level]
-        typer.echo(f"{mark} {console.visible(finding.text)}")
+    _print_findings(findings)
     if any(finding.level == "error" for finding in findings):
         raise UserError(f"task '{config.task.name}' cannot be trained as it is: mend what is marked ERROR.")
+
+
+def _print_findings(findings: Sequence[Any]) -> None:
+    for finding in findings:
+        mark = {"ok": "  ok     ", "warning": "  WARNING", "error": "  ERROR  "}[finding.level]
+        typer.echo(f"{mark} {visible(finding.text)}")
 
 
 @app.command("list")
@@ -386,7 +422,10 @@ def list_() -> None:
         "guides": {
             "sft": "the policy's starting point, sampled as guide.decoding says",
             "trained": "a model of its own, trained here (guide.model, guide.sft)",
-            "model:PATH": "a Hub name or local folder with the policy's tokenizer",
+            "model:PATH": "a Hub name or local folder, in this process, with any tokenizer",
+            "run:DIR": "the policy that another run has trained",
+            "server:MODEL@URL": "any OpenAI-compatible server; the key from $OPENAI_API_KEY (docs/guides.md)",
+            "human": "you, at the terminal",
             "references": "the dataset's references; can begin texts (ppo_pp), not finish them",
             "python:module:name": "a function from requests to texts",
         },

@@ -84,13 +84,45 @@ class RewardConfig:
 @dataclass(frozen=True, config=strict)
 class GuideConfig:
     """Who guides: 'sft' (the policy's own starting point with this decoding), 'trained' (a model made here from the
-    sections below), 'model:PATH', 'references', or 'python:module:name'."""
+    sections below), 'model:PATH', 'run:DIR', 'server:MODEL@URL', 'human', 'references', or 'python:module:name'.
+
+    What follows `options` is for guides outside this process.
+    """
 
     spec: str = "sft"
     decoding: Decoding = Decoding(top_k=50, top_p=0.92)
     model: ModelConfig = ModelConfig()
     sft: SupervisedConfig = SupervisedConfig()
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # task options for its demonstrations
+    continuation: Literal["auto", "completion", "assistant", "continue_final_message", "prefix", "instruction", "none"] = "auto"
+    instruction: str | None = None  # tells a chat model what to do with '{text}'; None: a plain one
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    stop: tuple[str, ...] = ()
+    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    tokens_per_policy_token: float = 1.5  # how many of its own tokens it may write for each policy token asked for
+    thinking_tokens: int = 0  # allowed on top of those, for models that think first
+    concurrency: int = 8  # requests under way at once
+    requests_per_minute: float = 0.0  # 0: no limit
+    timeout_seconds: float = 60.0  # for a whole answer
+    retries: int = 5  # after a transient failure
+    retry_seconds: float = 1.0  # the first pause, doubled each time up to a minute
+    invalid_retries: int = 2  # new draws after an answer that cannot be used
+    on_failure: Literal["stop", "wait", "policy"] = "stop"  # when retries are used up: the policy writes in its stead
+    price_input: float | None = None  # per million tokens, in any one currency
+    price_output: float | None = None
+    max_requests: int | None = None  # the run stops with a checkpoint at these
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    cache: str | None = None  # a file for its answers; None: beside the stages
+    offline: bool = False  # answers from the cache alone
+
+
+# How a guide is reached, not what it writes: a run may be continued with other values, and its stages stay what they are.
+GUIDE_REACHING = (
+    "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "on_failure",
+    "price_input", "price_output", "max_requests", "max_tokens", "max_cost", "cache", "offline",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, config=strict)
@@ -231,19 +263,25 @@ class Config:
 
 AT_LEAST_ONE = """
     task.max_new_tokens ppo.iterations ppo.texts_per_iteration ppo.samples_per_prompt ppo.epochs ppo.minibatch_size
+    guide.concurrency guide.max_requests guide.max_tokens
     ppo.mle_batch evaluation.prompts evaluation.final_prompts runtime.token_budget runtime.checkpoint_every
     model.layers model.width model.heads model.context
     guide.model.layers guide.model.width guide.model.heads guide.model.context
     lm.batch_size sft.batch_size distil.batch_size guide.sft.batch_size
 """
 NOT_NEGATIVE = """
+    guide.requests_per_minute guide.retries guide.retry_seconds guide.invalid_retries guide.thinking_tokens guide.max_cost
+    guide.price_input guide.price_output
     ppo.learning_rate ppo.weight_decay ppo.mle_coefficient critic.learning_rate critic.value_coefficient
     critic.warmup_iterations kl.coefficient kl.loss_coefficient evaluation.every runtime.threads reward.clip model.vocabulary
     lm.learning_rate lm.steps lm.epochs lm.texts sft.learning_rate sft.steps sft.epochs sft.texts
     distil.learning_rate distil.steps distil.epochs distil.texts
     guide.sft.learning_rate guide.sft.steps guide.sft.epochs guide.sft.texts
 """
-ABOVE_ZERO = "ppo.clip ppo.adam_epsilon ppo.max_gradient_norm kl.target kl.horizon critic.value_clip"
+ABOVE_ZERO = """
+    guide.timeout_seconds guide.tokens_per_policy_token
+    ppo.clip ppo.adam_epsilon ppo.max_gradient_norm kl.target kl.horizon critic.value_clip
+"""
 SHARES = "algorithm.beta_guide algorithm.beta_policy ppo.gamma ppo.lam"
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [  # nan is within none of them
     (AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1"),
@@ -252,6 +290,9 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [  # nan is within none
     (SHARES, lambda value: 0 <= value <= 1, "must lie within [0, 1]"),
     ("seed", lambda value: 0 <= value < 2**63, "must lie within [0, 2^63)"),
 ]
+
+
+SECRET_HEADERS = ("authorization", "api-key", "x-api-key", "cookie", "proxy-authorization")
 
 
 def check_numbers(config: Config) -> None:
@@ -264,6 +305,7 @@ def check_numbers(config: Config) -> None:
                 raise UserError(f"{key} is {value:g}, but {words}.")
     _check_decodings(config)
     _check_pairs(config)
+    _check_guide(config.guide)
 
 
 def _check_decodings(config: Config) -> None:
@@ -274,6 +316,16 @@ def _check_decodings(config: Config) -> None:
             raise UserError(f"{name} needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; it has {decoding}.")
     if config.decoding.greedy:
         raise UserError("decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices.")
+
+
+def _check_guide(guide: GuideConfig) -> None:
+    if guide.max_cost is not None and (guide.price_input is None or guide.price_output is None):
+        raise UserError("guide.max_cost needs guide.price_input and guide.price_output (per million tokens): give both.")
+    for name, value in guide.extra_headers.items():
+        if name.lower() in SECRET_HEADERS and not value.startswith("$"):
+            raise UserError(
+                f"guide.extra_headers.{name} is written out, but secrets come from the environment: write $NAME of a variable."
+            )
 
 
 def _check_pairs(config: Config) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
+from rlgf.display import visible
 from rlgf.models import count_parameters, shape_config
 from rlgf.pipeline import cautions, needs_guide
 from rlgf.report import table_rows
@@ -28,12 +29,6 @@ from rlgf.types import GUIDE, POLICY
 out = Console(highlight=False)
 log = Console(stderr=True, highlight=False)
 STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
-
-
-def visible(text: str) -> str:
-    """Text with control characters (escape sequences among them) shown as `\\x1b`; newlines as `⏎`."""
-    shown = text.replace("\r\n", "\n").replace("\n", "⏎")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
 
 
 def set_up_machine(config: Config) -> None:

@@ -14,6 +14,11 @@ from rlgf.errors import RunError, UserError, unknown
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
 from rlgf.experience import Models, Reading
 from rlgf.guides import FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
+from rlgf.guides.cache import AnswerCache
+from rlgf.guides.human import HumanGuide
+from rlgf.guides.local import TextModelGuide, guide_model_path
+from rlgf.guides.remote import RemoteGuide
+from rlgf.guides.server import parse_spec, reach
 from rlgf.models import (
     LanguageModel,
     context_length,
@@ -45,7 +50,7 @@ from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
 from rlgf.types import GUIDE, POLICY, Prompt
 
-GUIDES = ("sft", "trained", "model:PATH", "references", "python:module:name")
+GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
 
 
 def silent(line: str) -> None:
@@ -63,10 +68,13 @@ def check(config: Config) -> Algorithm:
         raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
     check_trackers(config.runtime.trackers)
     spec = config.guide.spec
-    if spec not in ("sft", "trained", "references") and not spec.startswith(("model:", "python:")):
+    if spec not in ("sft", "trained", "references", "human") and not spec.startswith(("model:", "run:", "server:", "python:")):
         raise unknown("guide", spec, GUIDES)
     if spec == "references":
         _require_finisher(algorithm, False, "references")
+    if spec.startswith("server:"):
+        parse_spec(spec)
+        _require_finisher(algorithm, config.guide.continuation != "none", spec)
     if spec == "trained":
         task_options(guide_task(config), kind.options)
         if not (config.guide.sft.steps or config.guide.sft.epochs):
@@ -118,7 +126,7 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     probe_reward(reward, task.validation[:4])
-    guide = plain_guide(config, algorithm) if wanted else None
+    guide = plain_guide(config, algorithm, stages, report) if wanted else None
     if guide is not None:
         _probe_guide(guide, algorithm, tokenizer, task, config)
     start = sft_stage(config, stages, report)
@@ -153,8 +161,8 @@ def starting_tokenizer(config: Config, stages: Path, report: Report) -> tuple[An
 
 def _check_paths(config: Config, tokenizer: Any, context: int) -> None:
     """Refuse models that are named but cannot serve, from their configs and tokenizers alone."""
-    if config.guide.spec.startswith("model:"):
-        path = config.guide.spec.removeprefix("model:")
+    path = guide_model_path(config.guide.spec)
+    if path is not None:
         _check_guide_model(path, load_tokenizer(path), context_length(path), tokenizer, context)
     if config.guide.spec == "trained" and config.guide.model.path is None:
         _check_guide_model("trained", tokenizer, config.guide.model.context, tokenizer, context)
@@ -163,9 +171,8 @@ def _check_paths(config: Config, tokenizer: Any, context: int) -> None:
 
 
 def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer: Any, policy_context: int) -> None:
-    if tokenizer.get_vocab() != policy_tokenizer.get_vocab():
-        raise UserError(f"guide '{name}' has another tokenizer than the policy: choose a model with the policy's.")
-    if context < policy_context:
+    """A guide that speaks the policy's tokens must read as many; what another tokenizer makes of a text is seen when asked."""
+    if tokenizer.get_vocab() == policy_tokenizer.get_vocab() and context < policy_context:
         raise UserError(f"guide '{name}' reads {context} tokens, the policy {policy_context}: choose a longer one.")
 
 
@@ -185,12 +192,17 @@ def general_model(config: Config, stages: Path, report: Report) -> LanguageModel
     return base_model(config, stages, report)[0]
 
 
-def plain_guide(config: Config, algorithm: Algorithm) -> Guide | None:
+def plain_guide(config: Config, algorithm: Algorithm, stages: Path, report: Report) -> Guide | None:
     """The guide a config names if it is no model; refused where it cannot do what the algorithm asks."""
     spec = config.guide.spec
     guide: Guide
     if spec == "references":
         guide = ReferenceGuide()
+    elif spec == "human":
+        guide = HumanGuide(answer_cache(config, stages))
+    elif spec.startswith("server:"):
+        cache = answer_cache(config, stages)
+        guide = RemoteGuide(reach(spec, config.guide, cache, report), config.guide, cache)
     elif spec.startswith("python:"):
         guide = FunctionGuide(load_object(spec, "guide"))
     else:
@@ -199,14 +211,21 @@ def plain_guide(config: Config, algorithm: Algorithm) -> Guide | None:
     return guide
 
 
+def answer_cache(config: Config, stages: Path) -> AnswerCache:
+    """Where the answers of guides outside this process are kept."""
+    return AnswerCache(Path(config.guide.cache) if config.guide.cache else stages / "guide-answers.sqlite")
+
+
 def model_guide(config: Config, reference: LanguageModel, stages: Path, report: Report) -> Guide:
     """The guide a config names as a model in this process: the SFT model, one trained here, or one to be loaded."""
     spec, decoding = config.guide.spec, config.guide.decoding
     if spec == "sft":
         return ModelGuide(reference.frozen(), decoding, config.runtime.precision)
-    path = str(guide_stage(config, stages, report)) if spec == "trained" else spec.removeprefix("model:")
+    path = str(guide_stage(config, stages, report)) if spec == "trained" else guide_model_path(spec)
+    assert path is not None
     model = load_language_model(path, config.runtime.device)
-    return ModelGuide(model.frozen(), decoding, config.runtime.precision)
+    same = model.tokenizer.get_vocab() == reference.tokenizer.get_vocab()
+    return (ModelGuide if same else TextModelGuide)(model.frozen(), decoding, config.runtime.precision)
 
 
 def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int) -> list[Example]:

@@ -16,7 +16,7 @@ from rlgf.guides import Guide, Request, Text, ask
 from rlgf.models import LanguageModel, padded
 from rlgf.randomness import Purpose, permutation, uniform_rows, uniforms
 from rlgf.sampling import Continuations, continue_prefixes
-from rlgf.tokens import decode_continuations, encode_continuation, encode_prompt
+from rlgf.tokens import decode_continuations, encode_continuation, encode_prompt, well_formed, whole_characters
 from rlgf.types import GUIDE, POLICY, Decoding, Origin, Prompt, Rollout, Support
 
 
@@ -50,6 +50,8 @@ class _Row:
     supports: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
     switch: int = 0
     finished: bool = False
+    guide_text: str | None = None
+    given_up: bool = False  # the guide was asked for the part that is being written, and no text could be had
 
 
 def choose_prompts(prompts: Sequence[Prompt], seed: int, indices: Sequence[int], samples_per_prompt: int) -> list[Prompt]:
@@ -83,13 +85,33 @@ def collect(
         _Row(prompt, encode_prompt(writing.policy.tokenizer, prompt), index, phase, algorithm.phases[phase].rollout)
         for prompt, index, phase in zip(prompts, indices, phases)
     ]
-    counts = {"discarded_tokens": 0, "guide_texts_cut": 0, "guide_requests": 0}
+    names = ("discarded_tokens", "switches_moved", "guide_requests", "guide_texts_cut", "guide_texts_changed")
+    names += ("guide_rows_substituted", "guide_rows_dropped")
+    counts: dict[str, int] = dict.fromkeys(names, 0)
     begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, writing.seed)]
     _roll_in(writing, algorithm, begun, counts)
     for author in (POLICY, GUIDE):
         open_rows = [row for row in rows if row.finisher == author and not row.finished and len(row.ids) < writing.horizon]
         _write(writing, author, open_rows, [writing.horizon] * len(open_rows), counts)
+    rows = _without_guide(writing, rows, counts)
     return _as_rollout(writing, rows, samples_per_prompt, counts)
+
+
+def _without_guide(writing: Writing, rows: list[_Row], counts: dict[str, int]) -> list[_Row]:
+    """Where the guide could not finish, the policy writes to the end, so that no state of the text is the guide's critic's.
+
+    A text of which nothing was written yet would have been the guide's alone, and is dropped.
+    """
+    left = [row for row in rows if row.given_up and row.ids]
+    _write(writing, POLICY, left, [writing.horizon] * len(left), counts)
+    for row in left:
+        row.switch = len(row.ids)
+    kept = [row for row in rows if row.ids or not row.given_up]
+    counts["guide_rows_substituted"] += len(left)
+    counts["guide_rows_dropped"] += len(rows) - len(kept)
+    if not kept:
+        raise RunError("the guide gave none of an iteration's texts: mend it, or set guide.on_failure=wait.")
+    return kept
 
 
 def _has_rollin(phase: Phase, row: _Row, seed: int) -> bool:
@@ -104,7 +126,13 @@ def _roll_in(writing: Writing, algorithm: Algorithm, rows: Sequence[_Row], count
         _write(writing, author, members, [writing.horizon if h is None else h for h in planned], counts)
         for row, h in zip(members, planned):
             phase = algorithm.phases[row.phase]
-            row.switch = _switch(writing, phase, row, author, len(row.ids)) if h is None else min(h, len(row.ids))
+            if row.given_up:  # it has no rollin then: whoever finishes begins
+                row.given_up = False
+                counts["guide_rows_substituted"] += 1
+                continue
+            drawn = _switch(writing, phase, row, author, len(row.ids)) if h is None else min(h, len(row.ids))
+            row.switch = _between_characters(writing, row, drawn)
+            counts["switches_moved"] += row.switch < drawn
             _cut(row, row.switch, counts)
 
 
@@ -123,6 +151,16 @@ def _planned_switch(writing: Writing, phase: Phase, row: _Row, author: Origin) -
 def _switch(writing: Writing, phase: Phase, row: _Row, author: Origin, length: int) -> int:
     draw = float(uniforms(writing.seed, Purpose.SWITCH, row.index, 1)[0])
     return draw_switch(phase.switch, author, length, writing.horizon, draw)
+
+
+def _between_characters(writing: Writing, row: _Row, switch: int) -> int:
+    """The switch point, moved back (to 0 at most) where it falls inside a multi-byte character.
+
+    The same for both authors, and for one who could go on by token ids: a prefix reads the same for whoever takes over. It
+    looks at the prefix alone, so a switch that was planned moves as one that was drawn. At the horizon nobody takes over, and
+    the text stays as long as it is.
+    """
+    return whole_characters(writing.policy.tokenizer, row.ids[:switch]) if switch < writing.horizon else switch
 
 
 def _cut(row: _Row, length: int, counts: dict[str, int]) -> None:
@@ -183,7 +221,12 @@ def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: d
         for (row, end), prefix in zip(pairs, prefixes)
     ]  # fmt: skip
     counts["guide_requests"] += len(requests)
-    for (row, end), answer in zip(pairs, ask(writing.guide, requests)):
+    answers = ask(writing.guide, requests)
+    _keep_guide_texts(writing, [row for row, _ in pairs], answers, counts)
+    for (row, end), answer in zip(pairs, answers):
+        if answer.given_up:
+            row.given_up = True
+            continue
         ids, finished, cut = guide_ids(writing.policy, answer, end - len(row.ids))
         counts["guide_texts_cut"] += cut
         row.ids += ids
@@ -192,6 +235,19 @@ def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: d
         row.full_log_probs += [0.0] * len(ids)
         row.supports += [torch.zeros(0, dtype=torch.int64)] * len(ids)
         row.finished = finished
+
+
+def _keep_guide_texts(writing: Writing, rows: Sequence[_Row], answers: Sequence[Text], counts: dict[str, int]) -> None:
+    """Keep the texts of a guide that writes text, and count those that the policy's tokenizer cannot write as they are."""
+    tokenizer = writing.policy.tokenizer
+    written = [(row, answer.text) for row, answer in zip(rows, answers) if answer.ids is None and not answer.given_up]
+    if not written:
+        return
+    before = [[*row.prompt_ids, *row.ids] for row, _ in written]
+    back = decode_continuations(tokenizer, before, [encode_continuation(tokenizer, text) for _, text in written])
+    for (row, text), again in zip(written, back):
+        row.guide_text = well_formed(text)
+        counts["guide_texts_changed"] += again != text
 
 
 def guide_ids(policy: LanguageModel, answer: Text, budget: int) -> tuple[list[int], bool, bool]:
@@ -241,6 +297,7 @@ def _as_rollout(writing: Writing, rows: Sequence[_Row], samples_per_prompt: int,
         support=support,
         minimum=writing.minimum,
         counts=counts,
+        guide_texts=[row.guide_text for row in rows],
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlgf.config import Config, dump, flatten, from_dict, read_yaml, to_dict
+from rlgf.config import GUIDE_REACHING, Config, dump, flatten, from_dict, read_yaml, to_dict
 from rlgf.data import read_json, write_atomically, write_json
 from rlgf.errors import UserError
 from rlgf.types import Origin, Rollout
@@ -115,7 +115,8 @@ def _refuse_other(folder: Path, old: Config, new: Config) -> None:
     missing = object()
     keys = [*after, *(key for key in before if key not in after)]
     changed = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
-    differing = [key for key in changed if not key.startswith("runtime.")]
+    reaching = {f"guide.{name}" for name in GUIDE_REACHING}
+    differing = [key for key in changed if not key.startswith("runtime.") and key not in reaching]
     if differing:
         key = differing[0]
         raise UserError(
@@ -137,7 +138,7 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, tokenizer: Any) -> list[dict[str, Any]]:
-    """A rollout as JSON objects: the text, in spans by author, its switch point and its score."""
+    """A rollout as JSON objects: the text, in spans by author, its switch point, its score, and what a text guide wrote."""
     rows: list[dict[str, Any]] = []
     for i, prompt in enumerate(rollout.prompts):
         rows.append(
@@ -152,6 +153,7 @@ def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, toke
                 "finisher": Origin(int(rollout.finisher[i])).name.lower(),
                 "finished": bool(rollout.finished[i]),
                 "score": scores[i],
+                "guide_text": rollout.guide_texts[i] if rollout.guide_texts else None,
             }
         )
     return rows

@@ -17,9 +17,10 @@ from typing import Any, overload
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlgf.config import Config, ModelConfig, SupervisedConfig, TaskConfig, to_dict
+from rlgf.config import GUIDE_REACHING, Config, GuideConfig, ModelConfig, SupervisedConfig, TaskConfig, to_dict
 from rlgf.data import read_json, write_json
 from rlgf.errors import UserError
+from rlgf.guides.local import guide_model_path
 from rlgf.models import LanguageModel, load_language_model, load_tokenizer, new_language_model
 from rlgf.ngram import train_ngram
 from rlgf.supervised import Example, fit
@@ -236,6 +237,12 @@ def sft_stage(config: Config, stages: Path, report: Report, at: Path | None = No
     return _sft(config, config.task, config.model, config.sft, "sft", stages, report, at)
 
 
+def guide_writing(guide: GuideConfig) -> dict[str, Any]:
+    """What decides about a guide's texts: all that is not at its default, without how it is reached."""
+    default = to_dict(GuideConfig())
+    return {name: v for name, v in to_dict(guide).items() if v != default[name] and name not in GUIDE_REACHING}
+
+
 def guide_task(config: Config) -> TaskConfig:
     """The task whose demonstrations the guide 'trained' learns from."""
     task = config.task
@@ -291,7 +298,8 @@ def distil_stage(config: Config, start: str, write: Callable[[int], list[Example
     seed = config.seed if config.distil.seed is None else config.distil.seed
     ingredients = {
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
-        "guide": to_dict(config.guide), "guide_files": source_fingerprint(config.guide.spec.removeprefix("model:")),
+        "guide": guide_writing(config.guide),
+        "guide_files": source_fingerprint(guide_model_path(config.guide.spec) or config.guide.spec),
         "distil": to_dict(config.distil), "seed": seed, "texts_seed": config.seed, "task": _task_source(config.task),
         "budget": [config.task.min_new_tokens, config.task.max_new_tokens],
     }  # fmt: skip

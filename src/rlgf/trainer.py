@@ -10,7 +10,7 @@ from rlgf.config import Config, to_dict
 from rlgf.errors import RunError
 from rlgf.evaluate import Judges, evaluate_policy
 from rlgf.experience import Models, Reading, appraise
-from rlgf.guides import Guide
+from rlgf.guides import Accounted, Guide
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards import score
@@ -97,6 +97,7 @@ class Trainer:
     def step(self, iteration: int) -> tuple[dict[str, Any], Experience]:
         """One iteration: write, appraise, update. Returns its metrics (docs/metrics.md) and its experience."""
         times = [time.monotonic()]
+        guide = self.parts.guide
         coefficient = self.kl.coefficient
         rollout = self.collect(iteration)
         times.append(time.monotonic())
@@ -111,6 +112,7 @@ class Trainer:
             "phases": sorted({self.parts.algorithm.phases[p].rollout.name.lower() for p in rollout.phase.tolist()}),
             **experience.stats,
             **rollout.counts,
+            **(guide.take_counts() if isinstance(guide, Accounted) else {}),
             **stats,
             "kl_coefficient": coefficient,
             "left_out_prompts": sum(self.parts.task.notes.values()),
@@ -186,6 +188,7 @@ class Trainer:
             "updater": self.updater.state(),
             "kl_coefficient": self.kl.coefficient,
             "reward": self.shaper.state(),
+            "guide": self.parts.guide.state() if isinstance(self.parts.guide, Accounted) else {},
         }
 
     def _resume(self, directory: RunDirectory) -> None:
@@ -195,4 +198,6 @@ class Trainer:
             self.updater.load_state(state["updater"])
             self.kl.coefficient = state["kl_coefficient"]
             self.shaper.load_state(state["reward"])
+            if isinstance(self.parts.guide, Accounted):
+                self.parts.guide.load_state(state.get("guide", {}))
         directory.forget_after(self.iteration)

@@ -109,6 +109,7 @@ class Rollout:
     support: Support | None  # what the policy's sampling could have drawn; None where nothing is ever cut off
     minimum: int  # response tokens before which no end token may come
     counts: Mapping[str, int] = field(default_factory=dict[str, int])  # what was discarded, cut or substituted
+    guide_texts: Sequence[str | None] = ()  # what a guide that writes text answered, as it wrote it; else None
 
     @property
     def lengths(self) -> Tensor:

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlgf.errors import RunError
-from rlgf.guides.base import Capabilities, Guide, Request, Text
-from rlgf.guides.local import FunctionGuide, ModelGuide, ReferenceGuide
+from rlgf.guides.base import Accounted, Capabilities, Guide, Request, Text
+from rlgf.guides.local import FunctionGuide, ModelGuide, ReferenceGuide, TextModelGuide
 
 __all__ = [
-    "Capabilities", "FunctionGuide", "Guide", "ModelGuide", "ReferenceGuide", "Request", "Text", "ask",
+    "Accounted", "Capabilities", "FunctionGuide", "Guide", "ModelGuide", "ReferenceGuide", "Request", "Text",
+    "TextModelGuide", "ask",
 ]  # fmt: skip
 
 
@@ -31,6 +32,8 @@ def ask(guide: Guide, requests: Sequence[Request]) -> list[Text]:
         good = isinstance(answer, Text) and isinstance(answer.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not good or any(not isinstance(token, int) for token in answer.ids or ()):
             raise RunError(f"the guide answered {answer!r} to the prompt {request.prompt.text[:60]!r}: it must be a text.")
+        if answer.given_up:
+            continue
         if not answer.finished and not (answer.text if answer.ids is None else answer.ids):
             raise RunError(
                 f"the guide wrote nothing for the prompt {request.prompt.text[:60]!r} and calls it unfinished: "

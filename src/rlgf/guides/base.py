@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rlgf.types import Prompt
 
@@ -39,6 +39,7 @@ class Text:
     text: str
     finished: bool
     ids: Sequence[int] | None = None
+    given_up: bool = False  # no text could be had, and the run shall go on without it (guide.on_failure=policy)
 
 
 class Guide(Protocol):
@@ -51,4 +52,21 @@ class Guide(Protocol):
 
     def complete(self, requests: Sequence[Request]) -> list[Text]:
         """One text for each request, in order."""
+        ...
+
+
+@runtime_checkable
+class Accounted(Protocol):
+    """A guide that counts what it is asked, answers and costs."""
+
+    def take_counts(self) -> dict[str, float]:
+        """Figures since the last call, as metrics."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What was spent so far, for a checkpoint."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
         ...

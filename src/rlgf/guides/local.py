@@ -2,13 +2,34 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from rlgf.errors import RunError, UserError
 from rlgf.guides.base import Capabilities, Request, Text
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniform_rows, uniforms
-from rlgf.sampling import continue_prefixes
+from rlgf.sampling import Continuations, continue_prefixes
+from rlgf.tokens import decode_continuations, encode_prompts, whole_characters
 from rlgf.types import Decoding
+
+TOKEN_MARGIN = 1.5  # own tokens that a guide of another tokenizer may write for each that the policy would need
+SPARE_TOKENS = 8  # own tokens that it may write beside: a character can take four
+
+
+def guide_model_path(spec: str) -> str | None:
+    """Where the model lies that a spec names: of `model:PATH` the path, of `run:DIR` that run's policy; None for others."""
+    if spec.startswith("model:"):
+        return spec.removeprefix("model:")
+    if not spec.startswith("run:"):
+        return None
+    folder = Path(spec.removeprefix("run:")).expanduser()
+    if not (folder / "config.yaml").is_file():
+        raise UserError(f"guide '{spec}': {folder} holds no run: give the folder that a run was written to with --out.")
+    if not (folder / "policy").is_dir():
+        raise UserError(f"guide '{spec}': the run in {folder} has no policy yet: let it finish first.")
+    return str(folder / "policy")
 
 
 class ModelGuide:
@@ -20,7 +41,18 @@ class ModelGuide:
 
     def complete(self, requests: Sequence[Request]) -> list[Text]:
         """Sample a continuation for each request; its draws depend on seed, trajectory and position alone."""
-        budgets = [request.budget for request in requests]
+        written = self._write(
+            requests,
+            [[*request.prompt_ids, *request.prefix_ids] for request in requests],
+            [request.budget for request in requests],
+            [request.minimum for request in requests],
+        )
+        rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
+        return [Text("", bool(finished), ids) for finished, ids in zip(written.finished.tolist(), rows)]
+
+    def _write(
+        self, requests: Sequence[Request], prefixes: Sequence[Sequence[int]], budgets: Sequence[int], minimums: Sequence[int]
+    ) -> Continuations:
         draws = uniform_rows(
             requests[0].seed if requests else 0,
             Purpose.GUIDE_TOKEN,
@@ -28,17 +60,50 @@ class ModelGuide:
             max(budgets, default=0),
             [len(request.prefix_ids) for request in requests],
         )
-        written = continue_prefixes(
-            self.language_model,
-            [[*request.prompt_ids, *request.prefix_ids] for request in requests],
-            budgets,
-            [request.minimum for request in requests],
-            draws,
-            self.decoding,
-            self.precision,
-        )
+        return continue_prefixes(self.language_model, prefixes, budgets, minimums, draws, self.decoding, self.precision)
+
+
+class TextModelGuide(ModelGuide):
+    """A model in this process whose tokenizer is not the policy's: it reads text and answers text.
+
+    Its budget in its own tokens is a generous guess from how both tokenizers write the prompt; what is more than the policy's
+    budget is cut where its text becomes policy tokens. So it does not know how long its text is to be exactly.
+    """
+
+    def __init__(self, language_model: LanguageModel, decoding: Decoding, precision: str = "fp32") -> None:
+        super().__init__(language_model, decoding, precision)
+        self.capabilities = Capabilities(can_finish=True, exact_budget=False)
+
+    def complete(self, requests: Sequence[Request]) -> list[Text]:
+        """Sample a continuation of prompt and prefix, both read as one text; draws are those of `ModelGuide`."""
+        tokenizer = self.language_model.tokenizer
+        whole = [replace(request.prompt, text=request.prompt.text + request.prefix, ids=None) for request in requests]
+        opening = self.language_model.end_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        prefixes = [ids or [opening] for ids in encode_prompts(tokenizer, whole)]
+        budgets: list[int] = []
+        minimums: list[int] = []
+        for request, prefix in zip(requests, prefixes):
+            room = self.language_model.context - len(prefix)
+            if room < 1:
+                raise RunError(
+                    f"the guide reads {self.language_model.context} tokens, and the prompt {request.prompt.text[:60]!r} with "
+                    f"what was written has {len(prefix)} of its own: choose a guide that reads more, or shorter prompts."
+                )
+            share = max(1.0, len(prefix) / max(1, len(request.prompt_ids) + len(request.prefix_ids)))
+            budgets.append(min(math.ceil(TOKEN_MARGIN * share * request.budget) + SPARE_TOKENS, room))
+            # a text that is to fill the policy's budget never ends by itself
+            minimums.append(budgets[-1] if request.minimum >= request.budget else math.ceil(share * request.minimum))
+        written = self._write(requests, prefixes, budgets, minimums)
         rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
-        return [Text("", bool(finished), ids) for finished, ids in zip(written.finished.tolist(), rows)]
+        finished: list[bool] = written.finished.tolist()
+        rows = [ids[:-1] if ended else self._whole(ids) for ids, ended in zip(rows, finished)]
+        texts = decode_continuations(tokenizer, prefixes, rows)
+        # tokens that spell nothing: the guide has nothing to add
+        return [Text(text, ended or not text) for text, ended in zip(texts, finished)]
+
+    def _whole(self, ids: list[int]) -> list[int]:
+        """The ids without a character that the budget cut in two, if anything remains."""
+        return ids[: whole_characters(self.language_model.tokenizer, ids)] or ids
 
 
 class ReferenceGuide:

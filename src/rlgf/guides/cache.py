@@ -1,0 +1,53 @@
+"""Answers that were paid for once: one SQLite file, safe for several processes, every write atomic."""
+
+import hashlib
+import json
+import sqlite3
+import threading
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rlgf.errors import UserError
+
+SCHEMA = "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
+
+
+def key_of(parts: Mapping[str, Any]) -> str:
+    """The name of a question: everything the answer depends on, and nothing else (no address, no secret)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+class AnswerCache:
+    """A table from questions to answers (JSON objects) on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()  # one connection, shared by all threads of this process
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # no isolation level: each statement is its own transaction
+            self._connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            weakref.finalize(self, self._connection.close)
+            self._execute("PRAGMA journal_mode = WAL")
+            self._execute(SCHEMA)
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"the guide's cache {path} cannot be opened ({error}): choose another guide.cache.") from None
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """The answer to a question, if it was ever given."""
+        rows = self._execute("SELECT answer FROM answers WHERE key = ?", key)
+        return json.loads(rows[0][0]) if rows else None
+
+    def put(self, key: str, answer: Mapping[str, Any], replace: bool = False) -> None:
+        """Keep an answer. The first one stays (but for `replace`): processes that asked the same go on with the same text."""
+        rule = "REPLACE" if replace else "IGNORE"
+        self._execute(f"INSERT OR {rule} INTO answers VALUES (?, ?)", key, json.dumps(answer))
+
+    def __len__(self) -> int:
+        return int(self._execute("SELECT count(*) FROM answers")[0][0])
+
+    def _execute(self, statement: str, *values: str) -> list[Any]:
+        with self._lock:
+            return self._connection.execute(statement, values).fetchall()

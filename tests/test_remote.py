@@ -1,0 +1,403 @@
+"""Guides on servers: how they are asked, what their failures lead to, what is kept and counted."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fault_server
+from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
+from helpers import config_of, tiny_trainer
+from rlgf.algorithms import d2lols
+from rlgf.config import Config, GuideConfig, override
+from rlgf.errors import RunError, UserError
+from rlgf.guides import Request, ask
+from rlgf.guides.cache import AnswerCache
+from rlgf.guides.human import HumanGuide
+from rlgf.guides.remote import RemoteGuide
+from rlgf.guides.server import Question, Server, parse_spec, reach
+from rlgf.types import GUIDE, Prompt
+
+CHAT = ("assistant", "continue_final_message", "prefix", "instruction")
+
+
+def remote(server: FaultServer, folder: Path, mode: str = "completion", **options: Any) -> RemoteGuide:
+    quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4}
+    config = GuideConfig(**{**quick, **options})
+    spec = f"server:fault-model@{server.url}"
+    return RemoteGuide(Server(spec, config, mode), config, AnswerCache(folder / "answers.sqlite"), sleep=lambda seconds: None)
+
+
+def requests(count: int, prefix: str = "") -> list[Request]:
+    prompt = "The film begins in a quiet town"
+    return [Request(Prompt(f"{prompt} {i}"), [1], prefix, [2] if prefix else [], 12, 0, i, 0) for i in range(count)]
+
+
+def sums_hold(counts: dict[str, float]) -> bool:
+    asked = counts["guide_attempts"] == counts["guide_answered"] + counts["guide_retried"] + counts["guide_given_up"]
+    served = counts["guide_rows_answered"] + counts["guide_rows_cached"] + counts["guide_rows_given_up"]
+    return asked and counts["guide_rows_needed"] == served
+
+
+@pytest.fixture
+def healthy() -> Iterator[FaultServer]:
+    with FaultServer() as server:
+        yield server
+
+
+@pytest.mark.parametrize("mode", ["completion", *CHAT])
+def test_every_way_of_asking_brings_texts_in_order(healthy: FaultServer, tmp_path: Path, mode: str) -> None:
+    texts = ask(remote(healthy, tmp_path, mode), requests(6, " and then"))
+    again = ask(remote(healthy, tmp_path / "fresh", mode), list(reversed(requests(6, " and then"))))
+    assert [text.text for text in texts] == [text.text for text in reversed(again)]
+    assert len({text.text for text in texts}) > 3
+    assert all(text.text[0].isspace() for text in texts)  # one space at the joint
+
+
+def test_chat_dialects_put_the_prefix_where_the_server_continues_it(healthy: FaultServer, tmp_path: Path) -> None:
+    bodies = {}
+    for mode in CHAT:
+        ask(remote(healthy, tmp_path / mode, mode), requests(1, " and then"))
+        bodies[mode] = healthy.requests[-1]["body"]
+    for mode in ("assistant", "continue_final_message", "prefix"):
+        assert bodies[mode]["messages"][-1]["content"] == " and then"
+        assert bodies[mode]["messages"][-1]["role"] == "assistant"
+    assert bodies["prefix"]["messages"][-1]["prefix"] is True
+    assert bodies["continue_final_message"]["continue_final_message"] is True
+    assert bodies["continue_final_message"]["add_generation_prompt"] is False
+    assert bodies["instruction"]["messages"][-1]["content"].endswith("a quiet town 0 and then")
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_a_transient_failure_is_asked_again_and_leaves_no_trace_in_the_text(tmp_path: Path, kind: str) -> None:
+    with FaultServer() as server:
+        wanted = ask(remote(server, tmp_path / "a"), requests(2))
+    with FaultServer(first(1, kind), hang_seconds=0.2) as server:
+        guide = remote(server, tmp_path / "b", timeout_seconds=0.6)
+        assert ask(guide, requests(2)) == wanted
+        counts = guide.take_counts()
+    assert counts["guide_retried"] == 2
+    assert counts["guide_answered"] == 2
+    assert sums_hold(counts)
+
+
+@pytest.mark.parametrize("kind", ["empty", "refusal", "surrogate"])
+@pytest.mark.parametrize("mode", ["completion", "instruction"])
+def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) -> None:
+    with FaultServer(first(1, kind)) as server:  # each draw is another question, and its first attempt fails
+        guide = remote(server, tmp_path, mode, invalid_retries=1)
+        with pytest.raises(RunError, match=r"no usable text .* in 2 draws"):
+            ask(guide, requests(1))
+        counts = guide.take_counts()
+    assert counts["guide_answers_invalid"] == 2
+    assert counts["guide_rows_given_up"] == 1
+    assert sums_hold(counts)
+    seeds = [request["body"]["seed"] for request in server.requests]
+    assert len(set(seeds)) == 2
+
+
+@pytest.mark.parametrize("kind", fault_server.PERMANENT)
+def test_a_permanent_failure_stops_at_once(tmp_path: Path, kind: str) -> None:
+    with FaultServer(always(kind)) as server:
+        guide = remote(server, tmp_path)
+        with pytest.raises(RunError, match="refuses"):
+            ask(guide, requests(1))
+        assert len(server.requests) == 1
+
+
+def test_when_retries_are_used_up_the_run_stops(tmp_path: Path) -> None:
+    with FaultServer(always("503")) as server:
+        guide = remote(server, tmp_path, retries=2)
+        with pytest.raises(RunError, match=r"failed 3 times \(HTTP 503\)"):
+            ask(guide, requests(1))
+        assert guide.take_counts()["guide_attempts"] == 3
+
+
+def test_with_wait_it_waits_for_the_server_to_come_back(tmp_path: Path) -> None:
+    with FaultServer(first(9, "503")) as server:
+        guide = remote(server, tmp_path, retries=1, on_failure="wait")
+        assert len(ask(guide, requests(1))) == 1
+        assert guide.take_counts()["guide_retried"] == 9
+
+
+def test_retry_after_is_honoured(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    with FaultServer(first(1, "429_retry_after")) as server:
+        guide = remote(server, tmp_path)
+        guide._sleep = pauses.append  # pyright: ignore[reportPrivateUsage]
+        ask(guide, requests(1))
+    assert len(pauses) == 1
+
+
+def test_answers_are_kept_and_replayed_without_a_server(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        wanted = ask(remote(server, tmp_path), requests(5))
+        ask(remote(server, tmp_path), requests(5))
+        assert len(server.requests) == 5
+    gone = remote(server, tmp_path, offline=True)
+    assert ask(gone, requests(5)) == wanted
+    assert gone.take_counts()["guide_rows_cached"] == 5
+    with pytest.raises(RunError, match="offline"):
+        ask(gone, requests(6))
+
+
+def test_the_cache_asks_neither_address_nor_how_the_guide_is_reached(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        wanted = ask(remote(server, tmp_path), requests(2))
+    with FaultServer() as other:
+        assert ask(remote(other, tmp_path, concurrency=1, retries=9), requests(2)) == wanted
+        assert not other.requests
+
+
+def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer, tmp_path: Path) -> None:
+    guide = remote(healthy, tmp_path, max_requests=3, concurrency=1)
+    with pytest.raises(RunError, match=r"max_requests=3"):
+        ask(guide, requests(5))
+    assert len(healthy.requests) == 3
+    assert len(guide.cache) == 3
+    resumed = remote(healthy, tmp_path, max_requests=3, concurrency=1)
+    resumed.load_state(guide.state())
+    with pytest.raises(RunError, match=r"max_requests=3"):
+        ask(resumed, requests(5))
+    assert len(healthy.requests) == 3
+
+
+def test_costs_follow_from_tokens_and_prices(healthy: FaultServer, tmp_path: Path) -> None:
+    guide = remote(healthy, tmp_path, price_input=1.0, price_output=10.0)
+    ask(guide, requests(3))
+    counts = guide.take_counts()
+    assert counts["guide_cost"] == pytest.approx((counts["guide_prompt_tokens"] + 10 * counts["guide_completion_tokens"]) / 1e6)
+    assert counts["guide_cost"] > 0
+    with pytest.raises(UserError, match="max_cost needs"):
+        override(Config(), [("guide.max_cost", 1.0)])
+
+
+def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
+    with FaultServer(api_key="sk-secret-123") as server:
+        ask(remote(server, tmp_path), requests(1))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-456")
+    with FaultServer(api_key="sk-secret-123") as server, pytest.raises(RunError) as caught:
+        ask(remote(server, tmp_path / "other"), requests(1))
+    assert "sk-" not in str(caught.value)
+    assert all(b"sk-" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_written_out_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="secrets come from the environment"):
+        GuideConfigOf(extra_headers={"Authorization": "Bearer abc"})
+    with pytest.raises(UserError, match="password"):
+        parse_spec("server:m@http://me:secret@host/v1")
+    with pytest.raises(UserError, match="MODEL_HEADER, which is not set"):
+        Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
+
+
+def GuideConfigOf(**values: Any) -> Config:  # noqa: N802
+    return Config(guide=GuideConfig(**values))
+
+
+def told(text: str | None, reason: str = "stop", **message: Any) -> Any:
+    """A chat answer as parsed JSON."""
+    return {"choices": [{"message": {"content": text, **message}, "finish_reason": reason}], "usage": {"completion_tokens": 7}}
+
+
+QUESTION = Question("The film begins in a quiet town", " where nobody", 12, 0)
+STRIPPED = {
+    " goes out.": " goes out.",
+    "goes out.": " goes out.",
+    '"goes out."': " goes out.",
+    "where nobody goes out.": " goes out.",
+    "The film begins in a quiet town where nobody goes out.": " goes out.",
+    "Sure, here is the continuation:\n\ngoes out.": " goes out.",
+    "<think>Hm. A town.</think>goes out.": " goes out.",
+}
+
+
+@pytest.mark.parametrize(("said", "kept"), STRIPPED.items())
+def test_echoes_quotes_preambles_and_thoughts_are_taken_off(said: str, kept: str) -> None:
+    server = Server("server:m@http://127.0.0.1:9/v1", GuideConfig(), "instruction")
+    answer = server._read(told(said), "/chat/completions", QUESTION)  # pyright: ignore[reportPrivateUsage]
+    assert answer.text == kept
+    assert answer.finished
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (told("<think>Hm. A town. And", "length"), "still thinking"),
+        (told(None, "length"), "wrote nothing"),
+        (told(None, refusal="No."), "refused"),
+        (told("The film begins in a village. It"), "began anew"),
+    ],
+)
+def test_answers_that_cannot_be_used_say_why(data: Any, reason: str) -> None:
+    server = Server("server:m@http://127.0.0.1:9/v1", GuideConfig(), "instruction")
+    with pytest.raises(Exception, match=reason):
+        server._read(data, "/chat/completions", QUESTION)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) -> None:
+    def particular(body: dict[str, Any], path: str) -> tuple[str, str]:
+        return "fine", "stop"
+
+    with FaultServer(writer=particular) as server:
+        guide = remote(server, tmp_path, "instruction")
+        sent = guide.server._send  # pyright: ignore[reportPrivateUsage]
+
+        def picky(path: str, body: dict[str, Any]) -> Any:
+            from rlgf.guides.server import PermanentError
+
+            if "max_tokens" in body:
+                raise PermanentError("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+            if "temperature" in body:
+                raise PermanentError("Unsupported value: 'temperature' does not support 0.7.")
+            return sent(path, body)
+
+        guide.server._send = picky  # pyright: ignore[reportPrivateUsage]
+        assert ask(guide, requests(1))[0].text == " fine"
+        assert "max_completion_tokens" in server.requests[-1]["body"]
+
+
+def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path: Path) -> None:
+    reports: list[str] = []
+    with FaultServer(lambda key, attempt: None) as server:
+        cache = AnswerCache(tmp_path / "a.sqlite")
+        assert reach(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "completion"
+    with FaultServer(always("404")) as server:
+        cache = AnswerCache(tmp_path / "b.sqlite")
+        assert reach(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "instruction"
+    assert "no text completion" in reports[0]
+    assert reach(f"server:m@{server.url}", GuideConfig(offline=True), cache, reports.append).mode == "instruction"
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+VOCABULARY = re.findall(r"\w+", " ".join(fault_server.WORDS))
+
+
+def trained(server: FaultServer, folder: Path, **options: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Metrics of a small D2LOLS run with both phases, and its rows."""
+    guide = remote(server, folder, **options)
+    algorithm = d2lols(0.5, 0.5, 2)
+    config = config_of(ppo__texts_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4)
+    trainer = tiny_trainer(algorithm, config, guide)
+    steps = [trainer.step(i) for i in range(4)]
+    return [metrics for metrics, _ in steps], [experience.rollout.texts for _, experience in steps]
+
+
+def comparable(metrics: Sequence[dict[str, Any]]) -> list[str]:
+    """Metrics without times and without how the answers came."""
+    ways = re.compile(
+        "seconds|per_second|latency|guide_(attempts|answered|retried|given_up|rows_(needed|answered|cached)"
+        "|prompt_tokens|completion_tokens|answers_|cost)"
+    )
+    return [json.dumps({k: v for k, v in row.items() if not ways.search(k)}, sort_keys=True, default=str) for row in metrics]
+
+
+def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        metrics, texts = trained(server, tmp_path / "a")
+    kinds = [kind for kind in TRANSIENT if kind not in ("hang", "trickle")]  # those are slow, and tested above
+    with FaultServer(a_third(kinds)) as server:
+        faulty, same = trained(server, tmp_path / "b")
+        assert server.faults.total() > 5
+    assert same == texts
+    assert comparable(faulty) == comparable(metrics)
+    assert all(sums_hold(row) for row in [*metrics, *faulty])
+
+
+def test_invalid_faults_give_the_same_run_twice_and_no_row_is_lost(tmp_path: Path) -> None:
+    kinds = [kind for kind in (*TRANSIENT, *INVALID) if kind not in ("hang", "trickle")]
+    runs = []
+    for name in ("a", "b"):
+        with FaultServer(a_third(kinds)) as server:
+            runs.append(trained(server, tmp_path / name, invalid_retries=9))
+    assert runs[0][1] == runs[1][1]
+    assert comparable(runs[0][0]) == comparable(runs[1][0])
+    assert all(sums_hold(row) for row in runs[0][0])
+
+
+def test_a_run_replays_offline_to_the_same_metrics(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        metrics, texts = trained(server, tmp_path)
+    again, same = trained(server, tmp_path, offline=True)
+    assert same == texts
+    assert comparable(again) == comparable(metrics)
+    assert sum(row["guide_attempts"] for row in again) == 0
+
+
+# --- a person -----------------------------------------------------------------------------------------------------------
+
+
+def answering(*lines: str) -> tuple[list[str], Any]:
+    """What was shown, and a keyboard that types these lines."""
+    typed, shown = list(lines), list[str]()
+
+    def read(mark: str) -> str:
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    return shown, (read, shown.append)
+
+
+def test_a_person_continues_skips_undoes_and_is_not_asked_twice(tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    shown, (read, show) = answering("goes well.", "wrong", "undo", "right\\nly", "skip")
+    texts = HumanGuide(cache, read, show).complete(requests(3, " and then"))
+    assert [text.text for text in texts] == [" goes well.", " right\nly", ""]
+    assert all(text.finished for text in texts)
+    assert any("[[ and then]]" in line for line in shown)
+    assert HumanGuide(cache, read, show).complete(requests(3, " and then")) == texts
+
+
+def test_answers_of_a_person_who_leaves_are_kept(tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    _, (read, show) = answering("one")
+    with pytest.raises(RunError, match="nobody is at the terminal"):
+        ask(HumanGuide(cache, read, show), requests(2))
+    _, (read, show) = answering("two")
+    assert [text.text for text in ask(HumanGuide(cache, read, show), requests(2))] == [" one", " two"]
+
+
+def test_what_a_person_is_shown_is_escaped(tmp_path: Path) -> None:
+    shown, (read, show) = answering("fine")
+    HumanGuide(AnswerCache(tmp_path / "a.sqlite"), read, show).complete(requests(1, " \x1b[2J"))
+    assert not any("\x1b" in line for line in shown)
+
+
+# --- the policy in the guide's stead ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ppo_pp", "aggrevated", "d2lols"])
+def test_with_policy_the_run_goes_on_without_the_guide(tmp_path: Path, name: str) -> None:
+    """Half of the prompts are never answered: rollins are skipped, rollouts finished by the policy, lone texts dropped."""
+
+    def half(key: str, attempt: int) -> str | None:
+        return "503" if int(key[:2], 16) % 2 else None
+
+    algorithm = override(Config(), [("algorithm.name", name), ("algorithm.beta_policy", 0.5), ("algorithm.beta_guide", 0.5)])
+    runs: list[list[dict[str, Any]]] = []
+    with FaultServer(half) as server:
+        for options in ({}, {"offline": True}):
+            guide = remote(server, tmp_path, on_failure="policy", retries=1, **options)
+            config = config_of(ppo__texts_per_iteration=16, ppo__minibatch_size=16, ppo__iterations=2)
+            trainer = tiny_trainer(algorithm.algorithm.build(), config, guide)
+            steps = [trainer.step(i) for i in range(2)]
+            runs.append([metrics for metrics, _ in steps])
+            for metrics, experience in steps:
+                rollout = experience.rollout
+                given_up = metrics["guide_rows_substituted"] + metrics["guide_rows_dropped"]
+                assert metrics["guide_rows_given_up"] == given_up > 0
+                assert sums_hold(metrics)
+                assert len(rollout.texts) == 16 - metrics["guide_rows_dropped"]
+                alone = (rollout.finisher == GUIDE) & ~rollout.by_guide.any(1)
+                assert not bool(rollout.after_switch[alone].any())  # the guide's critic learns nothing from them
+                assert bool((rollout.switch[alone] == rollout.written.sum(1)[alone]).all())
+                assert bool(experience.advantages.isfinite().all())
+    assert comparable(runs[0]) == comparable(runs[1])
+    if name == "ppo_pp":
+        assert all(metrics["guide_rows_dropped"] == 0 for metrics in runs[0])
