@@ -28,7 +28,7 @@ results:  ## keep the small files of a comparison under docs/results: make resul
 	  runs/*/config.yaml runs/*/metrics.jsonl runs/*/results.json 2>/dev/null) ../../docs/results/$(NAME)/
 
 test: setup  ## the fast suite: no network, under a minute
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -13,6 +13,8 @@ import pytest
 
 from fault_server import INVALID, KINDS, PERMANENT, TRANSIENT, FaultServer, a_third, always, first, request_key, words_for
 
+pytestmark = pytest.mark.server
+
 TEXT = {"model": "m", "prompt": "The film was", "seed": 3}
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "The film was"}], "seed": 3}
 BODIES = {"/v1/completions": TEXT, "/v1/chat/completions": CHAT}

@@ -21,6 +21,8 @@ from rlgf.guides.remote import RemoteGuide
 from rlgf.guides.server import Question, Server, parse_spec, reach
 from rlgf.types import GUIDE, Prompt
 
+pytestmark = pytest.mark.server
+
 CHAT = ("assistant", "continue_final_message", "prefix", "instruction")
 
 

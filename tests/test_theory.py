@@ -224,6 +224,7 @@ TD, GAE = algorithms.aggrevated(0.9, "td"), algorithms.aggrevated(0.9, "gae")
 PAPER_PLUS_PLUS, PAPER_TD = algorithms.ppo_pp(0.9, "paper"), algorithms.aggrevated(0.9, "td", "paper")
 
 
+@pytest.mark.slow
 def test_expected_update_is_that_of_enumeration() -> None:
     check(setting("ending"), PLUS_PLUS, [ONLY_PPO], texts=64)
     check(setting("ending"), TD, [PAPER_TD], texts=64)
@@ -394,6 +395,7 @@ def gap(algorithm: Algorithm, seed: int, iterations: int, learning_rate: float) 
     return played.value()
 
 
+@pytest.mark.slow
 def test_lols_with_summed_advantages_stalls_where_ppo_goes_on() -> None:
     assert gap(algorithms.lols(0.5, 0.8, 0.8, "advantage", "td"), 0, 40, 0.25) == pytest.approx(0.9, abs=0.005)
     assert gap(algorithms.ppo_pp(0.5), 0, 40, 0.25) > 0.99
