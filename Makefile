@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DATA ?= ../shared/data
 STAMP := $(VENV)/.installed
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench docs clean
+.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench bench-prefetch docs clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -51,6 +51,9 @@ types: setup
 
 bench: setup
 	$(BIN)/python -m bench.iteration
+
+bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
+	PYTHONPATH=tests $(BIN)/python -m bench.prefetch
 
 docs: setup  ## the reference pages that are made from the code
 	$(BIN)/python docs/make.py

@@ -11,7 +11,7 @@ import pytest
 import fault_server
 from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
 from helpers import config_of, tiny_trainer
-from rlgf.algorithms import d2lols
+from rlgf.algorithms import d2lols, ppo_pp
 from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError
 from rlgf.guides import Request, ask
@@ -403,3 +403,42 @@ def test_with_policy_the_run_goes_on_without_the_guide(tmp_path: Path, name: str
     assert comparable(runs[0]) == comparable(runs[1])
     if name == "ppo_pp":
         assert all(metrics["guide_rows_dropped"] == 0 for metrics in runs[0])
+
+
+# --- asking ahead -------------------------------------------------------------------------------------------------------
+
+
+def ppo_pp_run(server: FaultServer, folder: Path, ahead: int) -> tuple[list[str], list[int]]:
+    """Comparable metrics of a PPO++ run, and how many requests the server had seen after each iteration."""
+    config = config_of(ppo__texts_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4, guide__prefetch=ahead)
+    trainer = tiny_trainer(ppo_pp(0.5), config, remote(server, folder))
+    metrics: list[dict[str, Any]] = []
+    seen: list[int] = []
+    for iteration in range(4):
+        metrics.append(trainer.step(iteration)[0])
+        seen.append(int(sum(row["guide_rows_needed"] for row in metrics)))
+    if trainer.prefetcher is not None:
+        trainer.prefetcher.close()
+    assert all(row["guide_rows_cached"] == 0 for row in metrics)  # asked ahead in this run is answered, not cached
+    return comparable(metrics), seen
+
+
+def test_asking_ahead_changes_no_result_and_asks_nothing_twice(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        plain, needed = ppo_pp_run(server, tmp_path / "a", 0)
+        assert len(server.requests) == needed[-1]
+    with FaultServer(delay=0.01) as server:
+        ahead, _ = ppo_pp_run(server, tmp_path / "b", 2)
+        assert len(server.requests) == needed[-1]
+        assert len({json.dumps(request["body"]) for request in server.requests}) == needed[-1]
+    assert ahead == plain
+
+
+def test_the_next_iterations_are_asked_for_while_this_one_is_written(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        config = config_of(ppo__texts_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4, guide__prefetch=2)
+        trainer = tiny_trainer(ppo_pp(1.0), config, remote(server, tmp_path))
+        trainer.collect(0)
+        assert trainer.prefetcher is not None
+        trainer.prefetcher._pool.shutdown(wait=True)  # pyright: ignore[reportPrivateUsage]
+        assert len(server.requests) == 36  # this iteration's and two more

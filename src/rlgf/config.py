@@ -115,13 +115,15 @@ class GuideConfig:
     max_tokens: int | None = None
     max_cost: float | None = None
     cache: str | None = None  # a file for its answers; None: beside the stages
+    prefetch: int = 2  # iterations whose rollins a server is asked for ahead, while the policy trains; 0: none
     offline: bool = False  # answers from the cache alone
 
 
 # How a guide is reached, not what it writes: a run may be continued with other values, and its stages stay what they are.
 GUIDE_REACHING = (
     "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "on_failure",
-    "price_input", "price_output", "max_requests", "max_tokens", "max_cost", "cache", "offline",
+    "price_input", "price_output", "max_requests", "max_tokens", "max_cost", "cache", "prefetch",
+    "offline",
 )  # fmt: skip
 
 
@@ -270,7 +272,8 @@ AT_LEAST_ONE = """
     lm.batch_size sft.batch_size distil.batch_size guide.sft.batch_size
 """
 NOT_NEGATIVE = """
-    guide.requests_per_minute guide.retries guide.retry_seconds guide.invalid_retries guide.thinking_tokens guide.max_cost
+    guide.prefetch guide.requests_per_minute guide.retries guide.retry_seconds guide.invalid_retries
+    guide.thinking_tokens guide.max_cost
     guide.price_input guide.price_output
     ppo.learning_rate ppo.weight_decay ppo.mle_coefficient critic.learning_rate critic.value_coefficient
     critic.warmup_iterations kl.coefficient kl.loss_coefficient evaluation.every runtime.threads reward.clip model.vocabulary

@@ -97,6 +97,21 @@ def collect(
     return _as_rollout(writing, rows, samples_per_prompt, counts)
 
 
+def rollin_requests(
+    writing: Writing, algorithm: Algorithm, shares: Sequence[Share], prompts: Sequence[Prompt], indices: Sequence[int]
+) -> list[Request]:
+    """What `collect` will ask the guide to begin: known before anything is written, as it depends on no policy."""
+    phases = [share.phase for share, count in zip(shares, split_texts(shares, len(prompts))) for _ in range(count)]
+    rows = [
+        _Row(prompt, encode_prompt(writing.policy.tokenizer, prompt), index, phase, algorithm.phases[phase].rollout)
+        for prompt, index, phase in zip(prompts, indices, phases)
+        if algorithm.phases[phase].rollin == GUIDE
+    ]
+    begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, writing.seed)]
+    ends = [_planned_switch(writing, algorithm.phases[row.phase], row, GUIDE) for row in begun]
+    return _requests(writing, [(row, writing.horizon if end is None else end) for row, end in zip(begun, ends)])
+
+
 def _without_guide(writing: Writing, rows: list[_Row], counts: dict[str, int]) -> list[_Row]:
     """Where the guide could not finish, the policy writes to the end, so that no state of the text is the guide's critic's.
 
@@ -211,15 +226,7 @@ def _policy_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]]) -> None:
 
 def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: dict[str, int]) -> None:
     assert writing.guide is not None
-    tokenizer = writing.policy.tokenizer
-    prefixes = decode_continuations(tokenizer, [row.prompt_ids for row, _ in pairs], [row.ids for row, _ in pairs])
-    requests = [
-        Request(
-            row.prompt, row.prompt_ids, prefix, list(row.ids), end - len(row.ids),
-            max(0, writing.minimum - len(row.ids)), row.index, writing.seed,
-        )
-        for (row, end), prefix in zip(pairs, prefixes)
-    ]  # fmt: skip
+    requests = _requests(writing, pairs)
     counts["guide_requests"] += len(requests)
     answers = ask(writing.guide, requests)
     _keep_guide_texts(writing, [row for row, _ in pairs], answers, counts)
@@ -235,6 +242,19 @@ def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: d
         row.full_log_probs += [0.0] * len(ids)
         row.supports += [torch.zeros(0, dtype=torch.int64)] * len(ids)
         row.finished = finished
+
+
+def _requests(writing: Writing, pairs: Sequence[tuple[_Row, int]]) -> list[Request]:
+    """What the guide is asked, to continue each row up to `end` response tokens."""
+    tokenizer = writing.policy.tokenizer
+    prefixes = decode_continuations(tokenizer, [row.prompt_ids for row, _ in pairs], [row.ids for row, _ in pairs])
+    return [
+        Request(
+            row.prompt, row.prompt_ids, prefix, list(row.ids), end - len(row.ids),
+            max(0, writing.minimum - len(row.ids)), row.index, writing.seed,
+        )
+        for (row, end), prefix in zip(pairs, prefixes)
+    ]  # fmt: skip
 
 
 def _keep_guide_texts(writing: Writing, rows: Sequence[_Row], answers: Sequence[Text], counts: dict[str, int]) -> None:

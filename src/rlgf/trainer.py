@@ -10,17 +10,19 @@ from rlgf.config import Config, to_dict
 from rlgf.errors import RunError
 from rlgf.evaluate import Judges, evaluate_policy
 from rlgf.experience import Models, Reading, appraise
-from rlgf.guides import Accounted, Guide
+from rlgf.guides import Accounted, Guide, Request
+from rlgf.guides.prefetch import Prefetcher
+from rlgf.guides.remote import RemoteGuide
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards import score
-from rlgf.rollout import Writing, choose_prompts, collect
+from rlgf.rollout import Writing, choose_prompts, collect, rollin_requests
 from rlgf.runs import RunDirectory, rollout_rows
 from rlgf.shaping import KLController, RewardShaper
 from rlgf.supervised import Example
 from rlgf.tasks import Task, TextFunction
 from rlgf.tracking import Trackers
-from rlgf.types import GUIDE, POLICY, Experience, Rollout
+from rlgf.types import GUIDE, POLICY, Experience, Prompt, Rollout
 from rlgf.update import Updater
 
 
@@ -62,15 +64,34 @@ class Trainer:
         self.kl = KLController(config.kl, config.kl.coefficient)
         self.shaper = RewardShaper(config.reward, parts.reward)
         self.judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, self.reading)
+        self.prefetcher = self._prefetcher()
         self.iteration = 0  # iterations done
 
     def collect(self, iteration: int) -> Rollout:
         """Write the texts of an iteration."""
+        if self.prefetcher is not None:
+            self.prefetcher.ready(iteration)
+        prompts, indices = self.prompts(iteration)
+        samples = self.config.ppo.samples_per_prompt
+        return collect(self.writing, self.parts.algorithm, self.shares(iteration), prompts, indices, samples)
+
+    def prompts(self, iteration: int) -> tuple[list[Prompt], range]:
+        """The prompts of an iteration's texts, and their global indices."""
         ppo = self.config.ppo
         first = iteration * ppo.texts_per_iteration
         indices = range(first, first + ppo.texts_per_iteration)
-        prompts = choose_prompts(self.parts.task.train, self.config.seed, indices, ppo.samples_per_prompt)
-        return collect(self.writing, self.parts.algorithm, self.shares(iteration), prompts, indices, ppo.samples_per_prompt)
+        return choose_prompts(self.parts.task.train, self.config.seed, indices, ppo.samples_per_prompt), indices
+
+    def _prefetcher(self) -> Prefetcher | None:
+        """Who asks a slow guide ahead for rollins, where the algorithm has any."""
+        guide, config = self.parts.guide, self.config
+
+        def requests_of(iteration: int) -> list[Request]:
+            return rollin_requests(self.writing, self.parts.algorithm, self.shares(iteration), *self.prompts(iteration))
+
+        if not isinstance(guide, RemoteGuide) or not config.guide.prefetch:
+            return None
+        return Prefetcher(guide, requests_of, config.guide.prefetch, config.ppo.iterations)
 
     def shares(self, iteration: int) -> tuple[Share, ...]:
         """How the algorithm's phases share an iteration."""
@@ -143,6 +164,8 @@ class Trainer:
                 directory.save_checkpoint(self.iteration, self.state())
             raise
         finally:
+            if self.prefetcher is not None:
+                self.prefetcher.close()
             if trackers:
                 trackers.finish()
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -44,9 +45,12 @@ class RemoteGuide:
         self.server, self.config, self.cache, self._sleep = server, config, cache, sleep
         self.capabilities = Capabilities(can_finish=server.can_finish)
         self.spent: Counter[str] = Counter()  # over the whole run
+        self._begun = 0  # requests over the whole run, those under way included
         self._counts: Counter[str] = Counter()  # since they were last taken
         self._latencies: list[float] = []
         self._lock = threading.Lock()
+        self._prefetched: set[str] = set()  # keys of answers that were asked for ahead in this process
+        self._stop_prefetching = threading.Event()
         self._next_start = 0.0  # when the rate limit lets the next request begin
 
     def complete(self, requests: Sequence[Request]) -> list[Text]:
@@ -60,6 +64,23 @@ class RemoteGuide:
         if first is not None:
             raise first
         return [future.result() for future in futures]
+
+    def prefetch(self, requests: Sequence[Request]) -> None:
+        """Put the answers to requests that will come into the cache. Failures are left to whoever needs the answer."""
+        if self.config.offline:
+            return
+
+        def fetch(request: Request) -> None:
+            if not self._stop_prefetching.is_set():
+                with suppress(Exception):
+                    self._answer(request, self._stop_prefetching, ahead=True)
+
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            list(pool.map(fetch, requests))
+
+    def stop_prefetching(self) -> None:
+        """Begin no more requests ahead."""
+        self._stop_prefetching.set()
 
     def take_counts(self) -> dict[str, float]:
         """What was asked, answered and paid since the last call; keys as in docs/metrics.md."""
@@ -80,11 +101,12 @@ class RemoteGuide:
 
     def state(self) -> dict[str, int]:
         """What a checkpoint holds, so that a limit counts over resumed runs too."""
-        return dict(self.spent)
+        return {**self.spent, "begun": self._begun}
 
     def load_state(self, state: dict[str, int]) -> None:
         """Continue from a checkpoint."""
         self.spent = Counter(state)
+        self._begun = self.spent.pop("begun", 0)
 
     def question(self, request: Request, draw: int) -> Question:
         """What the server is asked: a text of up to the horizon, its seed from trajectory, position and attempt."""
@@ -107,7 +129,7 @@ class RemoteGuide:
             stop.set()
             raise
 
-    def _answer(self, request: Request, stop: threading.Event) -> Text:
+    def _answer(self, request: Request, stop: threading.Event, ahead: bool = False) -> Text:
         """From the cache, or asked for with new draws while they are invalid; `RowFailedError` where none comes."""
         reason = ""
         for draw in range(self.config.invalid_retries + 1):
@@ -133,7 +155,11 @@ class RemoteGuide:
             if "invalid" in stored:
                 reason = str(stored["invalid"])
                 continue
-            self._count("rows_answered" if fresh else "rows_cached")
+            if ahead and fresh:
+                with self._lock:
+                    self._prefetched.add(key)
+            elif not ahead:
+                self._count("rows_answered" if fresh or key in self._prefetched else "rows_cached")
             return Text(stored["text"], stored["finished"])
         raise RowFailedError(
             f"the guide gave no usable text for the prompt {request.prompt.text[:60]!r} "
@@ -157,16 +183,21 @@ class RemoteGuide:
             error = state.outcome.exception()
             return max(backoff(state), error.retry_after if isinstance(error, TransientError) else 0.0)
 
+        def again(state: Any) -> None:
+            self._count("attempts")
+            self._count("retried")
+
         retrying = Retrying(
             stop=stop_never if self.config.on_failure == "wait" else stop_after_attempt(self.config.retries + 1),
             wait=wait,
             retry=retry_if_exception_type(TransientError),
-            before_sleep=lambda state: self._count("retried"),
+            before_sleep=again,
             sleep=self._sleep,
         )
         try:
             return retrying(self._once, question, stop)
         except RetryError as error:
+            self._count("attempts")
             self._count("given_up")
             cause = error.last_attempt.exception()
             raise RowFailedError(
@@ -174,6 +205,7 @@ class RemoteGuide:
                 "when it is back, raise guide.retries, or set guide.on_failure=wait."
             ) from None
         except PermanentError as error:
+            self._count("attempts")
             self._count("given_up")
             raise RunError(
                 f"the guide at {self.server.url} refuses ({error}): mend guide.spec, its key or its options."
@@ -184,7 +216,8 @@ class RemoteGuide:
             raise StoppedError
         self._within_limits()
         self._take_turn()
-        self._count("attempts")
+        with self._lock:
+            self._begun += 1
         began = time.monotonic()
         try:
             answer = self.server.ask(question)
@@ -195,6 +228,7 @@ class RemoteGuide:
             self._count("answers_invalid")
         with self._lock:
             self._latencies.append(time.monotonic() - began)
+        self._count("attempts")
         self._count("answered")
         self._count("answers_stripped", int(answer.stripped))
         self._count("prompt_tokens", answer.prompt_tokens)
@@ -206,7 +240,7 @@ class RemoteGuide:
         config, spent = self.config, self.spent
         tokens, cost = spent["prompt_tokens"] + spent["completion_tokens"], self.cost(spent)
         for name, used, most in (
-            ("requests", spent["attempts"], config.max_requests),
+            ("requests", self._begun, config.max_requests),
             ("tokens", tokens, config.max_tokens),
             ("cost", cost, config.max_cost),
         ):
