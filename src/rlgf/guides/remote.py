@@ -49,6 +49,7 @@ class RemoteGuide:
         self._counts: Counter[str] = Counter()  # since they were last taken
         self._latencies: list[float] = []
         self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(config.concurrency)  # shared by what is needed now and what is asked ahead
         self._prefetched: set[str] = set()  # keys of answers that were asked for ahead in this process
         self._stop_prefetching = threading.Event()
         self._next_start = 0.0  # when the rate limit lets the next request begin
@@ -220,7 +221,8 @@ class RemoteGuide:
             self._begun += 1
         began = time.monotonic()
         try:
-            answer = self.server.ask(question)
+            with self._slots:
+                answer = self.server.ask(question)
             stored: dict[str, Any] = {"text": answer.text, "finished": answer.finished}
         except InvalidError as error:
             answer = error.answer or Answer("", False, 0, 0)
