@@ -81,6 +81,7 @@ def test_a_transient_failure_is_asked_again_and_leaves_no_trace_in_the_text(tmp_
         guide = remote(server, tmp_path / "b", timeout_seconds=0.6)
         assert ask(guide, requests(2)) == wanted
         counts = guide.take_counts()
+        assert counts["guide_attempts"] == server.asked  # as the other side counts
     assert counts["guide_retried"] == 2
     assert counts["guide_answered"] == 2
     assert sums_hold(counts)
@@ -155,7 +156,7 @@ def test_the_cache_asks_neither_address_nor_how_the_guide_is_reached(tmp_path: P
 
 
 def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer, tmp_path: Path) -> None:
-    guide = remote(healthy, tmp_path, max_requests=3, concurrency=1)
+    guide = remote(healthy, tmp_path, max_requests=3)  # four at once
     with pytest.raises(RunError, match=r"max_requests=3"):
         ask(guide, requests(5))
     assert len(healthy.requests) == 3
@@ -190,15 +191,11 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
 
 def test_written_out_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="secrets come from the environment"):
-        GuideConfigOf(extra_headers={"Authorization": "Bearer abc"})
+        Config(guide=GuideConfig(extra_headers={"Authorization": "Bearer abc"}))
     with pytest.raises(UserError, match="password"):
         parse_spec("server:m@http://me:secret@host/v1")
     with pytest.raises(UserError, match="MODEL_HEADER, which is not set"):
         Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
-
-
-def GuideConfigOf(**values: Any) -> Config:  # noqa: N802
-    return Config(guide=GuideConfig(**values))
 
 
 def told(text: str | None, reason: str = "stop", **message: Any) -> Any:
@@ -306,6 +303,7 @@ def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
     with FaultServer(a_third(kinds)) as server:
         faulty, same = trained(server, tmp_path / "b")
         assert server.faults.total() > 5
+        assert sum(row["guide_attempts"] for row in faulty) == server.asked
     assert same == texts
     assert comparable(faulty) == comparable(metrics)
     assert all(sums_hold(row) for row in [*metrics, *faulty])
@@ -317,6 +315,7 @@ def test_invalid_faults_give_the_same_run_twice_and_no_row_is_lost(tmp_path: Pat
     for name in ("a", "b"):
         with FaultServer(a_third(kinds)) as server:
             runs.append(trained(server, tmp_path / name, invalid_retries=9))
+            assert sum(row["guide_attempts"] for row in runs[-1][0]) == server.asked
     assert runs[0][1] == runs[1][1]
     assert comparable(runs[0][0]) == comparable(runs[1][0])
     assert all(sums_hold(row) for row in runs[0][0])

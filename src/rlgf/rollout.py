@@ -80,11 +80,7 @@ def collect(
     samples_per_prompt: int = 1,
 ) -> Rollout:  # fmt: skip
     """Write one text for each prompt. `indices` are the global trajectory indices, on which every draw depends."""
-    phases = [share.phase for share, count in zip(shares, split_texts(shares, len(prompts))) for _ in range(count)]
-    rows = [
-        _Row(prompt, encode_prompt(writing.policy.tokenizer, prompt), index, phase, algorithm.phases[phase].rollout)
-        for prompt, index, phase in zip(prompts, indices, phases)
-    ]
+    rows = _new_rows(writing, algorithm, shares, prompts, indices)
     names = ("discarded_tokens", "switches_moved", "guide_requests", "guide_texts_cut", "guide_texts_changed")
     names += ("guide_rows_substituted", "guide_rows_dropped")
     counts: dict[str, int] = dict.fromkeys(names, 0)
@@ -97,16 +93,23 @@ def collect(
     return _as_rollout(writing, rows, samples_per_prompt, counts)
 
 
+def _new_rows(
+    writing: Writing, algorithm: Algorithm, shares: Sequence[Share], prompts: Sequence[Prompt], indices: Sequence[int]
+) -> list[_Row]:
+    """The texts of an iteration before anybody writes."""
+    phases = [share.phase for share, count in zip(shares, split_texts(shares, len(prompts))) for _ in range(count)]
+    return [
+        _Row(prompt, encode_prompt(writing.policy.tokenizer, prompt), index, phase, algorithm.phases[phase].rollout)
+        for prompt, index, phase in zip(prompts, indices, phases)
+    ]
+
+
 def rollin_requests(
     writing: Writing, algorithm: Algorithm, shares: Sequence[Share], prompts: Sequence[Prompt], indices: Sequence[int]
 ) -> list[Request]:
     """What `collect` will ask the guide to begin: known before anything is written, as it depends on no policy."""
-    phases = [share.phase for share, count in zip(shares, split_texts(shares, len(prompts))) for _ in range(count)]
-    rows = [
-        _Row(prompt, encode_prompt(writing.policy.tokenizer, prompt), index, phase, algorithm.phases[phase].rollout)
-        for prompt, index, phase in zip(prompts, indices, phases)
-        if algorithm.phases[phase].rollin == GUIDE
-    ]
+    rows = _new_rows(writing, algorithm, shares, prompts, indices)
+    rows = [row for row in rows if algorithm.phases[row.phase].rollin == GUIDE]
     begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, writing.seed)]
     ends = [_planned_switch(writing, algorithm.phases[row.phase], row, GUIDE) for row in begun]
     return _requests(writing, [(row, writing.horizon if end is None else end) for row, end in zip(begun, ends)])

@@ -97,6 +97,12 @@ def decode_continuations(tokenizer: Any, prompts: Sequence[Sequence[int]], respo
     ]
 
 
+def spaced(before: str, text: str) -> str:
+    """A text written apart from what stands before it (in a chat, at a terminal), with one space if neither side has any."""
+    apart = text and before and not before[-1].isspace() and not text[0].isspace()
+    return " " + text if apart else text
+
+
 def whole_characters(tokenizer: Any, ids: Sequence[int]) -> int:
     """How many leading tokens to keep so that their text does not end inside a character.
 

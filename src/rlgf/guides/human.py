@@ -6,6 +6,7 @@ from rlgf.display import visible
 from rlgf.errors import RunError
 from rlgf.guides.base import Capabilities, Request, Text
 from rlgf.guides.cache import AnswerCache, key_of
+from rlgf.tokens import spaced
 
 HELP = "Write what comes next (\\n: a new line), then Enter. 'skip': leave it as it is. 'undo': the text before once more."
 
@@ -33,9 +34,7 @@ class HumanGuide:
                 at = max(0, at - 1)
                 continue
             text = "" if said == "skip" else said.replace("\\n", "\n")
-            before = requests[place].prompt.text + requests[place].prefix
-            if text and before and not before[-1].isspace() and not text[0].isspace():
-                text = " " + text
+            text = spaced(requests[place].prompt.text + requests[place].prefix, text)
             answers[place] = {"text": text, "finished": True}
             self.cache.put(keys[place], {"text": text, "finished": True}, replace=True)
             at += 1

@@ -184,30 +184,24 @@ class RemoteGuide:
             error = state.outcome.exception()
             return max(backoff(state), error.retry_after if isinstance(error, TransientError) else 0.0)
 
-        def again(state: Any) -> None:
-            self._count("attempts")
-            self._count("retried")
-
         retrying = Retrying(
             stop=stop_never if self.config.on_failure == "wait" else stop_after_attempt(self.config.retries + 1),
             wait=wait,
             retry=retry_if_exception_type(TransientError),
-            before_sleep=again,
+            before_sleep=lambda state: self._ended("retried"),
             sleep=self._sleep,
         )
         try:
             return retrying(self._once, question, stop)
         except RetryError as error:
-            self._count("attempts")
-            self._count("given_up")
+            self._ended("given_up")
             cause = error.last_attempt.exception()
             raise RowFailedError(
                 f"the guide at {self.server.url} failed {self.config.retries + 1} times ({cause}): run the same command again "
                 "when it is back, raise guide.retries, or set guide.on_failure=wait."
             ) from None
         except PermanentError as error:
-            self._count("attempts")
-            self._count("given_up")
+            self._ended("given_up")
             raise RunError(
                 f"the guide at {self.server.url} refuses ({error}): mend guide.spec, its key or its options."
             ) from None
@@ -215,9 +209,9 @@ class RemoteGuide:
     def _once(self, question: Question, stop: threading.Event) -> dict[str, Any]:
         if stop.is_set():
             raise StoppedError
-        self._within_limits()
         self._take_turn()
-        with self._lock:
+        with self._lock:  # together, or requests side by side would pass a limit
+            self._within_limits()
             self._begun += 1
         began = time.monotonic()
         try:
@@ -230,8 +224,7 @@ class RemoteGuide:
             self._count("answers_invalid")
         with self._lock:
             self._latencies.append(time.monotonic() - began)
-        self._count("attempts")
-        self._count("answered")
+        self._ended("answered")
         self._count("answers_stripped", int(answer.stripped))
         self._count("prompt_tokens", answer.prompt_tokens)
         self._count("completion_tokens", answer.completion_tokens)
@@ -260,6 +253,13 @@ class RemoteGuide:
             start = max(self._next_start, time.monotonic())
             self._next_start = start + 60.0 / self.config.requests_per_minute
         self._sleep(max(0.0, start - time.monotonic()))
+
+    def _ended(self, outcome: str) -> None:
+        """One request more, and how it ended: at once, so that the sums hold whenever the counts are taken."""
+        with self._lock:
+            for name in ("attempts", outcome):
+                self._counts[name] += 1
+                self.spent[name] += 1
 
     def _count(self, name: str, amount: int = 1) -> None:
         with self._lock:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from rlgf.config import GuideConfig
 from rlgf.errors import UserError
 from rlgf.guides.cache import AnswerCache, key_of
+from rlgf.tokens import spaced
 
 CONTINUATIONS = ("completion", "assistant", "continue_final_message", "prefix", "instruction", "none")
 INSTRUCTION = (
@@ -254,9 +255,8 @@ class Server:
         if not text.strip():
             raise InvalidError("it wrote nothing", paid)
         stripped = text != written
-        before = question.prompt + question.prefix
-        if chat and before and not before[-1].isspace() and not text[0].isspace():
-            text = " " + text
+        if chat:
+            text = spaced(question.prompt + question.prefix, text)
         return Answer(text, finished, paid.prompt_tokens, paid.completion_tokens, stripped)
 
     def _without_echo(self, text: str, question: Question, paid: Answer) -> str:
