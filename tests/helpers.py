@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
+from rlgf.forward import MicroBatch
 from rlgf.guides import FunctionGuide, Guide, Request, Text
 from rlgf.models import Critic, LanguageModel, new_language_model
 from rlgf.supervised import Example
@@ -117,6 +118,7 @@ class LookupTrunk(nn.Module):
     def __init__(self, vocabulary: int, width: int = 8) -> None:
         super().__init__()
         self.embedding = nn.Embedding.from_pretrained(torch.ones(vocabulary, width), freeze=False)
+        self.device = torch.device("cpu")
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
         return SimpleNamespace(last_hidden_state=self.embedding(input_ids))
@@ -136,11 +138,17 @@ class StubCritic(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        self.trunk = nn.Identity()
+        self.trunk = SimpleNamespace(device=torch.device("cpu"))
         self.table = nn.Parameter(table.flatten().clone())
 
-    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
-        return self.table[ids[rows, columns]]
+    def forward(self, batch: MicroBatch, precision: str, hidden: Tensor | None = None) -> Tensor:
+        return self.table[batch.ids[batch.rows, batch.columns]]
+
+
+def asked(ids: Tensor, rows: Tensor, columns: Tensor) -> MicroBatch:
+    """All of `ids` as one micro-batch, responses beginning in the first column."""
+    nothing = torch.zeros(len(ids), dtype=torch.int64)
+    return MicroBatch(torch.arange(len(ids)), ids, nothing, rows, columns, torch.device("cpu"))
 
 
 # --- settings and measuring -------------------------------------------------------------------------------------------

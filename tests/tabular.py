@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, TaskConfig
 from rlgf.experience import Models
+from rlgf.forward import MicroBatch
 from rlgf.guides import ModelGuide
 from rlgf.models import LanguageModel
 from rlgf.tasks import Task
@@ -202,15 +203,15 @@ def walk(transitions: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor
 class TabularCritic(nn.Module):
     """A value for every state of a game; exact where `values` are and its learning rate is 0."""
 
-    trunk = "a table"  # not None: it does not read the policy's hidden states
+    trunk = SimpleNamespace(device=torch.device("cpu"))  # not None: it does not read the policy's hidden states
 
     def __init__(self, game: Game, values: Tensor | None = None) -> None:
         super().__init__()
         self.transitions = game.transitions
         self.table = nn.Parameter(torch.zeros(game.states) if values is None else values.float().clone())
 
-    def forward(self, ids: Tensor, rows: Tensor, columns: Tensor, precision: str, hidden: Tensor | None = None) -> Tensor:
-        return self.table[walk(self.transitions, ids)[rows, columns - 1]]
+    def forward(self, batch: MicroBatch, precision: str, hidden: Tensor | None = None) -> Tensor:
+        return self.table[walk(self.transitions, batch.ids)[batch.rows, batch.columns - 1]]
 
 
 def language_model(game: Game, logits: Tensor) -> LanguageModel:

@@ -11,9 +11,10 @@ from rlgf.config import PPOConfig, TaskConfig
 from rlgf.errors import RunError
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
 from rlgf.experience import Reading
+from rlgf.forward import padded
 from rlgf.guides import FunctionGuide, ModelGuide, Request, Text
 from rlgf.metrics import distinct, kl_to_reference, perplexity, token_perplexity
-from rlgf.models import LanguageModel, padded
+from rlgf.models import LanguageModel
 from rlgf.rewards import continuation_only, whole_text
 from rlgf.rollout import Writing
 from rlgf.tasks import Task, embedded
@@ -39,7 +40,9 @@ def test_perplexity_is_that_of_the_models_own_loss(tiny_model: LanguageModel):
         total, count = total + float(loss) * len(after), count + len(after)
     assert perplexity(tiny_model, prompts, 16, READING) == pytest.approx(math.exp(total / count), rel=1e-5)
     assert math.isnan(perplexity(tiny_model, [Prompt("review")], 16, READING))
-    assert math.isnan(token_perplexity(tiny_model, padded([[1, 2]]), torch.zeros((1, 2), dtype=torch.bool), READING))
+    assert math.isnan(
+        token_perplexity(tiny_model, padded([[1, 2]]), torch.tensor([0]), torch.zeros((1, 2), dtype=torch.bool), READING)
+    )
 
 
 def task(tiny: LanguageModel) -> Task:

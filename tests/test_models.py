@@ -8,19 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config
 
+from helpers import asked
 from rlgf.config import ModelConfig
 from rlgf.errors import UserError
+from rlgf.forward import group_by_length, padded, read_tokens, token_logits
 from rlgf.models import (
     LanguageModel,
     bundle,
     context_length,
-    forward,
-    gather_tokens,
     load_language_model,
-    micro_batches,
     new_critic,
     new_language_model,
-    padded,
 )
 
 ROWS = [[5, 9, 12, 7, 20, 33], [8, 8, 3], [40, 2, 19, 11]]
@@ -29,38 +27,39 @@ ROWS = [[5, 9, 12, 7, 20, 33], [8, 8, 3], [40, 2, 19, 11]]
 def test_logits_are_those_of_the_whole_model_at_the_asked_tokens(tiny_model: LanguageModel):
     ids = padded(ROWS)
     rows, columns = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 5, 2, 3])
-    logits, hidden = forward(tiny_model, ids, rows, columns)
+    logits, hidden = token_logits(tiny_model.model, asked(ids, rows, columns))
     whole = tiny_model.model(input_ids=ids).logits
     assert torch.allclose(logits, whole[rows, columns - 1], atol=1e-6)
     assert hidden.shape[0] == 4
 
 
 def test_padding_and_neighbours_change_no_logit(tiny_model: LanguageModel):
-    together, _ = forward(tiny_model, padded([*ROWS, list(range(20))]), torch.tensor([1, 1]), torch.tensor([1, 2]))
-    alone, _ = forward(tiny_model, padded(ROWS[1:2]), torch.tensor([0, 0]), torch.tensor([1, 2]))
+    together, _ = token_logits(
+        tiny_model.model, asked(padded([*ROWS, list(range(20))]), torch.tensor([1, 1]), torch.tensor([1, 2]))
+    )
+    alone, _ = token_logits(tiny_model.model, asked(padded(ROWS[1:2]), torch.tensor([0, 0]), torch.tensor([1, 2])))
     assert torch.allclose(together, alone, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_line", [True, False])
 @pytest.mark.parametrize("budget", [1, 7, 12, 1000])
-def test_micro_batches_hold_every_row_once_and_keep_to_the_budget(budget: int):
+def test_groups_hold_every_row_once_and_keep_to_the_budget(budget: int, in_line: bool):
     lengths = torch.tensor([6, 3, 4, 6, 1, 2])
-    groups = micro_batches(lengths, budget)
+    groups = group_by_length(lengths, budget, in_line)
     assert sorted(torch.cat(groups).tolist()) == list(range(6))
     for group in groups:
-        assert len(group) == 1 or len(group) * int(lengths[group].max()) <= budget
+        cost = int(lengths[group].sum()) if in_line else len(group) * int(lengths[group].max())
+        assert len(group) == 1 or cost <= budget
 
 
 @pytest.mark.parametrize("budget", [1, 12, 1000])
-def test_gathering_visits_each_selected_token_once_whatever_the_budget(tiny_model: LanguageModel, budget: int):
+def test_reading_visits_each_selected_token_once_whatever_the_budget(tiny_model: LanguageModel, budget: int):
     ids = padded(ROWS)
     selected = torch.zeros(ids.shape, dtype=torch.bool)
     selected[0, 2:5] = selected[2, 3] = True
     seen = torch.zeros(ids.shape)
-
-    def visit(rows: Any, columns: Any, logits: Any, hidden: Any) -> None:
-        seen[rows, columns] += logits.log_softmax(1).gather(1, ids[rows, columns][:, None]).squeeze(1)
-
-    gather_tokens(tiny_model, ids, selected, budget, "fp32", visit)
+    for batch, logits, _ in read_tokens(tiny_model.model, ids, torch.zeros(3, dtype=torch.int64), selected, budget, "fp32"):
+        seen[batch.places] += logits.log_softmax(1).gather(1, ids[batch.places][:, None]).squeeze(1)
     whole = tiny_model.model(input_ids=ids).logits.log_softmax(2)
     expected = torch.zeros(ids.shape)
     expected[:, 1:] = whole[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
@@ -94,8 +93,8 @@ def test_a_critic_begins_with_its_initial_value_everywhere(tiny_model: LanguageM
     tiny_model.save(tmp_path)
     critic = new_critic(kind, str(tmp_path), tiny_model, 0.5)
     rows, columns = torch.tensor([0, 2]), torch.tensor([3, 1])
-    _, hidden = forward(tiny_model, padded(ROWS), rows, columns)
-    values = critic(padded(ROWS), rows, columns, "fp32", None if kind == "separate" else hidden)
+    _, hidden = token_logits(tiny_model.model, asked(padded(ROWS), rows, columns))
+    values = critic(asked(padded(ROWS), rows, columns), "fp32", None if kind == "separate" else hidden)
     assert values.tolist() == [0.5, 0.5]
 
 

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import asked
 from rlgf.algorithms import Algorithm, Phase, aggrevated, always, d2lols, draw_switch, lols, own, ppo, ppo_pp
 from rlgf.errors import RunError, UserError
+from rlgf.forward import token_logits
 from rlgf.guides import Capabilities, FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, Text, ask
-from rlgf.models import LanguageModel, forward
+from rlgf.models import LanguageModel
 from rlgf.ops import token_log_probs
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rollout import Writing, choose_prompts, collect, guide_ids, split_texts
@@ -156,7 +158,7 @@ def test_log_probs_are_those_of_the_policys_tokens_and_zero_elsewhere(
     mine = rollout.by_policy
     rows, columns = mine.nonzero(as_tuple=True)
     with torch.no_grad():
-        logits, _ = forward(policy, rollout.ids, rows, columns)
+        logits, _ = token_logits(policy.model, asked(rollout.ids, rows, columns))
     tokens = rollout.ids[rows, columns]
     support = rollout.support.select(rows, columns) if rollout.support else None
     assert (rollout.support is not None) == decoding.truncates

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import rlgf.update
 from helpers import (
     StubCritic,
+    asked,
     config_of,
     descends_by_its_gradient,
     experience_of,
@@ -444,7 +445,7 @@ def test_a_separate_critic_shares_nothing_with_the_policy(tmp_path: Path) -> Non
     assert torch.equal(elsewhere.trunk.wte.weight, other.model.transformer.wte.weight)
     ids = torch.tensor([[1, 2, 3]])
     for critic in (default, elsewhere):
-        assert critic(ids, torch.tensor([0, 0]), torch.tensor([1, 2]), "fp32").tolist() == [0.25, 0.25]
+        assert critic(asked(ids, torch.tensor([0, 0]), torch.tensor([1, 2])), "fp32").tolist() == [0.25, 0.25]
         assert not critic.trunk.training  # no dropout
 
 

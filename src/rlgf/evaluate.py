@@ -69,5 +69,7 @@ def _written(
     if alone is not None:
         metrics["score_continuation"] = float(torch.tensor(score(alone, prompts, rollout.texts)).mean())
     if judges.general is not None:
-        metrics["output_perplexity"] = token_perplexity(judges.general, rollout.ids, rollout.written, judges.reading)
+        metrics["output_perplexity"] = token_perplexity(
+            judges.general, rollout.ids, rollout.prompt_lengths, rollout.written, judges.reading
+        )
     return rollout, metrics, scores

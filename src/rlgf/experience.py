@@ -5,7 +5,7 @@ that values it; V^π is fitted to reward and KL penalty, V^g to the task's rewar
 that token's advantage.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from rlgf import ops
 from rlgf.algorithms import Share
 from rlgf.config import PPOConfig
-from rlgf.models import Critic, LanguageModel, gather_tokens, selected_batches, trunk_states
+from rlgf.forward import MicroBatch, micro_batches, read_tokens, trunk_states
+from rlgf.models import Critic, LanguageModel
 from rlgf.processes import total_moments
 from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Rollout
 
@@ -65,35 +66,35 @@ def policy_log_probs(
 def full_log_probs(rollout: Rollout, selected: Tensor, model: LanguageModel, reading: Reading) -> Tensor:
     """Full, untempered log-probabilities of the selected tokens under a model, zero elsewhere, [texts, width]."""
     values = torch.zeros(rollout.ids.shape)
-
-    def visit(rows: Tensor, columns: Tensor, logits: Tensor, hidden: Tensor) -> None:
-        values[rows, columns] = ops.token_log_probs(logits, rollout.ids[rows, columns].to(logits.device)).cpu()
-
-    gather_tokens(model, rollout.ids, selected, reading.token_budget, reading.precision, visit)
+    for batch, logits, _ in read_rollout(rollout, selected, model, reading):
+        values[batch.places] = ops.token_log_probs(logits, rollout.ids[batch.places].to(logits.device)).cpu()
     return values
+
+
+def read_rollout(
+    rollout: Rollout, selected: Tensor, model: LanguageModel, reading: Reading
+) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+    """Micro-batches with logits and states of the selected tokens under a model, without a gradient."""
+    return read_tokens(model.model, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget, reading.precision)
 
 
 def recompute_log_probs(rollout: Rollout, policy: LanguageModel, reading: Reading) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the policy's tokens by a full forward: over the sampled support, and full."""
     sampled, full = torch.zeros(rollout.ids.shape), torch.zeros(rollout.ids.shape)
-
-    def visit(rows: Tensor, columns: Tensor, logits: Tensor, hidden: Tensor) -> None:
-        sampled[rows, columns] = policy_log_probs(rollout, rows, columns, logits, policy.end_ids, reading).cpu()
-        full[rows, columns] = ops.token_log_probs(logits, rollout.ids[rows, columns].to(logits.device)).cpu()
-
-    gather_tokens(policy, rollout.ids, rollout.by_policy, reading.token_budget, reading.precision, visit)
+    for batch, logits, _ in read_rollout(rollout, rollout.by_policy, policy, reading):
+        sampled[batch.places] = policy_log_probs(rollout, *batch.places, logits, policy.end_ids, reading).cpu()
+        full[batch.places] = ops.token_log_probs(logits, rollout.ids[batch.places].to(logits.device)).cpu()
     return sampled, full
 
 
 def state_values(rollout: Rollout, selected: Tensor, critic: Critic, policy: LanguageModel, reading: Reading) -> Tensor:
     """Values of the states before the selected tokens, zero elsewhere, [texts, width]."""
     values = torch.zeros(rollout.ids.shape)
+    trunk = policy.model.base_model if critic.trunk is None else critic.trunk
     with torch.no_grad():
-        for rows, columns, ids, local_rows in selected_batches(rollout.ids, selected, reading.token_budget):
-            hidden = None
-            if critic.trunk is None:
-                hidden = trunk_states(policy.model.base_model, ids, local_rows, columns, reading.precision, policy.device)
-            values[rows, columns] = critic(ids, local_rows, columns, reading.precision, hidden).cpu()
+        for batch in micro_batches(trunk, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget):
+            hidden = trunk_states(trunk, batch, reading.precision) if critic.trunk is None else None
+            values[batch.places] = critic(batch, reading.precision, hidden).cpu()
     return values
 
 

@@ -7,7 +7,8 @@ import torch
 
 from rlgf import ops
 from rlgf.experience import Reading
-from rlgf.models import LanguageModel, forward, gather_tokens, padded, selected_batches
+from rlgf.forward import micro_batches, padded, read_tokens, token_logits
+from rlgf.models import LanguageModel
 from rlgf.tokens import encode_prompt, encode_target
 from rlgf.types import Prompt, Rollout
 
@@ -39,18 +40,17 @@ def perplexity(language_model: LanguageModel, prompts: Sequence[Prompt], budget:
     columns = torch.arange(max(map(len, rows)))
     lengths = torch.tensor([len(row) for row in rows])
     selected = (columns >= torch.tensor(starts)[:, None]) & (columns < lengths[:, None])
-    return token_perplexity(language_model, padded(rows), selected, reading)
+    return token_perplexity(language_model, padded(rows), torch.tensor(starts), selected, reading)
 
 
-def token_perplexity(language_model: LanguageModel, ids: torch.Tensor, selected: torch.Tensor, reading: Reading) -> float:
-    """exp of the mean negative log-likelihood of the selected tokens of `ids` [texts, width]."""
+def token_perplexity(
+    language_model: LanguageModel, ids: torch.Tensor, starts: torch.Tensor, selected: torch.Tensor, reading: Reading
+) -> float:
+    """exp of the mean negative log-likelihood of the selected tokens of `ids` [texts, width]; responses begin at `starts`."""
     total = 0.0
-
-    def visit(rows: torch.Tensor, columns: torch.Tensor, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        nonlocal total
-        total -= float(ops.token_log_probs(logits, ids[rows, columns].to(logits.device)).double().sum())
-
-    gather_tokens(language_model, ids, selected, reading.token_budget, reading.precision, visit)
+    model = language_model.model
+    for batch, logits, _ in read_tokens(model, ids, starts, selected, reading.token_budget, reading.precision):
+        total -= float(ops.token_log_probs(logits, ids[batch.places].to(logits.device)).double().sum())
     count = int(selected.sum())
     return math.exp(min(total / count, 700.0)) if count else float("nan")
 
@@ -61,12 +61,13 @@ def kl_to_reference(rollout: Rollout, policy: LanguageModel, reference: Language
     Both in nats, averaged over texts; the distributions are the full, untempered ones.
     """
     exact, estimate = 0.0, 0.0
+    starts, budget = rollout.prompt_lengths, reading.token_budget // 2
     with torch.no_grad():
-        for rows, columns, ids, local_rows in selected_batches(rollout.ids, rollout.written, reading.token_budget // 2):
-            mine, _ = forward(policy, ids, local_rows, columns, reading.precision)
-            theirs, _ = forward(reference, ids, local_rows, columns, reading.precision)
+        for batch in micro_batches(policy.model, rollout.ids, starts, rollout.written, budget):
+            mine, _ = token_logits(policy.model, batch, reading.precision)
+            theirs, _ = token_logits(reference.model, batch, reading.precision)
             exact += float(ops.exact_kl(mine, theirs).double().sum())
-            tokens = rollout.ids[rows, columns].to(mine.device)
+            tokens = rollout.ids[batch.places].to(mine.device)
             difference = ops.kl_k1(ops.token_log_probs(mine, tokens), ops.token_log_probs(theirs, tokens))
             estimate += float(difference.double().sum())
     texts = rollout.ids.shape[0]

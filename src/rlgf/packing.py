@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "rlgf"
+ROUND = 16  # rows are as wide as a multiple of this: products of odd sizes take twice as long
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Line:
     positions: Tensor  # int64 [1, tokens], each token's place within its text
     places: Tensor  # int64 [tokens], where each token stands among texts × width
     asked: Tensor  # int64 [asked], which tokens of the line are the states that were asked for
+    source: Tensor  # int64 [texts × width], which token of the line each place of a row reads; padding reads the last
+    padding: Tensor  # int64 [padding], the places of rows behind their texts
     texts: int
     width: int
 
@@ -41,13 +44,24 @@ def line_up(ids: Tensor, rows: Tensor, columns: Tensor, device: torch.device) ->
 
     `(rows, columns)` must be distinct; a text is read up to the last state before an asked token.
     """
-    texts, width = ids.shape[0], ids.shape[1] - 1
+    texts = ids.shape[0]
     read = torch.zeros(texts, dtype=torch.int64).scatter_reduce_(0, rows, columns, "amax")
-    places = (torch.arange(width) < read[:, None]).flatten().nonzero().squeeze(1)
+    width = -(-int(read.max()) // ROUND) * ROUND
     starts = read.cumsum(0) - read
-    line = ids[:, :-1].reshape(-1)[places]
-    asked = starts[rows] + columns - 1
-    return Line(line[None].to(device), (places % width)[None].to(device), places.to(device), asked.to(device), texts, width)
+    within = torch.arange(width) < read[:, None]
+    places = within.flatten().nonzero().squeeze(1)
+    source = starts[:, None] + torch.arange(width).clamp(max=(read - 1).clamp(min=0)[:, None])
+    line = ids[:, : int(read.max())][within[:, : int(read.max())]]
+    return Line(
+        ids=line[None].to(device),
+        positions=(places % width)[None].to(device),
+        places=places.to(device),
+        asked=(starts[rows] + columns - 1).to(device),
+        source=source.flatten().clamp(max=len(places) - 1).to(device),
+        padding=(~within).flatten().nonzero().squeeze(1).to(device),
+        texts=texts,
+        width=width,
+    )
 
 
 @contextmanager
@@ -99,22 +113,57 @@ def take(table: Tensor, numbers: Tensor) -> Tensor:
     return result
 
 
+class _Attention(torch.autograd.Function):
+    """Causal attention of every text of a line, by batched products over rows whose width suits the processor.
+
+    Rows are read from the line as they are multiplied: a padding column of a row holds what its last token holds, which
+    causality hides from all others, and what padding queries would write is never read.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Line, scale: float) -> Tensor:
+        q, k, v = (_as_rows(states, line) for states in (query, key, value))
+        q.mul_(scale)
+        hidden = torch.full((line.width, line.width), -torch.inf).triu_(1)
+        scores = torch.baddbmm(hidden, q, k.transpose(1, 2))
+        weights = torch.softmax(scores, 2, out=scores)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.line, ctx.scale = line, scale
+        return _as_line(torch.bmm(weights, v), query.shape[1], line)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        line: Line = ctx.line
+        heads = q.shape[0] // line.texts
+        upstream = _as_rows(gradients[0].transpose(1, 2), line)
+        upstream.view(heads, -1, upstream.shape[2])[:, line.padding] = 0
+        for_value = torch.bmm(weights.transpose(1, 2), upstream)
+        for_scores = torch.ops.aten._softmax_backward_data(torch.bmm(upstream, v.transpose(1, 2)), weights, 2, weights.dtype)
+        for_query = torch.bmm(for_scores, k).mul_(ctx.scale)
+        for_key = torch.bmm(for_scores.transpose(1, 2), q)
+        return *(_as_line(rows, heads, line).transpose(1, 2) for rows in (for_query, for_key, for_value)), None, None
+
+
+def _as_rows(states: Tensor, line: Line) -> Tensor:
+    """[1, heads, tokens, size] of a line as [heads × texts, width, size] of its rows."""
+    return states[0].index_select(1, line.source).view(-1, line.width, states.shape[3])
+
+
+def _as_line(rows: Tensor, heads: int, line: Line) -> Tensor:
+    """The inverse of `_as_rows`, [1, tokens, heads, size]."""
+    return rows.view(heads, -1, rows.shape[2]).transpose(0, 1).index_select(0, line.places)[None]
+
+
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
     line = _line.get()
     if line is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-    def as_rows(states: Tensor) -> Tensor:  # [1, heads, tokens, size] -> [texts, heads, width, size]
-        _, heads, tokens, size = states.shape
-        flat = states.transpose(1, 2).reshape(tokens, heads * size)
-        laid: Tensor = _Lay.apply(flat, line.places, line.texts * line.width)
-        return laid.view(line.texts, line.width, heads, size).transpose(1, 2)
-
-    options["is_causal"] = True
-    attended, _ = sdpa_attention_forward(module, as_rows(query), as_rows(key), as_rows(value), None, **options)
-    _, _, heads, size = attended.shape
-    lined = take(attended.reshape(line.texts * line.width, heads * size), line.places)
-    return lined.view(1, -1, heads, size), None
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scale = options.get("scaling")
+    attended: Tensor = _Attention.apply(query, key, value, line, query.shape[3] ** -0.5 if scale is None else scale)
+    return attended, None
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:

@@ -12,8 +12,9 @@ import torch
 
 from rlgf.algorithms import Algorithm, Phase, Share, draw_switch
 from rlgf.errors import RunError
+from rlgf.forward import padded
 from rlgf.guides import Guide, Request, Text, ask
-from rlgf.models import LanguageModel, padded
+from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, permutation, uniform_rows, uniforms
 from rlgf.sampling import Continuations, continue_prefixes
 from rlgf.tokens import decode_continuations, encode_continuation, encode_prompt, well_formed, whole_characters

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from rlgf.models import LanguageModel, autocast, head_positions
+from rlgf.forward import autocast, head_positions
+from rlgf.models import LanguageModel
 from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from rlgf.config import SupervisedConfig
-from rlgf.models import LanguageModel, forward, padded, selected_batches
+from rlgf.forward import micro_batches, padded, token_logits
+from rlgf.models import LanguageModel
 from rlgf.ops import token_log_probs
 from rlgf.randomness import Purpose, permutation
 from rlgf.schedules import learning_rate_factor
@@ -87,9 +88,9 @@ def nll_backward(
     selected = (columns >= starts[:, None]) & (columns < lengths[:, None])
     total = max(1, int(selected.sum()))
     loss_sum = 0.0
-    for rows, cols, part, local_rows in selected_batches(ids, selected, token_budget):
-        logits, _ = forward(language_model, part, local_rows, cols, precision)
-        loss = -token_log_probs(logits, ids[rows, cols].to(logits.device), consume=True).sum() / total
+    for part in micro_batches(language_model.model, ids, starts, selected, token_budget):
+        logits, _ = token_logits(language_model.model, part, precision)
+        loss = -token_log_probs(logits, ids[part.places].to(logits.device), consume=True).sum() / total
         (coefficient * loss).backward()
         loss_sum += float(loss.detach())
     return loss_sum

@@ -13,7 +13,8 @@ from rlgf import ops
 from rlgf.config import CriticConfig, KLConfig, PPOConfig
 from rlgf.errors import RunError
 from rlgf.experience import Models, Reading, policy_log_probs
-from rlgf.models import Critic, forward, selected_batches
+from rlgf.forward import micro_batches, token_logits
+from rlgf.models import Critic
 from rlgf.processes import total
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.schedules import learning_rate_factor
@@ -123,8 +124,10 @@ class Updater:
             selected |= value_weights > 0
         sums = {"policy_loss": 0.0, "clipped_share": 0.0, "old_policy_kl": 0.0, "ratio_error": 0.0, "kl_loss": 0.0}
         sums |= {"value_loss": 0.0, "value_clipped_share": 0.0} if valued else {}
-        for local, columns, ids, local_rows in selected_batches(rollout.ids[members], selected, self.reading.token_budget):
-            logits, hidden = forward(policy, ids, local_rows, columns, self.reading.precision)
+        starts, budget = rollout.prompt_lengths[members], self.reading.token_budget
+        for batch in micro_batches(policy.model, rollout.ids[members], starts, selected, budget):
+            logits, hidden = token_logits(policy.model, batch, self.reading.precision)
+            local, columns = batch.places
             chosen = trained[local, columns]
             loss = logits.new_zeros(())
             if bool(chosen.any()):
@@ -136,9 +139,7 @@ class Updater:
             for origin, value_weights in valued.items():
                 here = value_weights[local, columns] > 0
                 if bool(here.any()):
-                    values = self.models.critics[origin](
-                        ids, local_rows[here], columns[here], self.reading.precision, hidden[here]
-                    )
+                    values = self.models.critics[origin](batch, self.reading.precision, hidden[here])
                     picked = value_weights[local[here], columns[here]]
                     part = self._value_loss(experience, members[local[here]], columns[here], values, picked, sums)
                     loss = loss + self.critic.value_coefficient * part
@@ -189,11 +190,11 @@ class Updater:
         rollout = experience.rollout
         for origin, weights in _value_weights(rollout, members, self.reading.ppo.loss_aggregation).items():
             critic: Critic = self.models.critics[origin]
-            batches = selected_batches(rollout.ids[members], weights > 0, self.reading.token_budget)
-            for local, columns, ids, local_rows in batches:
-                values = critic(ids, local_rows, columns, self.reading.precision)
-                picked = weights[local, columns]
-                loss = self._value_loss(experience, members[local], columns, values, picked, sums)
+            starts, budget = rollout.prompt_lengths[members], self.reading.token_budget
+            for batch in micro_batches(critic.trunk, rollout.ids[members], starts, weights > 0, budget):
+                values = critic(batch, self.reading.precision)
+                local, columns = batch.places
+                loss = self._value_loss(experience, members[local], columns, values, weights[batch.places], sums)
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return sums
 
