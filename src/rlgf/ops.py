@@ -172,44 +172,34 @@ def token_log_probs(
         return torch.where(support.counts > 0, limited, whole)
     if forbidden is None or forbidden_ids is None or not bool(forbidden.any()):
         forbidden_ids = None
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        allowed = scaled if forbidden is None or forbidden_ids is None else without_ids(scaled, forbidden, forbidden_ids)
+        return allowed.gather(1, tokens[:, None]).squeeze(1) - log_normaliser(allowed)
     owned = consume or scaled is not logits
     result: Tensor = _WholeLogProbs.apply(scaled, tokens, forbidden, forbidden_ids, owned)
     return result
 
 
 class _WholeLogProbs(torch.autograd.Function):
-    """Log-softmax at `tokens`; keeps one number per row beside the logits, where autograd would keep copies of them."""
+    """Log-softmax at `tokens`, to be differentiated: one tensor of the size of the logits, written in place where it may be."""
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, tokens: Tensor, forbidden: Tensor | None, forbidden_ids: Tensor | None, owned: bool
     ) -> Tensor:
-        whole = log_normaliser(logits)
-        normaliser = whole
+        whole = logits if owned else logits.clone()
         if forbidden is not None and forbidden_ids is not None:
-            # log(e^a − e^b): leave the forbidden share out of the sum instead of copying all logits, unless it is most of it
-            share = (logits[:, forbidden_ids].logsumexp(1) - whole).exp()
-            large = forbidden & (share > 0.5)
-            normaliser = torch.where(forbidden & ~large, whole + torch.log1p(-share.clamp(max=0.5)), whole)
-            if bool(large.any()):
-                normaliser[large] = without_ids(logits[large], large[large], forbidden_ids).logsumexp(1)
-        ctx.owned = owned
-        ctx.save_for_backward(logits, normaliser, whole, tokens, forbidden, forbidden_ids)
-        return logits.gather(1, tokens[:, None]).squeeze(1) - normaliser
+            whole[:, forbidden_ids] = whole[:, forbidden_ids].masked_fill(forbidden[:, None], -torch.inf)
+        torch.log_softmax(whole, 1, out=whole)
+        ctx.save_for_backward(tokens)
+        ctx.log_probs = whole  # not saved by autograd, which would refuse what was written in place
+        return whole.gather(1, tokens[:, None]).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = gradients
-        logits, normaliser, whole, tokens, forbidden, forbidden_ids = ctx.saved_tensors
-        larger = (whole - normaliser).exp()  # what a probability gains where something is forbidden
-        large = larger > 2
-        exact = (logits[large] - normaliser[large, None]).exp() if bool(large.any()) else None
-        result = torch.softmax(logits, 1, out=logits) if ctx.owned else logits.softmax(1)
-        if exact is not None:
-            result[large], larger[large] = exact, 1.0
-        if forbidden is not None and forbidden_ids is not None:
-            result[:, forbidden_ids] = result[:, forbidden_ids].masked_fill(forbidden[:, None], 0.0)
-        result.mul_((-gradient * larger)[:, None])
+        (gradient,), (tokens,) = gradients, ctx.saved_tensors
+        result = ctx.log_probs.exp_().mul_(-gradient[:, None])  # the gradient of log p_i is 1[i] − p
+        ctx.log_probs = None
         return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None, None, None, None
 
 

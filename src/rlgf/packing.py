@@ -32,6 +32,7 @@ class Line:
     asked: Tensor  # int64 [asked], which tokens of the line are the states that were asked for
     source: Tensor  # int64 [texts × width], which token of the line each place of a row reads; padding reads the last
     padding: Tensor  # int64 [padding], the places of rows behind their texts
+    hidden: Tensor  # float [width, width], −∞ where a token would look ahead
     texts: int
     width: int
 
@@ -59,6 +60,7 @@ def line_up(ids: Tensor, rows: Tensor, columns: Tensor, device: torch.device) ->
         asked=(starts[rows] + columns - 1).to(device),
         source=source.flatten().clamp(max=len(places) - 1).to(device),
         padding=(~within).flatten().nonzero().squeeze(1).to(device),
+        hidden=torch.full((width, width), -torch.inf, device=device).triu_(1),
         texts=texts,
         width=width,
     )
@@ -123,9 +125,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Line, scale: float) -> Tensor:
         q, k, v = (_as_rows(states, line) for states in (query, key, value))
-        q.mul_(scale)
-        hidden = torch.full((line.width, line.width), -torch.inf).triu_(1)
-        scores = torch.baddbmm(hidden, q, k.transpose(1, 2))
+        scores = torch.baddbmm(line.hidden, q, k.transpose(1, 2), alpha=scale)
         weights = torch.softmax(scores, 2, out=scores)
         ctx.save_for_backward(q, k, v, weights)
         ctx.line, ctx.scale = line, scale
@@ -137,11 +137,11 @@ class _Attention(torch.autograd.Function):
         line: Line = ctx.line
         heads = q.shape[0] // line.texts
         upstream = _as_rows(gradients[0].transpose(1, 2), line)
-        upstream.view(heads, -1, upstream.shape[2])[:, line.padding] = 0
+        upstream.view(heads, -1, upstream.shape[2]).index_fill_(1, line.padding, 0.0)
         for_value = torch.bmm(weights.transpose(1, 2), upstream)
         for_scores = torch.ops.aten._softmax_backward_data(torch.bmm(upstream, v.transpose(1, 2)), weights, 2, weights.dtype)
-        for_query = torch.bmm(for_scores, k).mul_(ctx.scale)
-        for_key = torch.bmm(for_scores.transpose(1, 2), q)
+        for_query = torch.baddbmm(q, for_scores, k, beta=0, alpha=ctx.scale)
+        for_key = torch.baddbmm(k, for_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
         return *(_as_line(rows, heads, line).transpose(1, 2) for rows in (for_query, for_key, for_value)), None, None
 
 
