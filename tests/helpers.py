@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
-from rlgf.forward import MicroBatch
+from rlgf.forward import MicroBatch, micro_batch
 from rlgf.guides import FunctionGuide, Guide, Request, Text
 from rlgf.models import Critic, LanguageModel, new_language_model
 from rlgf.supervised import Example
@@ -131,24 +131,25 @@ def lookup_critic(vocabulary: int) -> Critic:
 
 
 class StubCritic(nn.Module):
-    """Values as given: `table` [vocabulary] holds the value of the state *before* the token with that id.
-
-    Made for rollouts whose ids are all different, so that a table in the shape of `ids` reads naturally.
-    """
+    """Values as given: `table`, in the shape of the rollout's ids, holds the value of the state *before* each token."""
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
         self.trunk = SimpleNamespace(device=torch.device("cpu"))
-        self.table = nn.Parameter(table.flatten().clone())
+        self.table = nn.Parameter(table.clone())
 
     def forward(self, batch: MicroBatch, precision: str, hidden: Tensor | None = None) -> Tensor:
-        return self.table[batch.ids[batch.rows, batch.columns]]
+        return self.table[batch.places]
 
 
 def asked(ids: Tensor, rows: Tensor, columns: Tensor) -> MicroBatch:
-    """All of `ids` as one micro-batch, responses beginning in the first column."""
-    nothing = torch.zeros(len(ids), dtype=torch.int64)
-    return MicroBatch(torch.arange(len(ids)), ids, nothing, rows, columns, torch.device("cpu"))
+    """All of `ids` as one micro-batch for a causal model."""
+    selected = torch.zeros(ids.shape, dtype=torch.bool)
+    selected[rows, columns] = True
+    model = SimpleNamespace(device=torch.device("cpu"))
+    batch = micro_batch(model, torch.arange(len(ids)), ids, torch.zeros(len(ids), dtype=torch.int64), selected)
+    assert (batch.rows.tolist(), batch.columns.tolist()) == (rows.tolist(), columns.tolist()), "name them in order"
+    return batch
 
 
 # --- settings and measuring -------------------------------------------------------------------------------------------

@@ -211,7 +211,7 @@ class TabularCritic(nn.Module):
         self.table = nn.Parameter(torch.zeros(game.states) if values is None else values.float().clone())
 
     def forward(self, batch: MicroBatch, precision: str, hidden: Tensor | None = None) -> Tensor:
-        return self.table[walk(self.transitions, batch.ids)[batch.rows, batch.columns - 1]]
+        return self.table[walk(self.transitions, batch.written)[batch.rows, batch.states]]
 
 
 def language_model(game: Game, logits: Tensor) -> LanguageModel:

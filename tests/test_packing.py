@@ -9,7 +9,7 @@ import torch
 
 from helpers import asked
 from rlgf import packing
-from rlgf.forward import padded, token_logits, trunk_states
+from rlgf.forward import micro_batches, padded, token_logits, trunk_states
 from rlgf.models import LanguageModel, load_language_model
 
 TEXTS = [[5, 9, 12, 7, 20, 33, 2, 4], [8, 8, 3], [40, 2, 19, 11, 30], [1, 6]]
@@ -57,11 +57,15 @@ def test_a_trunk_is_read_alike(tiny_model: LanguageModel):
     assert torch.allclose(mine, theirs, atol=1e-5)
 
 
-def test_the_line_holds_only_what_is_read():
-    line = packing.line_up(padded(TEXTS), torch.tensor([0, 2, 2]), torch.tensor([3, 1, 2]), torch.device("cpu"))
-    assert line.ids.tolist() == [[5, 9, 12, 40, 2]]
-    assert line.positions.tolist() == [[0, 1, 2, 0, 1]]
-    assert line.asked.tolist() == [2, 3, 4]
+def test_the_line_holds_only_what_is_read(tiny_model: LanguageModel):
+    selected = torch.zeros(padded(TEXTS).shape, dtype=torch.bool)
+    selected[torch.tensor([0, 2, 2]), torch.tensor([3, 1, 2])] = True
+    batches = list(micro_batches(tiny_model.model, padded(TEXTS), torch.zeros(4, dtype=torch.int64), selected, 100))
+    lines = batches[0].lines
+    assert len(batches) == 1
+    assert lines.written.ids.tolist() == [[5, 9, 12, 40, 2]]
+    assert lines.written.positions.tolist() == [[0, 1, 2, 0, 1]]
+    assert lines.asked.tolist() == [2, 3, 4]
 
 
 def test_the_last_block_feeds_forward_asked_states_alone(tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch):

@@ -281,7 +281,7 @@ def by_hand(rollout: Rollout, advantages: Sequence[Sequence[float]], **measured:
     values = torch.zeros(rollout.ids.shape)
     for i, row in enumerate(advantages):
         values[i, 1 : 1 + len(row)] = torch.tensor(row)
-    models = Models(uniform_policy(size), uniform_policy(size), {POLICY: StubCritic(torch.full((size,), 0.5))})
+    models = Models(uniform_policy(size), uniform_policy(size), {POLICY: StubCritic(torch.full(rollout.ids.shape, 0.5))})
     uniform = torch.full(rollout.ids.shape, -math.log(size))
     return models, experience_of(rollout, **{"advantages": values, "old_log_probs": uniform, **measured})
 

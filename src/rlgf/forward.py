@@ -20,13 +20,20 @@ LINE_FILL = 0.5  # the same for texts in a line, of which attention alone sees t
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Texts that are read at once, and the tokens that are asked about. Tokens are asked about once, and none in column 0."""
+    """Texts that are read at once, and the tokens that are asked about, each once.
+
+    `written` holds what a causal model reads: prompt and response, as far as something is asked. An encoder–decoder reads the
+    prompt as `source`, and the start token and the response as `written`.
+    """
 
     members: Tensor  # int64 [texts], which texts of the whole these are
-    ids: Tensor  # int64 [texts, width], padded on the right
-    starts: Tensor  # int64 [texts], the column in which each response begins
     rows: Tensor  # int64 [asked], the text (of these) of each token asked about
-    columns: Tensor  # int64 [asked]
+    columns: Tensor  # int64 [asked], where it stands in its row of the whole
+    states: Tensor  # int64 [asked], after which token of `written` it is asked for
+    written: Tensor  # int64 [texts, width], padded on the right
+    lengths: Tensor  # int64 [texts], tokens of `written` that count
+    source: Tensor | None  # int64 [texts, source width], padded on the right
+    source_lengths: Tensor | None  # int64 [texts]
     device: torch.device
 
     @property
@@ -35,23 +42,44 @@ class MicroBatch:
         return self.members[self.rows], self.columns
 
     @cached_property
-    def line(self) -> packing.Line:
-        """The texts in a line; laid out once for all models that read it."""
-        return packing.line_up(self.ids, self.rows, self.columns, self.device)
+    def lines(self) -> packing.Lines:
+        """The texts in lines; laid out once for all models that read them."""
+        written, read = packing.line_up(self.written, self.lengths, self.device), None
+        if self.source is not None and self.source_lengths is not None:
+            read = packing.line_up(self.source, self.source_lengths, self.device)
+        return packing.Lines(written, read, (written.starts[self.rows] + self.states).to(self.device))
 
 
 def micro_batches(model: Any, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int) -> Iterator[MicroBatch]:
     """Micro-batches as `model` reads them best, for the `selected` tokens of `ids` [texts, width].
 
-    A text without a selected token is left out; the others are read up to their last one. `starts` [texts].
+    A text without a selected token is left out; the others are read up to their last one. `starts` [texts] are the columns in
+    which the responses begin. A causal model can't be asked for column 0, which nothing stands before.
     """
     needed = (torch.arange(1, ids.shape[1] + 1) * selected).amax(1) if ids.numel() else torch.zeros(0)
     wanted = needed.nonzero().squeeze(1)
     for group in group_by_length(needed[wanted], token_budget, packing.is_enabled(model)):
         members = wanted[group]
         width = int(needed[members].max())
-        rows, columns = selected[members, :width].nonzero(as_tuple=True)
-        yield MicroBatch(members, ids[members, :width], starts[members], rows, columns, model.device)
+        yield micro_batch(model, members, ids[members, :width], starts[members], selected[members, :width])
+
+
+def micro_batch(model: Any, members: Tensor, ids: Tensor, starts: Tensor, selected: Tensor) -> MicroBatch:
+    """The texts `members` of a whole, their tokens `ids` [texts, width], as `model` reads them."""
+    rows, columns = selected.nonzero(as_tuple=True)
+    written, states, source, lengths = ids[:, :-1], columns - 1, None, None
+    if is_encoder_decoder(model):
+        states, source, lengths = columns - starts[rows], ids[:, : int(starts.max())], starts
+        following = starts[:, None] - 1 + torch.arange(int(states.max()) + 1)
+        written = ids.gather(1, following.clamp(0, ids.shape[1] - 1))
+        written[:, 0] = model.config.decoder_start_token_id
+    read = torch.zeros(len(ids), dtype=torch.int64).scatter_reduce_(0, rows, states + 1, "amax")
+    return MicroBatch(members, rows, columns, states, written, read, source, lengths, model.device)
+
+
+def is_encoder_decoder(model: Any) -> bool:
+    """Whether a model reads the prompt with an encoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def group_by_length(lengths: Tensor, token_budget: int, in_line: bool) -> list[Tensor]:
@@ -112,12 +140,18 @@ def reading(model: Any, batch: MicroBatch) -> Generator[tuple[dict[str, Tensor],
     A line without padding where the model can read one, otherwise rows padded on the right.
     """
     if packing.is_enabled(model):
-        line = batch.line
-        with packing.packed(line), packing.last_block_on(model, line.asked):
-            yield {"input_ids": line.ids, "position_ids": line.positions}, lambda hidden: packing.take(hidden[0], line.asked)
-    else:  # the last token conditions nothing
-        places = (batch.rows.to(batch.device), batch.columns.to(batch.device) - 1)
-        yield {"input_ids": batch.ids[:, :-1].to(batch.device)}, lambda hidden: hidden[places]
+        lines = batch.lines
+        inputs = {"input_ids": lines.written.ids, "position_ids": lines.written.positions}
+        if lines.read is not None:
+            inputs = {"input_ids": lines.read.ids, "decoder_input_ids": lines.written.ids}
+        with packing.packed(lines), packing.last_block_on(model, lines.asked):
+            yield inputs, lambda hidden: packing.take(hidden[0], lines.asked)
+        return
+    inputs, places = {"input_ids": batch.written}, (batch.rows.to(batch.device), batch.states.to(batch.device))
+    if batch.source is not None and batch.source_lengths is not None:
+        mask = (torch.arange(batch.source.shape[1]) < batch.source_lengths[:, None]).long()
+        inputs = {"input_ids": batch.source, "attention_mask": mask, "decoder_input_ids": batch.written}
+    yield {name: value.to(batch.device) for name, value in inputs.items()}, lambda hidden: hidden[places]
 
 
 @contextmanager

@@ -1,15 +1,16 @@
 """Texts of different lengths in one line without padding; only attention sees them as rows again.
 
 Everything in a transformer but attention works token by token, so a micro-batch is read as a single row of all its tokens.
-transformers' attention interface is the one seam: inside `packed` the registered function lays the line out as rows, attends
-causally, and lines the result up again. Outside it, it is plain SDPA. Models that do not attend through that interface are
-read as padded rows instead.
+transformers' attention interface is the one seam: inside `packed` the registered function lays the line out as rows, attends,
+and lines the result up again. Outside it, it is plain SDPA. Models that do not attend through that interface, or that count
+positions in a way of their own, are read as padded rows instead.
 """
 
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -20,60 +21,75 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "rlgf"
 ROUND = 16  # rows are as wide as a multiple of this: products of odd sizes take twice as long
+LONGEST = 256  # rows up to this width keep their attention weights for the backward pass; wider ones compute them again
 
 
 @dataclass(frozen=True)
 class Line:
-    """A micro-batch as one line of tokens."""
+    """Texts as one line of tokens, and how they lie in rows."""
 
     ids: Tensor  # int64 [1, tokens]
     positions: Tensor  # int64 [1, tokens], each token's place within its text
+    starts: Tensor  # int64 [texts], where in the line each text begins
     places: Tensor  # int64 [tokens], where each token stands among texts × width
-    asked: Tensor  # int64 [asked], which tokens of the line are the states that were asked for
-    source: Tensor  # int64 [texts × width], which token of the line each place of a row reads; padding reads the last
+    source: Tensor  # int64 [texts × width], which token of the line each place of a row reads; padding reads the text's last
     padding: Tensor  # int64 [padding], the places of rows behind their texts
-    hidden: Tensor  # float [width, width], −∞ where a token would look ahead
     texts: int
     width: int
 
+    @cached_property
+    def ahead(self) -> Tensor:
+        """−∞ where a token would look ahead, float [width, width]."""
+        return torch.full((self.width, self.width), -torch.inf, device=self.ids.device).triu_(1)
 
-_line: ContextVar[Line | None] = ContextVar("line", default=None)
+    @cached_property
+    def beyond(self) -> Tensor:
+        """−∞ behind the end of each text, float [texts, 1, width]."""
+        mask = torch.zeros(self.texts * self.width, device=self.ids.device)
+        return mask.index_fill_(0, self.padding, -torch.inf).view(self.texts, 1, self.width)
 
 
-def line_up(ids: Tensor, rows: Tensor, columns: Tensor, device: torch.device) -> Line:
-    """The tokens of `ids` [texts, width] that the tokens at `(rows, columns)` depend on, as a line.
+@dataclass(frozen=True)
+class Lines:
+    """What a model reads: what was written so far, and, where it has an encoder, what that reads."""
 
-    `(rows, columns)` must be distinct; a text is read up to the last state before an asked token.
-    """
-    texts = ids.shape[0]
-    read = torch.zeros(texts, dtype=torch.int64).scatter_reduce_(0, rows, columns, "amax")
-    width = -(-int(read.max()) // ROUND) * ROUND
-    starts = read.cumsum(0) - read
-    within = torch.arange(width) < read[:, None]
+    written: Line
+    read: Line | None
+    asked: Tensor  # int64 [asked], the tokens of the written line in whose states something is asked for
+
+
+_lines: ContextVar[Lines | None] = ContextVar("lines", default=None)
+
+
+def line_up(ids: Tensor, lengths: Tensor, device: torch.device) -> Line:
+    """The first `lengths[i]` tokens (at least one) of each row of `ids` [texts, width] as a line."""
+    lengths = lengths.clamp(min=1)
+    texts, longest = ids.shape[0], int(lengths.max())
+    width = -(-longest // ROUND) * ROUND
+    starts = lengths.cumsum(0) - lengths
+    within = torch.arange(width) < lengths[:, None]
     places = within.flatten().nonzero().squeeze(1)
-    source = starts[:, None] + torch.arange(width).clamp(max=(read - 1).clamp(min=0)[:, None])
-    line = ids[:, : int(read.max())][within[:, : int(read.max())]]
+    source = starts[:, None] + torch.arange(width).clamp(max=(lengths - 1)[:, None])
     return Line(
-        ids=line[None].to(device),
+        ids=ids[:, :longest][within[:, :longest]][None].to(device),
         positions=(places % width)[None].to(device),
+        starts=starts,
         places=places.to(device),
-        asked=(starts[rows] + columns - 1).to(device),
-        source=source.flatten().clamp(max=len(places) - 1).to(device),
+        source=source.flatten().to(device),
         padding=(~within).flatten().nonzero().squeeze(1).to(device),
-        hidden=torch.full((width, width), -torch.inf, device=device).triu_(1),
         texts=texts,
         width=width,
     )
 
 
 @contextmanager
-def packed(line: Line) -> Generator[None]:
-    """Within it, attention of models on this implementation reads `line` as its texts."""
-    token = _line.set(line)
+def packed(lines: Lines) -> Generator[None]:
+    """Within it, attention of models on this implementation reads `lines` as its texts."""
+    token = _lines.set(lines)
     try:
         yield
     finally:
-        _line.reset(token)
+        _lines.reset(token)
 
 
 class _Take(torch.autograd.Function):
@@ -116,33 +132,42 @@ def take(table: Tensor, numbers: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention of every text of a line, by batched products over rows whose width suits the processor.
+    """Attention of every text of a line, by batched products over rows whose width suits the processor.
 
-    Rows are read from the line as they are multiplied: a padding column of a row holds what its last token holds, which
-    causality hides from all others, and what padding queries would write is never read.
+    Rows are read from the line as they are multiplied: a padding column of a row holds what its text's last token holds, is
+    hidden from all queries, and what padding queries would write is never read.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, line: Line, scale: float) -> Tensor:
-        q, k, v = (_as_rows(states, line) for states in (query, key, value))
-        scores = torch.baddbmm(line.hidden, q, k.transpose(1, 2), alpha=scale)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, hidden: Tensor, asking: Line, asked: Line,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = _as_rows(query, asking), _as_rows(key, asked), _as_rows(value, asked)
+        scores = torch.baddbmm(hidden.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
+        if bias is not None:
+            scores.view(-1, asking.texts, asking.width, asked.width).add_(bias[:, None])
         weights = torch.softmax(scores, 2, out=scores)
         ctx.save_for_backward(q, k, v, weights)
-        ctx.line, ctx.scale = line, scale
-        return _as_line(torch.bmm(weights, v), query.shape[1], line)
+        ctx.asking, ctx.asked, ctx.scale = asking, asked, scale
+        return _as_line(torch.bmm(weights, v), asking)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        line: Line = ctx.line
-        heads = q.shape[0] // line.texts
-        upstream = _as_rows(gradients[0].transpose(1, 2), line)
-        upstream.view(heads, -1, upstream.shape[2]).index_fill_(1, line.padding, 0.0)
+        asking, asked = ctx.asking, ctx.asked
+        upstream = _as_rows(gradients[0].transpose(1, 2), asking)
+        upstream.view(-1, asking.texts * asking.width, upstream.shape[2]).index_fill_(1, asking.padding, 0.0)
         for_value = torch.bmm(weights.transpose(1, 2), upstream)
-        for_scores = torch.ops.aten._softmax_backward_data(torch.bmm(upstream, v.transpose(1, 2)), weights, 2, weights.dtype)
+        for_weights = torch.bmm(upstream, v.transpose(1, 2))
+        for_scores = torch.ops.aten._softmax_backward_data(for_weights, weights, 2, weights.dtype)
         for_query = torch.baddbmm(q, for_scores, k, beta=0, alpha=ctx.scale)
         for_key = torch.baddbmm(k, for_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
-        return *(_as_line(rows, heads, line).transpose(1, 2) for rows in (for_query, for_key, for_value)), None, None
+        for_bias = None
+        if ctx.needs_input_grad[3]:
+            for_bias = for_scores.view(-1, asking.texts, asking.width, asked.width).sum(1)
+        rows = (for_query, asking), (for_key, asked), (for_value, asked)
+        return *(_as_line(part, line).transpose(1, 2) for part, line in rows), for_bias, None, None, None, None
 
 
 def _as_rows(states: Tensor, line: Line) -> Tensor:
@@ -150,36 +175,78 @@ def _as_rows(states: Tensor, line: Line) -> Tensor:
     return states[0].index_select(1, line.source).view(-1, line.width, states.shape[3])
 
 
-def _as_line(rows: Tensor, heads: int, line: Line) -> Tensor:
-    """The inverse of `_as_rows`, [1, tokens, heads, size]."""
-    return rows.view(heads, -1, rows.shape[2]).transpose(0, 1).index_select(0, line.places)[None]
+def _as_line(rows: Tensor, line: Line) -> Tensor:
+    """The inverse of `_as_rows`, as attention returns it, [1, tokens, heads, size]."""
+    return rows.view(-1, line.texts * line.width, rows.shape[2]).transpose(0, 1).index_select(0, line.places)[None]
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-    line = _line.get()
-    if line is None:
+    lines = _lines.get()
+    if lines is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    asking, asked, causal = _who_asks_whom(module, lines)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = options.get("scaling")
-    attended: Tensor = _Attention.apply(query, key, value, line, query.shape[3] ** -0.5 if scale is None else scale)
-    return attended, None
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    bias: Tensor | None = options.get("position_bias") if asking is asked else None
+    bias = None if bias is None else bias[0]
+    hidden = asking.ahead if causal else asked.beyond.repeat(query.shape[1], 1, 1)
+    if query.device.type == "cpu" and max(asking.width, asked.width) <= LONGEST:
+        attended: Tensor = _Attention.apply(query, key, value, bias, hidden, asking, asked, scale)
+        return attended, None
+    q, k, v = _as_rows(query, asking), _as_rows(key, asked), _as_rows(value, asked)
+    whole = causal and bias is None  # then no mask is needed, and the fastest of kernels can be used
+    if bias is not None:
+        hidden = hidden + bias[:, None].expand(-1, asking.texts, -1, -1).reshape(-1, asking.width, asked.width)
+    mask = None if whole else hidden.expand(q.shape[0], -1, -1)[None].to(q.dtype)
+    rows = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, is_causal=whole)
+    return _as_line(rows[0], asking), None
+
+
+def _who_asks_whom(module: nn.Module, lines: Lines) -> tuple[Line, Line, bool]:
+    """Whose tokens attend to whose, and whether only to those before them."""
+    if lines.read is None or getattr(module, "is_causal", False):
+        return lines.written, lines.written, True
+    return (lines.written if module.is_decoder else lines.read), lines.read, False
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:
-    return None if _line.get() is not None else sdpa_mask(*arguments, **options)
+    return None if _lines.get() is not None else sdpa_mask(*arguments, **options)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
+@cache
+def _with_bias_of_rows(kind: type) -> type:
+    """An attention class with relative positions whose bias, within `packed`, is that of a row instead of that of the line."""
+
+    def compute_bias(self: Any, query_length: int, key_length: int, *arguments: Any, **options: Any) -> Tensor:
+        lines = _lines.get()
+        if lines is not None:
+            query_length = key_length = _who_asks_whom(self, lines)[0].width
+        return kind.compute_bias(self, query_length, key_length, *arguments, **options)  # pyright: ignore
+
+    return type(kind.__name__, (kind,), {"compute_bias": compute_bias, "__module__": kind.__module__})
+
+
 def enable(model: Any) -> Any:
-    """Let a model attend through this file, if it attends through transformers' interface at all."""
-    able = getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)
-    plain = not getattr(model.config, "sliding_window", None) and not getattr(model.config, "layer_types", None)
-    if able and plain and model.config._attn_implementation == "sdpa":
+    """Let a model attend through this file, if it attends through transformers' interface at all.
+
+    Decoders must take positions, encoder–decoders must have relative ones: either way a token's place in the line is not taken
+    for its place in its text.
+    """
+    config = model.config
+    able = getattr(model, "_supports_attention_backend", False) or config.is_encoder_decoder
+    able = able and getattr(model, "_supports_sdpa", False) and config._attn_implementation == "sdpa"
+    relative = [module for module in model.modules() if hasattr(module, "compute_bias")]
+    plain = not getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    if able and plain and bool(relative) == bool(config.is_encoder_decoder):
         model.set_attn_implementation(NAME)
+        for module in relative:
+            module.__class__ = _with_bias_of_rows(type(module))
     return model
 
 
@@ -188,17 +255,21 @@ def is_enabled(model: Any) -> bool:
     return getattr(getattr(model, "config", None), "_attn_implementation", None) == NAME
 
 
+FEED_FORWARD = ("mlp", "DenseReluDense")  # what transformers' models call that part of a block
+
+
 @contextmanager
 def last_block_on(model: Any, asked: Tensor) -> Generator[None]:
     """Within it, the feed-forward part of the last block works on the asked tokens of the line alone.
 
     No later token reads what it makes of the others: only the head follows, and it is asked for these. Where the last block
-    has no part named `mlp`, nothing changes.
+    has no such part, nothing changes.
     """
-    lists = [child for child in model.base_model.children() if isinstance(child, nn.ModuleList)]
-    block = lists[0][-1] if len(lists) == 1 and len(lists[0]) else None
-    part = getattr(block, "mlp", None)
-    if not isinstance(part, nn.Module):
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    block = lists[0][-1] if len(lists) == 1 and len(lists[0]) else nn.Identity()
+    parts = [module for name, module in block.named_modules() if name.split(".")[-1] in FEED_FORWARD]
+    if len(parts) != 1:
         yield
         return
 
@@ -211,7 +282,7 @@ def last_block_on(model: Any, asked: Tensor) -> Generator[None]:
         return laid[None]
 
     sizes: list[int] = []
-    handles = [part.register_forward_pre_hook(select), part.register_forward_hook(spread)]
+    handles = [parts[0].register_forward_pre_hook(select), parts[0].register_forward_hook(spread)]
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
 """The in-process decoder: continues any prefix, row by row as if alone, and says what it drew from.
 
-A prefix is prefilled in one forward pass; only what follows is decoded. Rows are aligned at the end of their prefixes, so
-all of them write the same column of one preallocated key-value cache; rows that have finished leave the batch.
+A prefix is prefilled in one forward pass, once for all rows that share it; only what follows is decoded. Rows are aligned at
+the end of their prefixes, so all of them write the same column of one preallocated key-value cache; rows that have finished
+leave the batch. An encoder–decoder reads its source once, and its prefixes are the beginnings of what its decoder writes.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
-from rlgf.forward import autocast, head_positions
+from rlgf.forward import autocast, head_positions, is_encoder_decoder, padded
 from rlgf.models import LanguageModel
 from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
@@ -43,8 +45,12 @@ def continue_prefixes(
     uniforms: NDArray[np.float64],
     decoding: Decoding,
     precision: str = "fp32",
+    sources: Sequence[Sequence[int]] | None = None,
 ) -> Continuations:
     """Write at most `budgets[i]` tokens after `prefixes[i]`, no end token among the first `minimums[i]`.
+
+    A causal model's prefix is prompt and response so far. An encoder–decoder has the prompt as `sources[i]`, and as its prefix
+    what was written of the response, which may be nothing.
 
     Token `s` of row `i` is drawn by `uniforms[i, s]` ([rows, max(budgets)]), by inverting the cumulative distribution in the
     order of token ids; so neither the other rows nor the batch change what a row is given.
@@ -55,8 +61,11 @@ def continue_prefixes(
     finished = torch.zeros(rows, dtype=torch.bool)
     log_probs, full_log_probs = torch.zeros((rows, most)), torch.zeros((rows, most))
     kept: dict[tuple[int, int], Tensor] = {}
-    for batch in _decoding_batches(prefixes, budgets):
-        decoder = _Decoder(language_model, [prefixes[i] for i in batch], max(budgets[i] for i in batch), precision)
+    if sources is not None:
+        prefixes = [[language_model.model.config.decoder_start_token_id, *prefix] for prefix in prefixes]
+    for batch in _decoding_batches(prefixes, budgets, _alone_in_length(language_model.model)):
+        members = [prefixes[i] for i in batch], None if sources is None else [sources[i] for i in batch]
+        decoder = _Decoder(language_model, *members, max(budgets[i] for i in batch), precision)
         draws = torch.from_numpy(uniforms[batch])
         budget = torch.tensor([budgets[i] for i in batch])
         minimum = torch.tensor([minimums[i] for i in batch])
@@ -187,20 +196,37 @@ def _assemble(kept: dict[tuple[int, int], Tensor], rows: int, most: int) -> Supp
     return Support(counts, flat)
 
 
-def _decoding_batches(prefixes: Sequence[Sequence[int]], budgets: Sequence[int]) -> list[list[int]]:
+def _alone_in_length(model: Any) -> bool:
+    """Whether only prefixes of one length can be decoded together: a decoder that counts columns for positions."""
+    return is_encoder_decoder(model) and not any(hasattr(module, "compute_bias") for module in model.modules())
+
+
+def _decoding_batches(prefixes: Sequence[Sequence[int]], budgets: Sequence[int], one_length: bool) -> list[list[int]]:
     """Rows in batches that fit the cache; within one, those that may write longest come first, so that leaving is a slice."""
     writing = [i for i in range(len(prefixes)) if budgets[i] > 0]
-    writing.sort(key=lambda i: (-budgets[i], len(prefixes[i])))
+    writing.sort(key=lambda i: (len(prefixes[i]) if one_length else 0, -budgets[i], len(prefixes[i])))
     batches: list[list[int]] = []
     widest = 0
     for i in writing:
-        widest = max(widest, len(prefixes[i]) + budgets[i]) if batches else len(prefixes[i]) + budgets[i]
-        if batches and (len(batches[-1]) + 1) * widest <= BATCH_TOKENS:
+        columns = len(prefixes[i]) + budgets[i]
+        widest = max(widest, columns) if batches else columns
+        fits = batches and (len(batches[-1]) + 1) * widest <= BATCH_TOKENS
+        if fits and (not one_length or len(prefixes[i]) == len(prefixes[batches[-1][0]])):
             batches[-1].append(i)
         else:
             batches.append([i])
-            widest = len(prefixes[i]) + budgets[i]
+            widest = columns
     return batches
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """Prefixes that are read at once: which distinct ones, and for each row of the batch that has one of them which it is."""
+
+    distinct: Tensor  # int64 [read], a row of the batch for each
+    rows: Tensor  # int64 [rows], those that share them
+    which: Tensor  # int64 [rows], places in `distinct`
+    first: int  # the column in which they begin
 
 
 class _Layer(DynamicLayer):
@@ -209,7 +235,7 @@ class _Layer(DynamicLayer):
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
         self.rows, self.columns, self.filled = rows, columns, 0
-        self.prefilling: tuple[Tensor, int] | None = None  # rows that are being prefilled, and their first column
+        self.prefilling: _Prefill | None = None
         self.key_buffer: Tensor | None = None
         self.value_buffer: Tensor | None = None
 
@@ -221,10 +247,9 @@ class _Layer(DynamicLayer):
             self.value_buffer = value_states.new_zeros((self.rows, heads, self.columns, value_states.shape[-1]))
             self.is_initialized = True
         if self.prefilling is not None:
-            rows, first = self.prefilling
-            last = first + key_states.shape[2]
-            self.key_buffer[rows, :, first:last] = key_states
-            self.value_buffer[rows, :, first:last] = value_states
+            group, last = self.prefilling, self.prefilling.first + key_states.shape[2]
+            self.key_buffer[group.rows, :, group.first : last] = key_states[group.which]
+            self.value_buffer[group.rows, :, group.first : last] = value_states[group.which]
             return key_states, value_states
         self.key_buffer[: self.rows, :, self.filled] = key_states.squeeze(2)
         self.value_buffer[: self.rows, :, self.filled] = value_states.squeeze(2)
@@ -247,31 +272,70 @@ class _Layer(DynamicLayer):
         return self.get_seq_length() + query_length, 0
 
 
+class _SourceLayer(_Layer):
+    """One layer's keys and values of what the encoder read: complete after the prefill."""
+
+    def close(self) -> None:
+        """From now on the layer is only read."""
+        self.filled, self.prefilling = self.columns, None
+        self.keys, self.values = self.key_buffer, self.value_buffer
+
+    def keep(self, rows: Tensor) -> None:
+        """Let all rows but these leave."""
+        super().keep(rows)
+        if self.key_buffer is not None and self.value_buffer is not None:
+            self.keys, self.values = self.key_buffer[: self.rows], self.value_buffer[: self.rows]
+
+
 class _Decoder:
     """A batch of prefixes aligned at their ends: one prefill, then a column at a time."""
 
-    def __init__(self, language_model: LanguageModel, prefixes: Sequence[Sequence[int]], budget: int, precision: str) -> None:
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        prefixes: Sequence[Sequence[int]],
+        sources: Sequence[Sequence[int]] | None,
+        budget: int,
+        precision: str,
+    ) -> None:
         self.language_model, self.prefixes, self.precision = language_model, prefixes, precision
         self.lengths = torch.tensor([len(prefix) for prefix in prefixes])
         self.widest = int(self.lengths.max())
-        layers = [_Layer(len(prefixes), self.widest + budget) for _ in range(language_model.model.config.num_hidden_layers)]
-        self.layers, self.cache = layers, Cache(layers=layers)  # pyright: ignore[reportArgumentType]
         self.mask = torch.arange(self.widest + budget) >= (self.widest - self.lengths)[:, None]
         self.ragged = bool((self.lengths != self.widest).any())
+        self.groups = self._prefill_groups(sources)
+        depth = _decoder_layers(language_model.model.config)
+        self.layers = [_Layer(len(prefixes), self.widest + budget) for _ in range(depth)]
+        self.source_layers: list[_SourceLayer] = []
+        self.cache: Any = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
+        if sources is not None:
+            self.source_states, self.source_mask = self._encode(sources)
+            self.source_layers = [_SourceLayer(len(prefixes), self.source_mask.shape[1]) for _ in range(depth)]
+            self.cache = EncoderDecoderCache(self.cache, Cache(layers=self.source_layers))  # pyright: ignore[reportArgumentType]
 
     def prefill(self) -> Tensor:
         """Read all prefixes; returns the logits that follow each, [rows, vocabulary]."""
         logits = torch.zeros(len(self.prefixes), self.language_model.vocabulary)
-        for group in self._prefill_groups():
-            width = int(self.lengths[group].max())
-            ids = torch.tensor([[0] * (width - len(self.prefixes[i])) + list(self.prefixes[i]) for i in group.tolist()])
-            mask = self.mask[group, self.widest - width : self.widest]
+        for group in self.groups:
+            members = [self.prefixes[i] for i in group.distinct.tolist()]
+            width = self.widest - group.first
+            ids = torch.tensor([[0] * (width - len(prefix)) + list(prefix) for prefix in members])
+            mask = self.mask[group.distinct, group.first : self.widest]
             for layer in self.layers:
-                layer.prefilling = (group, self.widest - width)
+                layer.prefilling = group
+            for layer in self.source_layers:
+                layer.prefilling = _Prefill(group.distinct, group.rows, group.which, 0)
+            if self.source_layers:
+                self.cache.is_updated = {}
             positions = (mask.cumsum(1) - 1).clamp(min=0)
-            logits[group] = self._forward(ids, positions, None if bool(mask.all()) else mask)
+            following = self._forward(ids, positions, None if bool(mask.all()) else mask, group.distinct)
+            logits[group.rows] = following[group.which]
         for layer in self.layers:
             layer.prefilling, layer.filled = None, self.widest
+        for layer in self.source_layers:
+            layer.close()
+        if self.source_layers:
+            self.cache.is_updated = dict.fromkeys(range(len(self.source_layers)), True)
         return logits
 
     def step(self, tokens: Tensor) -> Tensor:
@@ -282,28 +346,67 @@ class _Decoder:
 
     def keep(self, rows: Tensor) -> None:
         """Let all rows but these leave the batch."""
-        for layer in self.layers:
+        for layer in (*self.layers, *self.source_layers):
             layer.keep(rows)
         self.lengths, self.mask = self.lengths[rows], self.mask[rows]
+        if self.source_layers:
+            self.source_states, self.source_mask = self.source_states[rows], self.source_mask[rows]
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, rows: Tensor | None = None) -> Tensor:
+        """Logits [rows, vocabulary] after the last column of `ids`; `rows` are those of the batch, None: all."""
         model, device = self.language_model.model, self.language_model.device
+        mask = None if mask is None else mask.long().to(device)
+        if self.source_layers:
+            states, source_mask = self.source_states, self.source_mask
+            if rows is not None:
+                states, source_mask = states[rows], source_mask[rows]
+            inputs: dict[str, Any] = {
+                "encoder_outputs": BaseModelOutput(last_hidden_state=states),  # pyright: ignore[reportArgumentType]
+                "attention_mask": source_mask, "decoder_input_ids": ids.to(device), "decoder_attention_mask": mask,
+            }  # fmt: skip
+        else:
+            inputs = {"input_ids": ids.to(device), "attention_mask": mask, "position_ids": positions.to(device)}
         with torch.no_grad(), autocast(device, self.precision), head_positions(model, lambda hidden: hidden[:, -1]):
-            output = model(
-                input_ids=ids.to(device),
-                attention_mask=None if mask is None else mask.long().to(device),
-                position_ids=positions.to(device),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
+            output = model(**inputs, past_key_values=self.cache, use_cache=True)
         return output.logits.squeeze(0).float().cpu()
 
-    def _prefill_groups(self) -> list[Tensor]:
-        order = self.lengths.argsort(descending=True, stable=True)
-        groups: list[list[int]] = []
-        for i in order.tolist():
-            if groups and int(self.lengths[i]) >= PREFILL_FILL * int(self.lengths[groups[-1][0]]):
-                groups[-1].append(i)
+    def _encode(self, sources: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """What the encoder makes of each row's source, [rows, widest, hidden], and which of it counts; none is read twice."""
+        model, device = self.language_model.model, self.language_model.device
+        places: dict[tuple[int, ...], int] = {}
+        which = torch.tensor([places.setdefault(tuple(source), len(places)) for source in sources])
+        ids = padded(list(places)).to(device)
+        lengths = torch.tensor([len(source) for source in places])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+        with torch.no_grad(), autocast(device, self.precision):
+            states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states[which], mask[which]
+
+    def _prefill_groups(self, sources: Sequence[Sequence[int]] | None) -> list[_Prefill]:
+        """Distinct prefixes (with their sources) in groups of similar length, the longest first."""
+        sharers: dict[Any, list[int]] = {}
+        for row, prefix in enumerate(self.prefixes):
+            sharers.setdefault((tuple(prefix), None if sources is None else tuple(sources[row])), []).append(row)
+        families = sorted(sharers.values(), key=lambda rows: -len(self.prefixes[rows[0]]))
+        groups: list[list[list[int]]] = []
+        for family in families:
+            longest = len(self.prefixes[groups[-1][0][0]]) if groups else 0
+            if groups and len(self.prefixes[family[0]]) >= PREFILL_FILL * longest:
+                groups[-1].append(family)
             else:
-                groups.append([i])
-        return [torch.tensor(group) for group in groups]
+                groups.append([family])
+        return [
+            _Prefill(
+                torch.tensor([family[0] for family in group]),
+                torch.tensor([row for family in group for row in family]),
+                torch.tensor([place for place, family in enumerate(group) for _ in family]),
+                self.widest - len(self.prefixes[group[0][0]]),
+            )
+            for group in groups
+        ]
+
+
+def _decoder_layers(config: Any) -> int:
+    """How many layers have a cache; encoder–decoders name those of their decoder."""
+    named = [getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers")]
+    return int(next((count for count in named if count), config.num_hidden_layers))
