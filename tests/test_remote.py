@@ -18,8 +18,8 @@ from rlgf.guides import Request, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import Question, Server, parse_spec, reach
-from rlgf.types import GUIDE, Prompt
+from rlgf.guides.server import Server, parse_spec, reach
+from rlgf.types import GUIDE, Decoding, Prompt
 
 pytestmark = pytest.mark.server
 
@@ -30,7 +30,8 @@ def remote(server: FaultServer, folder: Path, mode: str = "completion", **option
     quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4}
     config = GuideConfig(**{**quick, **options})
     spec = f"server:fault-model@{server.url}"
-    return RemoteGuide(Server(spec, config, mode), config, AnswerCache(folder / "answers.sqlite"), sleep=lambda seconds: None)
+    cache = AnswerCache(folder / "answers.sqlite")
+    return RemoteGuide(Server(spec, config, mode), config, cache, sleep=lambda seconds: None)
 
 
 def requests(count: int, prefix: str = "") -> list[Request]:
@@ -142,7 +143,9 @@ def test_answers_are_kept_and_replayed_without_a_server(tmp_path: Path) -> None:
         assert len(server.requests) == 5
     gone = remote(server, tmp_path, offline=True)
     assert ask(gone, requests(5)) == wanted
-    assert gone.take_counts()["guide_rows_cached"] == 5
+    counts = gone.take_counts()  # as in the run that is replayed
+    assert (counts["guide_rows_answered"], counts["guide_rows_cached"], counts["guide_attempts"]) == (5, 0, 5)
+    assert gone.state() == {"begun": 0}  # but nothing is asked or paid
     with pytest.raises(RunError, match="offline"):
         ask(gone, requests(6))
 
@@ -198,66 +201,50 @@ def test_written_out_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
         Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
 
 
-def told(text: str | None, reason: str = "stop", **message: Any) -> Any:
-    """A chat answer as parsed JSON."""
-    return {"choices": [{"message": {"content": text, **message}, "finish_reason": reason}], "usage": {"completion_tokens": 7}}
-
-
-QUESTION = Question("The film begins in a quiet town", " where nobody", 12, 0)
-STRIPPED = {
-    " goes out.": " goes out.",
-    "goes out.": " goes out.",
-    '"goes out."': " goes out.",
-    "where nobody goes out.": " goes out.",
-    "The film begins in a quiet town where nobody goes out.": " goes out.",
-    "Sure, here is the continuation:\n\ngoes out.": " goes out.",
-    "<think>Hm. A town.</think>goes out.": " goes out.",
-}
-
-
-@pytest.mark.parametrize(("said", "kept"), STRIPPED.items())
-def test_echoes_quotes_preambles_and_thoughts_are_taken_off(said: str, kept: str) -> None:
-    server = Server("server:m@http://127.0.0.1:9/v1", GuideConfig(), "instruction")
-    answer = server._read(told(said), "/chat/completions", QUESTION)  # pyright: ignore[reportPrivateUsage]
-    assert answer.text == kept
-    assert answer.finished
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (told("<think>Hm. A town. And", "length"), "still thinking"),
-        (told(None, "length"), "wrote nothing"),
-        (told(None, refusal="No."), "refused"),
-        (told("The film begins in a village. It"), "began anew"),
-    ],
-)
-def test_answers_that_cannot_be_used_say_why(data: Any, reason: str) -> None:
-    server = Server("server:m@http://127.0.0.1:9/v1", GuideConfig(), "instruction")
-    with pytest.raises(Exception, match=reason):
-        server._read(data, "/chat/completions", QUESTION)  # pyright: ignore[reportPrivateUsage]
+def particular(body: dict[str, Any]) -> str | None:
+    """What a reasoning model's server says of the parameters that it refuses."""
+    if "max_tokens" in body:
+        return "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    if "temperature" in body:
+        return "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported."
+    return "Unsupported parameter: 'n'" if "n" in body else None
 
 
 def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) -> None:
-    def particular(body: dict[str, Any], path: str) -> tuple[str, str]:
-        return "fine", "stop"
+    reports: list[str] = []
+    with FaultServer(complaint=particular, delay=0.05) as server:
+        guide = remote(server, tmp_path, "instruction", decoding=Decoding(temperature=0.7), retries=0)
+        guide.server._report = reports.append  # pyright: ignore[reportPrivateUsage]
+        assert len(ask(guide, requests(4))) == 4  # side by side: all four are refused before one is adapted
+        body = server.requests[-1]["body"]
+        counts = guide.take_counts()
+        assert (counts["guide_attempts"], counts["guide_answered"]) == (server.asked, 4)
+        assert guide.state()["begun"] == server.asked > 8
+    assert sums_hold(counts)
+    assert "max_completion_tokens" in body
+    assert not {"max_tokens", "temperature", "n"} & set(body)
+    assert sorted(reports) == [
+        "guide: n is left out from now on, as the server refuses it",
+        "guide: temperature is left out from now on, as the server refuses it",
+    ]
 
-    with FaultServer(writer=particular) as server:
-        guide = remote(server, tmp_path, "instruction")
-        sent = guide.server._send  # pyright: ignore[reportPrivateUsage]
 
-        def picky(path: str, body: dict[str, Any]) -> Any:
-            from rlgf.guides.server import PermanentError
+def test_of_two_parameters_that_exclude_each_other_the_temperature_stays(tmp_path: Path) -> None:
+    def either(body: dict[str, Any]) -> str | None:
+        both = "temperature" in body and "top_p" in body
+        return "`temperature` and `top_p` cannot both be specified for this model. Please use only one." if both else None
 
-            if "max_tokens" in body:
-                raise PermanentError("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
-            if "temperature" in body:
-                raise PermanentError("Unsupported value: 'temperature' does not support 0.7.")
-            return sent(path, body)
+    with FaultServer(complaint=either) as server:
+        ask(remote(server, tmp_path, decoding=Decoding(temperature=0.7, top_p=0.9)), requests(1))
+        assert server.requests[-1]["body"]["temperature"] == 0.7
+        assert "top_p" not in server.requests[-1]["body"]
 
-        guide.server._send = picky  # pyright: ignore[reportPrivateUsage]
-        assert ask(guide, requests(1))[0].text == " fine"
-        assert "max_completion_tokens" in server.requests[-1]["body"]
+
+def test_what_was_asked_for_in_extra_body_is_never_left_out(tmp_path: Path) -> None:
+    with FaultServer(complaint=particular) as server:
+        guide = remote(server, tmp_path, extra_body={"temperature": 0.7, "max_tokens": None, "n": None})
+        with pytest.raises(RunError, match=r"refuses .*max_tokens"):
+            ask(guide, requests(1))
 
 
 def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path: Path) -> None:
@@ -265,7 +252,7 @@ def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path:
     with FaultServer(lambda key, attempt: None) as server:
         cache = AnswerCache(tmp_path / "a.sqlite")
         assert reach(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "completion"
-    with FaultServer(always("404")) as server:
+    with FaultServer(paths=(fault_server.CHAT,)) as server:
         cache = AnswerCache(tmp_path / "b.sqlite")
         assert reach(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "instruction"
     assert "no text completion" in reports[0]
@@ -287,13 +274,12 @@ def trained(server: FaultServer, folder: Path, **options: Any) -> tuple[list[dic
     return [metrics for metrics, _ in steps], [experience.rollout.texts for _, experience in steps]
 
 
-def comparable(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    """Metrics without times and without how the answers came."""
-    ways = re.compile(
-        "seconds|per_second|latency|guide_(attempts|answered|retried|given_up|rows_(needed|answered|cached)"
-        "|prompt_tokens|completion_tokens|answers_|cost)"
-    )
-    return [json.dumps({k: v for k, v in row.items() if not ways.search(k)}, sort_keys=True, default=str) for row in metrics]
+def comparable(metrics: Sequence[dict[str, Any]], but: str = "guide_(attempts|retried)$") -> list[str]:
+    """Metrics without times; where faults are compared with none, without how often had to be asked."""
+    left_out = re.compile(f"seconds|per_second|latency|{but}" if but else "seconds|per_second|latency")
+    return [
+        json.dumps({k: v for k, v in row.items() if not left_out.search(k)}, sort_keys=True, default=str) for row in metrics
+    ]
 
 
 def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
@@ -317,7 +303,7 @@ def test_invalid_faults_give_the_same_run_twice_and_no_row_is_lost(tmp_path: Pat
             runs.append(trained(server, tmp_path / name, invalid_retries=9))
             assert sum(row["guide_attempts"] for row in runs[-1][0]) == server.asked
     assert runs[0][1] == runs[1][1]
-    assert comparable(runs[0][0]) == comparable(runs[1][0])
+    assert comparable(runs[0][0], but="") == comparable(runs[1][0], but="")
     assert all(sums_hold(row) for row in runs[0][0])
 
 
@@ -326,8 +312,7 @@ def test_a_run_replays_offline_to_the_same_metrics(tmp_path: Path) -> None:
         metrics, texts = trained(server, tmp_path)
     again, same = trained(server, tmp_path, offline=True)
     assert same == texts
-    assert comparable(again) == comparable(metrics)
-    assert sum(row["guide_attempts"] for row in again) == 0
+    assert comparable(again, but="") == comparable(metrics, but="")
 
 
 # --- a person -----------------------------------------------------------------------------------------------------------
@@ -399,7 +384,7 @@ def test_with_policy_the_run_goes_on_without_the_guide(tmp_path: Path, name: str
                 assert not bool(rollout.after_switch[alone].any())  # the guide's critic learns nothing from them
                 assert bool((rollout.switch[alone] == rollout.written.sum(1)[alone]).all())
                 assert bool(experience.advantages.isfinite().all())
-    assert comparable(runs[0]) == comparable(runs[1])
+    assert comparable(runs[0], but="") == comparable(runs[1], but="")
     if name == "ppo_pp":
         assert all(metrics["guide_rows_dropped"] == 0 for metrics in runs[0])
 
