@@ -22,7 +22,8 @@ Plan = Callable[[str, int], str | None]
 Writer = Callable[[dict[str, Any], str], tuple[str, str]]
 
 TRANSIENT = (
-    "429", "429_retry_after", "500", "503", "closed", "hang", "trickle", "half_json", "wrong_types", "too_few", "too_many",
+    "429", "429_retry_after", "500", "503", "closed", "hang", "trickle", "half_json", "nested_json", "error_in_200",
+    "wrong_types", "too_few", "too_many",
 )  # fmt: skip
 INVALID = ("empty", "ignores", "refusal", "nul", "surrogate", "too_long")
 PERMANENT = ("400", "401", "403", "404")
@@ -34,6 +35,7 @@ VOCABULARY = (
 )
 WORDS = VOCABULARY.split()
 COMPLETIONS, CHAT, MODELS, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize"
+RETRY_AFTER = "0"
 STARTS_OVER = "Sure! Here is a new text:\n\nTaxes in the Grand Duchy are due on the first of May."
 REFUSES = "I'm sorry, but I can't help with that."
 ERRORS = {  # status: message, type, code
@@ -382,13 +384,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _fault(self, kind: str, path: str, body: dict[str, Any], texts: list[tuple[str, str]]) -> None:
         stopping, owner = self.server.stopping, self.server.owner
         if kind[0].isdigit():
-            return self._fail(kind, int(kind[:3]), headers={"Retry-After": "0"} if kind == "429_retry_after" else {})
+            return self._fail(kind, int(kind[:3]), headers={"Retry-After": RETRY_AFTER} if kind == "429_retry_after" else {})
         self._count(kind)
         if kind in ("closed", "hang"):
             if kind == "hang":
                 stopping.wait(owner.hang_seconds)
             return self._close()
         good = _encoded(self._with_ids(answer_of(path, body, texts), body))
+        if kind == "nested_json":
+            return self._send(200, b"[" * 200_000)
+        if kind == "error_in_200":
+            return self._send(200, _encoded({"error": {"message": "Provider returned error", "code": 502}}))
         if kind == "half_json":
             return self._send(200, good[: len(good) // 2])
         if kind == "trickle":

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,19 @@ import fault_server
 from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
 from helpers import config_of, tiny_trainer
 from rlgf.algorithms import d2lols, ppo_pp
-from rlgf.config import Config, GuideConfig, override
+from rlgf.config import Config, GuideConfig, TaskConfig, override
 from rlgf.errors import RunError, UserError
-from rlgf.guides import Request, ask
+from rlgf.guides import Request, Text, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.remote import RemoteGuide
 from rlgf.guides.server import Server, parse_spec, reach
+from rlgf.pipeline import guide_settings
 from rlgf.types import GUIDE, Decoding, Prompt
 
 pytestmark = pytest.mark.server
 
+FILM = "The film begins in a quiet town"
 CHAT = ("assistant", "continue_final_message", "prefix", "instruction")
 
 
@@ -35,8 +38,7 @@ def remote(server: FaultServer, folder: Path, mode: str = "completion", **option
 
 
 def requests(count: int, prefix: str = "") -> list[Request]:
-    prompt = "The film begins in a quiet town"
-    return [Request(Prompt(f"{prompt} {i}"), [1], prefix, [2] if prefix else [], 12, 0, i, 0) for i in range(count)]
+    return [Request(Prompt(f"{FILM} {i}"), [1], prefix, [2] if prefix else [], 12, 0, i, 0) for i in range(count)]
 
 
 def sums_hold(counts: dict[str, float]) -> bool:
@@ -192,13 +194,42 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     assert all(b"sk-" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_written_out_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="secrets come from the environment"):
-        Config(guide=GuideConfig(extra_headers={"Authorization": "Bearer abc"}))
-    with pytest.raises(UserError, match="password"):
-        parse_spec("server:m@http://me:secret@host/v1")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extra_headers": {"Authorization": "Bearer abc"}}, {"extra_headers": {"x-goog-api-key": "abc"}},
+        {"extra_headers": {"Helicone-Auth": "abc"}}, {"extra_headers": {"X-Session-Token": "abc"}},
+        {"extra_body": {"api_key": "abc"}}, {"extra_body": {"provider": {"apiKey": "abc"}}},
+    ],
+)  # fmt: skip
+def test_written_out_secrets_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"environment|guide\.extra_headers"):
+        Config(guide=GuideConfig(**changes))
+
+
+def test_what_is_no_secret_is_not_refused() -> None:
+    harmless = {"extra_headers": {"HTTP-Referer": "https://host", "X-Title": "films", "X-Author": "me"}}
+    Config(guide=GuideConfig(**harmless, extra_body={"return_token_ids": True, "max_completion_tokens": 5}))
+
+
+def test_secrets_that_cannot_be_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("http://me:secret@host/v1", "http://host/v1?key=secret", "http://host/v1#secret"):
+        with pytest.raises(UserError) as caught:
+            parse_spec(f"server:m@{address}")
+        assert "secret" not in str(caught.value)
     with pytest.raises(UserError, match="MODEL_HEADER, which is not set"):
         Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
+    for key in ("sk-ключ", "sk-a\x07b", "sk-a\nb"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as caught:
+            Server("server:m@http://host/v1", GuideConfig(), "completion")
+        assert "sk-" not in str(caught.value)
+
+
+def test_white_space_around_a_key_is_not_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123\n")
+    with FaultServer(api_key="sk-secret-123") as server:
+        ask(remote(server, tmp_path), requests(1))
 
 
 def particular(body: dict[str, Any]) -> str | None:
@@ -257,6 +288,97 @@ def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path:
         assert reach(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "instruction"
     assert "no text completion" in reports[0]
     assert reach(f"server:m@{server.url}", GuideConfig(offline=True), cache, reports.append).mode == "instruction"
+
+
+def test_a_wrong_key_says_nothing_about_how_to_ask(tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    with FaultServer(api_key="right") as server, pytest.raises(UserError, match=r"refuses \(Error code: 401"):
+        reach(f"server:m@{server.url}", GuideConfig(), cache, print)
+    assert len(cache) == 0
+    with FaultServer(always("503")) as server:
+        assert reach(f"server:m@{server.url}", GuideConfig(), cache, print).mode == "completion"
+    assert len(cache) == 0
+
+
+def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp_path: Path) -> None:
+    with FaultServer(always("empty")) as server:
+        guide = remote(server, tmp_path, invalid_retries=2)
+        assert ask(guide, requests(1, " and then")) == [Text("", True)]
+        assert server.asked == 3
+        counts = guide.take_counts()
+        assert (counts["guide_answers_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
+        with pytest.raises(RunError, match="wrote nothing"):  # to a prompt there is always something to add
+            ask(guide, requests(1))
+    assert ask(remote(server, tmp_path, invalid_retries=2, offline=True), requests(1, " and then")) == [Text("", True)]
+
+
+def test_a_used_up_quota_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fault_server.ERRORS, 429, ("You exceeded your quota.", "insufficient_quota", "insufficient_quota"))
+    with FaultServer(always("429")) as server:
+        with pytest.raises(RunError, match=r"refuses .*exceeded your quota"):
+            ask(remote(server, tmp_path), requests(1))
+        assert server.asked == 1
+
+
+def test_limits_on_tokens_need_a_server_that_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fault_server.answer_of
+    monkeypatch.setattr(fault_server, "answer_of", lambda *asked: {**plain(*asked), "usage": None})
+    with FaultServer() as server:
+        ask(remote(server, tmp_path / "a"), requests(1))
+        with pytest.raises(RunError, match="does not say what an answer costs"):
+            ask(remote(server, tmp_path / "b", max_tokens=100), requests(1))
+
+
+def test_pauses_are_told_and_end_when_nothing_is_left_to_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question is refused for good, while the others wait for a server that wants to be left alone for a minute."""
+    monkeypatch.setattr(fault_server, "RETRY_AFTER", "60")
+
+    def plan(key: str, attempt: int) -> str:
+        return "429_retry_after" if key != refused else "403"
+
+    reports: list[str] = []
+    with FaultServer(delay=0.2) as server:
+        ask(remote(server, tmp_path / "a"), requests(4))
+        refused = fault_server.request_key(fault_server.COMPLETIONS, server.requests[0]["body"])
+        server.plan = plan
+        guide = remote(server, tmp_path / "b")
+        guide._sleep, guide._report = None, reports.append  # pyright: ignore[reportPrivateUsage]
+        began = time.monotonic()
+        with pytest.raises(RunError, match="refuses"):
+            ask(guide, requests(4))
+        assert time.monotonic() - began < 10
+    assert reports in ([], ["guide: HTTP 429; asked again in 60 s"])  # the one refused may have been the first
+
+
+def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_server, "RETRY_AFTER", "60")
+    reports: list[str] = []
+    with FaultServer(first(2, "429_retry_after")) as server:
+        guide = remote(server, tmp_path)
+        guide._report = reports.append  # pyright: ignore[reportPrivateUsage]
+        ask(guide, requests(3))
+    assert reports == ["guide: HTTP 429; asked again in 60 s"]
+
+
+@pytest.mark.parametrize("name", ["imdb", "embedded"])
+def test_a_task_tells_a_chat_model_what_to_do_and_so_may_you(tmp_path: Path, name: str) -> None:
+    """The template is part of what an answer is kept under, where one is used."""
+    task = Config(task=TaskConfig(name))
+    told = guide_settings(task).instruction
+    assert told is not None
+    assert "{text}" in told
+    mine = guide_settings(override(task, [("guide.instruction", "Go on: {text}")]))
+    assert mine.instruction == "Go on: {text}"
+    with pytest.raises(UserError, match=r"put \{text\} there"):
+        override(task, [("guide.instruction", "Go on!")])
+    with FaultServer() as server:
+        for mode in ("instruction", "assistant", "completion"):
+            for instruction in (told, mine.instruction):
+                ask(remote(server, tmp_path / mode, mode, instruction=instruction), requests(1))
+        contents = [request["body"]["messages"][0]["content"] for request in server.requests[:4]]
+    assert contents[:2] == [told.replace("{text}", f"{FILM} 0"), f"Go on: {FILM} 0"]
+    assert contents[2:] == contents[:2]
+    assert server.asked == 5  # a completion has no template, so the second was kept
 
 
 # --- training -----------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from rlgf.errors import RunError, UserError, unknown
 from rlgf.recipes import RECIPES, recipe
 from rlgf.recipes import controls as recipe_controls
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -464,8 +466,10 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 3)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint.", 130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _fail("interrupted; the same command goes on from the last checkpoint.", INTERRUPTED)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

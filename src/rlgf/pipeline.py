@@ -214,7 +214,7 @@ def plain_guide(
     if spec == "references":
         guide = ReferenceGuide()
     elif spec == "human":
-        guide = HumanGuide(answer_cache(config, stages))
+        guide = HumanGuide(answer_cache(config, stages), offline=config.guide.offline)
     elif spec.startswith("server:"):
         cache, settings = answer_cache(config, stages), guide_settings(config)
         if settings.continuation == "token_ids":
