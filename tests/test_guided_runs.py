@@ -13,15 +13,18 @@ from typing import Any
 
 import pytest
 
+import fault_server
 import rlgf.console as console
 from fault_server import FaultServer
 from helpers import guided_metrics
+from rlgf.check import check_guide
 from rlgf.config import Config, override
 from rlgf.errors import RunError, UserError
 from rlgf.guides.cache import AnswerCache
 from rlgf.pipeline import evaluate_baselines, prepare, train
-from rlgf.recipes import quickstart
+from rlgf.recipes import imdb_small, quickstart
 from rlgf.runs import read_complete_lines
+from rlgf.tasks import imdb
 from rlgf.trainer import Progress
 
 pytestmark = pytest.mark.server
@@ -250,3 +253,54 @@ def test_a_person_is_not_asked_offline(tmp_path: Path, stages: Path) -> None:
     with pytest.raises(RunError, match="answers are not in"):
         train(asked, tmp_path / "run", stages)
     assert len(AnswerCache(tmp_path / "answers.sqlite")) == 0
+
+
+# --- rlgf check guide -----------------------------------------------------------------------------------------------------
+
+
+def checked(spec: str, folder: Path, *changes: tuple[str, Any]) -> list[tuple[str, str]]:
+    asked = override(imdb_small(), [("guide.spec", spec), ("task.max_new_tokens", 9), ("task.min_new_tokens", 0), *changes])
+    return [(found.level, found.text) for found in check_guide(asked, "The film", " was", folder, print)]
+
+
+def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Path) -> None:
+    prices = [("guide.price_input", 2.0), ("guide.price_output", 8.0)]
+    with FaultServer(paths=(fault_server.CHAT,)) as server:
+        spec = f"server:m@{server.url}"
+        found = checked(spec, tmp_path, *prices)
+        texts = [text for _, text in found]
+        assert found[0][0] == "warning"
+        assert "completion: does not write (Error code: 404" in texts[0]
+        body = server.requests[2]["body"]
+        assert body["messages"][0]["content"] == imdb.INSTRUCTION.replace("{text}", "The film")
+        assert body["max_tokens"] == 9
+        for mode in ("assistant", "continue_final_message", "prefix", "instruction"):
+            said = [text for text in texts if text.startswith(f"guide.continuation={mode}: ")]
+            assert re.search(r"begins a text, \d\.\d\d s: ' \w+", said[0])
+            assert re.search(r"finishes ' was', \d\.\d\d s: ' \w+", said[1])
+            assert said[2].endswith("serves PPO, PPO++, AggreVaTeD, LOLS, D2LOLS")
+        billed = re.search(r"billed (\d+) \+ (\d+) tokens: (\d\.\d+) per thousand texts", " ".join(texts))
+        assert billed is not None
+        assert float(billed[3]) == pytest.approx((int(billed[1]) * 2 + int(billed[2]) * 8) / 1000, abs=1e-4)
+        assert "not tried" in texts[-1]
+        assert any("price unknown" in text for _, text in checked(spec, tmp_path))
+        assert checked(spec, tmp_path, ("guide.continuation", "none"))[1][1].endswith("serves PPO, PPO++")
+    with FaultServer(api_key="another") as server:
+        assert {level for level, _ in checked(f"server:m@{server.url}", tmp_path)} == {"error"}
+
+
+def test_a_check_tries_functions_and_knows_what_others_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_to_check.py").write_text(
+        "def whole(requests): return [' and so on'] * len(requests)\n"
+        "def begins(requests): return [' and so on'] * len(requests)\n"
+        "begins.can_finish = False\n"
+        "def bad(requests): return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = {name: checked(f"python:mine_to_check:{name}", tmp_path) for name in ("whole", "begins", "bad")}
+    assert [text.split(",")[0] for _, text in found["whole"]] == ["begins a text", "finishes ' was'", "serves PPO"]
+    assert [text for _, text in found["begins"]][1:] == ["serves PPO, PPO++"]
+    assert found["bad"][0][0] == "error"
+    assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot finish what another has begun"
+    with pytest.raises(UserError, match="holds no run"):
+        checked("run:nowhere", tmp_path)

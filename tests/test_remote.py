@@ -407,9 +407,8 @@ def comparable(metrics: Sequence[dict[str, Any]], but: str = "guide_(attempts|re
 def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
     with FaultServer() as server:
         metrics, texts = trained(server, tmp_path / "a")
-    kinds = [kind for kind in TRANSIENT if kind not in ("hang", "trickle")]  # those are slow, and tested above
-    with FaultServer(a_third(kinds)) as server:
-        faulty, same = trained(server, tmp_path / "b")
+    with FaultServer(a_third(TRANSIENT), hang_seconds=0.2) as server:
+        faulty, same = trained(server, tmp_path / "b", concurrency=8)
         assert server.faults.total() > 5
         assert sum(row["guide_attempts"] for row in faulty) == server.asked
     assert same == texts
@@ -418,11 +417,10 @@ def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_invalid_faults_give_the_same_run_twice_and_no_row_is_lost(tmp_path: Path) -> None:
-    kinds = [kind for kind in (*TRANSIENT, *INVALID) if kind not in ("hang", "trickle")]
     runs = []
     for name in ("a", "b"):
-        with FaultServer(a_third(kinds)) as server:
-            runs.append(trained(server, tmp_path / name, invalid_retries=9))
+        with FaultServer(a_third((*TRANSIENT, *INVALID)), hang_seconds=0.2) as server:
+            runs.append(trained(server, tmp_path / name, invalid_retries=9, concurrency=8))
             assert sum(row["guide_attempts"] for row in runs[-1][0]) == server.asked
     assert runs[0][1] == runs[1][1]
     assert comparable(runs[0][0], but="") == comparable(runs[1][0], but="")

@@ -93,10 +93,13 @@ def _check_server(config: Config, prompt: str, prefix: str, stages: Path, report
         server = Server(config.guide.spec, settings, mode, report)
         questions = (Question(prompt, part, config.task.max_new_tokens, 0) for part in ("", prefix))
         findings += _findings(config, server, *questions)
-    if chosen in ("auto", "token_ids"):
-        findings += _check_token_ids(config, prompt, prefix, stages, report)
+    path = config.policy or config.model.path
+    if chosen == "token_ids" or (chosen == "auto" and path):
+        findings += _check_token_ids(config, path, prompt, prefix, stages, report)
     if not any(finding.level == "ok" for finding in findings):
         return [Finding("error", finding.text) for finding in findings]
+    if chosen == "auto" and not path:
+        findings.append(Finding("ok", "guide.continuation=token_ids: not tried; policy=PATH names a policy to try it with"))
     return findings
 
 
@@ -117,12 +120,11 @@ def _findings(config: Config, server: Server, begin: Question, finish: Question)
     return [*found, _price(config, begun[0])]
 
 
-def _check_token_ids(config: Config, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
-    """Whether the server can be driven by the tokens of a policy, if one is named."""
+def _check_token_ids(config: Config, path: str | None, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+    """Whether the server can be driven by the tokens of a policy, which must be named."""
     where = "guide.continuation=token_ids: "
-    path = config.policy or config.model.path
     if path is None:
-        return [Finding("warning", f"{where}not tried: name a policy of the same tokenizer with policy=PATH")]
+        return [Finding("warning", f"{where}needs to know the policy: name it with policy=PATH")]
     tokenizer, settings = load_tokenizer(path), pipeline.guide_settings(config)
     ids = [encode_prompt(tokenizer, Prompt(text)) for text in (prompt, prompt + prefix)]
     budget = config.task.max_new_tokens

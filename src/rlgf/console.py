@@ -147,10 +147,10 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     print_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
 
 
-def print_rollout(row: Mapping[str, Any]) -> None:
+def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = True) -> None:
     """One text: its prompt, then what each author wrote, in its colour and in brackets."""
     head = f"iteration {row['iteration']} · text {row['index']} · reward {row['score']:.3f} · switch at token {row['switch']}"
-    out.print(Text(head, style="dim"))
+    to.print(Text(head, style="dim"))
     line = Text(visible(row["prompt"]), style="dim")
     for span in row["spans"]:
         line.append(f" [{span['author']}:", style=STYLES[span["author"]])
@@ -158,8 +158,8 @@ def print_rollout(row: Mapping[str, Any]) -> None:
         line.append("]", style=STYLES[span["author"]])
     if row["finished"]:
         line.append(" ■", style="dim")
-    out.print(line, soft_wrap=True)
-    out.print()
+    to.print(line, soft_wrap=soft_wrap)
+    to.print()
 
 
 def describe_phases(algorithm: Algorithm) -> list[str]:
