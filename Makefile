@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server test-vllm gpu lint types bench bench-prefetch docs clean
+.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server test-vllm gpu lint types bench bench-prefetch docs sample clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -71,6 +71,9 @@ bench: setup
 
 bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
 	PYTHONPATH=tests $(BIN)/python -m bench.prefetch
+
+sample: setup  ## the sample of two tokenizers in docs/guides.md, minutes
+	$(BIN)/python docs/sample.py --model $(DATA)/stories260k/hf
 
 docs: setup  ## the reference pages that are made from the code
 	$(BIN)/python docs/make.py

@@ -1,4 +1,4 @@
-"""Make the sample in docs/guides.md: a run whose guide has another tokenizer than the policy, its texts in the authors' colours.
+"""Make the sample in docs/guides.md: a run whose guide has another tokenizer than the policy, in the authors' colours.
 
     make sample        # minutes; needs ../shared/data/stories260k, a model of 260,032 parameters that writes little stories
 
@@ -34,11 +34,13 @@ OPENINGS = (
 SIZES = {"unsup": 1600, "train": 400, "test": 64}
 TRAIN = (
     "imdb-small", "--algorithm", "lols", "--seed", "0", "--iterations", "6", "task.options.prompt_tokens=12",
-    "task.max_new_tokens=32", "task.min_new_tokens=0", "model.vocabulary=1000", "lm.steps=600", "sft.batch_size=16",
-    "algorithm.beta_guide=0.8", "ppo.texts_per_iteration=32", "ppo.minibatch_size=16", "evaluation.final_prompts=32",
-    "evaluation.every=0", "runtime.trackers=[]",
+    "task.max_new_tokens=32", "task.min_new_tokens=0", "model.vocabulary=800", "model.layers=2", "model.width=128",
+    "model.heads=4", "model.context=64", "lm.steps=500", "lm.batch_size=16", "algorithm.beta_guide=0.8",
+    "ppo.texts_per_iteration=32", "ppo.minibatch_size=16", "evaluation.final_prompts=32", "evaluation.every=0",
+    "runtime.trackers=[]", "runtime.threads=1",
 )  # fmt: skip
-WHITE = TerminalTheme((255, 255, 255), (40, 40, 40), [(0, 0, 0), *[(90, 90, 90)] * 7])
+BLUE, GREY = (30, 90, 200), (90, 90, 90)
+WHITE = TerminalTheme((255, 255, 255), (40, 40, 40), [GREY] * 4 + [BLUE] + [GREY] * 3)
 
 
 def write_stories(model: str) -> None:
@@ -73,9 +75,9 @@ def draw(rows: list[dict[str, object]]) -> None:
 
 
 def main() -> None:
+    """Write the stories, train, draw."""
     parser = argparse.ArgumentParser(description="Make the sample in docs/guides.md.")
     parser.add_argument("--model", default="../shared/data/stories260k/hf")
-    parser.add_argument("--indices", type=int, nargs="*", help="which texts of the last iteration; default: one of each kind")
     model = parser.parse_args().model
     torch.manual_seed(0)
     quiet()

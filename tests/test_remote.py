@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +161,34 @@ def test_the_cache_asks_neither_address_nor_how_the_guide_is_reached(tmp_path: P
     with FaultServer() as other:
         assert ask(remote(other, tmp_path, concurrency=1, retries=9), requests(2)) == wanted
         assert not other.requests
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from rlgf.guides.cache import AnswerCache
+cache = AnswerCache(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(300):
+    cache.put(f"question {number}", {"text": sys.argv[2]})
+print([cache.get(f"question {number}")["text"] for number in range(300)])
+"""
+
+
+def test_processes_that_ask_the_same_go_on_with_the_same_answers(tmp_path: Path) -> None:
+    path = str(tmp_path / "answers.sqlite")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITER, path, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in ("a", "b")
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    with ThreadPoolExecutor(2) as pool:  # both at once
+        outputs = list(pool.map(lambda process: process.communicate("go\n")[0], processes))
+    assert outputs[0] == outputs[1]
+    assert len(AnswerCache(tmp_path / "answers.sqlite")) == 300
 
 
 def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer, tmp_path: Path) -> None:

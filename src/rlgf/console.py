@@ -116,7 +116,7 @@ def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> st
     if "guide_attempts" not in metrics:
         return ""
     shown = f" · guide {metrics['guide_attempts']:,.0f} requests"
-    if metrics["guide_answered"]:
+    if metrics["guide_latency_mean"]:  # not in a replay
         shown += f", {metrics['guide_latency_mean']:.2f} s each"
     if metrics["guide_rows_cached"]:
         shown += f", {metrics['guide_rows_cached']:,.0f} texts kept from before"
@@ -151,7 +151,7 @@ def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = T
     """One text: its prompt, then what each author wrote, in its colour and in brackets."""
     head = f"iteration {row['iteration']} · text {row['index']} · reward {row['score']:.3f} · switch at token {row['switch']}"
     to.print(Text(head, style="dim"))
-    line = Text(visible(row["prompt"]), style="dim")
+    line = Text().append(visible(row["prompt"]), style="dim")
     for span in row["spans"]:
         line.append(f" [{span['author']}:", style=STYLES[span["author"]])
         line.append(visible(span["text"]), style=STYLES[span["author"]])
