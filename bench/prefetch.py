@@ -1,33 +1,49 @@
-"""PPO++ with a guide that takes its time: asked ahead, beside the same run with cached rollins (docs/guides.md).
+"""PPO++ with a guide that takes its time: asked ahead, beside the same iterations with cached rollins (docs/guides.md).
 
-A server of ours (tests/fault_server.py, in a process of its own) sleeps before each answer. Three runs take turns: rollins
-from the cache; a guide that takes less than an iteration's training; one that takes longer. Every run does the same work.
+    make bench-prefetch          # or, with tests/ on PYTHONPATH: python -m bench.prefetch --rounds 20
+
+A server of ours (tests/fault_server.py, in a process of its own) sleeps before each answer. The policy, its texts and its
+optimizer steps are those of the recipe imdb-small. Three trainers are alive at once and take turns, one iteration at a time,
+in an order that rotates: rollins from the cache; the same once more, which shows how far two equal things differ on this
+machine; and a guide that takes half as long as an iteration's training, asked two iterations ahead. They do the same work,
+which is checked. What is reported is the ratio within each round, in wall clock and in CPU time of the process (client and
+training together). Then a guide that takes twice as long as training, alone, beside the time that the guide needs.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from helpers import config_of, tiny_model, tiny_trainer
-from rlgf.algorithms import ppo_pp
-from rlgf.config import GuideConfig
+from fault_server import WORDS
+from rlgf.config import Config, override
+from rlgf.console import keep_freed_memory, quiet
+from rlgf.experience import Models
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.remote import RemoteGuide
 from rlgf.guides.server import Server
+from rlgf.models import new_critic, new_language_model
+from rlgf.recipes import imdb_small
+from rlgf.tasks import Task
+from rlgf.trainer import Parts, Trainer
+from rlgf.types import POLICY, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXTS, CONCURRENCY = 64, 8
+PROMPTS, PROMPT_WORDS, CONCURRENCY, BETA = 256, 32, 8, 0.5
+UNTIMED = 2  # iterations at the beginning, which fill the pipe
 SERVE = (
     "import sys; from fault_server import FaultServer; "
     "server = FaultServer(delay=float(sys.argv[1])).start(); print(server.url, flush=True); sys.stdin.read(); server.stop()"
@@ -44,67 +60,140 @@ def serving(delay: float) -> Iterator[str]:
         process.terminate()
 
 
-def run(url: str, cache: Path, iterations: int, prefetch: int, offline: bool = False) -> dict[str, Any]:
-    """Seconds of each iteration but the first two, which fill the pipe."""
-    guide_config = GuideConfig(concurrency=CONCURRENCY, offline=offline)
-    guide = RemoteGuide(Server(f"server:m@{url}", guide_config, "completion"), guide_config, AnswerCache(cache))
-    config = config_of(
-        ppo__texts_per_iteration=TEXTS,
-        ppo__minibatch_size=16,
-        ppo__iterations=iterations,
-        ppo__epochs=4,
-        guide__prefetch=prefetch,
-        task__max_new_tokens=24,
-    )
-    policy = tiny_model(width=192, layers=3, heads=4)
-    trainer = tiny_trainer(ppo_pp(0.5), config, guide, policy)
-    seconds: list[float] = []
-    for iteration in range(iterations):
-        began = time.perf_counter()
-        trainer.step(iteration)
-        seconds.append(time.perf_counter() - began)
-    if trainer.prefetcher is not None:
-        trainer.prefetcher.close()
-    return {"seconds": seconds[2:], "mean": statistics.fmean(seconds[2:]), "requests": guide.spent["attempts"]}
+def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Trainer:
+    """PPO++ on imdb-small's sizes, with random weights, random prompts and a cheap reward."""
+    settings: list[tuple[str, Any]] = [
+        ("algorithm.name", "ppo_pp"), ("algorithm.beta_guide", BETA), ("ppo.iterations", iterations),
+        ("ppo.mle_coefficient", 0.0), ("decoding.top_k", 0), ("runtime.threads", 1),
+        ("guide.spec", f"server:m@{url}"), ("guide.concurrency", CONCURRENCY), ("guide.offline", offline),
+    ]  # fmt: skip
+    config: Config = override(imdb_small(), settings)
+    vocabulary = config.model.vocabulary
+    words = ["<end>", *WORDS, *(f"w{number}" for number in range(vocabulary - len(WORDS) - 1))]
+    reads: Any = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w0"))
+    reads.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=reads, eos_token="<end>", bos_token="<end>")
+    policy = new_language_model(config.model, tokenizer, seed=0)
+    draws = torch.Generator().manual_seed(0)
+    drawn = torch.randint(1, vocabulary, (PROMPTS, PROMPT_WORDS), generator=draws).tolist()
+    prompts = [Prompt(" ".join(words[token] for token in row)) for row in drawn]
+
+    def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        return [sum(word[-1] in "02468e" for word in text.split()) / max(1, len(text.split())) for text in texts]
+
+    guide = RemoteGuide(Server(config.guide.spec, config.guide, "completion"), config.guide, AnswerCache(cache))
+    parts = Models(policy, policy.frozen(), {POLICY: critic_of(policy)})
+    task = Task("prefetch", prompts, prompts, prompts, judge)
+    return Trainer(Parts(config, config.algorithm.build(), task, judge, parts, guide, [], None))
+
+
+def critic_of(policy: Any) -> Any:
+    """A critic that starts as the policy does."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(Path(folder))
+        return new_critic("separate", folder, policy, 0.0)
+
+
+def timed(one: Trainer, iteration: int) -> dict[str, Any]:
+    """One iteration: wall seconds, CPU seconds of this process, and what came of it."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    metrics, _ = one.step(iteration)
+    return {
+        "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "score": metrics["score"],
+        "policy_loss": metrics["policy_loss"], "waited": metrics["seconds_write"],
+    }  # fmt: skip
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, quartiles and extremes."""
+    quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    named = zip(("quartile", "median", "third_quartile"), quarters)
+    return {**dict(named), "min": min(values), "max": max(values), "rounds": len(values)}
+
+
+def rounds(count: int, kept: Path, url: str, fresh: Path) -> list[dict[str, Any]]:
+    """One iteration of each trainer after another, `count` timed rounds."""
+    total = UNTIMED + count
+    nowhere = "http://127.0.0.1:9/v1"
+    three = {
+        "cached": trainer(nowhere, kept, total, offline=True),
+        "cached again": trainer(nowhere, kept, total, offline=True),
+        "faster guide": trainer(url, fresh, total),
+    }
+    found: list[dict[str, Any]] = []
+    for iteration in range(total):
+        names = list(three)
+        names = names[iteration % 3 :] + names[: iteration % 3]
+        row = {name: timed(three[name], iteration) for name in names}
+        if len({(row[name]["score"], row[name]["policy_loss"]) for name in row}) != 1:
+            raise SystemExit(f"the trainers did not do the same work in iteration {iteration}: {row}")
+        if iteration >= UNTIMED:
+            found.append(row)
+            ratios = {name: [row[name][clock] / row["cached"][clock] for clock in ("wall", "cpu")] for name in row}
+            told = [f"{name} {wall:.3f} wall, {cpu:.3f} CPU" for name, (wall, cpu) in ratios.items() if name != "cached"]
+            print(f"cached {row['cached']['wall']:.2f} s; times that: {'; '.join(sorted(told))}", flush=True)
+    for one in three.values():
+        if one.prefetcher is not None:
+            one.prefetcher.close()
+    return found
+
+
+def alone(iterations: int, url: str, fresh: Path) -> list[float]:
+    """Seconds of each timed iteration of one trainer alone."""
+    one = trainer(url, fresh, UNTIMED + iterations)
+    seconds = [timed(one, iteration)["wall"] for iteration in range(UNTIMED + iterations)]
+    assert one.prefetcher is not None
+    one.prefetcher.close()
+    return seconds[UNTIMED:]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = argparse.ArgumentParser(description="PPO++ with a guide asked ahead, beside cached rollins.")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--slow-iterations", type=int, default=8)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "prefetch.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)  # the other core is for the server and the client
+    torch.set_num_threads(1)  # the other core is for the server, and for the client where training lets go of the interpreter
+    keep_freed_memory()  # as the command line does
+    quiet()
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kept = folder / "kept.sqlite"
+        total = UNTIMED + max(arguments.rounds, arguments.slow_iterations)
+        with serving(0.0) as url:  # fill the cache
+            first = trainer(url, kept, total)
+            assert first.prefetcher is not None
+            for iteration in range(total):
+                first.parts.guide.prefetch(first.prefetcher.requests_of(iteration))
+            first.prefetcher.close()
+        once = trainer("http://127.0.0.1:9/v1", kept, total, offline=True)
+        training = min(timed(once, iteration)["wall"] for iteration in range(3))
+        waves = once.config.ppo.texts_per_iteration * BETA / CONCURRENCY  # answers one after another for an iteration's rollins
+        with serving(0.5 * training / waves) as url:
+            found = rounds(arguments.rounds, kept, url, folder / "faster.sqlite")
+        with serving(2.0 * training / waves) as url:
+            slow = alone(arguments.slow_iterations, url, folder / "slower.sqlite")
+        asked = trainer("http://127.0.0.1:9/v1", kept, total, offline=True)
+        assert asked.prefetcher is not None
+        answers = [
+            len(asked.prefetcher.requests_of(UNTIMED + number)) / CONCURRENCY for number in range(arguments.slow_iterations)
+        ]
+    needs = sum(answers) * 2.0 * training / waves  # what the guide takes for these iterations' rollins
     result: dict[str, Any] = {
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
-        "date": time.strftime("%Y-%m-%d"), "iterations": arguments.iterations, "rounds": [],
+        "date": time.strftime("%Y-%m-%d"), "load_before": load, "training_seconds": training, "concurrency": CONCURRENCY,
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1, "torch": torch.__version__},
+        "faster guide over cached": {
+            clock: spread([row["faster guide"][clock] / row["cached"][clock] for row in found]) for clock in ("wall", "cpu")
+        },
+        "cached again over cached": {
+            clock: spread([row["cached again"][clock] / row["cached"][clock] for row in found]) for clock in ("wall", "cpu")
+        },
+        "slower guide": {"seconds": slow, "guide_needs": needs, "over_guide": sum(slow) / needs},
+        "rounds": found,
     }  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        kept = Path(folder) / "kept.sqlite"
-        with serving(0.0) as url:
-            run(url, kept, arguments.iterations, 2)
-        training = run(url, kept, arguments.iterations, 0, offline=True)["mean"]
-        waves = TEXTS * 0.5 / CONCURRENCY  # answers one after the other, on the way to an iteration's rollins
-        for number in range(arguments.rounds):
-            row: dict[str, Any] = {}
-            for name, share in (("cached", 0.0), ("faster guide", 0.5), ("slower guide", 2.0)):
-                delay = share * training / waves
-                cache = kept if name == "cached" else Path(folder) / f"{name}-{number}.sqlite"
-                with serving(delay) as url:
-                    row[name] = run(url, cache, arguments.iterations, 2, offline=name == "cached")
-                row[name]["guide_seconds_per_iteration"] = delay * waves
-            ratios = {name: row[name]["mean"] / row["cached"]["mean"] for name in row}
-            print(", ".join(f"{name} {row[name]['mean']:.3f} s ({ratios[name]:.2f})" for name in row), flush=True)
-            result["rounds"].append(row)
-    for name in ("faster guide", "slower guide"):
-        ratios = [row[name]["mean"] / row["cached"]["mean"] for row in result["rounds"]]
-        paces = [row[name]["mean"] / row[name]["guide_seconds_per_iteration"] for row in result["rounds"]]
-        result[name] = {
-            "over_cached": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
-            "over_guide": {"median": statistics.median(paces), "min": min(paces), "max": max(paces)},
-        }
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps({name: result[name] for name in ("faster guide", "slower guide")}, indent=2))
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: value for name, value in result.items() if name != "rounds"}, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled",
 )  # fmt: skip
 
+import gzip
+import itertools
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,4 +96,14 @@ def shared_data() -> Path:
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reviews(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a few of the real reviews, of both labels."""
+    folder = tmp_path_factory.mktemp("reviews")
+    for split, step, end in (("train", 250, None), ("test", 250, None), ("unsup", 1, 60)):
+        with gzip.open(shared_data / "imdb" / f"{split}.jsonl.gz", "rt") as file:
+            (folder / f"{split}.jsonl").write_text("".join(itertools.islice(file, 0, end, step)))
     return folder

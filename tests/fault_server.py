@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +22,8 @@ Plan = Callable[[str, int], str | None]
 Writer = Callable[[dict[str, Any], str], tuple[str, str]]
 
 TRANSIENT = (
-    "429", "429_retry_after", "500", "503", "closed", "hang", "trickle", "half_json", "wrong_types", "too_few", "too_many",
+    "429", "429_retry_after", "500", "503", "closed", "hang", "trickle", "half_json", "nested_json", "error_in_200",
+    "wrong_types", "too_few", "too_many",
 )  # fmt: skip
 INVALID = ("empty", "ignores", "refusal", "nul", "surrogate", "too_long")
 PERMANENT = ("400", "401", "403", "404")
@@ -32,7 +34,8 @@ VOCABULARY = (
     "never always quietly brightly and but because under over with without warm cold lovely dull clever strange home again"
 )
 WORDS = VOCABULARY.split()
-COMPLETIONS, CHAT, MODELS = "/v1/completions", "/v1/chat/completions", "/v1/models"
+COMPLETIONS, CHAT, MODELS, TOKENIZE = "/v1/completions", "/v1/chat/completions", "/v1/models", "/tokenize"
+RETRY_AFTER = "0"
 STARTS_OVER = "Sure! Here is a new text:\n\nTaxes in the Grand Duchy are due on the first of May."
 REFUSES = "I'm sorry, but I can't help with that."
 ERRORS = {  # status: message, type, code
@@ -44,6 +47,16 @@ ERRORS = {  # status: message, type, code
     500: ("The server had an error while processing your request.", "server_error", None),
     503: ("The engine is currently overloaded.", "server_error", "overloaded"),
 }
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What makes the server a vLLM: it reads and writes token ids, with the field names of vLLM 0.32."""
+
+    encode: Callable[[str], list[int]]
+    size: int  # of the vocabulary
+    context: int = 256
+    obeys: bool = True  # whether it keeps to `min_tokens`
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -96,6 +109,20 @@ def good_texts(path: str, body: dict[str, Any]) -> list[tuple[str, str]]:
     texts = [words_for(prompt, body.get("seed"), index) for prompt in _prompts(path, body) for index in range(_choices(body))]
     cut = [len(words) if limit is None else min(len(words), limit) for words in texts]
     return [("".join(words[:kept]), "stop" if kept == len(words) else "length") for words, kept in zip(texts, cut)]
+
+
+def ids_for(body: dict[str, Any], tokens: Tokens) -> tuple[list[int], str]:
+    """The token ids that answer `body`, and their finish reason: 3 to 12 and an end token, within what it allows.
+
+    As vLLM does, it shortens what its context does not hold, and lets a text end at once whose end token is pushed.
+    """
+    prompt, seed, ends = body["prompt"], body.get("seed"), body.get("stop_token_ids") or [0]
+    pushed = any(str(end) in (body.get("logit_bias") or {}) for end in ends)
+    length = max(0 if pushed else 3 + _draw("count", prompt, seed) % 10, body.get("min_tokens") or 0 if tokens.obeys else 0)
+    most = min(body["max_tokens"], tokens.context - len(prompt))
+    others = [token for token in range(tokens.size) if token not in ends]
+    ids = [others[_draw("token", prompt, seed, place) % len(others)] for place in range(min(length, most))]
+    return ([*ids, ends[0]], "stop") if length < most else (ids, "length")
 
 
 def answer_of(path: str, body: dict[str, Any], texts: Sequence[tuple[str | None, str]]) -> dict[str, Any]:
@@ -164,9 +191,11 @@ def spoilt(kind: str, path: str, body: dict[str, Any], texts: list[tuple[str, st
 class FaultServer:
     """Serves `/v1/models`, `/v1/completions` and `/v1/chat/completions` on this machine, from its own threads.
 
-    `plan` names the fault of each attempt, `delay` is slept before every text's answer, `writer` replaces the words. For
-    texts asked for, `asked == answered + faults.total()` once all is still; what could not be delivered, because the client
-    or the server had gone, counts as the fault "lost". All counts outlive `stop`, and so do the attempts that plans see.
+    `plan` names the fault of each attempt, `delay` is slept before every text's answer, `writer` replaces the words, `tokens`
+    make it answer token ids with token ids and serve `/tokenize`, `paths` are what it serves, `complaint` says what is wrong
+    with a body. For texts asked for, `asked == answered + faults.total()` once all is still; what could not be delivered,
+    because the client or the server had gone, counts as the fault "lost". All counts outlive `stop`, and so do the attempts
+    that plans see.
     """
 
     def __init__(
@@ -179,8 +208,12 @@ class FaultServer:
         hang_seconds: float = 1.5,
         trickle_seconds: float = 0.3,
         model: str = "fault-model",
+        tokens: Tokens | None = None,
+        paths: Sequence[str] = (COMPLETIONS, CHAT),
+        complaint: Callable[[dict[str, Any]], str | None] = lambda body: None,
     ) -> None:
-        self.plan, self.delay, self.writer, self.api_key = plan, delay, writer, api_key
+        self.paths, self.complaint = paths, complaint
+        self.plan, self.delay, self.writer, self.api_key, self.tokens = plan, delay, writer, api_key, tokens
         self.hang_seconds, self.trickle_seconds, self.model = hang_seconds, trickle_seconds, model
         self.port = 0
         self.requests: list[dict[str, Any]] = []
@@ -198,9 +231,9 @@ class FaultServer:
 
     @property
     def asked(self) -> int:
-        """How many texts were asked for, well or badly: every POST."""
+        """How many texts were asked for, well or badly: every POST but those that ask for tokens."""
         with self.lock:
-            return sum(request["method"] == "POST" for request in self.requests)
+            return sum(request["method"] == "POST" and request["path"] != TOKENIZE for request in self.requests)
 
     def start(self, port: int | None = None) -> Self:
         """Listens on `port`; by default where it listened before, at first where there is room."""
@@ -291,6 +324,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # head and body are two writes; the second shall not wait for the first one's receipt
     server: _Listener  # pyright: ignore[reportIncompatibleVariableOverride]
+    ids: tuple[list[int], str] | None = None  # what the request in hand is answered with, where it asks for token ids
 
     def log_message(self, format: str, *args: Any) -> None:
         """Silence: tests print their own findings."""
@@ -315,9 +349,12 @@ class _Handler(BaseHTTPRequestHandler):
         self._record(body)
         if not self._authorised():
             return self._fail("401", 401, "Incorrect API key provided.")
-        if path not in (COMPLETIONS, CHAT):
+        if path == TOKENIZE and owner.tokens is not None:
+            ids = owner.tokens.encode(body["prompt"])
+            return self._send(200, _encoded({"count": len(ids), "max_model_len": owner.tokens.context, "tokens": ids}))
+        if path not in owner.paths:
             return self._fail("404", 404, f"No such path: {path}")
-        if complaint := _complaint(path, body):
+        if complaint := _complaint(path, body, owner.tokens) or owner.complaint(body):
             return self._fail("400", 400, complaint)
         try:
             key = request_key(path, body)
@@ -330,6 +367,7 @@ class _Handler(BaseHTTPRequestHandler):
                 texts = [owner.writer(body, path) for _ in range(count)]
         except Exception as error:  # an error of the test's own is not to be retried, and to be seen
             return self._fail("error", 400, f"The test's plan or writer failed: {error!r}")
+        self.ids = ids_for(body, owner.tokens) if owner.tokens and body.get("return_token_ids") else None
         if owner.delay and self.server.stopping.wait(owner.delay):
             return self._lost()
         if kind is not None:
@@ -337,7 +375,7 @@ class _Handler(BaseHTTPRequestHandler):
         with owner.lock:  # before sending, so that a client that has its answer finds it counted
             owner.answered += 1
         try:
-            return self._send(200, _encoded(answer_of(path, body, texts)))
+            return self._send(200, _encoded(self._with_ids(answer_of(path, body, texts), body)))
         except OSError:
             with owner.lock:
                 owner.answered -= 1
@@ -346,13 +384,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _fault(self, kind: str, path: str, body: dict[str, Any], texts: list[tuple[str, str]]) -> None:
         stopping, owner = self.server.stopping, self.server.owner
         if kind[0].isdigit():
-            return self._fail(kind, int(kind[:3]), headers={"Retry-After": "0"} if kind == "429_retry_after" else {})
+            return self._fail(kind, int(kind[:3]), headers={"Retry-After": RETRY_AFTER} if kind == "429_retry_after" else {})
         self._count(kind)
         if kind in ("closed", "hang"):
             if kind == "hang":
                 stopping.wait(owner.hang_seconds)
             return self._close()
-        good = _encoded(answer_of(path, body, texts))
+        good = _encoded(self._with_ids(answer_of(path, body, texts), body))
+        if kind == "nested_json":
+            return self._send(200, b"[" * 200_000)
+        if kind == "error_in_200":
+            return self._send(200, _encoded({"error": {"message": "Provider returned error", "code": 502}}))
         if kind == "half_json":
             return self._send(200, good[: len(good) // 2])
         if kind == "trickle":
@@ -362,7 +404,17 @@ class _Handler(BaseHTTPRequestHandler):
                     return self._close()
                 self.wfile.write(good[place : place + 1])
             return None
-        return self._send(200, _encoded(spoilt(kind, path, body, texts)))
+        return self._send(200, _encoded(self._with_ids(spoilt(kind, path, body, texts), body, kind)))
+
+    def _with_ids(self, answer: dict[str, Any], body: dict[str, Any], kind: str | None = None) -> dict[str, Any]:
+        """The document with what vLLM adds for `return_token_ids`; `wrong_types` spoils that too."""
+        if self.ids is not None and isinstance(answer["choices"], list):
+            ids, reason = self.ids
+            told: Any = ["7"] if kind == "wrong_types" else ids
+            for choice in answer["choices"]:
+                choice |= {"token_ids": told, "prompt_token_ids": body["prompt"], "stop_reason": None, "finish_reason": reason}
+            answer["usage"]["completion_tokens"] = len(ids)
+        return answer
 
     def _record(self, body: Any) -> None:
         headers = {name.lower(): value for name, value in self.headers.items()}
@@ -452,7 +504,7 @@ def _plain(content: Any) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _complaint(path: str, body: Any) -> str | None:
+def _complaint(path: str, body: Any, tokens: Tokens | None = None) -> str | None:
     """What is wrong with a request, as far as this server cares."""
     if not isinstance(body, dict):
         return "The body is not a JSON object."
@@ -463,6 +515,8 @@ def _complaint(path: str, body: Any) -> str | None:
         return "'messages' must be a list that is not empty."
     if body.get("stream"):
         return "This server does not stream."
+    if tokens and _is_ids(body.get("prompt")) and len(body["prompt"]) >= tokens.context:
+        return f"This model's maximum context length is {tokens.context} tokens."
     for name in ("n", "max_tokens", "max_completion_tokens"):
         if body.get(name) is not None and (not isinstance(body[name], int) or body[name] < 1):
             return f"'{name}' must be a whole number of at least 1."

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,8 @@ from rlgf.experience import Models, Reading, appraise
 from rlgf.forward import MicroBatch, micro_batch
 from rlgf.guides import FunctionGuide, Guide, Request, Text
 from rlgf.models import Critic, LanguageModel, new_language_model
+from rlgf.recipes import imdb_small
+from rlgf.runs import read_complete_lines
 from rlgf.supervised import Example
 from rlgf.tasks import embedded
 from rlgf.trainer import Parts, Trainer
@@ -250,3 +253,34 @@ def plain_config(**values: Any) -> Config:
 def farthest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """The largest change of any parameter."""
     return max(float((a - b).abs().max()) for a, b in zip(before, after))
+
+
+# --- whole runs with a guide on a server --------------------------------------------------------------------------------
+
+
+SMALL_IMDB = [
+    ("task.options.prompt_tokens", 16), ("task.max_new_tokens", 10), ("task.min_new_tokens", 0),
+    ("model.vocabulary", 500), ("model.layers", 1), ("model.width", 16), ("model.heads", 2), ("model.context", 64),
+    ("lm.steps", 2), ("lm.batch_size", 2), ("sft.epochs", 0.0), ("sft.steps", 2), ("sft.batch_size", 2), ("reward.epochs", 1),
+    ("ppo.iterations", 2), ("ppo.texts_per_iteration", 6), ("ppo.minibatch_size", 3), ("ppo.epochs", 1),
+    ("algorithm.beta_guide", 0.9), ("algorithm.switch_iteration", 1),
+    ("evaluation.every", 0), ("evaluation.final_prompts", 4), ("runtime.trackers", []),
+]  # fmt: skip
+
+
+def small_imdb(reviews: Path, *changes: tuple[str, Any]) -> Config:
+    """The recipe imdb-small on a few reviews, as small as it can be: two iterations of six texts."""
+    return override(imdb_small(), [*SMALL_IMDB, ("task.data", str(reviews)), *changes])
+
+
+def guided_metrics(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a finished run but for times and latency, after both sums of guide counts were checked."""
+    assert (run / "results.json").is_file()
+    rows = read_complete_lines(run / "metrics.jsonl")
+    for row in rows:
+        counts = {name.removeprefix("guide_"): value for name, value in row.items() if name.startswith("guide_")}
+        assert counts["attempts"] == counts["answered"] + counts["retried"] + counts["given_up"] > 0
+        ways = ("answered", "cached", "substituted", "dropped")
+        assert counts["rows_needed"] == sum(counts[f"rows_{way}"] for way in ways) > 0
+    times = ("seconds", "tokens_per_second", "guide_latency")
+    return [{name: value for name, value in row.items() if not name.startswith(times)} for row in rows]

@@ -15,3 +15,12 @@ def test_links_in_the_documents_lead_somewhere():
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_sample_of_two_tokenizers_is_the_one_that_was_drawn():
+    drawn = ROOT / "docs" / "images" / "two-tokenizers"
+    text, page = drawn.with_suffix(".txt").read_text().strip(), (ROOT / "docs" / "guides.md").read_text()
+    assert f"```\n{text}\n```" in page
+    assert "[guide:" in text
+    assert "[policy:" in text
+    assert "url(http" not in drawn.with_suffix(".svg").read_text()  # nothing is fetched to show it

@@ -207,6 +207,13 @@ def test_a_trickle_is_a_good_answer_that_takes_for_ever():
         assert json.dumps(ask(server)[1]).encode().startswith(head)
 
 
+def test_a_document_can_be_nested_without_end_or_be_an_error():
+    with FaultServer(always("nested_json")) as server, pytest.raises((RecursionError, json.JSONDecodeError)):
+        ask(server)
+    with FaultServer(always("error_in_200")) as server:
+        assert ask(server) == (200, {"error": {"message": "Provider returned error", "code": 502}})
+
+
 def test_half_a_document_arrives_whole():
     with FaultServer(first(1, "half_json")) as server, closing(connect(server)) as connection:
         with pytest.raises(json.JSONDecodeError):
@@ -283,7 +290,7 @@ def test_faults_do_not_depend_on_the_order_of_requests():
                 try:
                     status, answer = ask(server, body={**TEXT, "seed": seed})
                     text = text_of(answer) if status == 200 else None
-                except (OSError, ValueError, http.client.HTTPException, TypeError, IndexError):
+                except (OSError, ValueError, http.client.HTTPException, TypeError, LookupError, RecursionError):
                     continue
                 if text == "".join(words_for(TEXT["prompt"], seed, 0)) and len(answer["choices"]) == 1:
                     return seed, text

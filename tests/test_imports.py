@@ -19,7 +19,7 @@ LAYERS = """
 ORDER = LAYERS.split()
 
 FOLDERS = {
-    "guides": ["base", "local", "cache", "human", "server", "remote", "prefetch", "__init__"],
+    "guides": ["base", "local", "cache", "human", "answers", "server", "tokenizing", "remote", "prefetch", "__init__"],
     "tasks": ["base", "embedded", "imdb", "__init__"],
 }
 

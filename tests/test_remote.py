@@ -2,7 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +16,19 @@ import fault_server
 from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
 from helpers import config_of, tiny_trainer
 from rlgf.algorithms import d2lols, ppo_pp
-from rlgf.config import Config, GuideConfig, override
+from rlgf.config import Config, GuideConfig, TaskConfig, override
 from rlgf.errors import RunError, UserError
-from rlgf.guides import Request, ask
+from rlgf.guides import Request, Text, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import Question, Server, parse_spec, reach
-from rlgf.types import GUIDE, Prompt
+from rlgf.guides.server import Server, parse_spec, reach
+from rlgf.pipeline import guide_settings
+from rlgf.types import GUIDE, Decoding, Prompt
 
 pytestmark = pytest.mark.server
 
+FILM = "The film begins in a quiet town"
 CHAT = ("assistant", "continue_final_message", "prefix", "instruction")
 
 
@@ -30,12 +36,12 @@ def remote(server: FaultServer, folder: Path, mode: str = "completion", **option
     quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4}
     config = GuideConfig(**{**quick, **options})
     spec = f"server:fault-model@{server.url}"
-    return RemoteGuide(Server(spec, config, mode), config, AnswerCache(folder / "answers.sqlite"), sleep=lambda seconds: None)
+    cache = AnswerCache(folder / "answers.sqlite")
+    return RemoteGuide(Server(spec, config, mode), config, cache, sleep=lambda seconds: None)
 
 
 def requests(count: int, prefix: str = "") -> list[Request]:
-    prompt = "The film begins in a quiet town"
-    return [Request(Prompt(f"{prompt} {i}"), [1], prefix, [2] if prefix else [], 12, 0, i, 0) for i in range(count)]
+    return [Request(Prompt(f"{FILM} {i}"), [1], prefix, [2] if prefix else [], 12, 0, i, 0) for i in range(count)]
 
 
 def sums_hold(counts: dict[str, float]) -> bool:
@@ -142,7 +148,9 @@ def test_answers_are_kept_and_replayed_without_a_server(tmp_path: Path) -> None:
         assert len(server.requests) == 5
     gone = remote(server, tmp_path, offline=True)
     assert ask(gone, requests(5)) == wanted
-    assert gone.take_counts()["guide_rows_cached"] == 5
+    counts = gone.take_counts()  # as in the run that is replayed
+    assert (counts["guide_rows_answered"], counts["guide_rows_cached"], counts["guide_attempts"]) == (5, 0, 5)
+    assert gone.state() == {"begun": 0}  # but nothing is asked or paid
     with pytest.raises(RunError, match="offline"):
         ask(gone, requests(6))
 
@@ -153,6 +161,34 @@ def test_the_cache_asks_neither_address_nor_how_the_guide_is_reached(tmp_path: P
     with FaultServer() as other:
         assert ask(remote(other, tmp_path, concurrency=1, retries=9), requests(2)) == wanted
         assert not other.requests
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from rlgf.guides.cache import AnswerCache
+cache = AnswerCache(Path(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.readline()
+for number in range(300):
+    cache.put(f"question {number}", {"text": sys.argv[2]})
+print([cache.get(f"question {number}")["text"] for number in range(300)])
+"""
+
+
+def test_processes_that_ask_the_same_go_on_with_the_same_answers(tmp_path: Path) -> None:
+    path = str(tmp_path / "answers.sqlite")
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITER, path, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name in ("a", "b")
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    with ThreadPoolExecutor(2) as pool:  # both at once
+        outputs = list(pool.map(lambda process: process.communicate("go\n")[0], processes))
+    assert outputs[0] == outputs[1]
+    assert len(AnswerCache(tmp_path / "answers.sqlite")) == 300
 
 
 def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer, tmp_path: Path) -> None:
@@ -189,75 +225,88 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     assert all(b"sk-" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_written_out_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="secrets come from the environment"):
-        Config(guide=GuideConfig(extra_headers={"Authorization": "Bearer abc"}))
-    with pytest.raises(UserError, match="password"):
-        parse_spec("server:m@http://me:secret@host/v1")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extra_headers": {"Authorization": "Bearer abc"}}, {"extra_headers": {"x-goog-api-key": "abc"}},
+        {"extra_headers": {"Helicone-Auth": "abc"}}, {"extra_headers": {"X-Session-Token": "abc"}},
+        {"extra_body": {"api_key": "abc"}}, {"extra_body": {"provider": {"apiKey": "abc"}}},
+    ],
+)  # fmt: skip
+def test_written_out_secrets_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"environment|guide\.extra_headers"):
+        Config(guide=GuideConfig(**changes))
+
+
+def test_what_is_no_secret_is_not_refused() -> None:
+    harmless = {"extra_headers": {"HTTP-Referer": "https://host", "X-Title": "films", "X-Author": "me"}}
+    Config(guide=GuideConfig(**harmless, extra_body={"return_token_ids": True, "max_completion_tokens": 5}))
+
+
+def test_secrets_that_cannot_be_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("http://me:secret@host/v1", "http://host/v1?key=secret", "http://host/v1#secret"):
+        with pytest.raises(UserError) as caught:
+            parse_spec(f"server:m@{address}")
+        assert "secret" not in str(caught.value)
     with pytest.raises(UserError, match="MODEL_HEADER, which is not set"):
         Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
+    for key in ("sk-ключ", "sk-a\x07b", "sk-a\nb"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as caught:
+            Server("server:m@http://host/v1", GuideConfig(), "completion")
+        assert "sk-" not in str(caught.value)
 
 
-def told(text: str | None, reason: str = "stop", **message: Any) -> Any:
-    """A chat answer as parsed JSON."""
-    return {"choices": [{"message": {"content": text, **message}, "finish_reason": reason}], "usage": {"completion_tokens": 7}}
+def test_white_space_around_a_key_is_not_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123\n")
+    with FaultServer(api_key="sk-secret-123") as server:
+        ask(remote(server, tmp_path), requests(1))
 
 
-QUESTION = Question("The film begins in a quiet town", " where nobody", 12, 0)
-STRIPPED = {
-    " goes out.": " goes out.",
-    "goes out.": " goes out.",
-    '"goes out."': " goes out.",
-    "where nobody goes out.": " goes out.",
-    "The film begins in a quiet town where nobody goes out.": " goes out.",
-    "Sure, here is the continuation:\n\ngoes out.": " goes out.",
-    "<think>Hm. A town.</think>goes out.": " goes out.",
-}
-
-
-@pytest.mark.parametrize(("said", "kept"), STRIPPED.items())
-def test_echoes_quotes_preambles_and_thoughts_are_taken_off(said: str, kept: str) -> None:
-    server = Server("server:m@http://127.0.0.1:9/v1", GuideConfig(), "instruction")
-    answer = server._read(told(said), "/chat/completions", QUESTION)  # pyright: ignore[reportPrivateUsage]
-    assert answer.text == kept
-    assert answer.finished
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        (told("<think>Hm. A town. And", "length"), "still thinking"),
-        (told(None, "length"), "wrote nothing"),
-        (told(None, refusal="No."), "refused"),
-        (told("The film begins in a village. It"), "began anew"),
-    ],
-)
-def test_answers_that_cannot_be_used_say_why(data: Any, reason: str) -> None:
-    server = Server("server:m@http://127.0.0.1:9/v1", GuideConfig(), "instruction")
-    with pytest.raises(Exception, match=reason):
-        server._read(data, "/chat/completions", QUESTION)  # pyright: ignore[reportPrivateUsage]
+def particular(body: dict[str, Any]) -> str | None:
+    """What a reasoning model's server says of the parameters that it refuses."""
+    if "max_tokens" in body:
+        return "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    if "temperature" in body:
+        return "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported."
+    return "Unsupported parameter: 'n'" if "n" in body else None
 
 
 def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) -> None:
-    def particular(body: dict[str, Any], path: str) -> tuple[str, str]:
-        return "fine", "stop"
+    reports: list[str] = []
+    with FaultServer(complaint=particular, delay=0.05) as server:
+        guide = remote(server, tmp_path, "instruction", decoding=Decoding(temperature=0.7), retries=0)
+        guide.server._report = reports.append  # pyright: ignore[reportPrivateUsage]
+        assert len(ask(guide, requests(4))) == 4  # side by side: all four are refused before one is adapted
+        body = server.requests[-1]["body"]
+        counts = guide.take_counts()
+        assert (counts["guide_attempts"], counts["guide_answered"]) == (server.asked, 4)
+        assert guide.state()["begun"] == server.asked > 8
+    assert sums_hold(counts)
+    assert "max_completion_tokens" in body
+    assert not {"max_tokens", "temperature", "n"} & set(body)
+    assert sorted(reports) == [
+        "guide: n is left out from now on, as the server refuses it",
+        "guide: temperature is left out from now on, as the server refuses it",
+    ]
 
-    with FaultServer(writer=particular) as server:
-        guide = remote(server, tmp_path, "instruction")
-        sent = guide.server._send  # pyright: ignore[reportPrivateUsage]
 
-        def picky(path: str, body: dict[str, Any]) -> Any:
-            from rlgf.guides.server import PermanentError
+def test_of_two_parameters_that_exclude_each_other_the_temperature_stays(tmp_path: Path) -> None:
+    def either(body: dict[str, Any]) -> str | None:
+        both = "temperature" in body and "top_p" in body
+        return "`temperature` and `top_p` cannot both be specified for this model. Please use only one." if both else None
 
-            if "max_tokens" in body:
-                raise PermanentError("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
-            if "temperature" in body:
-                raise PermanentError("Unsupported value: 'temperature' does not support 0.7.")
-            return sent(path, body)
+    with FaultServer(complaint=either) as server:
+        ask(remote(server, tmp_path, decoding=Decoding(temperature=0.7, top_p=0.9)), requests(1))
+        assert server.requests[-1]["body"]["temperature"] == 0.7
+        assert "top_p" not in server.requests[-1]["body"]
 
-        guide.server._send = picky  # pyright: ignore[reportPrivateUsage]
-        assert ask(guide, requests(1))[0].text == " fine"
-        assert "max_completion_tokens" in server.requests[-1]["body"]
+
+def test_what_was_asked_for_in_extra_body_is_never_left_out(tmp_path: Path) -> None:
+    with FaultServer(complaint=particular) as server:
+        guide = remote(server, tmp_path, extra_body={"temperature": 0.7, "max_tokens": None, "n": None})
+        with pytest.raises(RunError, match=r"refuses .*max_tokens"):
+            ask(guide, requests(1))
 
 
 def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path: Path) -> None:
@@ -265,11 +314,102 @@ def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path:
     with FaultServer(lambda key, attempt: None) as server:
         cache = AnswerCache(tmp_path / "a.sqlite")
         assert reach(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "completion"
-    with FaultServer(always("404")) as server:
+    with FaultServer(paths=(fault_server.CHAT,)) as server:
         cache = AnswerCache(tmp_path / "b.sqlite")
         assert reach(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "instruction"
     assert "no text completion" in reports[0]
     assert reach(f"server:m@{server.url}", GuideConfig(offline=True), cache, reports.append).mode == "instruction"
+
+
+def test_a_wrong_key_says_nothing_about_how_to_ask(tmp_path: Path) -> None:
+    cache = AnswerCache(tmp_path / "answers.sqlite")
+    with FaultServer(api_key="right") as server, pytest.raises(UserError, match=r"refuses \(Error code: 401"):
+        reach(f"server:m@{server.url}", GuideConfig(), cache, print)
+    assert len(cache) == 0
+    with FaultServer(always("503")) as server:
+        assert reach(f"server:m@{server.url}", GuideConfig(), cache, print).mode == "completion"
+    assert len(cache) == 0
+
+
+def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp_path: Path) -> None:
+    with FaultServer(always("empty")) as server:
+        guide = remote(server, tmp_path, invalid_retries=2)
+        assert ask(guide, requests(1, " and then")) == [Text("", True)]
+        assert server.asked == 3
+        counts = guide.take_counts()
+        assert (counts["guide_answers_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
+        with pytest.raises(RunError, match="wrote nothing"):  # to a prompt there is always something to add
+            ask(guide, requests(1))
+    assert ask(remote(server, tmp_path, invalid_retries=2, offline=True), requests(1, " and then")) == [Text("", True)]
+
+
+def test_a_used_up_quota_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fault_server.ERRORS, 429, ("You exceeded your quota.", "insufficient_quota", "insufficient_quota"))
+    with FaultServer(always("429")) as server:
+        with pytest.raises(RunError, match=r"refuses .*exceeded your quota"):
+            ask(remote(server, tmp_path), requests(1))
+        assert server.asked == 1
+
+
+def test_limits_on_tokens_need_a_server_that_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fault_server.answer_of
+    monkeypatch.setattr(fault_server, "answer_of", lambda *asked: {**plain(*asked), "usage": None})
+    with FaultServer() as server:
+        ask(remote(server, tmp_path / "a"), requests(1))
+        with pytest.raises(RunError, match="does not say what an answer costs"):
+            ask(remote(server, tmp_path / "b", max_tokens=100), requests(1))
+
+
+def test_pauses_are_told_and_end_when_nothing_is_left_to_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question is refused for good, while the others wait for a server that wants to be left alone for a minute."""
+    monkeypatch.setattr(fault_server, "RETRY_AFTER", "60")
+
+    def plan(key: str, attempt: int) -> str:
+        return "429_retry_after" if key != refused else "403"
+
+    reports: list[str] = []
+    with FaultServer(delay=0.2) as server:
+        ask(remote(server, tmp_path / "a"), requests(4))
+        refused = fault_server.request_key(fault_server.COMPLETIONS, server.requests[0]["body"])
+        server.plan = plan
+        guide = remote(server, tmp_path / "b")
+        guide._sleep, guide._report = None, reports.append  # pyright: ignore[reportPrivateUsage]
+        began = time.monotonic()
+        with pytest.raises(RunError, match="refuses"):
+            ask(guide, requests(4))
+        assert time.monotonic() - began < 10
+    assert reports in ([], ["guide: HTTP 429; asked again in 60 s"])  # the one refused may have been the first
+
+
+def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_server, "RETRY_AFTER", "60")
+    reports: list[str] = []
+    with FaultServer(first(2, "429_retry_after")) as server:
+        guide = remote(server, tmp_path)
+        guide._report = reports.append  # pyright: ignore[reportPrivateUsage]
+        ask(guide, requests(3))
+    assert reports == ["guide: HTTP 429; asked again in 60 s"]
+
+
+@pytest.mark.parametrize("name", ["imdb", "embedded"])
+def test_a_task_tells_a_chat_model_what_to_do_and_so_may_you(tmp_path: Path, name: str) -> None:
+    """The template is part of what an answer is kept under, where one is used."""
+    task = Config(task=TaskConfig(name))
+    told = guide_settings(task).instruction
+    assert told is not None
+    assert "{text}" in told
+    mine = guide_settings(override(task, [("guide.instruction", "Go on: {text}")]))
+    assert mine.instruction == "Go on: {text}"
+    with pytest.raises(UserError, match=r"put \{text\} there"):
+        override(task, [("guide.instruction", "Go on!")])
+    with FaultServer() as server:
+        for mode in ("instruction", "assistant", "completion"):
+            for instruction in (told, mine.instruction):
+                ask(remote(server, tmp_path / mode, mode, instruction=instruction), requests(1))
+        contents = [request["body"]["messages"][0]["content"] for request in server.requests[:4]]
+    assert contents[:2] == [told.replace("{text}", f"{FILM} 0"), f"Go on: {FILM} 0"]
+    assert contents[2:] == contents[:2]
+    assert server.asked == 5  # a completion has no template, so the second was kept
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
@@ -287,21 +427,19 @@ def trained(server: FaultServer, folder: Path, **options: Any) -> tuple[list[dic
     return [metrics for metrics, _ in steps], [experience.rollout.texts for _, experience in steps]
 
 
-def comparable(metrics: Sequence[dict[str, Any]]) -> list[str]:
-    """Metrics without times and without how the answers came."""
-    ways = re.compile(
-        "seconds|per_second|latency|guide_(attempts|answered|retried|given_up|rows_(needed|answered|cached)"
-        "|prompt_tokens|completion_tokens|answers_|cost)"
-    )
-    return [json.dumps({k: v for k, v in row.items() if not ways.search(k)}, sort_keys=True, default=str) for row in metrics]
+def comparable(metrics: Sequence[dict[str, Any]], but: str = "guide_(attempts|retried)$") -> list[str]:
+    """Metrics without times; where faults are compared with none, without how often had to be asked."""
+    left_out = re.compile(f"seconds|per_second|latency|{but}" if but else "seconds|per_second|latency")
+    return [
+        json.dumps({k: v for k, v in row.items() if not left_out.search(k)}, sort_keys=True, default=str) for row in metrics
+    ]
 
 
 def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
     with FaultServer() as server:
         metrics, texts = trained(server, tmp_path / "a")
-    kinds = [kind for kind in TRANSIENT if kind not in ("hang", "trickle")]  # those are slow, and tested above
-    with FaultServer(a_third(kinds)) as server:
-        faulty, same = trained(server, tmp_path / "b")
+    with FaultServer(a_third(TRANSIENT), hang_seconds=0.2) as server:
+        faulty, same = trained(server, tmp_path / "b", concurrency=8)
         assert server.faults.total() > 5
         assert sum(row["guide_attempts"] for row in faulty) == server.asked
     assert same == texts
@@ -310,14 +448,13 @@ def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_invalid_faults_give_the_same_run_twice_and_no_row_is_lost(tmp_path: Path) -> None:
-    kinds = [kind for kind in (*TRANSIENT, *INVALID) if kind not in ("hang", "trickle")]
     runs = []
     for name in ("a", "b"):
-        with FaultServer(a_third(kinds)) as server:
-            runs.append(trained(server, tmp_path / name, invalid_retries=9))
+        with FaultServer(a_third((*TRANSIENT, *INVALID)), hang_seconds=0.2) as server:
+            runs.append(trained(server, tmp_path / name, invalid_retries=9, concurrency=8))
             assert sum(row["guide_attempts"] for row in runs[-1][0]) == server.asked
     assert runs[0][1] == runs[1][1]
-    assert comparable(runs[0][0]) == comparable(runs[1][0])
+    assert comparable(runs[0][0], but="") == comparable(runs[1][0], but="")
     assert all(sums_hold(row) for row in runs[0][0])
 
 
@@ -326,8 +463,7 @@ def test_a_run_replays_offline_to_the_same_metrics(tmp_path: Path) -> None:
         metrics, texts = trained(server, tmp_path)
     again, same = trained(server, tmp_path, offline=True)
     assert same == texts
-    assert comparable(again) == comparable(metrics)
-    assert sum(row["guide_attempts"] for row in again) == 0
+    assert comparable(again, but="") == comparable(metrics, but="")
 
 
 # --- a person -----------------------------------------------------------------------------------------------------------
@@ -399,7 +535,7 @@ def test_with_policy_the_run_goes_on_without_the_guide(tmp_path: Path, name: str
                 assert not bool(rollout.after_switch[alone].any())  # the guide's critic learns nothing from them
                 assert bool((rollout.switch[alone] == rollout.written.sum(1)[alone]).all())
                 assert bool(experience.advantages.isfinite().all())
-    assert comparable(runs[0]) == comparable(runs[1])
+    assert comparable(runs[0], but="") == comparable(runs[1], but="")
     if name == "ppo_pp":
         assert all(metrics["guide_rows_dropped"] == 0 for metrics in runs[0])
 

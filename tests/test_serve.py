@@ -5,11 +5,8 @@ temperature, so one is sent along; it takes a seed when a request arrives, not w
 only if one request is under way at a time.
 """
 
-import gzip
-import itertools
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -24,14 +21,14 @@ from urllib.request import urlopen
 
 import pytest
 
-from rlgf.config import Config, GuideConfig, override
+from helpers import guided_metrics, small_imdb
+from rlgf.config import Config, GuideConfig
 from rlgf.errors import RunError
 from rlgf.guides import Request, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.remote import RemoteGuide
 from rlgf.guides.server import Server, reach
 from rlgf.pipeline import train
-from rlgf.recipes import imdb_small
 from rlgf.runs import read_complete_lines
 from rlgf.types import Prompt
 
@@ -39,15 +36,6 @@ SECONDS_TO_START = 180
 SAMPLES = {"generation_config": json.dumps({"do_sample": True})}
 # the model brings no chat template
 TEMPLATE = {"chat_template_kwargs": {"chat_template": "{% for message in messages %}{{ message.content }}{% endfor %}"}}
-SMALL = [
-    ("task.options.prompt_tokens", 16), ("task.max_new_tokens", 10), ("task.min_new_tokens", 0),
-    ("model.vocabulary", 500), ("model.layers", 1), ("model.width", 16), ("model.heads", 2), ("model.context", 64),
-    ("lm.steps", 2), ("lm.batch_size", 2), ("sft.epochs", 0.0), ("sft.steps", 2), ("sft.batch_size", 2), ("reward.epochs", 1),
-    ("ppo.iterations", 2), ("ppo.texts_per_iteration", 6), ("ppo.minibatch_size", 3), ("ppo.epochs", 1),
-    ("algorithm.beta_guide", 0.9), ("algorithm.switch_iteration", 1),
-    ("evaluation.every", 0), ("evaluation.final_prompts", 4), ("runtime.trackers", []),
-    ("guide.extra_body", SAMPLES), ("guide.concurrency", 1),
-]  # fmt: skip
 
 
 class Serve:
@@ -161,20 +149,10 @@ def test_what_it_refuses_stops_at_once(served: Serve, tmp_path: Path, change: di
     guide = remote(f"server:{model}@{served.spec.partition('@')[2]}", tmp_path, **options)
     with pytest.raises(RunError, match=words):
         ask(guide, requests(1))
-    assert guide.take_counts()["guide_attempts"] == 1
+    assert guide.state()["attempts"] == 1
 
 
 # --- training -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def reviews(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A few of the real reviews, of both labels."""
-    folder = tmp_path_factory.mktemp("reviews")
-    for split, step, end in (("train", 250, None), ("test", 250, None), ("unsup", 1, 60)):
-        with gzip.open(shared_data / "imdb" / f"{split}.jsonl.gz", "rt") as file:
-            (folder / f"{split}.jsonl").write_text("".join(itertools.islice(file, 0, end, step)))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -183,28 +161,14 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(spec: str, reviews: Path, cache: Path, algorithm: str, **guide: Any) -> Config:
-    changes = [("task.data", str(reviews)), ("guide.spec", spec), ("guide.cache", str(cache)), ("algorithm.name", algorithm)]
-    return override(imdb_small(), [*SMALL, *changes, *((f"guide.{name}", value) for name, value in guide.items())])
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a finished run, after both sums of guide counts were checked."""
-    assert (run / "results.json").is_file()
-    rows = read_complete_lines(run / "metrics.jsonl")
-    assert len(rows) == 2
-    for row in rows:
-        counts = {name.removeprefix("guide_"): value for name, value in row.items() if name.startswith("guide_")}
-        assert counts["attempts"] == counts["answered"] + counts["retried"] + counts["given_up"]
-        ways = ("answered", "cached", "given_up", "substituted", "dropped")
-        assert counts["rows_needed"] == sum(counts.get(f"rows_{way}", 0) for way in ways)
-        assert counts["rows_needed"] > 0
-    return rows
+    # one request at a time, or seeds mean nothing
+    settings = {"spec": spec, "cache": str(cache), "extra_body": SAMPLES, "concurrency": 1, **guide}
+    return small_imdb(reviews, ("algorithm.name", algorithm), *((f"guide.{name}", value) for name, value in settings.items()))
 
 
 def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Metrics without times, and without how the answers came."""
-    ways = re.compile(r"seconds|per_second|latency|guide_(attempts|answered|retried|given_up|rows_|answers_|\w+_tokens$|cost$)")
-    return [{name: value for name, value in row.items() if not ways.search(name)} for row in rows]
+    """Metrics without how often had to be asked."""
+    return [{name: value for name, value in row.items() if name not in ("guide_attempts", "guide_retried")} for row in rows]
 
 
 @pytest.mark.server
@@ -216,8 +180,7 @@ def test_it_guides_a_run_and_the_run_replays_without_it(
     lines: list[str] = []
     train(config(served.spec, reviews, cache, algorithm), tmp_path / "run", stages, lines.append)
     assert not any("no text completion" in line for line in lines)
-    metrics = metrics_of(tmp_path / "run")
-    assert sum(row["guide_attempts"] for row in metrics) > 0
+    metrics = guided_metrics(tmp_path / "run")
     texts = read_complete_lines(tmp_path / "run" / "rollouts.jsonl")
     authors = [[span["author"] for span in row["spans"]] for row in texts]
     if algorithm != "aggrevated":
@@ -228,10 +191,8 @@ def test_it_guides_a_run_and_the_run_replays_without_it(
 
     nowhere = f"server:{served.model}@http://127.0.0.1:9/v1"
     train(config(nowhere, reviews, cache, algorithm, offline=True), tmp_path / "again", stages)
-    again = metrics_of(tmp_path / "again")
-    assert comparable(again) == comparable(metrics)
+    assert guided_metrics(tmp_path / "again") == metrics
     assert read_complete_lines(tmp_path / "again" / "rollouts.jsonl") == texts
-    assert sum(row["guide_attempts"] for row in again) == 0
 
 
 @pytest.mark.server
@@ -257,6 +218,6 @@ def test_killed_and_restarted_during_a_run_it_changes_nothing(
     finally:
         over.set()
         thread.join()
-    whole, broken = metrics_of(tmp_path / "whole"), metrics_of(tmp_path / "broken")
+    whole, broken = guided_metrics(tmp_path / "whole"), guided_metrics(tmp_path / "broken")
     assert sum(row["guide_retried"] for row in broken) > 0
     assert comparable(broken) == comparable(whole)

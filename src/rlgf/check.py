@@ -12,21 +12,19 @@ from pathlib import Path
 
 from rlgf import algorithms, pipeline
 from rlgf.config import Config, override
-from rlgf.errors import RunError
-from rlgf.guides.server import (
-    CONTINUATIONS,
-    Answer,
-    InvalidError,
-    PermanentError,
-    Question,
-    Server,
-    TransientError,
-)
+from rlgf.errors import RunError, UserError
+from rlgf.guides import FunctionGuide, Request, ask
+from rlgf.guides.answers import Answer, InvalidError, PermanentError, Question, TransientError
+from rlgf.guides.local import guide_model_path
+from rlgf.guides.server import CONTINUATIONS, Server
+from rlgf.guides.tokenizing import Tokens, reach_by_tokens
+from rlgf.models import context_length, load_end_ids, load_tokenizer
 from rlgf.pipeline import Report, prepare_task
+from rlgf.plugins import load_object
 from rlgf.randomness import Purpose, permutation
 from rlgf.rewards import score
 from rlgf.stages import tokenizer_for
-from rlgf.tasks import Task, TextFunction
+from rlgf.tasks import Task, TextFunction, task_kind
 from rlgf.tokens import decode, encode_prompt
 from rlgf.types import Prompt
 
@@ -53,34 +51,91 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     return findings
 
 
-def check_guide(config: Config, prompt: str, prefix: str) -> list[Finding]:
-    """Ask a server in every way it can be asked; of other guides say what they can do."""
+def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+    """Ask a server in every way it can be asked; try other guides on the same prompt, or say what they can do."""
     spec = config.guide.spec
-    if not spec.startswith("server:"):
-        pipeline.check(override(config, [("algorithm.name", "ppo_pp")]))
-        able = spec != "references"
-        return [Finding("ok", _serves(able) + ("" if able else "; it cannot finish what another has begun"))]
+    changes: list[tuple[str, object]] = [("algorithm.name", "ppo_pp")]
+    if task_kind(config.task).needs_data:
+        changes.append(("task.data", config.task.data or "."))  # which is not read
+    pipeline.check(override(config, changes))
+    if spec.startswith("server:"):
+        return _check_server(config, prompt, prefix, stages, report)
+    if spec.startswith("python:"):
+        return _check_function(spec, Question(prompt, prefix, config.task.max_new_tokens, 0))
+    path = guide_model_path(spec)
+    if path is not None:
+        return [Finding("ok", f"a model that reads {context_length(path):,} tokens"), Finding("ok", _serves(True))]
+    able = spec != "references"
+    return [Finding("ok", _serves(able) + ("" if able else "; it cannot finish what another has begun"))]
+
+
+def _check_function(spec: str, question: Question) -> list[Finding]:
+    """A function of the user's: a text begun, and one finished if it says that it can."""
+    guide = FunctionGuide(load_object(spec, "guide"))
+    able, findings = guide.capabilities.can_finish, list[Finding]()
+    for prefix in ("", question.prefix) if able else ("",):
+        began = time.monotonic()
+        request = Request(Prompt(question.prompt), [], prefix, [], question.max_tokens, 0, 0, 0)
+        try:
+            text = ask(guide, [request])[0].text
+        except RunError as error:
+            return [Finding("error", str(error))]
+        does = f"finishes {prefix!r}" if prefix else "begins a text"
+        findings.append(Finding("ok", f"{does}, {time.monotonic() - began:.2f} s: {text!r}"))
+    return [*findings, Finding("ok", _serves(able))]
+
+
+def _check_server(config: Config, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
     findings: list[Finding] = []
-    modes = CONTINUATIONS[:-1] if config.guide.continuation == "auto" else (config.guide.continuation,)
+    settings, chosen = pipeline.guide_settings(config), config.guide.continuation
+    modes = CONTINUATIONS[:-1] if chosen == "auto" else () if chosen == "token_ids" else (chosen,)
     for mode in modes:
-        server = Server(spec, config.guide, mode)
-        begun, finished = (_try(server, Question(prompt, part, config.task.max_new_tokens, 0)) for part in ("", prefix))
-        where = f"guide.continuation={mode}: "
-        if isinstance(begun, str):
-            findings.append(Finding("warning", f"{where}does not write ({begun})"))
-            continue
-        findings.append(Finding("ok", f"{where}begins a text, {begun[1]:.2f} s: {begun[0].text!r}"))
-        if mode == "none":
-            findings.append(Finding("ok", where + _serves(False)))
-        elif isinstance(finished, str):
-            findings.append(Finding("warning", f"{where}does not finish a prefix ({finished}); " + _serves(False)))
-        else:
-            findings.append(Finding("ok", f"{where}finishes {prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
-            findings.append(Finding("ok", where + _serves(True)))
-        findings.append(_price(config, begun[0]))
+        server = Server(config.guide.spec, settings, mode, report)
+        questions = (Question(prompt, part, config.task.max_new_tokens, 0) for part in ("", prefix))
+        findings += _findings(config, server, *questions)
+    path = config.policy or config.model.path
+    if chosen == "token_ids" or (chosen == "auto" and path):
+        findings += _check_token_ids(config, path, prompt, prefix, stages, report)
     if not any(finding.level == "ok" for finding in findings):
         return [Finding("error", finding.text) for finding in findings]
+    if chosen == "auto" and not path:
+        findings.append(Finding("ok", "guide.continuation=token_ids: not tried; policy=PATH names a policy to try it with"))
     return findings
+
+
+def _findings(config: Config, server: Server, begin: Question, finish: Question) -> list[Finding]:
+    """What comes of one way of asking."""
+    where = f"guide.continuation={server.mode}: "
+    begun, finished = _try(server, begin), _try(server, finish)
+    if isinstance(begun, str):
+        return [Finding("warning", f"{where}does not write ({begun})")]
+    found = [Finding("ok", f"{where}begins a text, {begun[1]:.2f} s: {begun[0].text!r}")]
+    if server.mode == "none":
+        found.append(Finding("ok", where + _serves(False)))
+    elif isinstance(finished, str):
+        found.append(Finding("warning", f"{where}does not finish a prefix ({finished}); " + _serves(False)))
+    else:
+        found.append(Finding("ok", f"{where}finishes {finish.prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
+        found.append(Finding("ok", where + _serves(True)))
+    return [*found, _price(config, begun[0])]
+
+
+def _check_token_ids(config: Config, path: str | None, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+    """Whether the server can be driven by the tokens of a policy, which must be named."""
+    where = "guide.continuation=token_ids: "
+    if path is None:
+        return [Finding("warning", f"{where}needs to know the policy: name it with policy=PATH")]
+    tokenizer, settings = load_tokenizer(path), pipeline.guide_settings(config)
+    ids = [encode_prompt(tokenizer, Prompt(text)) for text in (prompt, prompt + prefix)]
+    budget = config.task.max_new_tokens
+    tokens = Tokens(tokenizer, load_end_ids(path, tokenizer), max(map(len, ids)) + budget)
+    try:
+        server = reach_by_tokens(config.guide.spec, settings, tokens, pipeline.answer_cache(config, stages), report)
+    except UserError as error:
+        return [Finding("warning", where + str(error))]
+    begin, finish = (Question("", part, budget, 0, tuple(found)) for part, found in zip(("", prefix), ids))
+    exact = "keeps to a least length" if server.exact else "does not keep to a least length"
+    return [*_findings(config, server, begin, finish), Finding("ok", f"{where}{exact}")]
 
 
 def _try(server: Server, question: Question) -> tuple[Answer, float] | str:
@@ -103,12 +158,16 @@ def _serves(can_finish: bool) -> str:
 
 
 def _price(config: Config, answer: Answer) -> Finding:
-    guide, tokens = config.guide, (answer.prompt_tokens, answer.completion_tokens)
+    guide, bill = config.guide, answer.bill
+    if not bill.known:
+        return Finding("warning", "it does not say what it bills: guide.max_tokens and guide.max_cost cannot be kept")
+    thoughts = f" ({bill.thinking_tokens} of thought)" if bill.thinking_tokens else ""
+    billed = f"billed {bill.prompt_tokens} + {bill.completion_tokens} tokens{thoughts}"
     if guide.price_input is None or guide.price_output is None:
         unknown_price = "price unknown: give guide.price_input and guide.price_output per million tokens"
-        return Finding("ok", f"billed {tokens[0]} + {tokens[1]} tokens; {unknown_price}")
-    thousand = (tokens[0] * guide.price_input + tokens[1] * guide.price_output) / 1e3
-    return Finding("ok", f"billed {tokens[0]} + {tokens[1]} tokens: {thousand:.4f} per thousand texts at the prices given")
+        return Finding("ok", f"{billed}; {unknown_price}")
+    thousand = (bill.prompt_tokens * guide.price_input + bill.completion_tokens * guide.price_output) / 1e3
+    return Finding("ok", f"{billed}: {thousand:.4f} per thousand texts at the prices given")
 
 
 def check_prompts(task: Task, tokenizer: object) -> list[Finding]:

@@ -18,6 +18,8 @@ from rlgf.errors import RunError, UserError, unknown
 from rlgf.recipes import RECIPES, recipe
 from rlgf.recipes import controls as recipe_controls
 
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -152,7 +154,7 @@ def train(
         console.print_plan(config, pipeline.check(config))
         return
     target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
-    watch = console.Watch()
+    watch = console.Watch(may_draw=config.guide.spec != "human")
     try:
         pipeline.train(config, target, stages, console.report, watch)
     finally:
@@ -193,7 +195,7 @@ def compare(
     console.set_up_machine(config)
     target = out or Path("runs") / config.recipe
     rows = comparing.entries(config, names, recipe_controls(config) if controls else {})
-    watch = console.Watch()
+    watch = console.Watch(may_draw=config.guide.spec != "human")
     try:
         results = comparing.compare(config, rows, numbers, target, jobs, console.report, watch)
     finally:
@@ -367,13 +369,17 @@ def check_guide(
         str, typer.Option(help="What another has written of the continuation.")
     ] = " nothing ever happens. One day",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=1)] = 48,
+    recipe_or_yaml: Annotated[
+        str, typer.Option("--recipe", help="Whose guide settings and task's instruction to use.", metavar="RECIPE_OR_YAML")
+    ] = "imdb-small",
 ) -> None:
     """Ask a guide: what works, with a sample, how long it takes, what a thousand texts cost, which algorithms it serves."""
-    config = read_config("quickstart", [*(overrides or []), f"task.max_new_tokens={max_tokens}"], guide=spec)
+    changes = ["task.min_new_tokens=0", f"task.max_new_tokens={max_tokens}", *(overrides or [])]
+    config = read_config(recipe_or_yaml, changes, guide=spec)
     from rlgf import check, console
 
     console.quiet()
-    findings = check.check_guide(config, prompt, prefix)
+    findings = check.check_guide(config, prompt, prefix, Path("runs") / "stages", console.report)
     _print_findings(findings)
     if not any(finding.level == "ok" for finding in findings):
         raise UserError("this guide cannot be used: mend what is marked ERROR.")
@@ -460,8 +466,10 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 3)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from the last checkpoint.", 130)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _fail("interrupted; the same command goes on from the last checkpoint.", INTERRUPTED)
+        raise
 
 
 def _fail(message: str, code: int) -> None:

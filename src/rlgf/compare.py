@@ -77,7 +77,7 @@ def compare(
 def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[str, Any]:
     """SFT and guide for one seed, evaluated once. Any algorithm that asks the guide will do to prepare them."""
     asking = override(config, [("algorithm.name", "aggrevated"), ("distil.texts", 0)])
-    if config.guide.spec == "references" or config.guide.continuation == "none":
+    if config.guide.spec == "references" or config.guide.spec.startswith("python:") or config.guide.continuation == "none":
         asking = override(asking, [("algorithm.name", "ppo_pp")])
     mark = fingerprint({"config": dump(override(asking, [("runtime.threads", 0)]))})
     path = out / "baselines" / f"seed{config.seed}.json"

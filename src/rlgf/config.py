@@ -6,6 +6,7 @@ Unknown keys and impossible values are answered before any work is done, with th
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_type_hints
@@ -94,8 +95,10 @@ class GuideConfig:
     model: ModelConfig = ModelConfig()
     sft: SupervisedConfig = SupervisedConfig()
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # task options for its demonstrations
-    continuation: Literal["auto", "completion", "assistant", "continue_final_message", "prefix", "instruction", "none"] = "auto"
-    instruction: str | None = None  # tells a chat model what to do with '{text}'; None: a plain one
+    continuation: Literal[
+        "auto", "completion", "token_ids", "assistant", "continue_final_message", "prefix", "instruction", "none"
+    ] = "auto"  # how a prefix is handed over; docs/guides.md says what works where
+    instruction: str | None = None  # tells a chat model what to do with '{text}'; None: the task's own
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     stop: tuple[str, ...] = ()
     extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -295,7 +298,8 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [  # nan is within none
 ]
 
 
-SECRET_HEADERS = ("authorization", "api-key", "x-api-key", "cookie", "proxy-authorization")
+SECRET_NAME = re.compile(r"key|token|secret|auth(?!or\b)|password|cookie|credential", re.IGNORECASE)  # of a header
+SECRET_FIELD = re.compile(r"api[-_]?key|secret|password|authorization|credential", re.IGNORECASE)  # of a request's body
 
 
 def check_numbers(config: Config) -> None:
@@ -324,11 +328,23 @@ def _check_decodings(config: Config) -> None:
 def _check_guide(guide: GuideConfig) -> None:
     if guide.max_cost is not None and (guide.price_input is None or guide.price_output is None):
         raise UserError("guide.max_cost needs guide.price_input and guide.price_output (per million tokens): give both.")
+    if guide.instruction is not None and "{text}" not in guide.instruction:
+        raise UserError("guide.instruction does not say where the text goes that is to be continued: put {text} there.")
     for name, value in guide.extra_headers.items():
-        if name.lower() in SECRET_HEADERS and not value.startswith("$"):
+        if SECRET_NAME.search(name) and not value.startswith("$"):
             raise UserError(
                 f"guide.extra_headers.{name} is written out, but secrets come from the environment: write $NAME of a variable."
             )
+    for name in flatten(guide.extra_body):
+        if SECRET_FIELD.search(name):
+            raise UserError(
+                f"guide.extra_body.{name} looks like a secret, which would stay in files: use guide.api_key_env or "
+                "guide.extra_headers."
+            )
+    if guide.continuation == "token_ids" and (guide.stop or guide.thinking_tokens):
+        raise UserError(
+            "guide.stop and guide.thinking_tokens are about text, but guide.continuation is token_ids: leave them out."
+        )
 
 
 def _check_pairs(config: Config) -> None:

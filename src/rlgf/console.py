@@ -65,8 +65,9 @@ def report(line: str) -> None:
 class Watch:
     """Live progress of a run: a bar in a terminal, otherwise a line every few seconds."""
 
-    def __init__(self, every_seconds: float = 10.0) -> None:
+    def __init__(self, every_seconds: float = 10.0, may_draw: bool = True) -> None:
         self.every, self.last = every_seconds, 0.0
+        self.may_draw = may_draw  # a bar would write over what a person types
         self.began, self.first = 0.0, 0  # when the run that is watched began, and iterations done before
         self.bar: Progress | None = None
         self.task: Any = None
@@ -75,7 +76,8 @@ class Watch:
         """Show one more iteration."""
         metrics = step.metrics
         line = f"reward {metrics['score']:.3f} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
-        if log.is_terminal:
+        line += guide_progress(metrics, step.spent)
+        if log.is_terminal and self.may_draw:
             self._show_bar(step, line)
             return
         now = time.monotonic()
@@ -109,6 +111,20 @@ class Watch:
             self.bar = None
 
 
+def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> str:
+    """What a guide outside this process was asked in an iteration, how long it took, and what the run has paid so far."""
+    if "guide_attempts" not in metrics:
+        return ""
+    shown = f" · guide {metrics['guide_attempts']:,.0f} requests"
+    if metrics["guide_latency_mean"]:  # not in a replay
+        shown += f", {metrics['guide_latency_mean']:.2f} s each"
+    if metrics["guide_rows_cached"]:
+        shown += f", {metrics['guide_rows_cached']:,.0f} texts kept from before"
+    if failed := metrics["guide_retried"] + metrics["guide_given_up"]:
+        shown += f", {failed:,.0f} failed"
+    return shown + (f", cost {spent['cost']:.4g} so far" if "cost" in spent else "")
+
+
 def print_comparison(results: Mapping[str, Any]) -> None:
     """The table of a comparison."""
     headings, rows = table_rows(results)
@@ -131,19 +147,19 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     print_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
 
 
-def print_rollout(row: Mapping[str, Any]) -> None:
+def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = True) -> None:
     """One text: its prompt, then what each author wrote, in its colour and in brackets."""
     head = f"iteration {row['iteration']} · text {row['index']} · reward {row['score']:.3f} · switch at token {row['switch']}"
-    out.print(Text(head, style="dim"))
-    line = Text(visible(row["prompt"]), style="dim")
+    to.print(Text(head, style="dim"))
+    line = Text().append(visible(row["prompt"]), style="dim")
     for span in row["spans"]:
         line.append(f" [{span['author']}:", style=STYLES[span["author"]])
         line.append(visible(span["text"]), style=STYLES[span["author"]])
         line.append("]", style=STYLES[span["author"]])
     if row["finished"]:
         line.append(" ■", style="dim")
-    out.print(line, soft_wrap=True)
-    out.print()
+    to.print(line, soft_wrap=soft_wrap)
+    to.print()
 
 
 def describe_phases(algorithm: Algorithm) -> list[str]:

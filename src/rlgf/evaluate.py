@@ -52,6 +52,7 @@ def _written(
     writing: Writing, algorithm: Algorithm, prompts: Sequence[Prompt], judges: Judges
 ) -> tuple[Rollout, dict[str, float], list[float]]:
     rollout = collect(writing, algorithm, algorithm.plan(0, 0.0), prompts, range(len(prompts)))
+    prompts = rollout.prompts  # without those of texts that the guide gave up
     scores = score(judges.reward, prompts, rollout.texts)
     values = torch.tensor(scores, dtype=torch.float64)
     spread = float(values.std()) if len(scores) > 1 else 0.0

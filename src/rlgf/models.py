@@ -7,7 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    T5Config,
+)
 
 from rlgf import kernels, packing
 from rlgf.config import ModelConfig
@@ -71,16 +81,32 @@ def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
     vocabulary = int(model.config.vocab_size)
     if len(tokenizer) > vocabulary:
         raise UserError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
+    ends = _end_ids(tokenizer, model.generation_config, model.config, name)
+    return LanguageModel(speed_up(model), tokenizer, ends, _context(model.config), vocabulary)
+
+
+def load_end_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
+    """The end tokens of a model, from its configs alone: what `load_language_model` will find."""
+    config: Any = _from_pretrained(AutoConfig, path, "model config")
+    try:
+        generation: Any = GenerationConfig.from_pretrained(path)
+    except OSError:  # none is saved with it
+        generation = None
+    return _end_ids(tokenizer, generation, config, path)
+
+
+def _end_ids(tokenizer: Any, generation: Any, config: Any, name: str) -> tuple[int, ...]:
     ends: list[int] = []
-    for configured in (tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id):
+    for configured in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None), config.eos_token_id):
         for end in configured if isinstance(configured, list) else [configured]:
-            if end is not None and end < vocabulary and end not in ends:  # GPT-2's default id exceeds a small vocabulary
+            # GPT-2's default id exceeds a small vocabulary
+            if end is not None and end < int(config.vocab_size) and end not in ends:
                 ends.append(end)
     if not ends:
         raise UserError(
             f"model '{name}' has no end token: set eos_token in its tokenizer_config.json or eos_token_id in its config.json."
         )
-    return LanguageModel(speed_up(model), tokenizer, tuple(ends), _context(model.config), vocabulary)
+    return tuple(ends)
 
 
 def shape_config(shape: ModelConfig, vocabulary: int) -> Any:

@@ -9,20 +9,22 @@ from typing import Any
 import torch
 
 from rlgf.algorithms import Algorithm, guide_alone
-from rlgf.config import Config
+from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
 from rlgf.experience import Models, Reading
-from rlgf.guides import FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
+from rlgf.guides import Accounted, FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import TextModelGuide, guide_model_path
 from rlgf.guides.remote import RemoteGuide
 from rlgf.guides.server import parse_spec, reach
+from rlgf.guides.tokenizing import Tokens, reach_by_tokens
 from rlgf.models import (
     LanguageModel,
     context_length,
     count_parameters,
+    load_end_ids,
     load_language_model,
     load_tokenizer,
     new_critic,
@@ -122,11 +124,11 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     tokenizer, context = starting_tokenizer(config, stages, report)
     _check_paths(config, tokenizer, context)
     task, reward = prepare_task(config, tokenizer, stages, report)
-    _check_lengths(tokenizer, context, task, config)
+    longest = _check_lengths(tokenizer, context, task, config)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     probe_reward(reward, task.validation[:4])
-    guide = plain_guide(config, algorithm, stages, report) if wanted else None
+    guide = plain_guide(config, algorithm, tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
         _probe_guide(guide, algorithm, tokenizer, task, config)
     start = sft_stage(config, stages, report)
@@ -148,6 +150,8 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
         for origin in algorithm.critics
     }
     models = Models(policy, reference.frozen(), critics)
+    if isinstance(guide, Accounted):
+        guide.take_counts()  # what was asked until here belongs to no iteration
     return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report))
 
 
@@ -157,6 +161,12 @@ def starting_tokenizer(config: Config, stages: Path, report: Report) -> tuple[An
     if path is None:
         return tokenizer_for(config, config.task, config.model, stages, report)[0], config.model.context
     return load_tokenizer(path), context_length(path)
+
+
+def starting_end_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """The policy's end tokens, before the policy is made."""
+    path = config.policy or config.model.path
+    return (int(tokenizer.eos_token_id),) if path is None else load_end_ids(path, tokenizer)
 
 
 def _check_paths(config: Config, tokenizer: Any, context: int) -> None:
@@ -192,23 +202,39 @@ def general_model(config: Config, stages: Path, report: Report) -> LanguageModel
     return base_model(config, stages, report)[0]
 
 
-def plain_guide(config: Config, algorithm: Algorithm, stages: Path, report: Report) -> Guide | None:
-    """The guide a config names if it is no model; refused where it cannot do what the algorithm asks."""
+def plain_guide(
+    config: Config, algorithm: Algorithm, tokenizer: Any, longest: int, stages: Path, report: Report
+) -> Guide | None:
+    """The guide a config names if it is no model; refused where it cannot do what the algorithm asks.
+
+    `tokenizer` is the policy's, `longest` the tokens of its longest prompt with a whole text.
+    """
     spec = config.guide.spec
     guide: Guide
     if spec == "references":
         guide = ReferenceGuide()
     elif spec == "human":
-        guide = HumanGuide(answer_cache(config, stages))
+        guide = HumanGuide(answer_cache(config, stages), offline=config.guide.offline)
     elif spec.startswith("server:"):
-        cache = answer_cache(config, stages)
-        guide = RemoteGuide(reach(spec, config.guide, cache, report), config.guide, cache)
+        cache, settings = answer_cache(config, stages), guide_settings(config)
+        if settings.continuation == "token_ids":
+            tokens = Tokens(tokenizer, starting_end_ids(config, tokenizer), longest)
+            server = reach_by_tokens(spec, settings, tokens, cache, report)
+        else:
+            server = reach(spec, settings, cache, report)
+        guide = RemoteGuide(server, settings, cache, report)
     elif spec.startswith("python:"):
         guide = FunctionGuide(load_object(spec, "guide"))
     else:
         return None
     _require_finisher(algorithm, guide.capabilities.can_finish, spec)
     return guide
+
+
+def guide_settings(config: Config) -> GuideConfig:
+    """The guide's settings, with the task's instruction where none is given."""
+    instruction = config.guide.instruction or task_kind(config.task).instruction
+    return override(config, [("guide.instruction", instruction)]).guide
 
 
 def answer_cache(config: Config, stages: Path) -> AnswerCache:
@@ -242,9 +268,9 @@ def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Ta
     return [Example(row[:length].tolist(), start) for row, length, start in zip(rollout.ids, lengths, starts)]
 
 
-def _check_lengths(tokenizer: Any, context: int, task: Task, config: Config) -> None:
-    """Refuse empty prompts and prompts that leave no room for a response."""
-    room = context - config.task.max_new_tokens
+def _check_lengths(tokenizer: Any, context: int, task: Task, config: Config) -> int:
+    """Refuse empty prompts and prompts that leave no room for a response; tokens of the longest with its response."""
+    room, longest = context - config.task.max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)
         if not prompts:
@@ -252,15 +278,22 @@ def _check_lengths(tokenizer: Any, context: int, task: Task, config: Config) -> 
         for number, length in enumerate(map(len, encode_prompts(tokenizer, prompts)), 1):
             if length == 0:
                 raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
+            longest = max(longest, length)
             if length > room:
                 raise UserError(
                     f"task '{task.name}', {split} prompt {number} has {length} tokens; with {config.task.max_new_tokens} new "
                     f"ones it exceeds the model's context of {context}: shorten the prompts or task.max_new_tokens."
                 )
+    return longest + config.task.max_new_tokens
 
 
 def _probe_guide(guide: Guide, algorithm: Algorithm, tokenizer: Any, task: Task, config: Config) -> None:
-    """Try a guide on a few prompts before anything is trained: writing, and finishing where the algorithm asks for that."""
+    """Try a guide on a few prompts before anything is trained: writing, and finishing where the algorithm asks for that.
+
+    A person is not tried: nobody likes to write for nothing.
+    """
+    if isinstance(guide, HumanGuide):
+        return
     requests: list[Request] = []
     for index, prompt in enumerate(task.validation[:2]):
         ids = encode_prompt(tokenizer, prompt)

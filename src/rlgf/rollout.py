@@ -113,7 +113,8 @@ def rollin_requests(
     rows = [row for row in rows if algorithm.phases[row.phase].rollin == GUIDE]
     begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, writing.seed)]
     ends = [_planned_switch(writing, algorithm.phases[row.phase], row, GUIDE) for row in begun]
-    return _requests(writing, [(row, writing.horizon if end is None else end) for row, end in zip(begun, ends)])
+    pairs = [(row, writing.horizon if end is None else end) for row, end in zip(begun, ends)]
+    return _requests(writing, [(row, end) for row, end in pairs if end > 0])
 
 
 def _without_guide(writing: Writing, rows: list[_Row], counts: dict[str, int]) -> list[_Row]:

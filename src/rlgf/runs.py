@@ -14,6 +14,7 @@ import torch
 from rlgf.config import GUIDE_REACHING, Config, dump, flatten, from_dict, read_yaml, to_dict
 from rlgf.data import read_json, write_atomically, write_json
 from rlgf.errors import UserError
+from rlgf.guides.server import without_address
 from rlgf.types import Origin, Rollout
 
 
@@ -65,6 +66,15 @@ class RunDirectory:
         state: dict[str, Any] = torch.load(folders[-1] / "state.pt", weights_only=True, map_location="cpu")
         return int(folders[-1].name.split("-")[1]), state
 
+    def save_spending(self, state: Mapping[str, Any]) -> None:
+        """Keep what the guide was asked and paid so far; written after every iteration and whenever a run ends."""
+        write_json(self.folder / "guide.json", state)
+
+    def load_spending(self) -> dict[str, Any]:
+        """What was kept of it; empty where there is nothing."""
+        path = self.folder / "guide.json"
+        return read_json(path) if path.is_file() else {}
+
     def forget_after(self, iteration: int) -> None:
         """Drop logged lines of iterations that will be run again."""
         for name in ("metrics.jsonl", "rollouts.jsonl"):
@@ -111,7 +121,7 @@ def read_complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _refuse_other(folder: Path, old: Config, new: Config) -> None:
-    before, after = flatten(to_dict(old)), flatten(to_dict(new))
+    before, after = ({**flatten(to_dict(config)), "guide.spec": without_address(config.guide.spec)} for config in (old, new))
     missing = object()
     keys = [*after, *(key for key in before if key not in after)]
     changed = [key for key in keys if before.get(key, missing) != after.get(key, missing)]

@@ -21,6 +21,7 @@ from rlgf.config import GUIDE_REACHING, Config, GuideConfig, ModelConfig, Superv
 from rlgf.data import read_json, write_json
 from rlgf.errors import UserError
 from rlgf.guides.local import guide_model_path
+from rlgf.guides.server import without_address
 from rlgf.models import LanguageModel, load_language_model, load_tokenizer, new_language_model
 from rlgf.ngram import train_ngram
 from rlgf.supervised import Example, fit
@@ -239,8 +240,9 @@ def sft_stage(config: Config, stages: Path, report: Report, at: Path | None = No
 
 def guide_writing(guide: GuideConfig) -> dict[str, Any]:
     """What decides about a guide's texts: all that is not at its default, without how it is reached."""
-    default = to_dict(GuideConfig())
-    return {name: v for name, v in to_dict(guide).items() if v != default[name] and name not in GUIDE_REACHING}
+    default, values = to_dict(GuideConfig()), to_dict(guide)
+    values["spec"] = without_address(guide.spec)
+    return {name: v for name, v in values.items() if v != default[name] and name not in GUIDE_REACHING}
 
 
 def guide_task(config: Config) -> TaskConfig:
@@ -299,7 +301,7 @@ def distil_stage(config: Config, start: str, write: Callable[[int], list[Example
     ingredients = {
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
         "guide": guide_writing(config.guide),
-        "guide_files": source_fingerprint(guide_model_path(config.guide.spec) or config.guide.spec),
+        "guide_files": source_fingerprint(guide_model_path(config.guide.spec) or without_address(config.guide.spec)),
         "distil": to_dict(config.distil), "seed": seed, "texts_seed": config.seed, "task": _task_source(config.task),
         "budget": [config.task.min_new_tokens, config.task.max_new_tokens],
     }  # fmt: skip

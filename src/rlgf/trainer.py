@@ -47,6 +47,7 @@ class Progress:
     iteration: int
     iterations: int
     metrics: Mapping[str, Any]
+    spent: Mapping[str, float]  # on a guide that counts, over the whole run
 
 
 class Trainer:
@@ -158,7 +159,7 @@ class Trainer:
                 finally:  # a reward that fails in an evaluation must not lose the iteration before it
                     if directory and trackers:
                         self._log(directory, trackers, metrics, experience)
-                watch(Progress(self.iteration, iterations, metrics))
+                watch(Progress(self.iteration, iterations, metrics, self._spent()))
         except RunError:
             if directory:
                 directory.save_checkpoint(self.iteration, self.state())
@@ -166,6 +167,8 @@ class Trainer:
         finally:
             if self.prefetcher is not None:
                 self.prefetcher.close()
+            if directory and self._spent():  # also when interrupted: limits count over the whole run
+                directory.save_spending(self._spent())
             if trackers:
                 trackers.finish()
 
@@ -191,6 +194,8 @@ class Trainer:
         directory.log("metrics.jsonl", [metrics])
         flat = {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
         trackers.log(flat, iteration)
+        if self._spent():
+            directory.save_spending(self._spent())
         if self.iteration % self.config.runtime.checkpoint_every == 0 or self.iteration == self.config.ppo.iterations:
             directory.save_checkpoint(self.iteration, self.state())
 
@@ -211,8 +216,11 @@ class Trainer:
             "updater": self.updater.state(),
             "kl_coefficient": self.kl.coefficient,
             "reward": self.shaper.state(),
-            "guide": self.parts.guide.state() if isinstance(self.parts.guide, Accounted) else {},
         }
+
+    def _spent(self) -> Mapping[str, float]:
+        """What the guide was asked and paid over the whole run, if it counts that."""
+        return self.parts.guide.state() if isinstance(self.parts.guide, Accounted) else {}
 
     def _resume(self, directory: RunDirectory) -> None:
         checkpoint = directory.load_checkpoint()
@@ -221,6 +229,6 @@ class Trainer:
             self.updater.load_state(state["updater"])
             self.kl.coefficient = state["kl_coefficient"]
             self.shaper.load_state(state["reward"])
-            if isinstance(self.parts.guide, Accounted):
-                self.parts.guide.load_state(state.get("guide", {}))
+        if isinstance(self.parts.guide, Accounted):
+            self.parts.guide.load_state(directory.load_spending())
         directory.forget_after(self.iteration)

@@ -1,8 +1,8 @@
 """What a guide is: a black box that writes text. It may also finish what another began, and may speak the policy's tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from rlgf.types import Prompt
 
@@ -63,10 +63,10 @@ class Accounted(Protocol):
         """Figures since the last call, as metrics."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """What was spent so far, for a checkpoint."""
+    def state(self) -> dict[str, float]:
+        """What was spent over the whole run, kept in its folder."""
         ...
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint."""
+    def load_state(self, state: Mapping[str, float]) -> None:
+        """Add what an earlier part of the run had spent."""
         ...

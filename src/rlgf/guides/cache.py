@@ -31,6 +31,7 @@ class AnswerCache:
             self._connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
             weakref.finalize(self, self._connection.close)
             self._execute("PRAGMA journal_mode = WAL")
+            self._execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; only a power cut the last answers
             self._execute(SCHEMA)
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"the guide's cache {path} cannot be opened ({error}): choose another guide.cache.") from None
@@ -40,10 +41,15 @@ class AnswerCache:
         rows = self._execute("SELECT answer FROM answers WHERE key = ?", key)
         return json.loads(rows[0][0]) if rows else None
 
-    def put(self, key: str, answer: Mapping[str, Any], replace: bool = False) -> None:
-        """Keep an answer. The first one stays (but for `replace`): processes that asked the same go on with the same text."""
+    def put(self, key: str, answer: Mapping[str, Any], replace: bool = False) -> bool:
+        """Keep an answer; False where there is one already.
+
+        The first one stays (but for `replace`): processes that asked the same go on with the same text.
+        """
         rule = "REPLACE" if replace else "IGNORE"
-        self._execute(f"INSERT OR {rule} INTO answers VALUES (?, ?)", key, json.dumps(answer))
+        with self._lock:
+            done = self._connection.execute(f"INSERT OR {rule} INTO answers VALUES (?, ?)", (key, json.dumps(answer)))
+            return done.rowcount > 0
 
     def __len__(self) -> int:
         return int(self._execute("SELECT count(*) FROM answers")[0][0])

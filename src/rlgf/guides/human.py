@@ -8,7 +8,10 @@ from rlgf.guides.base import Capabilities, Request, Text
 from rlgf.guides.cache import AnswerCache, key_of
 from rlgf.tokens import spaced
 
-HELP = "Write what comes next (\\n: a new line), then Enter. 'skip': leave it as it is. 'undo': the text before once more."
+HELP = (
+    "Write what comes next (\\n: a new line), then Enter. 'skip': leave it as it is. 'undo': the text before once more. "
+    "With a space before them, these two are text."
+)
 
 
 class HumanGuide:
@@ -16,14 +19,20 @@ class HumanGuide:
 
     capabilities = Capabilities(can_finish=True)
 
-    def __init__(self, cache: AnswerCache, read: Callable[[str], str] = input, show: Callable[[str], None] = print) -> None:
-        self.cache, self._read, self._show = cache, read, show
+    def __init__(
+        self, cache: AnswerCache, read: Callable[[str], str] = input, show: Callable[[str], None] = print, offline: bool = False
+    ) -> None:
+        self.cache, self._read, self._show, self.offline = cache, read, show, offline
 
     def complete(self, requests: Sequence[Request]) -> list[Text]:
         """One continuation for each request; what was answered before is not asked again."""
         keys = [key_of({"human": [r.prompt.text, r.prefix, r.index, r.seed]}) for r in requests]
         answers = [self.cache.get(key) for key in keys]
         open_places = [place for place, answer in enumerate(answers) if answer is None]
+        if open_places and self.offline:
+            raise RunError(
+                f"the guide is offline and {len(open_places)} of its answers are not in {self.cache.path}: leave out --offline."
+            )
         if open_places:
             self._show(HELP)
         at = 0
@@ -31,6 +40,8 @@ class HumanGuide:
             place = open_places[at]
             said = self._ask(requests[place], at + 1, len(open_places))
             if said == "undo":
+                if at == 0:
+                    self._show("There is nothing to undo: the texts before are in use already.")
                 at = max(0, at - 1)
                 continue
             text = "" if said == "skip" else said.replace("\\n", "\n")

@@ -38,6 +38,7 @@ class TaskKind:
     raw_texts: Callable[[TaskConfig, int], list[str]] | None = None  # for the lm stage: (config, most)
     labelled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None  # for a sentiment reward
     needs_data: bool = False
+    instruction: str | None = None  # tells a guide that chats what to do with '{text}'; None: a plain one
 
 
 def task_options(config: TaskConfig, kind: type) -> Any:

@@ -107,4 +107,11 @@ def tokenizer(config: TaskConfig) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token=END, bos_token=END, pad_token=END, unk_token=UNKNOWN)
 
 
-KIND = TaskKind(build, Options, tokenizer=tokenizer)
+INSTRUCTION = (
+    "The text below names aspects of a film and then praises them one by one, in the same order: behind '=>' each aspect is "
+    f"written once more, with one of these words before it: {', '.join(POSITIVE)}. Example: 'review of : plot cast => superb "
+    "plot witty cast'. Write what is missing behind the text, words with single spaces between them, without commas or "
+    "quotation marks, and nothing else.\n\n{text}"
+)
+
+KIND = TaskKind(build, Options, tokenizer=tokenizer, instruction=INSTRUCTION)

@@ -140,4 +140,10 @@ def labelled_texts(config: TaskConfig, split: str) -> tuple[list[str], list[int]
     return [row[options.text_column] for row in rows], [int(row[options.label_column]) for row in rows]
 
 
-KIND = TaskKind(build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts, needs_data=True)
+INSTRUCTION = (
+    "Below is the beginning of a film review. Continue it in the same voice, so that the whole review turns out to praise the "
+    "film. Write only what comes next, beginning exactly where it breaks off, be it in the middle of a sentence: no "
+    "introduction, no quotation marks, and repeat nothing of it.\n\n{text}"
+)
+
+KIND = TaskKind(build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts, needs_data=True, instruction=INSTRUCTION)
