@@ -21,11 +21,10 @@ from rlgf.rollout import Writing, collect
 from rlgf.runs import read_complete_lines, rollout_rows
 from rlgf.stages import train_tokenizer
 from rlgf.tokens import (
+    Codec,
     decode,
     decode_continuations,
     encode_continuation,
-    encode_prompt,
-    encode_prompts,
     well_formed,
     whole_characters,
 )
@@ -226,7 +225,7 @@ def test_what_a_tokenizer_cannot_write_is_kept_and_counted(word_tokenizer: Any) 
     assert rollout.counts["guide_texts_changed"] == 2
     assert list(rollout.guide_texts) == [" great acting", f" great {PARTY}", " great\nplot"]
     assert rollout.texts[0] == " great acting"
-    rows = rollout_rows(rollout, [0.0] * 3, 0, policy.tokenizer)
+    rows = rollout_rows(rollout, [0.0] * 3, 0, policy.codec)
     assert [row["guide_text"] for row in rows] == list(rollout.guide_texts)
     assert [row["text"] for row in rows] == list(rollout.texts)
 
@@ -268,8 +267,8 @@ def test_a_tokenizer_that_closes_every_text_leaves_prompts_open(byte_tokenizer: 
     )
     assert closing("a")["input_ids"][-1] == closing.eos_token_id
     ids = [closing.eos_token_id, *byte_tokenizer("the plot")["input_ids"]]
-    assert encode_prompt(closing, Prompt("the plot")) == ids
-    assert encode_prompts(closing, [Prompt("the plot"), Prompt("", ids=(3,)), Prompt("")]) == [ids, [3], []]
+    assert Codec(closing).prompt(Prompt("the plot")) == ids
+    assert Codec(closing).prompts([Prompt("the plot"), Prompt("", ids=(3,)), Prompt("")]) == [ids, [3], []]
 
 
 # a model with a tokenizer of its own
@@ -292,7 +291,7 @@ def test_a_model_of_another_tokenizer_reads_and_writes_text(text_guide: TextMode
     assert answer.ids is None
     assert answer.text
     # the same as the model driven by its own tokens, given the same draws
-    ids = encode_prompt(tokenizer, Prompt("review of : plot => great plot"))
+    ids = Codec(tokenizer).prompt(Prompt("review of : plot => great plot"))
     own = replace(asked, prompt_ids=ids[:-2], prefix_ids=ids[-2:], budget=60)
     spoken = ModelGuide(text_guide.language_model, text_guide.decoding).complete([replace(own, budget=64 - len(ids))])[0]
     assert decode_continuations(tokenizer, [ids], [list(spoken.ids or ())])[0].startswith(answer.text)
@@ -312,7 +311,7 @@ def test_its_text_depends_on_seed_trajectory_and_position_alone(text_guide: Text
 def test_its_budget_is_enough_for_the_policys_and_ends_at_its_context(byte_tokenizer: Any) -> None:
     language_model = forced(model_of(byte_tokenizer, seed=3), byte_ids(byte_tokenizer, "abc"))
     guide = TextModelGuide(language_model, Decoding())
-    length = len(encode_prompt(byte_tokenizer, request().prompt))
+    length = len(Codec(byte_tokenizer).prompt(request().prompt))
     for budget, minimum in ((4, 0), (4, 4), (1, 0)):
         answer = guide.complete([request(budget=budget, minimum=minimum)])[0]
         assert not answer.finished
@@ -320,7 +319,7 @@ def test_its_budget_is_enough_for_the_policys_and_ends_at_its_context(byte_token
     # shortened, not refused, as long as something remains
     assert len(guide.complete([request(budget=1000)])[0].text) == 64 - length
     last = "a" * (63 - length)
-    ids = encode_prompt(byte_tokenizer, Prompt(request().prompt.text + last))
+    ids = Codec(byte_tokenizer).prompt(Prompt(request().prompt.text + last))
     assert len(ids) == 63
     assert len(guide.complete([request(prefix=last)])[0].text) == 1
     with pytest.raises(RunError, match="the guide reads 64 tokens"):

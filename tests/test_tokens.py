@@ -13,12 +13,10 @@ from rlgf.guides import FunctionGuide, Text
 from rlgf.models import new_language_model
 from rlgf.rollout import Writing, collect
 from rlgf.tokens import (
+    Codec,
     decode,
     decode_continuations,
     encode_continuation,
-    encode_prompt,
-    encode_prompts,
-    encode_target,
     whole_characters,
 )
 from rlgf.types import Decoding, Prompt
@@ -56,7 +54,7 @@ def stories(folder: Path) -> Any:
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_continuation_adds_exactly_its_text(shared_data: Path, load: Any, text: str):
     tokenizer = load(shared_data)
-    before = encode_prompt(tokenizer, Prompt("Once upon a time"))
+    before = Codec(tokenizer).prompt(Prompt("Once upon a time"))
     after = encode_continuation(tokenizer, text)
     assert decode(tokenizer, [*before, *after]) == "Once upon a time" + text
     assert decode_continuations(tokenizer, [before], [after]) == [text]
@@ -66,16 +64,16 @@ def test_a_continuation_adds_exactly_its_text(shared_data: Path, load: Any, text
 def test_many_prompts_are_encoded_as_one(shared_data: Path):
     tokenizer = stories(shared_data)
     prompts = [Prompt("Once upon"), Prompt("a time", ids=(5, 6)), Prompt(""), Prompt("there was")]
-    assert encode_prompts(tokenizer, prompts) == [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    assert Codec(tokenizer).prompts(prompts) == [Codec(tokenizer).prompt(prompt) for prompt in prompts]
 
 
 @pytest.mark.data
 def test_a_target_ends_with_an_end_token_only_where_there_is_room(shared_data: Path):
     tokenizer = gpt2(shared_data)
     words = encode_continuation(tokenizer, " one two three")
-    assert encode_target(tokenizer, " one two three", 50256, 4) == [*words, 50256]
-    assert encode_target(tokenizer, " one two three", 50256, 3) == words
-    assert encode_target(tokenizer, " one two three", 50256, 2) == words[:2]
+    assert Codec(tokenizer).target(" one two three", 50256, 4) == [*words, 50256]
+    assert Codec(tokenizer).target(" one two three", 50256, 3) == words
+    assert Codec(tokenizer).target(" one two three", 50256, 2) == words[:2]
 
 
 # properties, over real texts and what is rare in them
@@ -107,7 +105,7 @@ def excerpts(folder: Path, count: int, seed: int) -> list[tuple[str, str]]:
 
 
 def both(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], list[int], str]:
-    before, after = encode_prompt(tokenizer, Prompt(prompt)), encode_continuation(tokenizer, text)
+    before, after = Codec(tokenizer).prompt(Prompt(prompt)), encode_continuation(tokenizer, text)
     return before, after, decode_continuations(tokenizer, [before], [after])[0]
 
 

@@ -25,7 +25,7 @@ from rlgf.randomness import Purpose, permutation
 from rlgf.rewards import score
 from rlgf.stages import tokenizer_for
 from rlgf.tasks import Task, TextFunction, task_kind
-from rlgf.tokens import decode, encode_prompt
+from rlgf.tokens import Codec, decode
 from rlgf.types import Prompt
 
 SAMPLE = 64
@@ -126,7 +126,7 @@ def _check_token_ids(config: Config, path: str | None, prompt: str, prefix: str,
     if path is None:
         return [Finding("warning", f"{where}needs to know the policy: name it with policy=PATH")]
     tokenizer, settings = load_tokenizer(path), pipeline.guide_settings(config)
-    ids = [encode_prompt(tokenizer, Prompt(text)) for text in (prompt, prompt + prefix)]
+    ids = Codec(tokenizer).prompts([Prompt(text) for text in (prompt, prompt + prefix)])
     budget = config.task.max_new_tokens
     tokens = Tokens(tokenizer, load_end_ids(path, tokenizer), max(map(len, ids)) + budget)
     try:
@@ -175,7 +175,7 @@ def check_prompts(task: Task, tokenizer: object) -> list[Finding]:
     findings: list[Finding] = []
     sample = [*task.train[:SAMPLE], *task.test[:SAMPLE]]
     for prompt in sample:
-        if not encode_prompt(tokenizer, prompt):
+        if not Codec(tokenizer).prompt(prompt):
             return [Finding("error", "a prompt is empty: remove the row")]
         if prompt.ids is not None and decode(tokenizer, prompt.ids).strip() != prompt.text.strip():
             findings.append(Finding("error", f"the ids of a prompt do not say its text: {prompt.text[:60]!r}"))

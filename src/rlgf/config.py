@@ -42,7 +42,7 @@ class ModelConfig:
     """
 
     path: str | None = None
-    architecture: Literal["gpt2", "llama"] = "gpt2"
+    architecture: Literal["gpt2", "llama", "t5"] = "gpt2"  # t5: an encoder–decoder
     layers: int = 2
     width: int = 64
     heads: int = 4

@@ -9,7 +9,6 @@ from rlgf import ops
 from rlgf.experience import Reading
 from rlgf.forward import micro_batches, padded, read_tokens, token_logits
 from rlgf.models import LanguageModel
-from rlgf.tokens import encode_prompt, encode_target
 from rlgf.types import Prompt, Rollout
 
 
@@ -31,8 +30,8 @@ def perplexity(language_model: LanguageModel, prompts: Sequence[Prompt], budget:
     starts: list[int] = []
     for prompt in prompts:
         if prompt.references:
-            before = encode_prompt(language_model.tokenizer, prompt)
-            after = encode_target(language_model.tokenizer, prompt.references[0], language_model.end_id, budget)
+            before = language_model.codec.prompt(prompt)
+            after = language_model.codec.target(prompt.references[0], language_model.end_id, budget)
             rows.append([*before, *after])
             starts.append(len(before))
     if not rows:

@@ -1,4 +1,4 @@
-"""Language models and critics on Hugging Face causal models."""
+"""Language models and critics on Hugging Face models, causal ones and encoder–decoders."""
 
 import copy
 from dataclasses import dataclass
@@ -22,23 +22,29 @@ from transformers import (
 from rlgf import kernels, packing
 from rlgf.config import ModelConfig
 from rlgf.errors import UserError
-from rlgf.forward import MicroBatch, trunk_states
+from rlgf.forward import MicroBatch, is_encoder_decoder, trunk_states
+from rlgf.tokens import Codec
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal model with its tokenizer and what follows from both."""
+    """A model that writes, with its tokenizer and what follows from both."""
 
     model: Any  # a PreTrainedModel with a language-model head
     tokenizer: Any
     end_ids: tuple[int, ...]
-    context: int  # tokens of prompt and response together
+    context: int  # tokens of prompt and response together; of an encoder–decoder those of each
     vocabulary: int
 
     @property
     def end_id(self) -> int:
         """The end token that is appended to targets and finished guide texts."""
         return self.end_ids[0]
+
+    @property
+    def codec(self) -> Codec:
+        """Text to tokens and back, as this model takes and gives them."""
+        return Codec(self.tokenizer, is_encoder_decoder(self.model))
 
     @property
     def device(self) -> torch.device:
@@ -66,13 +72,24 @@ def context_length(path: str) -> int:
     return _context(_from_pretrained(AutoConfig, path, "model config"))
 
 
+def has_encoder(path: str) -> bool:
+    """Whether a model is an encoder–decoder, from its config alone."""
+    return bool(_from_pretrained(AutoConfig, path, "model config").is_encoder_decoder)
+
+
+def load_codec(path: str) -> Codec:
+    """How a model of a Hub name or folder takes and gives text, before it is loaded."""
+    return Codec(load_tokenizer(path), has_encoder(path))
+
+
 def _context(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 10**9)
 
 
 def load_language_model(path: str, device: str = "cpu") -> LanguageModel:
-    """A causal model from a Hub name or folder, in fp32; no remote code is run."""
-    model = _from_pretrained(AutoModelForCausalLM, path, "causal language model", dtype=torch.float32)
+    """A causal model or an encoder–decoder from a Hub name or folder, in fp32; no remote code is run."""
+    auto = AutoModelForSeq2SeqLM if has_encoder(path) else AutoModelForCausalLM
+    model = _from_pretrained(auto, path, "language model", dtype=torch.float32)
     return bundle(model.to(device), load_tokenizer(path), path)
 
 
@@ -116,6 +133,11 @@ def shape_config(shape: ModelConfig, vocabulary: int) -> Any:
             vocab_size=vocabulary, n_layer=shape.layers, n_embd=shape.width, n_head=shape.heads, n_positions=shape.context,
             initializer_range=shape.initial_std, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
         )  # fmt: skip
+    if shape.architecture == "t5":
+        return T5Config(
+            vocab_size=vocabulary, d_model=shape.width, d_kv=shape.width // shape.heads, d_ff=4 * shape.width,
+            num_layers=shape.layers, num_heads=shape.heads, dropout_rate=0.0,
+        )  # fmt: skip
     return LlamaConfig(
         vocab_size=vocabulary, num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
         num_attention_heads=shape.heads, max_position_embeddings=shape.context, initializer_range=shape.initial_std,
@@ -127,9 +149,12 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
     """A model with random weights of the given shape, a pure function of the seed."""
     config = shape_config(shape, len(tokenizer))
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if config.is_encoder_decoder:
+        config.pad_token_id = config.decoder_start_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: Any = AutoModelForCausalLM.from_config(config).eval()
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model: Any = auto.from_config(config).eval()
     return bundle(model, tokenizer, "new model")
 
 

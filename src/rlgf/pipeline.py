@@ -24,6 +24,7 @@ from rlgf.models import (
     LanguageModel,
     context_length,
     count_parameters,
+    load_codec,
     load_end_ids,
     load_language_model,
     load_tokenizer,
@@ -47,7 +48,7 @@ from rlgf.stages import (
 from rlgf.supervised import Example
 from rlgf.tasks import Task, TextFunction, task_kind
 from rlgf.tasks.base import task_options
-from rlgf.tokens import encode_prompt, encode_prompts
+from rlgf.tokens import Codec
 from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
 from rlgf.types import GUIDE, POLICY, Prompt
@@ -121,21 +122,21 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
         report(f"warning: {warning}")
     wanted = needs_guide(algorithm) or config.distil.texts > 0
     # Whatever can be refused without a model is refused before one is trained.
-    tokenizer, context = starting_tokenizer(config, stages, report)
-    _check_paths(config, tokenizer, context)
-    task, reward = prepare_task(config, tokenizer, stages, report)
-    longest = _check_lengths(tokenizer, context, task, config)
+    codec, context = starting_codec(config, stages, report)
+    _check_paths(config, codec.tokenizer, context)
+    task, reward = prepare_task(config, codec.tokenizer, stages, report)
+    longest = _check_lengths(codec, context, task, config)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     probe_reward(reward, task.validation[:4])
-    guide = plain_guide(config, algorithm, tokenizer, longest, stages, report) if wanted else None
+    guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
-        _probe_guide(guide, algorithm, tokenizer, task, config)
+        _probe_guide(guide, algorithm, codec, task, config)
     start = sft_stage(config, stages, report)
     reference = load_language_model(str(start), config.runtime.device)
     if wanted and guide is None:
         guide = model_guide(config, reference, stages, report)
-        _probe_guide(guide, algorithm, tokenizer, task, config)
+        _probe_guide(guide, algorithm, codec, task, config)
     policy_path = start
     if config.distil.texts:
         assert guide is not None
@@ -155,12 +156,13 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report))
 
 
-def starting_tokenizer(config: Config, stages: Path, report: Report) -> tuple[Any, int]:
-    """The policy's tokenizer and context length, before the policy is made."""
+def starting_codec(config: Config, stages: Path, report: Report) -> tuple[Codec, int]:
+    """How the policy takes and gives text, and its context length, before the policy is made."""
     path = config.policy or config.model.path
     if path is None:
-        return tokenizer_for(config, config.task, config.model, stages, report)[0], config.model.context
-    return load_tokenizer(path), context_length(path)
+        tokenizer = tokenizer_for(config, config.task, config.model, stages, report)[0]
+        return Codec(tokenizer, config.model.architecture == "t5"), config.model.context
+    return load_codec(path), context_length(path)
 
 
 def starting_end_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
@@ -250,7 +252,7 @@ def model_guide(config: Config, reference: LanguageModel, stages: Path, report: 
     path = str(guide_stage(config, stages, report)) if spec == "trained" else guide_model_path(spec)
     assert path is not None
     model = load_language_model(path, config.runtime.device)
-    same = model.tokenizer.get_vocab() == reference.tokenizer.get_vocab()
+    same = model.tokenizer.get_vocab() == reference.tokenizer.get_vocab() and model.codec.alone == reference.codec.alone
     return (ModelGuide if same else TextModelGuide)(model.frozen(), decoding, config.runtime.precision)
 
 
@@ -268,14 +270,14 @@ def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Ta
     return [Example(row[:length].tolist(), start) for row, length, start in zip(rollout.ids, lengths, starts)]
 
 
-def _check_lengths(tokenizer: Any, context: int, task: Task, config: Config) -> int:
+def _check_lengths(codec: Codec, context: int, task: Task, config: Config) -> int:
     """Refuse empty prompts and prompts that leave no room for a response; tokens of the longest with its response."""
-    room, longest = context - config.task.max_new_tokens, 0
+    room, longest = context if codec.alone else context - config.task.max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)
         if not prompts:
             raise UserError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
-        for number, length in enumerate(map(len, encode_prompts(tokenizer, prompts)), 1):
+        for number, length in enumerate(map(len, codec.prompts(prompts)), 1):
             if length == 0:
                 raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
             longest = max(longest, length)
@@ -287,7 +289,7 @@ def _check_lengths(tokenizer: Any, context: int, task: Task, config: Config) -> 
     return longest + config.task.max_new_tokens
 
 
-def _probe_guide(guide: Guide, algorithm: Algorithm, tokenizer: Any, task: Task, config: Config) -> None:
+def _probe_guide(guide: Guide, algorithm: Algorithm, codec: Codec, task: Task, config: Config) -> None:
     """Try a guide on a few prompts before anything is trained: writing, and finishing where the algorithm asks for that.
 
     A person is not tried: nobody likes to write for nothing.
@@ -296,12 +298,12 @@ def _probe_guide(guide: Guide, algorithm: Algorithm, tokenizer: Any, task: Task,
         return
     requests: list[Request] = []
     for index, prompt in enumerate(task.validation[:2]):
-        ids = encode_prompt(tokenizer, prompt)
+        ids = codec.prompt(prompt)
         budget = config.task.max_new_tokens
         requests.append(Request(prompt, ids, "", [], budget, config.task.min_new_tokens, index, config.seed))
         if algorithm.asks_guide_to_finish and budget > 1:
-            begun = encode_prompt(tokenizer, prompt)[-1:]
-            text = tokenizer.decode(begun)
+            begun = (codec.response(prompt.references[0]) if prompt.references else ids)[:1]
+            text = codec.texts([ids], [begun])[0]
             minimum = max(0, config.task.min_new_tokens - 1)
             requests.append(Request(prompt, ids, text, begun, budget - 1, minimum, index, config.seed))
     try:
@@ -357,7 +359,7 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
     metrics, rollout, scores = trainer.evaluate(trainer.parts.task.test[: config.evaluation.final_prompts])
     path = directory.folder / "evaluation.jsonl"
     path.unlink(missing_ok=True)
-    rows = rollout_rows(rollout, scores, config.ppo.iterations, trainer.parts.models.policy.tokenizer)
+    rows = rollout_rows(rollout, scores, config.ppo.iterations, trainer.parts.models.policy.codec)
     directory.log(path.name, rows)
     return {
         "algorithm": config.algorithm.name,
@@ -400,7 +402,7 @@ def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report:
     reference = load_language_model(str(start), config.runtime.device)
     language_model = load_language_model(policy, config.runtime.device) if policy else reference
     task, reward = prepare_task(config, reference.tokenizer, stages, report)
-    _check_lengths(language_model.tokenizer, language_model.context, task, config)
+    _check_lengths(language_model.codec, language_model.context, task, config)
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
     judges = Judges(task, reward, reference, general_model(config, stages, report), reading)
     writing = Writing(

@@ -16,8 +16,8 @@ from rlgf.forward import padded
 from rlgf.guides import Guide, Request, Text, ask
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, permutation, uniform_rows, uniforms
-from rlgf.sampling import Continuations, continue_prefixes
-from rlgf.tokens import decode_continuations, encode_continuation, encode_prompt, well_formed, whole_characters
+from rlgf.sampling import Continuations, continue_prefixes, split_context
+from rlgf.tokens import decode_continuations, well_formed, whole_characters
 from rlgf.types import GUIDE, POLICY, Decoding, Origin, Prompt, Rollout, Support
 
 
@@ -99,9 +99,10 @@ def _new_rows(
 ) -> list[_Row]:
     """The texts of an iteration before anybody writes."""
     phases = [share.phase for share, count in zip(shares, split_texts(shares, len(prompts))) for _ in range(count)]
+    encoded = writing.policy.codec.prompts(prompts)
     return [
-        _Row(prompt, encode_prompt(writing.policy.tokenizer, prompt), index, phase, algorithm.phases[phase].rollout)
-        for prompt, index, phase in zip(prompts, indices, phases)
+        _Row(prompt, ids, index, phase, algorithm.phases[phase].rollout)
+        for prompt, ids, index, phase in zip(prompts, encoded, indices, phases)
     ]
 
 
@@ -206,14 +207,16 @@ def _write(writing: Writing, author: Origin, rows: Sequence[_Row], ends: Sequenc
 def _policy_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]]) -> None:
     budgets = [end - len(row.ids) for row, end in pairs]
     starts = [len(row.ids) for row, _ in pairs]
+    sources, prefixes = split_context(writing.policy.model, [(row.prompt_ids, row.ids) for row, _ in pairs])
     written: Continuations = continue_prefixes(
         writing.policy,
-        [[*row.prompt_ids, *row.ids] for row, _ in pairs],
+        prefixes,
         budgets,
         [max(0, writing.minimum - start) for start in starts],
         uniform_rows(writing.seed, writing.token_purpose, [row.index for row, _ in pairs], max(budgets), starts),
         writing.decoding,
         writing.precision,
+        sources,
     )
     parts: list[torch.Tensor] = []
     if written.support is not None:
@@ -239,7 +242,7 @@ def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: d
         if answer.given_up:
             row.given_up = True
             continue
-        ids, finished, cut = guide_ids(writing.policy, answer, end - len(row.ids))
+        ids, finished, cut = guide_ids(writing.policy, answer, end - len(row.ids), begun=bool(row.ids))
         counts["guide_texts_cut"] += cut
         row.ids += ids
         row.origin += [GUIDE] * len(ids)
@@ -251,8 +254,7 @@ def _guide_writes(writing: Writing, pairs: Sequence[tuple[_Row, int]], counts: d
 
 def _requests(writing: Writing, pairs: Sequence[tuple[_Row, int]]) -> list[Request]:
     """What the guide is asked, to continue each row up to `end` response tokens."""
-    tokenizer = writing.policy.tokenizer
-    prefixes = decode_continuations(tokenizer, [row.prompt_ids for row, _ in pairs], [row.ids for row, _ in pairs])
+    prefixes = writing.policy.codec.texts([row.prompt_ids for row, _ in pairs], [row.ids for row, _ in pairs])
     return [
         Request(
             row.prompt, row.prompt_ids, prefix, list(row.ids), end - len(row.ids),
@@ -264,27 +266,29 @@ def _requests(writing: Writing, pairs: Sequence[tuple[_Row, int]]) -> list[Reque
 
 def _keep_guide_texts(writing: Writing, rows: Sequence[_Row], answers: Sequence[Text], counts: dict[str, int]) -> None:
     """Keep the texts of a guide that writes text, and count those that the policy's tokenizer cannot write as they are."""
-    tokenizer = writing.policy.tokenizer
+    codec = writing.policy.codec
     written = [(row, answer.text) for row, answer in zip(rows, answers) if answer.ids is None and not answer.given_up]
     if not written:
         return
-    before = [[*row.prompt_ids, *row.ids] for row, _ in written]
-    back = decode_continuations(tokenizer, before, [encode_continuation(tokenizer, text) for _, text in written])
+    before = [row.ids if codec.alone else [*row.prompt_ids, *row.ids] for row, _ in written]
+    ids = [codec.response(text, begun=bool(row.ids)) for row, text in written]
+    back = decode_continuations(codec.tokenizer, before, ids)
     for (row, text), again in zip(written, back):
         row.guide_text = well_formed(text)
         counts["guide_texts_changed"] += again != text
 
 
-def guide_ids(policy: LanguageModel, answer: Text, budget: int) -> tuple[list[int], bool, bool]:
+def guide_ids(policy: LanguageModel, answer: Text, budget: int, begun: bool = False) -> tuple[list[int], bool, bool]:
     """A guide's text in policy tokens, whether it ends with an end token, and whether it was cut at the budget.
 
+    `begun` says whether it goes on behind other words of the response.
     A finished text gets the policy's end token if there is room; one that was cut off does not. An end token that the guide
     itself writes ends the text: nothing follows it.
     """
     if answer.ids is not None:
         ids = list(answer.ids)
     else:
-        ids = encode_continuation(policy.tokenizer, answer.text)
+        ids = policy.codec.response(answer.text, begun)
         ids = [*ids, policy.end_id] if answer.finished and len(ids) < budget else ids
     if any(not 0 <= token < policy.vocabulary for token in ids):
         raise RunError(
@@ -308,7 +312,7 @@ def _as_rollout(writing: Writing, rows: Sequence[_Row], samples_per_prompt: int,
     counts["truncated_texts"] = sum(not row.finished for row in rows)
     return Rollout(
         prompts=[row.prompt for row in rows],
-        texts=decode_continuations(writing.policy.tokenizer, prompts, [row.ids for row in rows]),
+        texts=writing.policy.codec.texts(prompts, [row.ids for row in rows]),
         ids=padded([[*row.prompt_ids, *row.ids] for row in rows]),
         origin=padded([[*[int(Origin.PROMPT)] * len(row.prompt_ids), *row.origin] for row in rows]).to(torch.uint8),
         switch=torch.tensor([row.switch for row in rows]),

@@ -15,6 +15,7 @@ from rlgf.config import GUIDE_REACHING, Config, dump, flatten, from_dict, read_y
 from rlgf.data import read_json, write_atomically, write_json
 from rlgf.errors import UserError
 from rlgf.guides.server import without_address
+from rlgf.tokens import Codec
 from rlgf.types import Origin, Rollout
 
 
@@ -147,7 +148,7 @@ def require_space(folder: Path, needed: int) -> None:
         )
 
 
-def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, tokenizer: Any) -> list[dict[str, Any]]:
+def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, codec: Codec) -> list[dict[str, Any]]:
     """A rollout as JSON objects: the text, in spans by author, its switch point, its score, and what a text guide wrote."""
     rows: list[dict[str, Any]] = []
     for i, prompt in enumerate(rollout.prompts):
@@ -158,7 +159,7 @@ def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, toke
                 "phase": int(rollout.phase[i]),
                 "prompt": prompt.text,
                 "text": rollout.texts[i],
-                "spans": spans(rollout, i, tokenizer),
+                "spans": spans(rollout, i, codec),
                 "switch": int(rollout.switch[i]),
                 "finisher": Origin(int(rollout.finisher[i])).name.lower(),
                 "finished": bool(rollout.finished[i]),
@@ -169,17 +170,17 @@ def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, toke
     return rows
 
 
-def spans(rollout: Rollout, row: int, tokenizer: Any) -> list[dict[str, Any]]:
+def spans(rollout: Rollout, row: int, codec: Codec) -> list[dict[str, Any]]:
     """Runs of tokens by one author, in order, with the text each adds."""
     length, start = int(rollout.lengths[row]), int(rollout.prompt_lengths[row])
     ids, origin = rollout.ids[row, :length].tolist(), rollout.origin[row, :length].tolist()
-    found: list[dict[str, Any]] = []
-    done = tokenizer.decode(ids[:start], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    while start < length:
-        end = start
-        while end < length and origin[end] == origin[start]:
+    prompt, found, done = ids[:start], list[dict[str, Any]](), ""
+    at = start
+    while at < length:
+        end = at
+        while end < length and origin[end] == origin[at]:
             end += 1
-        whole = tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        found.append({"author": Origin(origin[start]).name.lower(), "tokens": end - start, "text": whole[len(done) :]})
-        done, start = whole, end
+        whole = codec.texts([prompt], [ids[start:end]])[0]
+        found.append({"author": Origin(origin[at]).name.lower(), "tokens": end - at, "text": whole[len(done) :]})
+        done, at = whole, end
     return found

@@ -93,6 +93,15 @@ def continue_prefixes(
     return Continuations(tokens, lengths, finished, log_probs, full_log_probs, support)
 
 
+def split_context(
+    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
+) -> tuple[list[list[int]] | None, list[list[int]]]:
+    """Of pairs of prompt and what is written of the response: sources (None for a causal model) and prefixes, as above."""
+    if is_encoder_decoder(model):
+        return [list(prompt) for prompt, _ in rows], [list(begun) for _, begun in rows]
+    return None, [[*prompt, *begun] for prompt, begun in rows]
+
+
 @dataclass(frozen=True)
 class Draw:
     """One token for each row."""

@@ -26,7 +26,6 @@ from rlgf.models import LanguageModel, load_language_model, load_tokenizer, new_
 from rlgf.ngram import train_ngram
 from rlgf.supervised import Example, fit
 from rlgf.tasks import Task, task_kind
-from rlgf.tokens import encode_prompt, encode_target
 
 Report = Callable[[str], None]
 TOKENIZER_TEXTS = 8_000
@@ -224,8 +223,8 @@ class TargetExamples(Sequence[Example]):
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
         prompt = self.prompts[place]
-        before = encode_prompt(self.model.tokenizer, prompt)
-        after = encode_target(self.model.tokenizer, prompt.targets[0], self.model.end_id, self.budget)
+        before = self.model.codec.prompt(prompt)
+        after = self.model.codec.target(prompt.targets[0], self.model.end_id, self.budget)
         return Example([*before, *after], len(before), cut=after[-1] != self.model.end_id)
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,21 +15,46 @@ _HIDDEN = sorted({*range(0x100)} - {*_PRINTING})
 _BYTE_OF = {chr(byte): byte for byte in _PRINTING} | {chr(0x100 + i): byte for i, byte in enumerate(_HIDDEN)}
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The ids of a prompt: those it fixes itself, otherwise its text with the tokenizer's own opening tokens."""
-    if prompt.ids is not None:
-        return list(prompt.ids)
-    return _opened(tokenizer, tokenizer(prompt.text, add_special_tokens=True)["input_ids"]) if prompt.text else []
+@dataclass(frozen=True)
+class Codec:
+    """Text to tokens and back, as one model takes and gives them.
 
+    A causal model's response goes on behind its prompt, of which no closing token is left. An encoder–decoder's is a text by
+    itself (`alone`), beside a prompt that is closed.
+    """
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """The same of many prompts at once, which tokenizers do faster."""
-    texts = [prompt.text for prompt in prompts if prompt.ids is None and prompt.text]
-    encoded = iter(tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
-    return [
-        list(prompt.ids) if prompt.ids is not None else _opened(tokenizer, next(encoded)) if prompt.text else []
-        for prompt in prompts
-    ]
+    tokenizer: Any
+    alone: bool = False
+
+    def prompt(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt: those it fixes itself, otherwise its text with the tokenizer's own opening tokens."""
+        return self.prompts([prompt])[0]
+
+    def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """The same of many prompts at once, which tokenizers do faster."""
+        texts = [prompt.text for prompt in prompts if prompt.ids is None and prompt.text]
+        encoded = iter(self.tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
+        close = (lambda ids: list(ids)) if self.alone else (lambda ids: _opened(self.tokenizer, ids))
+        return [
+            list(prompt.ids) if prompt.ids is not None else close(next(encoded)) if prompt.text else [] for prompt in prompts
+        ]
+
+    def response(self, text: str, begun: bool = False) -> list[int]:
+        """The ids of a response, or, where it has `begun`, of what follows; without opening and end tokens."""
+        if begun or not self.alone:
+            return encode_continuation(self.tokenizer, text)
+        return list(self.tokenizer(well_formed(text).removeprefix(" "), add_special_tokens=False)["input_ids"])
+
+    def target(self, text: str, end_id: int, budget: int) -> list[int]:
+        """A target response: cut to `budget` tokens, or closed by an end token where that still fits."""
+        ids = self.response(text)
+        return [*ids, end_id] if len(ids) < budget else ids[:budget]
+
+    def texts(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each response (white space at the joint to its prompt included, where it goes on behind that)."""
+        if self.alone:
+            return _batch_decode(self.tokenizer, responses)
+        return decode_continuations(self.tokenizer, prompts, responses)
 
 
 def _opened(tokenizer: Any, ids: Sequence[int]) -> list[int]:
@@ -72,12 +98,6 @@ def _opens_with_space(tokenizer: Any) -> bool:
     return str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("\u2581")
 
 
-def encode_target(tokenizer: Any, text: str, end_id: int, budget: int) -> list[int]:
-    """A target continuation: cut to `budget` tokens, or closed by an end token where that still fits."""
-    ids = encode_continuation(tokenizer, text)
-    return [*ids, end_id] if len(ids) < budget else ids[:budget]
-
-
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
     """Text of ids, special tokens left out."""
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -86,15 +106,16 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> str:
 def decode_continuations(tokenizer: Any, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
     """The text that each response adds to its prompt (white space at the joint included)."""
 
-    def batch(rows: list[list[int]]) -> list[str]:
-        return tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    before = batch([list(prompt) for prompt in prompts])
-    whole = batch([[*prompt, *response] for prompt, response in zip(prompts, responses)])
+    before = _batch_decode(tokenizer, prompts)
+    whole = _batch_decode(tokenizer, [[*prompt, *response] for prompt, response in zip(prompts, responses)])
     return [
         text[len(start) :] if text.startswith(start) else decode(tokenizer, list(response))
         for start, text, response in zip(before, whole, responses)
     ]
+
+
+def _batch_decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
+    return tokenizer.batch_decode([list(row) for row in rows], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def spaced(before: str, text: str) -> str:

@@ -188,9 +188,9 @@ class Trainer:
         return evaluate_policy(writing, prompts, self.judges, evaluation.seed)
 
     def _log(self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience) -> None:
-        tokenizer = self.parts.models.policy.tokenizer
+        codec = self.parts.models.policy.codec
         iteration = metrics["iteration"]
-        directory.log("rollouts.jsonl", rollout_rows(experience.rollout, experience.score.tolist(), iteration, tokenizer))
+        directory.log("rollouts.jsonl", rollout_rows(experience.rollout, experience.score.tolist(), iteration, codec))
         directory.log("metrics.jsonl", [metrics])
         flat = {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
         trackers.log(flat, iteration)

@@ -10,8 +10,8 @@ from rlgf.errors import RunError, UserError
 from rlgf.guides.base import Capabilities, Request, Text
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniform_rows, uniforms
-from rlgf.sampling import Continuations, continue_prefixes
-from rlgf.tokens import decode_continuations, encode_prompts, whole_characters
+from rlgf.sampling import Continuations, continue_prefixes, split_context
+from rlgf.tokens import decode_continuations, whole_characters
 from rlgf.types import Decoding
 
 TOKEN_MARGIN = 1.5  # own tokens that a guide of another tokenizer may write for each that the policy would need
@@ -41,18 +41,20 @@ class ModelGuide:
 
     def complete(self, requests: Sequence[Request]) -> list[Text]:
         """Sample a continuation for each request; its draws depend on seed, trajectory and position alone."""
-        written = self._write(
-            requests,
-            [[*request.prompt_ids, *request.prefix_ids] for request in requests],
-            [request.budget for request in requests],
-            [request.minimum for request in requests],
-        )
+        contexts = [(request.prompt_ids, request.prefix_ids) for request in requests]
+        budgets, minimums = [request.budget for request in requests], [request.minimum for request in requests]
+        written = self._write(requests, contexts, budgets, minimums)
         rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
         return [Text("", bool(finished), ids) for finished, ids in zip(written.finished.tolist(), rows)]
 
     def _write(
-        self, requests: Sequence[Request], prefixes: Sequence[Sequence[int]], budgets: Sequence[int], minimums: Sequence[int]
+        self,
+        requests: Sequence[Request],
+        contexts: Sequence[tuple[Sequence[int], Sequence[int]]],
+        budgets: Sequence[int],
+        minimums: Sequence[int],
     ) -> Continuations:
+        """Continue pairs of prompt and prefix, in the guide's own tokens."""
         draws = uniform_rows(
             requests[0].seed if requests else 0,
             Purpose.GUIDE_TOKEN,
@@ -60,7 +62,10 @@ class ModelGuide:
             max(budgets, default=0),
             [len(request.prefix_ids) for request in requests],
         )
-        return continue_prefixes(self.language_model, prefixes, budgets, minimums, draws, self.decoding, self.precision)
+        sources, prefixes = split_context(self.language_model.model, contexts)
+        return continue_prefixes(
+            self.language_model, prefixes, budgets, minimums, draws, self.decoding, self.precision, sources
+        )
 
 
 class TextModelGuide(ModelGuide):
@@ -75,15 +80,14 @@ class TextModelGuide(ModelGuide):
         self.capabilities = Capabilities(can_finish=True, exact_budget=False)
 
     def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """Sample a continuation of prompt and prefix, both read as one text; draws are those of `ModelGuide`."""
-        tokenizer = self.language_model.tokenizer
-        whole = [replace(request.prompt, text=request.prompt.text + request.prefix, ids=None) for request in requests]
-        opening = self.language_model.end_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-        prefixes = [ids or [opening] for ids in encode_prompts(tokenizer, whole)]
+        """Sample a continuation of prompt and prefix, read as one text by a causal guide; draws are those of `ModelGuide`."""
+        codec = self.language_model.codec
+        contexts = self._contexts(requests)
         budgets: list[int] = []
         minimums: list[int] = []
-        for request, prefix in zip(requests, prefixes):
-            room = self.language_model.context - len(prefix)
+        for request, context in zip(requests, contexts):
+            prefix = [*context[0], *context[1]]
+            room = self.language_model.context - len(context[1] if codec.alone else prefix)
             if room < 1:
                 raise RunError(
                     f"the guide reads {self.language_model.context} tokens, and the prompt {request.prompt.text[:60]!r} with "
@@ -93,13 +97,24 @@ class TextModelGuide(ModelGuide):
             budgets.append(min(math.ceil(TOKEN_MARGIN * share * request.budget) + SPARE_TOKENS, room))
             # a text that is to fill the policy's budget never ends by itself
             minimums.append(budgets[-1] if request.minimum >= request.budget else math.ceil(share * request.minimum))
-        written = self._write(requests, prefixes, budgets, minimums)
+        written = self._write(requests, contexts, budgets, minimums)
         rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
         finished: list[bool] = written.finished.tolist()
         rows = [ids[:-1] if ended else self._whole(ids) for ids, ended in zip(rows, finished)]
-        texts = decode_continuations(tokenizer, prefixes, rows)
+        before = [begun if codec.alone else [*prompt, *begun] for prompt, begun in contexts]
+        texts = decode_continuations(codec.tokenizer, before, rows)
         # tokens that spell nothing: the guide has nothing to add
         return [Text(text, ended or not text) for text, ended in zip(texts, finished)]
+
+    def _contexts(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
+        """Prompt and prefix of each request in the guide's tokens; a causal guide reads them as one text."""
+        codec, tokenizer = self.language_model.codec, self.language_model.tokenizer
+        if codec.alone:
+            prompts = codec.prompts([replace(request.prompt, ids=None) for request in requests])
+            return [(prompt, codec.response(request.prefix)) for prompt, request in zip(prompts, requests)]
+        opening = self.language_model.end_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        whole = [replace(request.prompt, text=request.prompt.text + request.prefix, ids=None) for request in requests]
+        return [(ids or [opening], []) for ids in codec.prompts(whole)]
 
     def _whole(self, ids: list[int]) -> list[int]:
         """The ids without a character that the budget cut in two, if anything remains."""
