@@ -16,7 +16,7 @@ log = Console(stderr=True, highlight=False)
 
 def report(line: str) -> None:
     """A line about what is happening, to standard error."""
-    log.print(Text(line))
+    log.print(Text(line), soft_wrap=True)
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -16,6 +16,7 @@ from typing import IO, Any, cast
 from rlgf.errors import RunError, UserError
 from rlgf.scoring.extras import need
 
+WORKER = Path(__file__).with_name("worker.py")
 HEAP = "4g"  # what SPICE needs for long sentences; the tokenizer alone uses little of it
 KEPT_LINES = 30  # of what Java last said on its standard error
 INSTALL = (
@@ -37,6 +38,7 @@ class Java:
         self.owner = 0  # the process that started it: after a fork the pipes belong to the parent
         self.version = ""
         self.said: deque[str] = deque(maxlen=KEPT_LINES)
+        self.listener: threading.Thread | None = None
 
     def start(self) -> None:
         """See to it that the worker is up. Raises `UserError` where there is no Java, or one that is too old."""
@@ -49,7 +51,10 @@ class Java:
         with self.lock:
             answer = self._answer(question)
             if answer is None:
+                self.close()  # it may not have ended yet, only its answers
                 answer = self._answer(question)
+            if answer is None:
+                self.close()
         if answer is None:
             raise RunError(f"Java died twice at the same task ({operation}); the last it said: {self._last_words()}")
         if "error" in answer:
@@ -75,17 +80,20 @@ class Java:
         self.said = deque(maxlen=KEPT_LINES)
         self.owner = os.getpid()
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), json.dumps(settings)],
+            [sys.executable, "-P", str(WORKER), json.dumps(settings)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8",
             errors="replace", start_new_session=True,  # an interrupt in the terminal is for us
             cwd=tempfile.gettempdir(),
         )  # fmt: skip
-        threading.Thread(target=_listen, args=(self.process, self.said), daemon=True).start()
+        self.listener = threading.Thread(target=_listen, args=(self.process, self.said), daemon=True)
+        self.listener.start()
         answer = _read(self.process)
-        if answer is None or "failed" in answer:
+        if answer is None:
             self.close()
-            reason = answer["failed"] if answer else self._last_words()
-            raise UserError(f"Java 11 or newer is needed for these metrics, but {reason}: {INSTALL}.")
+            raise UserError(f"Java died while it started; the last it said: {self._last_words()}")
+        if "failed" in answer:
+            self.close()
+            raise UserError(f"Java 11 or newer is needed for these metrics, but {answer['failed']}: {INSTALL}.")
         self.version = answer["ready"]
 
     def _answer(self, question: str) -> dict[str, Any] | None:
@@ -104,6 +112,8 @@ class Java:
             raise
 
     def _last_words(self) -> str:
+        if self.process is None and self.listener is not None:
+            self.listener.join(5)
         said = [line for line in self.said if line]
         return " | ".join(said[-3:]) or "nothing"
 

@@ -1,5 +1,6 @@
 """Scores a file of texts: which metrics there are, what each needs of a line, and what comes of it."""
 
+import io
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -98,7 +99,7 @@ def read_lines(source: str, keys: Sequence[str]) -> list[Line]:
     where = "standard input" if source == "-" else source
     try:
         if source == "-":
-            rows = numbered_rows(sys.stdin.buffer, where)  # pyright: ignore[reportArgumentType]
+            rows = numbered_rows(io.BufferedReader(io.BytesIO(sys.stdin.buffer.read())), where)
         else:
             with Path(source).expanduser().open("rb") as file:
                 rows = numbered_rows(file, where)
