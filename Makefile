@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
+CORENLP ?= $(or $(RLGF_CORENLP),$(or $(RLGF_SHARED),../shared)/corenlp)
 STAMP := $(VENV)/.installed
 
 .PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench bench-prefetch docs clean
@@ -31,10 +32,10 @@ test: setup  ## the fast suite: no network, under a minute
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m pytest -m slow
 
 test-data: setup
-	$(BIN)/python -m pytest -m data
+	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m pytest -m 'data and not slow'
 
 test-server: setup
 	$(BIN)/python -m pytest -m server

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Generator
@@ -154,6 +155,8 @@ def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], 
         with found.open("rb") as original:
             shutil.copyfileobj(original, file, PIECE)
         return
+    if "@" in urllib.parse.urlsplit(source).netloc:
+        raise UserError("--from has a name or a password in it: fetch the jars by other means, and give --from their folder.")
     address = source if source.endswith("/") else source + "/"
     reasons: list[str] = []
     for place in (jar.path, jar.name):
@@ -161,17 +164,12 @@ def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], 
             _download(address + urllib.parse.quote(place), jar.name, file, report)
             return
         except (OSError, ValueError) as error:  # every protocol fails in ways of its own
-            reasons.append(str(getattr(error, "reason", "") or error) or type(error).__name__)
+            refused = isinstance(error, urllib.error.HTTPError)
+            reasons.append(str(error if refused else getattr(error, "reason", "") or error) or type(error).__name__)
     raise UserError(
-        f"{jar.name} cannot be had from {without_password(source)} ({'; '.join(dict.fromkeys(reasons))}): "
+        f"{jar.name} cannot be had from {source} ({'; '.join(dict.fromkeys(reasons))}): "
         "give --from the address of a Maven repository, or a folder."
     )
-
-
-def without_password(address: str) -> str:
-    """An address without the name and the password that may stand in it."""
-    parts = urllib.parse.urlsplit(address)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _download(address: str, name: str, file: BinaryIO, report: Callable[[str], None]) -> None:
@@ -180,7 +178,7 @@ def _download(address: str, name: str, file: BinaryIO, report: Callable[[str], N
     with urllib.request.urlopen(address, timeout=60) as answer:
         length = int(answer.headers.get("Content-Length") or 0)
         size = f"{length / 1e6:,.0f} MB" if length else "size unknown"
-        report(f"{name}: {size} from {without_password(address)}")
+        report(f"{name}: {size} from {address}")
         done, shown = 0, 0
         while piece := answer.read(PIECE):
             file.write(piece)
