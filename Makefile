@@ -6,7 +6,7 @@ DATA ?= ../shared/data
 CORENLP ?= $(or $(RLGF_CORENLP),$(or $(RLGF_SHARED),../shared)/corenlp)
 STAMP := $(VENV)/.installed
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench bench-prefetch docs clean
+.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server gpu lint types bench bench-prefetch bench-rewards docs clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -55,6 +55,9 @@ bench: setup
 
 bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
 	PYTHONPATH=tests $(BIN)/python -m bench.prefetch
+
+bench-rewards: setup  ## what text metrics cost as rewards
+	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m bench.text_rewards
 
 docs: setup  ## the reference pages that are made from the code
 	$(BIN)/python docs/make.py

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlgf.cli import app
+from rlgf.errors import RunError
 from rlgf.scoring import captions, jars, score
 from rlgf.scoring.functions import build_text_function
 from rlgf.scoring.java import JAVA
@@ -155,7 +156,13 @@ def test_spice_of_images_and_its_parses_on_disk(
         database.execute("UPDATE parses SET parse = ?", (json.dumps([["dog"]]),))
     assert spice_of(part) == [1.0] * 30
     JAVA.close()
+    shelf.write_bytes(b"no database" * 1000)
+    with pytest.raises(
+        RunError, match=r"parses-.*sqlite, where SPICE keeps its parses, cannot be used \(.*\): remove it, or set"
+    ):
+        spice_of(part)
     shelf.unlink()
+    JAVA.close()
 
 
 @pytest.mark.slow

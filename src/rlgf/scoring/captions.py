@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.errors import RunError
+from rlgf.errors import UserError
 from rlgf.scoring import jars
 from rlgf.scoring.extras import need
 from rlgf.scoring.java import JAVA
@@ -170,13 +170,7 @@ class Spice:
 
     def __call__(self, texts: Sequence[str], references: References, progress: Progress | None = None) -> list[float]:
         """The F-score of each tokenised text; `progress` is told now and then how many lines are done, of how many."""
-        for number, (text, group) in enumerate(zip(texts, references), 1):
-            longest = max(len(each.split()) for each in (text, *group))
-            if longest > LONGEST_SENTENCE:
-                raise RunError(
-                    f"SPICE reads captions of at most {LONGEST_SENTENCE} words (its parser's time grows with their cube), but "
-                    f"text {number} or a reference of it has {longest}: leave spice out, or that text."
-                )
+        self.check(texts, references)
         lines = list(zip(texts, references))
         scores: list[float] = []
         for start in range(0, len(lines), LINES_AT_A_TIME):
@@ -185,6 +179,16 @@ class Spice:
             if progress is not None:
                 progress(len(scores), len(lines))
         return scores
+
+    def check(self, texts: Sequence[str], references: References) -> None:
+        """Raise `UserError` where a text would take its parser minutes."""
+        for number, (text, group) in enumerate(zip(texts, references), 1):
+            longest = max(len(each.split()) for each in (text, *group))
+            if longest > LONGEST_SENTENCE:
+                raise UserError(
+                    f"SPICE reads captions of at most {LONGEST_SENTENCE} words (its parser's time grows with their cube), but "
+                    f"text {number} or a reference of it has {longest}: leave spice out, or that text."
+                )
 
 
 def _models(paths: Sequence[Path]) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from rlgf.display import visible
 from rlgf.errors import UserError
 
 VARIABLE = "RLGF_CORENLP"
@@ -199,17 +200,19 @@ def _by_maven(jar: Jar, file: BinaryIO, report: Callable[[str], None]) -> None:
         )
     report(f"{jar.name}: fetched by Maven as {jar.coordinates}")
     with tempfile.TemporaryDirectory() as folder:
-        command = [maven, "-B", "-q", f"{MAVEN_PLUGIN}:copy", f"-Dartifact={jar.coordinates}", f"-DoutputDirectory={folder}"]
+        wanted = [f"-Dartifact={jar.coordinates}", f"-DoutputDirectory={folder}"]
+        command = [maven, "-B", "-q", "-Dstyle.color=never", f"{MAVEN_PLUGIN}:copy", *wanted]
         done = subprocess.run(
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace",
         )  # fmt: skip
         copied = Path(folder) / jar.name
         if done.returncode or not copied.is_file():
-            said = [line for line in done.stdout.splitlines() if "ERROR" in line] or done.stdout.splitlines() or ["nothing"]
+            lines = done.stdout.splitlines()
+            said = [line[line.index("[ERROR]") :] for line in lines if "[ERROR]" in line] or lines or ["nothing"]
             raise UserError(
-                f"Maven could not fetch {jar.coordinates} (it said: {said[0][:300]}): give --from the address of a repository "
-                "that can be reached, or a folder that has the jars."
+                f"Maven could not fetch {jar.coordinates} (it said: {visible(said[0][:300])}): give --from the address of a "
+                "repository that can be reached, or a folder that has the jars."
             )
         with copied.open("rb") as original:
             shutil.copyfileobj(original, file, PIECE)

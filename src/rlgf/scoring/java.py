@@ -57,6 +57,8 @@ class Java:
                 self.close()
         if answer is None:
             raise RunError(f"Java died twice at the same task ({operation}); the last it said: {self._last_words()}")
+        if "refused" in answer:
+            raise RunError(answer["refused"])
         if "error" in answer:
             raise RunError(f"Java failed at a task ({operation}): {answer['error']}; the last it said: {self._last_words()}")
         return answer["result"]

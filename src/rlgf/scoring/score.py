@@ -205,6 +205,8 @@ def _on_tokens(
     report: Callable[[str], None],
 ) -> None:
     """The metrics that read coco-caption's tokens."""
+    if spice is not None:
+        spice.check(texts, references)
     if asked.intersection(GROUPS["bleu"]):
         for key, corpus, per_line in zip(GROUPS["bleu"], *captions.bleu(texts, references)):
             keep(key, per_line, corpus)

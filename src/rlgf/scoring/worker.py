@@ -50,6 +50,8 @@ def main() -> None:
         try:
             operation: Callable[..., Any] = getattr(libraries, request.pop("operation"))
             answer(result=operation(**request))
+        except UnusableFileError as error:
+            answer(refused=str(error))
         except Exception as error:
             answer(error=f"{type(error).__name__}: {error}")
 
@@ -81,6 +83,10 @@ def start_java(heap: str, meteor: Path) -> str:
     if major < OLDEST_JAVA:
         raise RuntimeError(f"the one found is {version}")
     return version
+
+
+class UnusableFileError(Exception):
+    """A file that cannot be read or written, in a sentence for people."""
 
 
 class Libraries:
@@ -197,12 +203,18 @@ class Shelf:
     """Parses of texts on disk, one SQLite file that several processes may read and write at once."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.database = sqlite3.connect(path, timeout=60)  # seconds to wait for another that is writing
-        with self.database:
-            self.database.execute(
-                "CREATE TABLE IF NOT EXISTS parses (text TEXT PRIMARY KEY, parse TEXT NOT NULL) WITHOUT ROWID"
-            )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.database = sqlite3.connect(path, timeout=60)  # seconds to wait for another that is writing
+            with self.database:
+                self.database.execute(
+                    "CREATE TABLE IF NOT EXISTS parses (text TEXT PRIMARY KEY, parse TEXT NOT NULL) WITHOUT ROWID"
+                )
+        except (OSError, sqlite3.Error) as error:
+            raise UnusableFileError(
+                f"{path}, where SPICE keeps its parses, cannot be used ({error}): remove it, or set XDG_CACHE_HOME to a folder "
+                "that can be written."
+            ) from None
 
     def read(self, texts: Sequence[str]) -> list[tuple[str, list[list[str]]]]:
         """The parses that are there."""
