@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
+CORENLP ?= $(or $(RLGF_CORENLP),$(or $(RLGF_SHARED),../shared)/corenlp)
 STAMP := $(VENV)/.installed
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server test-vllm gpu lint types bench bench-prefetch docs sample clean
+.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server test-vllm gpu lint types bench \
+  bench-prefetch bench-rewards docs sample clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -33,10 +35,10 @@ test: setup  ## the fast suite: no network, under a minute
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m pytest -m slow
 
 test-data: setup
-	$(BIN)/python -m pytest -m data
+	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m pytest -m 'data and not slow'
 
 test-server: setup
 	$(BIN)/python -m pytest -m server
@@ -74,6 +76,9 @@ bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
 
 sample: setup  ## the sample of two tokenizers in docs/guides.md, minutes
 	$(BIN)/python docs/sample.py --model $(DATA)/stories260k/hf
+
+bench-rewards: setup  ## what text metrics cost as rewards
+	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m bench.text_rewards
 
 docs: setup  ## the reference pages that are made from the code
 	$(BIN)/python docs/make.py

@@ -11,8 +11,8 @@ PACKAGE = Path(rlgf.__file__).parent
 
 LAYERS = """
     errors display types randomness schedules ops algorithms config data plugins tokens packing kernels forward models
-    supervised sampling guides ngram tasks rewards shaping processes rollout experience metrics evaluate update runs
-    tracking trainer stages recipes pipeline check report compare console cli
+    supervised sampling guides ngram scoring tasks rewards shaping processes rollout experience metrics evaluate update
+    runs tracking trainer stages recipes pipeline check report compare terminal console cli
 """
 """From what depends on nothing to what depends on all. A folder is one module; FOLDERS orders the files within it."""
 
@@ -20,6 +20,20 @@ ORDER = LAYERS.split()
 
 FOLDERS = {
     "guides": ["base", "local", "cache", "human", "answers", "server", "tokenizing", "remote", "prefetch", "__init__"],
+    "scoring": [
+        "worker",
+        "extras",
+        "java",
+        "jars",
+        "captions",
+        "rouge",
+        "bertscore",
+        "diversity",
+        "concepts",
+        "functions",
+        "score",
+        "__init__",
+    ],
     "tasks": ["base", "embedded", "imdb", "__init__"],
 }
 

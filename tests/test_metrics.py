@@ -13,7 +13,7 @@ from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
 from rlgf.experience import Reading
 from rlgf.forward import padded
 from rlgf.guides import FunctionGuide, ModelGuide, Request, Text
-from rlgf.metrics import distinct, kl_to_reference, perplexity, token_perplexity
+from rlgf.metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.models import LanguageModel
 from rlgf.rewards import continuation_only, whole_text
 from rlgf.rollout import Writing
@@ -21,12 +21,6 @@ from rlgf.tasks import Task, embedded
 from rlgf.types import Decoding, Prompt
 
 READING = Reading(Decoding(), PPOConfig(), 64)
-
-
-def test_distinct_counts_pairs_of_words_over_all_texts():
-    assert distinct(["a b a b", "a b"]) == pytest.approx(2 / 4)  # ab ba ab | ab: two different of four
-    assert distinct(["a", ""]) == 0.0
-    assert distinct(["a b c"], order=1) == 1.0
 
 
 def test_perplexity_is_that_of_the_models_own_loss(tiny_model: LanguageModel):

@@ -1,4 +1,4 @@
-"""The command line: `rlgf train | compare | sft | lm | reward | evaluate | write | show | check | list`.
+"""The command line: `rlgf train | compare | sft | lm | reward | evaluate | score | write | show | check | fetch | list`.
 
 Libraries that take seconds to import are imported inside the commands, so that `--help` and a mistyped key answer at once.
 """
@@ -296,6 +296,56 @@ def default_stages(run: Path) -> Path:
 
 
 @app.command()
+def score(
+    file: Annotated[str, typer.Argument(help="JSON lines, plain or gzip; - is standard input.", metavar="FILE")],
+    metrics: Annotated[
+        str, typer.Option(help="Groups or keys with commas between them (`rlgf list`).")
+    ] = "bleu,rouge,meteor,cider,distinct",
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Also write corpus and per-line values to this file.", metavar="FILE")
+    ] = None,
+    stem: Annotated[bool, typer.Option("--stem", help="Porter stems for rouge1, rouge2, rougeL, rougeLsum.")] = False,
+    bertscore_model: Annotated[str, typer.Option(help="Its encoder, a Hub name or a folder.")] = "roberta-large",
+    bertscore_layers: Annotated[int | None, typer.Option(help="Which layer is compared; known for usual models.")] = None,
+) -> None:
+    """Score the texts of a file: each line has a `prediction` and its `references`, both raw text."""
+    from rlgf import terminal
+    from rlgf.scoring import score as scoring
+
+    keys = scoring.choose(metrics)
+    lines = scoring.read_lines(file, keys)
+    options = scoring.Options(stem, bertscore_model, bertscore_layers)
+    scores = scoring.score(lines, keys, options, terminal.report)
+    for warning in scores.warnings:
+        terminal.report(f"warning: {warning}")
+    terminal.print_table([f"{len(lines):,} line{'s' * (len(lines) > 1)}", "score", "shown as"], scoring.table(scores))
+    if scoring.SCALES.keys() & scores.corpus.keys():
+        terminal.report("× 100 and × 10 are for people: functions and --json have 0 to 1, CIDEr-D 0 to 10.")
+    if json_out:
+        from rlgf.data import write_json
+
+        write_json(json_out, scoring.document(file, scores, options, len(lines)))
+
+
+@app.command()
+def fetch(
+    what: Annotated[str, typer.Argument(help="'spice': the jars of CoreNLP 3.6.0 (GPL-3.0), about 390 MB.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="A Maven repository's address, or a folder; default: `mvn` asks Maven Central."),
+    ] = None,
+) -> None:
+    """Bring what no Python package brings into the cache folder, checked by its sums."""
+    if what != "spice":
+        raise unknown("thing to fetch", what, ["spice"])
+    from rlgf import terminal
+    from rlgf.scoring import jars
+
+    folder = jars.fetch(source, terminal.report)
+    terminal.report(f"{folder}: SPICE has its jars")
+
+
+@app.command()
 def write(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     iteration: Annotated[int | None, typer.Option(help="Which iteration; default: the last that was logged.")] = None,
@@ -418,7 +468,8 @@ def _print_findings(findings: Sequence[Any]) -> None:
 
 @app.command("list")
 def list_() -> None:
-    """What there is to choose from: recipes, tasks, algorithms, guides."""
+    """What there is to choose from: recipes, tasks, algorithms, guides, metrics."""
+    from rlgf.scoring.score import ABOUT
     from rlgf.tasks import TASKS
 
     sections: dict[str, dict[str, str]] = {
@@ -435,6 +486,7 @@ def list_() -> None:
             "references": "the dataset's references; can begin texts (ppo_pp), not finish them",
             "python:module:name": "a function from requests to texts",
         },
+        "metrics of rlgf score": ABOUT,
     }
     for name in algorithms.NAMES:
         built = override(Config(), [("algorithm.name", name)]).algorithm.build()
@@ -473,9 +525,9 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    from rlgf import console
+    from rlgf import terminal
 
-    console.fail(message)
+    terminal.fail(message)
     sys.exit(code)
 
 

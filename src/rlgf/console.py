@@ -6,7 +6,6 @@ visible, and nothing in it is read as markup.
 
 import ctypes
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from rich.text import Text
 
 from rlgf.algorithms import Algorithm
@@ -23,11 +21,10 @@ from rlgf.display import visible
 from rlgf.models import count_parameters, shape_config
 from rlgf.pipeline import cautions, needs_guide
 from rlgf.report import table_rows
+from rlgf.terminal import log, out, print_table, report
 from rlgf.trainer import Progress as Step
 from rlgf.types import GUIDE, POLICY
 
-out = Console(highlight=False)
-log = Console(stderr=True, highlight=False)
 STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
 
 
@@ -55,11 +52,6 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-
-
-def report(line: str) -> None:
-    """A line about what is happening, to standard error."""
-    log.print(Text(line))
 
 
 class Watch:
@@ -129,17 +121,6 @@ def print_comparison(results: Mapping[str, Any]) -> None:
     """The table of a comparison."""
     headings, rows = table_rows(results)
     print_table(headings, rows)
-
-
-def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A plain table to standard output; the first column is text, the others are figures."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="right" if number else "left", no_wrap=number > 0 and len(heading) < 14)
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    # a narrow terminal folds lines rather than cells
-    Console(highlight=False, width=max(out.width, 160)).print(table)
 
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
@@ -245,9 +226,3 @@ def _parameters(config: Config) -> tuple[int, bool]:
             return count_parameters(AutoModelForCausalLM.from_config(wanted)), True
     except (OSError, ValueError):
         return 0, False
-
-
-def fail(message: str) -> None:
-    """An error, to standard error."""
-    sys.stdout.flush()
-    log.print(Text("error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True)

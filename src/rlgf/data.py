@@ -1,6 +1,7 @@
 """Rows of a dataset, from a Hub name, a local folder or a `.jsonl[.gz]` file; and files written in one piece."""
 
 import gzip
+import io
 import json
 import os
 import tempfile
@@ -43,22 +44,37 @@ def _part_of_file(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file, plain or gzip; a broken line is an error that names it."""
-    rows: list[dict[str, Any]] = []
-    number = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    row: Any = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}, line {number}: expected an object, found {type(row).__name__}.")
-                    rows.append(cast("dict[str, Any]", row))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: cannot be decoded ({error}).") from None
+        with path.open("rb") as file:
+            return [row for _, row in numbered_rows(file, str(path))]
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def numbered_rows(file: io.BufferedReader, where: str) -> list[tuple[int, dict[str, Any]]]:
+    """The objects of an open JSON-lines file, each with the number of its line; what is gzip tells by its first bytes.
+
+    Lines that hold nothing are passed over; `where` names the file in errors.
+    """
+    rows: list[tuple[int, dict[str, Any]]] = []
+    number = 0
+    content = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+    lines = io.TextIOWrapper(content, encoding="utf-8-sig")
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                row: Any = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
+                rows.append((number, cast("dict[str, Any]", row)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{where}, after line {number}: cannot be decoded ({error}).") from None
+    except RecursionError:
+        raise UserError(f"{where}, line {number}: nested too deeply to be read: mend or remove the line.") from None
+    finally:
+        lines.detach()  # whoever opened the file closes it
     return rows
 
 

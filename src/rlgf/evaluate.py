@@ -9,11 +9,12 @@ import torch
 
 from rlgf.algorithms import Algorithm, guide_alone, ppo
 from rlgf.experience import Reading
-from rlgf.metrics import distinct, kl_to_reference, perplexity, token_perplexity
+from rlgf.metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose
 from rlgf.rewards import continuation_only, score
 from rlgf.rollout import Writing, collect
+from rlgf.scoring.diversity import distinct
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt, Rollout
 

@@ -12,15 +12,6 @@ from rlgf.models import LanguageModel
 from rlgf.types import Prompt, Rollout
 
 
-def distinct(texts: Sequence[str], order: int = 2) -> float:
-    """Distinct n-grams of words over all n-grams, in all texts together; 0 where there are none."""
-    grams: list[tuple[str, ...]] = []
-    for text in texts:
-        words = text.split()
-        grams += [tuple(words[i : i + order]) for i in range(len(words) - order + 1)]
-    return len(set(grams)) / len(grams) if grams else 0.0
-
-
 def perplexity(language_model: LanguageModel, prompts: Sequence[Prompt], budget: int, reading: Reading) -> float:
     """exp(Σ negative log-likelihood / Σ tokens) of the prompts' first references, given the prompts.
 

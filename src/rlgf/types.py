@@ -4,7 +4,7 @@ Every mask in the library is a positive question asked of `Rollout.origin` and `
 `[texts, width]` tensor speaks of the token in column `c`: its log-probability, and the value of the state *before* it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -38,6 +38,10 @@ class Prompt:
     targets: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+TextFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
+"""(prompts, texts that continue them) -> one number each. Rewards and metrics are such functions."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from rlgf.config import TaskConfig
 from rlgf.errors import unknown
 from rlgf.tasks import embedded, imdb
-from rlgf.tasks.base import Task, TaskKind, TextFunction
+from rlgf.tasks.base import Task, TaskKind
+from rlgf.types import TextFunction
 
 TASKS: dict[str, TaskKind] = {"embedded": embedded.KIND, "imdb": imdb.KIND}
 

@@ -8,10 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlgf.config import TaskConfig, check_keys
 from rlgf.errors import UserError
-from rlgf.types import Prompt
-
-TextFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
-"""(prompts, texts that continue them) -> one number each. Rewards and metrics are such functions."""
+from rlgf.types import Prompt, TextFunction
 
 
 @dataclass(frozen=True)

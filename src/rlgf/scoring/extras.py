@@ -1,0 +1,11 @@
+"""Packages that are not in the core: an error that names the extra which brings them."""
+
+import importlib.util
+
+from rlgf.errors import UserError
+
+
+def need(what: str, extra: str, *modules: str) -> None:
+    """Raise `UserError` unless all these modules are installed."""
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        raise UserError(f"{what} needs the extra '{extra}': pip install 'rlgf[{extra}]'.")
