@@ -116,7 +116,7 @@ def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment
         ("ppo.gamma=1.01", "ppo.gamma is 1.01, but must lie within"),
         ("ppo.lam=.nan", "ppo.lam is nan, but must lie within"),
         ("decoding.temperature=0", "decoding needs temperature > 0"),
-        ("decoding.top_p=0", "decoding needs temperature > 0, top_k >= 0 and 0 < top_p <= 1"),
+        ("decoding.top_p=0", "decoding needs temperature > 0, top_k >= 0, 0 < top_p <= 1"),
         ("guide.decoding.top_k=-1", "guide.decoding needs"),
         ("decoding.greedy=true", "decoding.greedy is for evaluation"),
         ("ppo.samples_per_prompt=3", r"ppo.texts_per_iteration \(128\) must be a multiple of ppo.samples_per_prompt"),

@@ -145,3 +145,14 @@ def test_a_trunk_without_a_head_is_read_alike(word_tokenizer: Any):
     first = whole(trunk, SOURCES[0], [6, 7, 8]).last_hidden_state[0]
     second = whole(trunk, SOURCES[1], [9, 10, 11, 12]).last_hidden_state[0]
     assert torch.allclose(states, torch.cat([first, second[3:]]), atol=1e-5)
+
+
+def test_beam_search_is_that_of_transformers(model: LanguageModel):
+    decoding = Decoding(beams=3)
+    assert decoding.describe() == "beam search, 3 beams"
+    written = rows_of(write(model, SOURCES, [[]] * 5, decoding, most=6, minimum=2))
+    for source, mine in zip(SOURCES, written):
+        theirs = model.model.generate(
+            input_ids=torch.tensor([source]), num_beams=3, do_sample=False, max_new_tokens=6, min_new_tokens=2, pad_token_id=0
+        )[0, 1:].tolist()
+        assert mine == (theirs[: theirs.index(0) + 1] if 0 in theirs else theirs)

@@ -555,3 +555,13 @@ def test_uniforms_and_not_the_global_generator_decide(tiny_model: LanguageModel)
     assert rows_of(write(tiny_model, PREFIXES, Decoding())) == first
     assert rows_of(write(tiny_model, PREFIXES, Decoding(), seed=1)) != first
     assert uniforms(0, Purpose.POLICY_TOKEN, 0, 1)[0] != uniforms(1, Purpose.POLICY_TOKEN, 0, 1)[0]
+
+
+def test_beam_search_continues_each_prefix_as_transformers_does(tiny_model: LanguageModel) -> None:
+    written = rows_of(write(tiny_model, PREFIXES, Decoding(beams=4), most=6))
+    for prefix, mine in zip(PREFIXES, written):
+        found = tiny_model.model.generate(
+            torch.tensor([prefix]), num_beams=4, do_sample=False, max_new_tokens=6, pad_token_id=0,
+            eos_token_id=list(tiny_model.end_ids),
+        )[0, len(prefix) :].tolist()  # fmt: skip
+        assert mine == found

@@ -319,10 +319,11 @@ def _check_decodings(config: Config) -> None:
     decodings = {"decoding": config.decoding, "guide.decoding": config.guide.decoding}
     decodings["evaluation.decoding"] = config.evaluation.decoding or config.decoding
     for name, decoding in decodings.items():
-        if not decoding.temperature > 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0:
-            raise UserError(f"{name} needs temperature > 0, top_k >= 0 and 0 < top_p <= 1; it has {decoding}.")
-    if config.decoding.greedy:
-        raise UserError("decoding.greedy is for evaluation: a policy that does not sample cannot learn from its choices.")
+        if not decoding.temperature > 0 or decoding.top_k < 0 or not 0.0 < decoding.top_p <= 1.0 or decoding.beams < 1:
+            raise UserError(f"{name} needs temperature > 0, top_k >= 0, 0 < top_p <= 1 and beams >= 1; it has {decoding}.")
+    if not config.decoding.samples:
+        how = "greedy" if config.decoding.greedy else "beams"
+        raise UserError(f"decoding.{how} is for evaluation: a policy that does not sample cannot learn from its choices.")
 
 
 def _check_guide(guide: GuideConfig) -> None:

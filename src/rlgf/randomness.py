@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     SUPERVISED = 11
     TASK = 12
     INITIALISATION = 13
+    CORRUPTION = 14  # index: the text
 
 
 def uniforms(seed: int, purpose: Purpose, index: int, count: int, start: int = 0) -> NDArray[np.float64]:

@@ -55,6 +55,8 @@ def continue_prefixes(
     Token `s` of row `i` is drawn by `uniforms[i, s]` ([rows, max(budgets)]), by inverting the cumulative distribution in the
     order of token ids; so neither the other rows nor the batch change what a row is given.
     """
+    if decoding.beams > 1:
+        return _beam_search(language_model, prefixes, budgets, minimums, decoding.beams, precision, sources)
     rows, most = len(prefixes), max(budgets, default=0)
     tokens = torch.zeros((rows, most), dtype=torch.int64)
     lengths = torch.zeros(rows, dtype=torch.int64)
@@ -89,7 +91,7 @@ def continue_prefixes(
                 decoder.keep(stays)
                 active, draws, budget, minimum = active[stays], draws[stays], budget[stays], minimum[stays]
             logits = decoder.step(drawn.tokens[stays])
-    support = _assemble(kept, rows, most) if decoding.truncates and not decoding.greedy else None
+    support = _assemble(kept, rows, most) if decoding.truncates and decoding.samples else None
     return Continuations(tokens, lengths, finished, log_probs, full_log_probs, support)
 
 
@@ -203,6 +205,48 @@ def _assemble(kept: dict[tuple[int, int], Tensor], rows: int, most: int) -> Supp
         counts[places[:, 0], places[:, 1]] = torch.tensor([len(kept[key]) for key in order])
     flat = torch.cat([kept[key] for key in order]) if order else torch.zeros(0, dtype=torch.int64)
     return Support(counts, flat)
+
+
+def _beam_search(
+    language_model: LanguageModel,
+    prefixes: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    minimums: Sequence[int],
+    beams: int,
+    precision: str,
+    sources: Sequence[Sequence[int]] | None,
+) -> Continuations:
+    """The likeliest continuation that transformers' beam search finds, by its own defaults; nothing is drawn."""
+    model, device, ends = language_model.model, language_model.device, list(language_model.end_ids)
+    rows, most = len(prefixes), max(budgets, default=0)
+    tokens, lengths = torch.zeros((rows, most), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    finished = torch.zeros(rows, dtype=torch.bool)
+    begun = [[] if sources is None else [model.config.decoder_start_token_id] for _ in range(rows)]
+    written = [[*start, *prefix] for start, prefix in zip(begun, prefixes)]
+    families: dict[tuple[int, int, int], list[int]] = {}
+    for row in range(rows):
+        if budgets[row]:
+            families.setdefault((len(written[row]), budgets[row], minimums[row]), []).append(row)
+    for (width, budget, minimum), members in families.items():
+        size = max(1, BATCH_TOKENS // (beams * (width + budget)))
+        for batch in (members[start : start + size] for start in range(0, len(members), size)):
+            ids = torch.tensor([written[row] for row in batch], dtype=torch.int64).to(device)
+            inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if sources is not None:
+                read = padded([sources[row] for row in batch])
+                mask = (torch.arange(read.shape[1]) < torch.tensor([[len(sources[row])] for row in batch])).long()
+                inputs = {"input_ids": read.to(device), "attention_mask": mask.to(device), "decoder_input_ids": ids}
+            with torch.no_grad(), autocast(device, precision):
+                found = model.generate(
+                    **inputs, num_beams=beams, do_sample=False, max_new_tokens=budget, min_new_tokens=minimum,
+                    eos_token_id=ends, pad_token_id=ends[0],
+                )  # fmt: skip
+            for row, text in zip(batch, found[:, width:].cpu()):
+                ended = torch.isin(text, torch.tensor(ends)).nonzero().flatten().tolist()
+                length = ended[0] + 1 if ended else len(text)
+                tokens[row, :length], lengths[row], finished[row] = text[:length], length, bool(ended)
+    nothing = torch.zeros((rows, most))
+    return Continuations(tokens, lengths, finished, nothing, nothing, None)
 
 
 def _alone_in_length(model: Any) -> bool:

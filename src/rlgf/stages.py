@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlgf.config import GUIDE_REACHING, Config, GuideConfig, ModelConfig, SupervisedConfig, TaskConfig, to_dict
 from rlgf.data import read_json, write_json
+from rlgf.denoising import corrupt
 from rlgf.errors import UserError
 from rlgf.guides.local import guide_model_path
 from rlgf.guides.server import without_address
@@ -30,6 +31,7 @@ from rlgf.tasks import Task, task_kind
 Report = Callable[[str], None]
 TOKENIZER_TEXTS = 8_000
 END = "<|endoftext|>"
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(16))  # of span corruption, in T5's spelling
 
 
 def fingerprint(ingredients: Mapping[str, Any]) -> str:
@@ -117,27 +119,31 @@ def tokenizer_for(config: Config, task: TaskConfig, shape: ModelConfig, stages: 
             f"task '{task.name}' has no tokenizer of its own: give --policy or model.path, or set model.vocabulary."
         )
     ingredients = {"vocabulary": shape.vocabulary, "texts": TOKENIZER_TEXTS, "task": _task_source(task)}
+    ingredients |= {"sentinels": len(SENTINELS)} if shape.architecture == "t5" else {}
 
     def build(folder: Path) -> dict[str, Any]:
         assert kind.raw_texts
-        train_tokenizer(kind.raw_texts(task, TOKENIZER_TEXTS), shape.vocabulary).save_pretrained(folder)
+        sentinels = SENTINELS if shape.architecture == "t5" else ()
+        train_tokenizer(kind.raw_texts(task, TOKENIZER_TEXTS), shape.vocabulary, sentinels).save_pretrained(folder)
         return {}
 
     folder = build_stage(stages, "tokenizer", ingredients, build, report)
     return load_tokenizer(str(folder)), folder.name
 
 
-def train_tokenizer(texts: list[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer, with one special token that opens, ends and pads."""
+def train_tokenizer(texts: list[str], vocabulary: int, sentinels: Sequence[str] = ()) -> Any:
+    """A byte-level BPE tokenizer, with one special token that opens, ends and pads, and sentinels for span corruption."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(  # pyright: ignore[reportCallIssue]
-        vocab_size=vocabulary, special_tokens=[END], show_progress=False,
+        vocab_size=vocabulary, special_tokens=[END, *sentinels], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, pad_token=END, extra_special_tokens=list(sentinels)
+    )
 
 
 def base_model(config: Config, stages: Path, report: Report) -> tuple[LanguageModel, Any]:
@@ -187,13 +193,8 @@ def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = Non
 
     def build(folder: Path) -> dict[str, float]:
         model = new_language_model(shape, tokenizer, seed)
-        stream: list[int] = []
-        for ids in tokenizer(raw_texts(task, config.lm.texts), add_special_tokens=False)["input_ids"]:
-            stream += [*ids, model.end_id]
-        size = shape.context
-        examples = [Example(stream[at : at + size], 1) for at in range(0, len(stream) - size + 1, size)]
-        if not examples:
-            raise UserError(f"the raw text has {len(stream)} tokens, fewer than one block of model.context = {size}.")
+        texts = raw_texts(task, config.lm.texts)
+        examples = corrupted(texts, model, seed) if model.codec.alone else blocks(texts, model, shape.context)
         measured = fit(model, examples, config.lm, seed, min(config.runtime.token_budget, 1024), report)
         model.save(folder)
         return measured
@@ -203,17 +204,44 @@ def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = Non
     return build_stage(stages, "lm", ingredients, build, report)
 
 
+def blocks(texts: Sequence[str], model: LanguageModel, size: int) -> list[Example]:
+    """Texts one behind the other, an end token after each, in blocks of `size` tokens."""
+    stream: list[int] = []
+    for ids in model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        stream += [*ids, model.end_id]
+    examples = [Example(stream[at : at + size], 1) for at in range(0, len(stream) - size + 1, size)]
+    if not examples:
+        raise UserError(f"the raw text has {len(stream)} tokens, fewer than one block of model.context = {size}.")
+    return examples
+
+
+def corrupted(texts: Sequence[str], model: LanguageModel, seed: int) -> list[Example]:
+    """Texts with spans of tokens left out, to be filled in: `denoising.corrupt`, drawn anew for each text."""
+    sentinels = [int(model.tokenizer.convert_tokens_to_ids(token) or 0) for token in SENTINELS]
+    if len(set(sentinels)) < len(SENTINELS) or model.tokenizer.convert_ids_to_tokens(sentinels) != list(SENTINELS):
+        raise UserError(f"span corruption needs the tokens {SENTINELS[0]} to {SENTINELS[-1]} in the tokenizer: train one here.")
+    examples: list[Example] = []
+    for place, ids in enumerate(model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
+        if len(ids) > 1:
+            source, target = corrupt(ids, sentinels, seed, place)
+            source = [*source, model.end_id]
+            examples.append(Example([*source, *target, model.end_id], len(source)))
+    if not examples:
+        raise UserError("the raw text holds no text of two tokens or more to train on.")
+    return examples
+
+
 class TargetExamples(Sequence[Example]):
     """Every target of a task's training prompts as tokens to learn, encoded when it is asked for."""
 
     def __init__(self, task: Task, model: LanguageModel, budget: int, most: int = 0) -> None:
-        prompts = [prompt for prompt in task.train if prompt.targets]
-        self.prompts, self.model, self.budget = prompts[:most] if most else prompts, model, budget
-        if not prompts:
+        pairs = [(prompt, target) for prompt in task.train for target in prompt.targets]
+        self.pairs, self.model, self.budget = pairs[:most] if most else pairs, model, budget
+        if not pairs:
             raise UserError(f"task '{task.name}' has no targets: SFT and the MLE term need at least one.")
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.pairs)
 
     @overload
     def __getitem__(self, place: int) -> Example: ...
@@ -222,9 +250,9 @@ class TargetExamples(Sequence[Example]):
     def __getitem__(self, place: int | slice) -> Example | Sequence[Example]:
         if isinstance(place, slice):
             return [self[number] for number in range(*place.indices(len(self)))]
-        prompt = self.prompts[place]
+        prompt, target = self.pairs[place]
         before = self.model.codec.prompt(prompt)
-        after = self.model.codec.target(prompt.targets[0], self.model.end_id, self.budget)
+        after = self.model.codec.target(target, self.model.end_id, self.budget)
         return Example([*before, *after], len(before), cut=after[-1] != self.model.end_id)
 
 

@@ -49,13 +49,19 @@ class Decoding:
     """How an author turns probabilities into tokens.
 
     Tempered first, then cut to the `top_k` most likely tokens (0: all), then to the smallest set that holds `top_p` of the
-    probability. `greedy` takes the most likely token and ignores the rest.
+    probability. `greedy` takes the most likely token and ignores the rest, and so does beam search, which `beams` above 1 is.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    beams: int = 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn."""
+        return not self.greedy and self.beams == 1
 
     @property
     def truncates(self) -> bool:
@@ -64,6 +70,8 @@ class Decoding:
 
     def describe(self) -> str:
         """The decoding in a few words, for tables."""
+        if self.beams > 1:
+            return f"beam search, {self.beams} beams"
         if self.greedy:
             return "greedy"
         parts = [f"temperature {self.temperature:g}"] if self.temperature != 1 else []

@@ -2,11 +2,11 @@
 
 from rlgf.config import TaskConfig
 from rlgf.errors import unknown
-from rlgf.tasks import embedded, imdb
+from rlgf.tasks import commongen, embedded, imdb
 from rlgf.tasks.base import Task, TaskKind
 from rlgf.types import TextFunction
 
-TASKS: dict[str, TaskKind] = {"embedded": embedded.KIND, "imdb": imdb.KIND}
+TASKS: dict[str, TaskKind] = {"embedded": embedded.KIND, "imdb": imdb.KIND, "commongen": commongen.KIND}
 
 __all__ = ["TASKS", "Task", "TaskKind", "TextFunction", "task_kind"]
 

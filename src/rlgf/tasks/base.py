@@ -22,6 +22,8 @@ class Task:
     reward: TextFunction | None = None  # the task's own rule; None where a reward model is needed
     whole_text: bool = False  # whether a reward model reads prompt and continuation, or the continuation alone
     pass_mark: float | None = None  # a reward from which on a text counts as passed
+    finals: Mapping[str, Sequence[Prompt]] = field(default_factory=dict[str, Sequence[Prompt]])  # reported beside `test`
+    group: Callable[[Prompt], str] | None = None  # by which a final evaluation tells prompts apart: by their difficulty, say
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # rows that could not be used, counted by reason
 
 

@@ -1,0 +1,96 @@
+"""CommonGen: write a sentence that holds all given concepts. Source: Lin et al. 2020; the paper, section 6; tasks.md.
+
+The prompt is `generate a sentence with: dog frisbee catch.`; every reference of a concept set is a target. The reward is text
+metrics' (SPIDEr in the paper), so the task has no rule of its own.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlgf.config import TaskConfig
+from rlgf.data import read_rows
+from rlgf.errors import UserError
+from rlgf.randomness import Purpose, permutation
+from rlgf.tasks.base import Task, TaskKind, task_options
+from rlgf.types import Prompt
+
+SPLITS = ("train", "validation", "test")
+HARD = 4  # concepts from which on a prompt counts as hard
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where rows are, and which concept sets of the training split are held back for evaluations during training."""
+
+    concepts_column: str = "concepts"
+    references_column: str = "targets"  # a list; in the Hub's form of the data a single text, `target`, on a row of its own
+    held_back: int = 0  # concept sets; 0: the validation split is evaluated on during training
+
+
+def build(config: TaskConfig, tokenizer: Any) -> Task:
+    """Prompts of the dataset's own splits; a final evaluation speaks of validation and test."""
+    options: Options = task_options(config, Options)
+    train, validation, test = (_prompts(config, options, split) for split in SPLITS)
+    watched = validation
+    if options.held_back:
+        if not 0 < options.held_back < len(train):
+            raise UserError(f"task.options.held_back is {options.held_back}, but there are {len(train)} training prompts.")
+        order = permutation(0, Purpose.TASK, 3, len(train))
+        held = set(order[: options.held_back].tolist())
+        watched = [prompt for place, prompt in enumerate(train) if place in held]
+        train = [prompt for place, prompt in enumerate(train) if place not in held]
+    return Task(config.name, train, watched, test, finals={"validation": validation}, group=difficulty)
+
+
+def difficulty(prompt: Prompt) -> str:
+    """How hard a prompt is: 'easy' with three concepts, 'hard' with more."""
+    return "hard" if len(prompt.columns["concepts"]) >= HARD else "easy"
+
+
+def _prompts(config: TaskConfig, options: Options, split: str) -> list[Prompt]:
+    rows = read_rows(_source(config), split, (options.concepts_column,))
+    found: list[tuple[tuple[str, ...], list[str]]] = []
+    for number, row in enumerate(rows, 1):
+        where = f"{config.data}, split {split}, row {number}"
+        concepts, references = row[options.concepts_column], row.get(options.references_column, row.get("target"))
+        if not isinstance(concepts, list) or not concepts or not all(isinstance(c, str) and c.strip() for c in concepts):
+            raise UserError(f"{where}: the prompt is empty: '{options.concepts_column}' must be a list of words.")
+        references = [references] if isinstance(references, str) else references
+        if not isinstance(references, list) or not references or not all(isinstance(r, str) and r.strip() for r in references):
+            raise UserError(
+                f"{where}: '{options.references_column}' (or 'target') must hold at least one text, none of them empty."
+            )
+        key = tuple(concepts)
+        if options.references_column not in row and found and found[-1][0] == key:
+            found[-1][1].extend(references)
+        else:
+            found.append((key, list(references)))
+    return [_prompt(concepts, references) for concepts, references in found]
+
+
+def _prompt(concepts: Sequence[str], references: Sequence[str]) -> Prompt:
+    texts = tuple(" ".join(reference.split()) for reference in references)
+    return Prompt(f"generate a sentence with: {' '.join(concepts)}.", texts, texts, columns={"concepts": tuple(concepts)})
+
+
+def _source(config: TaskConfig) -> str:
+    if config.data is None:
+        raise UserError(
+            "task 'commongen' needs data: give --data with a Hub name or a folder of train, validation and test .jsonl[.gz]."
+        )
+    return config.data
+
+
+def raw_texts(config: TaskConfig, most: int) -> list[str]:
+    """The training references in a shuffled order, at most `most` (0: all)."""
+    options: Options = task_options(config, Options)
+    texts = [text for prompt in _prompts(config, options, "train") for text in prompt.references]
+    order = permutation(0, Purpose.TASK, 4, len(texts))
+    return [texts[i] for i in (order[:most] if most else order)]
+
+
+KIND = TaskKind(
+    build, Options, raw_texts=raw_texts, needs_data=True,
+    instruction="{text}\n\nAnswer with the sentence only: one plain sentence that uses all of these words.",
+)  # fmt: skip
