@@ -105,6 +105,28 @@ def test_a_run_goes_on_at_another_address(tmp_path: Path, stages: Path) -> None:
     assert len(read_complete_lines(tmp_path / "run" / "metrics.jsonl")) == 4
 
 
+def test_runs_that_share_answers_replay_each_as_it_was(tmp_path: Path, stages: Path) -> None:
+    """The second finds some of the first's answers, and its replay too; what the first gave up, the second may have got."""
+
+    def flaky(key: str, attempt: int) -> str | None:
+        return "503" if attempt == 0 and int(key[:2], 16) % 3 == 0 else None
+
+    changes = [kept(tmp_path), ("guide.retries", 0), ("guide.on_failure", "policy"), ("guide.prefetch", 0)]
+    with FaultServer(flaky) as server:
+        runs = {
+            "first": config(server, *changes, ("algorithm.name", "aggrevated")),
+            "second": config(server, *changes),
+        }
+        for name, asked in runs.items():
+            train(asked, tmp_path / name, stages)
+        counts = {name: guided_rows(tmp_path / name) for name in runs}
+        assert sum(row["guide_rows_cached"] for row in counts["second"]) > 0
+        assert sum(row["guide_rows_given_up"] for row in counts["first"]) > 0
+    for name, asked in runs.items():
+        train(override(asked, [("guide.offline", True)]), tmp_path / f"{name}-again", stages)
+        assert json.dumps(guided_rows(tmp_path / f"{name}-again")) == json.dumps(counts[name])
+
+
 # --- limits ---------------------------------------------------------------------------------------------------------------
 
 

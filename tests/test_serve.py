@@ -204,7 +204,7 @@ def test_killed_and_restarted_during_a_run_it_changes_nothing(
 
     def restart() -> None:
         answers = AnswerCache(cache)
-        while len(answers) < 6:  # how to ask, two of the probe, and some of the first iteration
+        while len(answers) < 8:  # how to ask, two of the probe, and some of the first iteration, each with what it took
             if over.wait(0.005):
                 return
         served.kill()

@@ -33,12 +33,13 @@ from rlgf.models import (
 from rlgf.plugins import load_object
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
-from rlgf.runs import RunDirectory, read_complete_lines, require_space, rollout_rows
+from rlgf.runs import RunDirectory, identity, read_complete_lines, require_space, rollout_rows
 from rlgf.stages import (
     Report,
     TargetExamples,
     base_model,
     distil_stage,
+    fingerprint,
     guide_stage,
     guide_task,
     reward_stage,
@@ -224,7 +225,7 @@ def plain_guide(
             server = reach_by_tokens(spec, settings, tokens, cache, report)
         else:
             server = reach(spec, settings, cache, report)
-        guide = RemoteGuide(server, settings, cache, report)
+        guide = RemoteGuide(server, settings, cache, report, run=fingerprint(identity(config)))
     elif spec.startswith("python:"):
         guide = FunctionGuide(load_object(spec, "guide"))
     else:

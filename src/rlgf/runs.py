@@ -121,13 +121,18 @@ def read_complete_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def identity(config: Config) -> dict[str, Any]:
+    """What makes a run the run it is: every setting but the machine's, and how a guide is reached."""
+    values = {**flatten(to_dict(config)), "guide.spec": without_address(config.guide.spec)}
+    reaching = {f"guide.{name}" for name in GUIDE_REACHING}
+    return {key: value for key, value in values.items() if not key.startswith("runtime.") and key not in reaching}
+
+
 def _refuse_other(folder: Path, old: Config, new: Config) -> None:
-    before, after = ({**flatten(to_dict(config)), "guide.spec": without_address(config.guide.spec)} for config in (old, new))
+    before, after = identity(old), identity(new)
     missing = object()
     keys = [*after, *(key for key in before if key not in after)]
-    changed = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
-    reaching = {f"guide.{name}" for name in GUIDE_REACHING}
-    differing = [key for key in changed if not key.startswith("runtime.") and key not in reaching]
+    differing = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
     if differing:
         key = differing[0]
         raise UserError(

@@ -190,12 +190,12 @@ class Trainer:
     def _log(self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience) -> None:
         codec = self.parts.models.policy.codec
         iteration = metrics["iteration"]
+        if self._spent():  # first: a run that is killed here must not forget what it has paid
+            directory.save_spending(self._spent())
         directory.log("rollouts.jsonl", rollout_rows(experience.rollout, experience.score.tolist(), iteration, codec))
         directory.log("metrics.jsonl", [metrics])
         flat = {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
         trackers.log(flat, iteration)
-        if self._spent():
-            directory.save_spending(self._spent())
         if self.iteration % self.config.runtime.checkpoint_every == 0 or self.iteration == self.config.ppo.iterations:
             directory.save_checkpoint(self.iteration, self.state())
 

@@ -2,7 +2,7 @@
 
 Every draw of a server is made from (seed, trajectory, position, attempt), so the order in which answers arrive changes nothing.
 What an answer took (requests, tokens) is counted where the answer is used, so that asking ahead does not change the counts
-either; it is kept with the answer, and a replay counts it again.
+either; it is kept beside the answer for each run that asked, and a replay of that run counts it again.
 """
 
 import hashlib
@@ -28,7 +28,6 @@ COUNTS = (
 )  # fmt: skip
 
 
-GIVEN_UP = "/given up"
 WORTH_SAYING = 5.0  # seconds of a pause
 SAYING_EVERY = 10.0  # seconds
 
@@ -44,13 +43,15 @@ class RowFailedError(Exception):
 class RemoteGuide:
     """Any number of questions to a `Server`, through the cache, under the limits of the config.
 
-    `sleep` stands in for the pauses between retries, which otherwise end early when there is nothing left to ask for.
+    `run` tells this run from others that share the cache. `sleep` stands in for the pauses between retries, which otherwise end
+    early when there is nothing left to ask for.
     """
 
     def __init__(
         self, server: Server, config: GuideConfig, cache: AnswerCache, report: Callable[[str], None] = lambda line: None,
-        sleep: Callable[[float], None] | None = None,
+        run: str = "", sleep: Callable[[float], None] | None = None,
     ) -> None:  # fmt: skip
+        self.run = run
         self.server, self.config, self.cache, self._report, self._sleep = server, config, cache, report, sleep
         self.capabilities = Capabilities(can_finish=server.can_finish, exact_budget=server.exact)
         self.spent: Counter[str] = Counter()  # over the whole run
@@ -163,39 +164,45 @@ class RemoteGuide:
         for draw in range(self.config.invalid_retries + 1):
             question = self.question(request, draw)
             key = key_of({**self._asked, **asdict(question), "index": request.index})
-            stored = self.cache.get(key)
-            if stored is None and stop is None:
-                return []
-            if stored is None and stop is not None:
-                stored = self._replayed(key, request) if self.config.offline else self._asked_for(key, question, stop)
-            assert stored is not None
+            stored = self._replayed(key, request) if self.config.offline else self.cache.get(key)
+            if stored is None:
+                if stop is None:
+                    return []
+                stored = self._asked_for(key, question, stop)
             drawn.append((key, stored))
             if "invalid" not in stored:
                 break
         return drawn
 
     def _replayed(self, key: str, request: Request) -> dict[str, Any]:
-        """That an answer was given up in the run that is replayed; without such a record, an error."""
-        given_up = self.cache.get(key + GIVEN_UP)
-        if given_up is None:
+        """The answer, with what it took if this is the run that asked; or that this run gave it up. Otherwise an error."""
+        record = self.cache.get(self._record(key))
+        if record is not None and "given_up" in record:
+            return record
+        stored = self.cache.get(key)
+        if stored is None:
             raise RunError(
                 f"the guide is offline and the answer for trajectory {request.index} is not in {self.cache.path}: "
                 "run once with the server, or leave out --offline."
             )
-        return given_up
+        return {**stored, **(record or {})}
 
     def _asked_for(self, key: str, question: Question, stop: threading.Event) -> dict[str, Any]:
-        """What the server answers, kept with what it took; or that it was given up."""
+        """What the server answers, kept for all runs, and what it took, for this one; or that it was given up."""
         try:
             stored = self._ask(key, question, stop)
-        except RowFailedError as error:  # asked again by the next run, but a replay goes the same way
-            stored = {"given_up": str(error), "counts": self._taken(key)}
-            self.cache.put(key + GIVEN_UP, stored, replace=True)
+        except RowFailedError as error:  # asked again by the next run, but a replay of this one goes the same way
+            stored = {"given_up": str(error), "took": self._taken(key)}
+            self.cache.put(self._record(key), stored, replace=True)
             return stored
-        stored["counts"] = self._taken(key)
+        self.cache.put(self._record(key), {"took": self._taken(key)}, replace=True)
         if not self.cache.put(key, stored):  # another process was faster: both go on with the same text
             return self.cache.get(key) or stored
         return stored
+
+    def _record(self, key: str) -> str:
+        """Under what the cache keeps what this run knows of a question."""
+        return f"{key}/{self.run}"
 
     def _use(self, request: Request, drawn: Sequence[tuple[str, dict[str, Any]]]) -> Text:
         """The text of a row, its draws counted."""
@@ -224,7 +231,7 @@ class RemoteGuide:
         with self._lock:
             took = self._took.pop(key, None)
             if took is None and self.config.offline:
-                took = stored.get("counts", {})
+                took = stored.get("took")
             for name, amount in (took or {}).items():
                 self._counts[name] = self._counts.get(name, 0) + amount
         return took is not None
