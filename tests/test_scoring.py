@@ -216,6 +216,13 @@ def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
     assert found["packages"]["rouge-score"]
 
 
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    file = written(tmp_path / "texts.jsonl", GOOD)
+    for place in (tmp_path, Path(file) / "scores.json"):
+        with pytest.raises(UserError, match=r"cannot be written"):
+            CliRunner().invoke(app, ["score", file, "--metrics", "rouge1", "--json", str(place)], catch_exceptions=False)
+
+
 def test_standard_input_plain_and_gzip() -> None:
     row = json.dumps({"prediction": "a b", "references": ["a"]}).encode() + b"\n"
     for content in (row, gzip.compress(row)):

@@ -1,5 +1,6 @@
 """Text metrics on real data: published values, other people's implementations, functions that are pure."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -148,11 +149,11 @@ def test_spice_of_images_and_its_parses_on_disk(
     assert spice_of(part) == pytest.approx([gold[row["image_id"]] for row in part], abs=1e-6)
     (shelf,) = (own_cache / "rlgf" / "spice").glob("parses-*.sqlite")
     texts = {text for row in part for text in [row["candidate_tok"], *row["references_tok"]]}
-    kept = sqlite3.connect(shelf).execute("SELECT text, parse FROM parses").fetchall()
-    assert {text for text, _ in kept} == texts
+    with contextlib.closing(sqlite3.connect(shelf)) as database:
+        assert {text for (text,) in database.execute("SELECT text FROM parses")} == texts
     # a second worker finds the parses: one that reads `dog` everywhere changes what it says
     JAVA.close()
-    with sqlite3.connect(shelf) as database:
+    with contextlib.closing(sqlite3.connect(shelf)) as database, database:
         database.execute("UPDATE parses SET parse = ?", (json.dumps([["dog"]]),))
     assert spice_of(part) == [1.0] * 30
     JAVA.close()
@@ -163,6 +164,31 @@ def test_spice_of_images_and_its_parses_on_disk(
         spice_of(part)
     shelf.unlink()
     JAVA.close()
+
+
+CHANCE = {
+    "text": "team | trail | cap | manager crown | railcar lorry on | motorcar car in | seat",
+    "reference": "seat | gang | portion earth near | line | train machine | line | vessel report | trainer bonnet near | man | "
+    "earth manager on | display string | machine path on | point | post ship in | part string | account | hat gang on | "
+    "course ceiling on | course street on | trainer | position man near",
+}
+
+
+def test_spice_leaves_nothing_to_chance() -> None:
+    # some of these words are as similar to one word before them as to another: which of the two such a word joins, the original
+    # leaves to the addresses of objects, and it has 0.227 for about half of the lines and 0.273 for the others
+    scorer = captions.Spice()
+    scorer.parses.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.closing(sqlite3.connect(scorer.parses)) as database, database:
+        database.execute("CREATE TABLE parses (text TEXT PRIMARY KEY, parse TEXT NOT NULL) WITHOUT ROWID")
+        rows = [(text, json.dumps([part.split() for part in parse.split(" | ")])) for text, parse in CHANCE.items()]
+        database.executemany("INSERT INTO parses VALUES (?, ?)", rows)
+    first = scorer(["text"] * 200, [["reference"]] * 200)
+    assert set(first) == {first[0]}
+    JAVA.close()
+    assert scorer(["text"], [["reference"]]) == first[:1]
+    JAVA.close()
+    scorer.parses.unlink()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Libraries that take seconds to import are imported inside the commands, so that 
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -313,6 +314,8 @@ def score(
     from rlgf.scoring import score as scoring
 
     keys = scoring.choose(metrics)
+    if json_out:
+        _check_writable(json_out)
     lines = scoring.read_lines(file, keys)
     options = scoring.Options(stem, bertscore_model, bertscore_layers)
     scores = scoring.score(lines, keys, options, terminal.report)
@@ -325,6 +328,16 @@ def score(
         from rlgf.data import write_json
 
         write_json(json_out, scoring.document(file, scores, options, len(lines)))
+
+
+def _check_writable(path: Path) -> None:
+    """Find out before the work that its results cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: give --json a file in a folder of yours.")
 
 
 @app.command()

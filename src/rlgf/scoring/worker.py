@@ -164,6 +164,10 @@ class Spice:
         constants = java_class("edu.cmu.meteor.util.Constants")
         urls = [jpype.java.net.URL(f"{constants.DEFAULT_SYN_DIR_URL}/english.{name}") for name in SYNONYM_FILES]
         self.synonyms = java_class("edu.cmu.meteor.aligner.SynonymDictionary")(*urls)
+        self.nodes = _field(self.graph, "graph")
+        self.attributes = _field(java_class("edu.anu.spice.SceneGraphNode"), "attributes")
+        self.node_map = java_class("edu.stanford.nlp.graph.DirectedMultiGraph")
+        self.in_order = java_class("edu.stanford.nlp.util.MapFactory").linkedHashMapFactory()
         self.kept = jpype.java.util.HashMap()  # text -> its parse: a list of lists of one, two or three words
         self.shelf = Shelf(parses)
 
@@ -176,10 +180,21 @@ class Spice:
         return [float(line["scores"]["All"]["f"]) for line in json.loads(str(statistics.toJSONString()))]
 
     def graph_of(self, texts: Sequence[str]) -> Any:
-        """What some texts say together."""
+        """What some texts say together.
+
+        A word joins the node, or the attribute, that it is most similar to; which of two equally similar ones, SPICE leaves to
+        the order of a hash map, and so to chance. Here its maps and sets keep the order in which they were filled.
+        """
         graph = self.graph(self.synonyms, True)
+        self.nodes.set(graph, self.node_map(self.in_order, self.in_order))
+        known = 0
         for text in texts:
             for words in self.kept.get(text):
+                if words.size() == 2:  # an attribute: it may be the second of its node, no node has two in a set without order
+                    nodes = jpype.java.util.ArrayList(graph.nodeList())
+                    for node in nodes.subList(known, nodes.size()):
+                        self.attributes.set(node, jpype.java.util.LinkedHashSet(self.attributes.get(node)))
+                    known = nodes.size()
                 graph.addTuple(words)
         return graph
 
@@ -197,6 +212,13 @@ class Spice:
             parsed = self.parse.invoke(self.parser, array(part))
             self.shelf.write([(text, [[str(word) for word in words] for words in parsed.get(text)]) for text in part])
             self.kept.putAll(parsed)
+
+
+def _field(java_class: Any, name: str) -> Any:
+    """A field of a class, whoever may see it."""
+    field = java_class.class_.getDeclaredField(name)
+    field.setAccessible(True)
+    return field
 
 
 class Shelf:
