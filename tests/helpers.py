@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlgf import experience
 from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
@@ -180,7 +181,8 @@ def measure(
     rollout: Rollout, shares: Sequence[Share], rewards: Sequence[float], models: Models, config: Config, credit: str = "gae"
 ) -> Experience:
     """`appraise` with the score as the reward."""
-    return appraise(rollout, shares, credit, rewards, rewards, models, reading_of(config), config.kl.coefficient)
+    measured = experience.measure(rollout, shares, models, reading_of(config))
+    return appraise(rollout, shares, credit, rewards, rewards, measured, config.ppo, config.kl.coefficient)
 
 
 # --- tiny trainers ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers import config_of, reading_of, updater_of
 from rlgf.algorithms import ppo_pp
-from rlgf.experience import Models, appraise
+from rlgf.experience import Models, appraise, measure
 from rlgf.models import Critic, LanguageModel, speed_up
 from rlgf.randomness import Purpose, permutation
 from rlgf.types import POLICY, Prompt, Rollout
@@ -92,7 +92,8 @@ def test_twin_and_library_agree_on_every_number_and_every_weight(twin: ModuleTyp
         theirs = twin.appraise(written, policy, reference, critic, settings)
         rollout = as_library_rollout(written, theirs.log_probs)
         rewards = written.rewards.tolist()
-        mine = appraise(rollout, shares, "gae", rewards, rewards, models, reading, config.kl.coefficient)
+        measured = measure(rollout, shares, models, reading)
+        mine = appraise(rollout, shares, "gae", rewards, rewards, measured, config.ppo, config.kl.coefficient)
         selected = rollout.by_policy
         for name, value, expected in (
             ("log-probabilities", mine.old_log_probs, theirs.log_probs),

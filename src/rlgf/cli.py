@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from rlgf import __version__, algorithms
-from rlgf.config import Config, dump, from_dict, override, parse_assignment, read_yaml
+from rlgf.config import FREE, Config, dump, from_dict, override, parse_assignment, read_yaml
 from rlgf.display import visible
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.recipes import RECIPES, recipe
@@ -105,7 +105,7 @@ def from_yaml(path: Path) -> Config:
 
     def walk(mapping: dict[str, Any], prefix: str) -> None:
         for key, value in mapping.items():
-            free = f"{prefix}{key}" in ("task.options", "guide.options")
+            free = f"{prefix}{key}" in FREE
             if isinstance(value, dict) and not free:
                 walk(value, f"{prefix}{key}.")  # pyright: ignore[reportUnknownArgumentType]
             else:
@@ -525,6 +525,9 @@ def root(
 
 def main() -> None:
     """Entry point: errors that are ours are one sentence, with exit code 2 (asked wrongly) or 3 (failed while running)."""
+    # Threads that wait shall sleep, not spin: as fast where the machine is free, twice as fast where it is shared. Read by
+    # OpenMP when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except UserError as error:

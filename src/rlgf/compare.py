@@ -83,7 +83,7 @@ def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[
     path = out / "baselines" / f"seed{config.seed}.json"
     if path.is_file() and read_json(path).get("fingerprint") == mark:
         return read_json(path)["rows"]
-    rows = evaluate_baselines(prepare(asking, stages, report))
+    rows = evaluate_baselines(prepare(asking, stages, report), stages, report)
     write_json(path, json_safe({"fingerprint": mark, "rows": rows}))
     return rows
 
@@ -143,16 +143,26 @@ def _write_results(
 
 
 def _row(key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    names = results[0]["evaluation"].keys()
+    splits = results[0].get("evaluations", {})
     return {
         "key": key,
         "title": results[0]["title"],
         "decoding": results[0]["decoding"],
         "texts_used": results[0]["texts_used"],
-        "metrics": {name: [result["evaluation"][name] for result in results] for name in names},
+        "metrics": _columns([result["evaluation"] for result in results]),
+        **(
+            {"splits": {split: _columns([result["evaluations"][split] for result in results]) for split in splits}}
+            if splits
+            else {}
+        ),
         "training_seconds": [result.get("training_seconds") for result in results],
         "curves": [list(curve) for curve in curves],
     }
+
+
+def _columns(evaluations: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Each metric's values, one for each seed."""
+    return {name: [evaluation[name] for evaluation in evaluations] for name in evaluations[0]}
 
 
 def _curve(path: Path) -> list[dict[str, Any]]:

@@ -71,9 +71,12 @@ class SupervisedConfig:
 @dataclass(frozen=True, config=strict)
 class RewardConfig:
     """Who judges: 'task' (the task's own rule), 'ngram' (a small classifier trained here), a sequence classifier (Hub name
-    or local folder), a folder made by `rlgf reward`, or 'python:module:name'."""
+    or local folder), a folder made by `rlgf reward`, a text metric ('spider', 'bleu_4', …: `rlgf list`), or
+    'python:module:name'. With `weights` it is a sum of several of these, each logged."""
 
     path: str = "task"
+    weights: dict[str, float] = dataclasses.field(default_factory=dict[str, float])  # instead of `path`: what is added, and how
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # of text metrics, under their names
     clip: float | None = None  # bound on |reward|
     normalise: bool = False  # divide by a running standard deviation around a running mean
     minus_reference: bool = False  # subtract the score of the prompt's first reference
@@ -225,6 +228,8 @@ class EvaluationConfig:
     decoding: Decoding | None = None  # None: as in training
     seed: int = 0
     output_perplexity: bool = True  # under the model before SFT; needs one
+    metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as `rlgf score` has them
+    baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # rows of a comparison beside the runs
 
 
 @dataclass(frozen=True, config=strict)
@@ -265,6 +270,8 @@ class Config:
         """Refuse numbers that cannot be trained with; each message says what, where and how to mend it."""
         check_numbers(self)
 
+
+FREE = ("task.options", "guide.options", "reward.weights", "reward.options")  # sections whose keys are not known here
 
 AT_LEAST_ONE = """
     task.max_new_tokens ppo.iterations ppo.texts_per_iteration ppo.samples_per_prompt ppo.epochs ppo.minibatch_size
@@ -435,7 +442,7 @@ def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "c
     values = to_dict(config)
     valid = set(all_keys(Config))
     for key, value in changes:
-        free = any(key.startswith(f"{section}.") for section in ("task.options", "guide.options"))
+        free = any(key.startswith(f"{section}.") for section in FREE)
         if key not in valid and not free:
             optional = key.rsplit(".", 1)[0]
             if optional != "evaluation.decoding":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from rlgf.randomness import Purpose
 from rlgf.rewards import continuation_only, score
 from rlgf.rollout import Writing, collect
 from rlgf.scoring.diversity import distinct
+from rlgf.scoring.score import Line, Options, choose
+from rlgf.scoring.score import score as score_lines
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt, Rollout
 
@@ -28,6 +31,7 @@ class Judges:
     reference: LanguageModel
     general: LanguageModel | None  # for output-perplexity: the model before SFT
     reading: Reading
+    metrics: tuple[str, ...] = ()  # text metrics beside the reward, as `rlgf score` has them
 
 
 def evaluate_policy(
@@ -70,8 +74,28 @@ def _written(
     alone = continuation_only(judges.reward)
     if alone is not None:
         metrics["score_continuation"] = float(torch.tensor(score(alone, prompts, rollout.texts)).mean())
+    metrics |= text_metrics(judges, prompts, rollout.texts)
     if judges.general is not None:
         metrics["output_perplexity"] = token_perplexity(
             judges.general, rollout.ids, rollout.prompt_lengths, rollout.written, judges.reading
         )
     return rollout, metrics, scores
+
+
+def text_metrics(judges: Judges, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+    """The judges' text metrics of all texts together, and, where the task tells prompts apart, the mean for each group.
+
+    On coco-caption's scale; keys as in docs/scoring.md, with `_GROUP` behind them for a group.
+    """
+    if not judges.metrics:
+        return {}
+    keys = choose(",".join(judges.metrics))
+    lines = [Line(text, p.references, tuple(p.columns.get("concepts", ()))) for p, text in zip(prompts, texts)]
+    found = score_lines(lines, keys, Options())
+    metrics = {key: float("nan") if value is None else value for key, value in found.corpus.items()}
+    if judges.task.group is not None:
+        groups = [judges.task.group(prompt) for prompt in prompts]
+        for name in sorted(set(groups)):
+            for key, values in found.per_line.items():
+                metrics[f"{key}_{name}"] = statistics.fmean(v for v, group in zip(values, groups) if group == name)
+    return metrics

@@ -98,49 +98,59 @@ def state_values(rollout: Rollout, selected: Tensor, critic: Critic, policy: Lan
     return values
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What models say of a rollout, whatever it was worth: shapes as in `Experience`."""
+
+    old_log_probs: Tensor
+    reference_log_probs: Tensor
+    kl: Tensor
+    values: Mapping[Origin, Tensor]  # by each critic, of the texts it finished or has a weight on
+
+
+def measure(rollout: Rollout, shares: Sequence[Share], models: Models, reading: Reading) -> Measured:
+    """Read a rollout with policy (where asked for), reference and critics; needs no reward, so it may run beside scoring."""
+    old, full = rollout.log_probs, rollout.full_log_probs
+    if reading.ppo.old_log_probs == "recompute":
+        old, full = recompute_log_probs(rollout, models.policy, reading)
+    if reading.ppo.ratio_support == "full":
+        old = full
+    reference = full_log_probs(rollout, rollout.by_policy, models.reference, reading)
+    values: dict[Origin, Tensor] = {}
+    for origin, critic in models.critics.items():
+        concerned = (rollout.finisher == origin) | (_row_weights(rollout, shares, origin) != 0)
+        if bool(concerned.any()):
+            selected = rollout.written & concerned[:, None]
+            values[origin] = state_values(rollout, selected, critic, models.policy, reading)
+    return Measured(old, reference, ops.kl_k1(full, reference) * rollout.by_policy, values)
+
+
 def appraise(
     rollout: Rollout,
     shares: Sequence[Share],
     credit: str,
     scores: Sequence[float],
     rewards: Sequence[float],
-    models: Models,
-    reading: Reading,
+    measured: Measured,
+    ppo: PPOConfig,
     kl_coefficient: float,
 ) -> Experience:
-    """Measure a rollout: log-probabilities, KL, values, advantages, value targets.
+    """What a rollout is worth: advantages and value targets from what was measured of it.
 
     `scores` are the task's, `rewards` what is optimised (shaped). Shapes as in `Experience`.
     """
-    ppo = reading.ppo
-    old, full = rollout.log_probs, rollout.full_log_probs
-    if ppo.old_log_probs == "recompute":
-        old, full = recompute_log_probs(rollout, models.policy, reading)
-    if ppo.ratio_support == "full":
-        old = full
-    reference = full_log_probs(rollout, rollout.by_policy, models.reference, reading)
-    kl = ops.kl_k1(full, reference) * rollout.by_policy
-    penalty = -kl_coefficient * kl
+    kl, penalty = measured.kl, -kl_coefficient * measured.kl
     terminal = ops.place_at_end(torch.tensor(list(rewards)), rollout.written)
-
-    weights = {
-        POLICY: _row_weights(rollout, {share.phase: share.policy_weight for share in shares}),
-        GUIDE: _row_weights(rollout, {share.phase: share.guide_weight for share in shares}),
-    }
     advantages, returns, values = (torch.zeros(rollout.ids.shape) for _ in range(3))
-    for origin, critic in models.critics.items():
+    for origin, estimate in measured.values.items():
         own = (rollout.finisher == origin)[:, None]
-        concerned = own | (weights[origin] != 0)[:, None]
-        if not bool(concerned.any()):
-            continue
-        estimate = state_values(rollout, rollout.written & concerned, critic, models.policy, reading)
         reward = terminal + penalty if origin == POLICY else terminal
         one_step = ops.td_errors(reward, estimate, rollout.written, ppo.gamma)
         sampled = ops.gae(reward, estimate, rollout.written, ppo.gamma, ppo.lam)
         credited = torch.where(own, credited_advantage(rollout, origin, credit, one_step, sampled), one_step)
         if origin == GUIDE:
             credited = credited + penalty
-        advantages += weights[origin][:, None] * credited
+        advantages += _row_weights(rollout, shares, origin)[:, None] * credited
         values += own * estimate
         returns += own * rollout.after_switch * (sampled + estimate)
 
@@ -153,8 +163,8 @@ def appraise(
         rollout,
         credit,
         torch.tensor(list(scores)),
-        old,
-        reference,
+        measured.old_log_probs,
+        measured.reference_log_probs,
         kl,
         values * rollout.written,
         returns,
@@ -175,7 +185,9 @@ def credited_advantage(rollout: Rollout, finisher: Origin, credit: str, one_step
     return torch.where(at_switch, sampled, one_step)
 
 
-def _row_weights(rollout: Rollout, by_phase: Mapping[int, float]) -> Tensor:
+def _row_weights(rollout: Rollout, shares: Sequence[Share], origin: Origin) -> Tensor:
+    """The weight of A^π or A^g on each text, [texts]."""
+    by_phase = {share.phase: share.policy_weight if origin == POLICY else share.guide_weight for share in shares}
     return torch.tensor([by_phase[phase] for phase in rollout.phase.tolist()])
 
 

@@ -1,7 +1,8 @@
 """From a config to a finished run: check everything, make or reuse the stages, train, evaluate, save."""
 
+import dataclasses
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -355,13 +356,14 @@ def _require_writable(folder: Path) -> None:
 
 
 def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
-    """The final evaluation on the test split; its texts go to `evaluation.jsonl`."""
-    config = trainer.config
-    metrics, rollout, scores = trainer.evaluate(trainer.parts.task.test[: config.evaluation.final_prompts])
-    path = directory.folder / "evaluation.jsonl"
-    path.unlink(missing_ok=True)
-    rows = rollout_rows(rollout, scores, config.ppo.iterations, trainer.parts.models.policy.codec)
-    directory.log(path.name, rows)
+    """The final evaluation on the test split and what else the task reports; texts go to `evaluation[-SPLIT].jsonl`."""
+    config, codec = trainer.config, trainer.parts.models.policy.codec
+    found: dict[str, dict[str, float]] = {}
+    for split, prompts in final_prompts(trainer.parts.task, config).items():
+        found[split], rollout, scores = trainer.evaluate(prompts, final=True)
+        path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{split}.jsonl")
+        path.unlink(missing_ok=True)
+        directory.log(path.name, rollout_rows(rollout, scores, config.ppo.iterations, codec))
     return {
         "algorithm": config.algorithm.name,
         "title": trainer.parts.algorithm.title,
@@ -369,30 +371,47 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
         "seed": config.seed,
         "texts_used": config.ppo.iterations * config.ppo.texts_per_iteration + config.distil.texts,
         "decoding": (config.evaluation.decoding or config.decoding).describe(),
-        "evaluation": metrics,
+        **as_results(found),
         "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
         "machine": machine(),
     }
 
 
-def evaluate_baselines(parts: Parts) -> dict[str, dict[str, Any]]:
-    """The final evaluation of the SFT model and of the guide, on the same prompts as every run."""
-    config = parts.config
+def final_prompts(task: Task, config: Config) -> dict[str, Sequence[Prompt]]:
+    """The prompts of final evaluations: those of the test split, and of the others that the task reports."""
+    return {split: prompts[: config.evaluation.final_prompts] for split, prompts in {"test": task.test, **task.finals}.items()}
+
+
+def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Metrics of each split as `results.json` has them: those of the test split first."""
+    others = {split: metrics for split, metrics in found.items() if split != "test"}
+    return {"evaluation": found["test"], **({"evaluations": others} if others else {})}
+
+
+def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, dict[str, Any]]:
+    """The final evaluation of `evaluation.baselines`, on the same prompts as every run."""
+    config, seed = parts.config, parts.config.evaluation.seed
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, reading)
+    judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation.metrics)
     decoding = config.evaluation.decoding or config.decoding
     writing = Writing(
         parts.models.reference, parts.guide, decoding, config.task.max_new_tokens, config.task.min_new_tokens,
         config.seed, config.runtime.precision,
     )  # fmt: skip
-    prompts = parts.task.test[: config.evaluation.final_prompts]
+
+    def row(title: str, how: str, evaluate: Callable[[Sequence[Prompt]], dict[str, float]]) -> dict[str, Any]:
+        found = {split: evaluate(prompts) for split, prompts in final_prompts(parts.task, config).items()}
+        return {"title": title, "decoding": how, **as_results(found), "texts_used": 0}
+
     found: dict[str, dict[str, Any]] = {}
-    metrics, _, _ = evaluate_policy(writing, prompts, judges, config.evaluation.seed)
-    found["sft"] = {"title": "SFT", "decoding": decoding.describe(), "evaluation": metrics, "texts_used": 0}
-    if parts.guide is not None:
-        metrics, _, _ = evaluate_guide(writing, prompts, judges, config.evaluation.seed)
+    if "zero_shot" in config.evaluation.baselines:
+        before = dataclasses.replace(writing, policy=base_model(config, stages, report)[0])
+        found["zero_shot"] = row("zero-shot", decoding.describe(), lambda p: evaluate_policy(before, p, judges, seed)[0])
+    if "sft" in config.evaluation.baselines:
+        found["sft"] = row("SFT", decoding.describe(), lambda p: evaluate_policy(writing, p, judges, seed)[0])
+    if "guide" in config.evaluation.baselines and parts.guide is not None:
         how = config.guide.decoding.describe() if isinstance(parts.guide, ModelGuide) else "its own"
-        found["guide"] = {"title": "guide", "decoding": how, "evaluation": metrics, "texts_used": 0}
+        found["guide"] = row("guide", how, lambda p: evaluate_guide(writing, p, judges, seed)[0])
     return found
 
 
@@ -405,7 +424,8 @@ def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report:
     task, reward = prepare_task(config, reference.tokenizer, stages, report)
     _check_lengths(language_model.codec, language_model.context, task, config)
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    judges = Judges(task, reward, reference, general_model(config, stages, report), reading)
+    general = general_model(config, stages, report)
+    judges = Judges(task, reward, reference, general, reading, config.evaluation.metrics)
     writing = Writing(
         language_model, None, config.evaluation.decoding or config.decoding, config.task.max_new_tokens,
         config.task.min_new_tokens, config.seed, config.runtime.precision,

@@ -1,7 +1,7 @@
 """Rewards: functions of (prompts, texts) to numbers, checked at the door."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from rlgf.config import RewardConfig
 from rlgf.errors import RunError, UserError
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
+from rlgf.scoring.functions import TEXT_FUNCTIONS, build_text_function
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
 
@@ -60,20 +61,59 @@ def _positive_class(config: Any, path: str) -> int:
 
 
 def build_reward(config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:
-    """The reward that `reward.path` names; for a whole-text task a model is given prompt and continuation together."""
-    if config.path == "task":
+    """The reward that `reward.path` names, or the sum that `reward.weights` does."""
+    if config.weights:
+        return WeightedSum({name: (w, _build(name, config, task, ngram_folder)) for name, w in config.weights.items()})
+    return _build(config.path, config, task, ngram_folder)
+
+
+def _build(path: str, config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:
+    """One reward by name; for a whole-text task a model is given prompt and continuation together."""
+    if path == "task":
         if task.reward is None:
-            raise UserError(f"task '{task.name}' has no rule of its own: set reward.path to 'ngram' or a classifier.")
+            raise UserError(f"task '{task.name}' has no rule of its own: set reward.path to 'ngram', a metric or a classifier.")
         return task.reward
-    if config.path.startswith("python:"):
-        return load_object(config.path, "reward")
-    folder = ngram_folder if config.path == "ngram" else Path(config.path).expanduser()
+    if path.startswith("python:"):
+        return load_object(path, "reward")
+    if path in TEXT_FUNCTIONS:
+        return build_text_function(path, task.train, config.options.get(path))
+    folder = ngram_folder if path == "ngram" else Path(path).expanduser()
     judge: TextFunction
     if folder is not None and (folder / "ngram.json").is_file():
         judge = NgramClassifier.load(folder)
     else:
-        judge = SequenceClassifier(config.path)
+        judge = SequenceClassifier(path)
     return whole_text(judge) if task.whole_text else judge
+
+
+class WeightedSum:
+    """Several rewards, each times its weight, added."""
+
+    def __init__(self, terms: Mapping[str, tuple[float, TextFunction]]) -> None:
+        self.terms = terms
+
+    def parts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
+        """What each reward says by itself, without its weight."""
+        return {name: score(reward, prompts, texts) for name, (_, reward) in self.terms.items()}
+
+    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """The sum of what they said."""
+        weights = [weight for weight, _ in self.terms.values()]
+        return [math.fsum(w * value for w, value in zip(weights, values)) for values in zip(*parts.values())]
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The sum for each text."""
+        return self.total(self.parts(prompts, texts))
+
+
+def score_parts(
+    reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str]
+) -> tuple[list[float], dict[str, list[float]]]:
+    """The reward of each text, and of a weighted sum what each of its terms says."""
+    if not isinstance(reward, WeightedSum):
+        return score(reward, prompts, texts), {}
+    parts = reward.parts(prompts, texts)
+    return reward.total(parts), parts
 
 
 def whole_text(judge: TextFunction) -> TextFunction:

@@ -1,7 +1,10 @@
 """The loop: write, appraise, update, log. Everything that differs between algorithms is in their data."""
 
+import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +12,13 @@ from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, to_dict
 from rlgf.errors import RunError
 from rlgf.evaluate import Judges, evaluate_policy
-from rlgf.experience import Models, Reading, appraise
+from rlgf.experience import Models, Reading, appraise, measure
 from rlgf.guides import Accounted, Guide, Request
 from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniforms
-from rlgf.rewards import score
+from rlgf.rewards import score_parts
 from rlgf.rollout import Writing, choose_prompts, collect, rollin_requests
 from rlgf.runs import RunDirectory, rollout_rows
 from rlgf.shaping import KLController, RewardShaper
@@ -99,14 +102,19 @@ class Trainer:
         return self.parts.algorithm.plan(iteration, float(uniforms(self.config.seed, Purpose.PHASE_COIN, iteration, 1)[0]))
 
     def appraise(self, rollout: Rollout, iteration: int) -> Experience:
-        """Score the texts and measure them."""
-        scores = score(self.parts.reward, rollout.prompts, rollout.texts)
-        rewards = self.shaper.shape(scores, rollout.prompts, rollout.finished.tolist())
+        """Score the texts and, beside that, measure them with the models."""
+        shares, parts = self.shares(iteration), self.parts
         self._warm_start_critic(iteration)
-        return appraise(
-            rollout, self.shares(iteration), self.parts.algorithm.credit, scores, rewards, self.parts.models, self.reading,
-            self.kl.coefficient,
-        )  # fmt: skip
+        with ThreadPoolExecutor(1) as beside:
+            scoring = beside.submit(score_parts, parts.reward, rollout.prompts, rollout.texts)
+            measured = measure(rollout, shares, parts.models, self.reading)
+            scores, terms = scoring.result()
+        rewards = self.shaper.shape(scores, rollout.prompts, rollout.finished.tolist())
+        experience = appraise(
+            rollout, shares, parts.algorithm.credit, scores, rewards, measured, self.config.ppo, self.kl.coefficient
+        )
+        means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
+        return dataclasses.replace(experience, stats={**experience.stats, **means})
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Learn from an experience; the policy and the critics change in place."""
@@ -177,15 +185,16 @@ class Trainer:
         every = self.config.evaluation.every
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.ppo.iterations)
 
-    def evaluate(self, prompts: Sequence[Any]) -> tuple[dict[str, float], Rollout, list[float]]:
-        """Fresh texts by the policy alone on `prompts`."""
+    def evaluate(self, prompts: Sequence[Any], final: bool = False) -> tuple[dict[str, float], Rollout, list[float]]:
+        """Fresh texts by the policy alone on `prompts`; a final evaluation has the text metrics too."""
         evaluation = self.config.evaluation
+        judges = dataclasses.replace(self.judges, metrics=evaluation.metrics) if final else self.judges
         decoding = evaluation.decoding or self.config.decoding
         writing = Writing(
             self.parts.models.policy, self.parts.guide, decoding, self.writing.horizon, self.writing.minimum,
             evaluation.seed, self.writing.precision,
         )  # fmt: skip
-        return evaluate_policy(writing, prompts, self.judges, evaluation.seed)
+        return evaluate_policy(writing, prompts, judges, evaluation.seed)
 
     def _log(self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience) -> None:
         codec = self.parts.models.policy.codec
