@@ -15,7 +15,7 @@ from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
 from rlgf.forward import MicroBatch, micro_batch
 from rlgf.guides import FunctionGuide, Guide, Request, Text
-from rlgf.models import Critic, LanguageModel, new_language_model
+from rlgf.models import Critic, LanguageModel, Trunk, new_language_model
 from rlgf.recipes import imdb_small
 from rlgf.runs import read_complete_lines
 from rlgf.supervised import Example
@@ -129,7 +129,7 @@ class LookupTrunk(nn.Module):
 
 
 def lookup_critic(vocabulary: int) -> Critic:
-    critic = Critic(LookupTrunk(vocabulary), 8, 0.0)
+    critic = Critic(Trunk(LookupTrunk(vocabulary)), 8, 0.0)
     nn.init.ones_(critic.head.weight)
     return critic
 
@@ -139,11 +139,14 @@ class StubCritic(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        self.trunk = SimpleNamespace(device=torch.device("cpu"))
+        self.trunk = Trunk(SimpleNamespace(device=torch.device("cpu")))
         self.table = nn.Parameter(table.clone())
 
     def forward(self, batch: MicroBatch, precision: str, hidden: Tensor | None = None) -> Tensor:
         return self.table[batch.places]
+
+    def trained(self) -> list[nn.Parameter]:
+        return list(self.parameters())
 
 
 def asked(ids: Tensor, rows: Tensor, columns: Tensor) -> MicroBatch:
@@ -200,7 +203,7 @@ def tiny_model(seed: int = 0, dropout: float = 0.0, **shape: Any) -> LanguageMod
 
 def tiny_critic(policy: LanguageModel) -> Critic:
     trunk = copy.deepcopy(policy.model.get_decoder() if hasattr(policy.model, "get_decoder") else policy.model.transformer)
-    return Critic(trunk, int(policy.model.config.hidden_size), 0.0)
+    return Critic(Trunk(trunk), int(policy.model.config.hidden_size), 0.0)
 
 
 def word_reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

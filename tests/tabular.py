@@ -19,7 +19,7 @@ from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOCon
 from rlgf.experience import Models
 from rlgf.forward import MicroBatch
 from rlgf.guides import ModelGuide
-from rlgf.models import LanguageModel
+from rlgf.models import LanguageModel, Trunk
 from rlgf.tasks import Task
 from rlgf.trainer import Parts, Trainer
 from rlgf.types import Decoding, Prompt
@@ -203,7 +203,7 @@ def walk(transitions: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor
 class TabularCritic(nn.Module):
     """A value for every state of a game; exact where `values` are and its learning rate is 0."""
 
-    trunk = SimpleNamespace(device=torch.device("cpu"))  # not None: it does not read the policy's hidden states
+    trunk = Trunk(SimpleNamespace(device=torch.device("cpu")))  # not None: it does not read the policy's hidden states
 
     def __init__(self, game: Game, values: Tensor | None = None) -> None:
         super().__init__()
@@ -212,6 +212,15 @@ class TabularCritic(nn.Module):
 
     def forward(self, batch: MicroBatch, precision: str, hidden: Tensor | None = None) -> Tensor:
         return self.table[walk(self.transitions, batch.written)[batch.rows, batch.states]]
+
+    def trained(self) -> list[nn.Parameter]:
+        return list(self.parameters())
+
+    def weights(self) -> dict[str, Any]:
+        return self.state_dict()
+
+    def load_weights(self, values: dict[str, Any]) -> None:
+        self.load_state_dict(values)
 
 
 def language_model(game: Game, logits: Tensor) -> LanguageModel:

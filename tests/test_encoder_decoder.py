@@ -10,7 +10,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 from rlgf import packing
 from rlgf.forward import micro_batches, padded, read_tokens, token_logits, trunk_states
-from rlgf.models import LanguageModel, bundle
+from rlgf.models import LanguageModel, Trunk, bundle
 from rlgf.randomness import Purpose, uniform_rows
 from rlgf.sampling import Continuations, continue_prefixes
 from rlgf.types import Decoding
@@ -95,7 +95,7 @@ def test_log_probs_are_those_of_a_full_forward(model: LanguageModel):
     selected = torch.arange(ids.shape[1]) >= begun[:, None]
     selected &= torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
     found = torch.zeros(ids.shape)
-    for batch, logits, _ in read_tokens(model.model, ids, starts, selected, 40, "fp32"):
+    for batch, logits, _ in read_tokens(model, ids, starts, selected, 40, "fp32"):
         found[batch.places] = logits.log_softmax(1).gather(1, ids[batch.places][:, None]).squeeze(1)
     theirs = torch.cat([row[row != 0] for row in found])
     assert torch.allclose(torch.cat(list(written.full_log_probs)), theirs, atol=2e-5)
@@ -116,7 +116,7 @@ def test_the_forward_pass_is_that_of_the_model_with_gradients(model: LanguageMod
     theirs.set_attn_implementation("sdpa")
     loss = torch.zeros(())
     for batch in micro_batches(mine, ids, starts, selected, 1000):
-        logits, _ = token_logits(mine, batch)
+        logits, _ = token_logits(Trunk(mine), batch)
         loss = loss - logits.log_softmax(1).gather(1, ids[batch.places][:, None]).sum()
     other = torch.zeros(())
     for source, response in zip(SOURCES, responses):
@@ -140,7 +140,7 @@ def test_a_trunk_without_a_head_is_read_alike(word_tokenizer: Any):
     selected = torch.zeros(ids.shape, dtype=torch.bool)
     selected[0, 6:9] = selected[1, 5] = True
     (batch,) = micro_batches(trunk, ids, starts, selected, 1000)
-    states = trunk_states(trunk, batch)
+    states = trunk_states(Trunk(trunk), batch)
     trunk.set_attn_implementation("sdpa")
     first = whole(trunk, SOURCES[0], [6, 7, 8]).last_hidden_state[0]
     second = whole(trunk, SOURCES[1], [9, 10, 11, 12]).last_hidden_state[0]

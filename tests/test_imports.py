@@ -10,9 +10,9 @@ import rlgf
 PACKAGE = Path(rlgf.__file__).parent
 
 LAYERS = """
-    errors display types randomness schedules ops algorithms config data plugins tokens packing kernels forward models
-    supervised sampling guides ngram denoising scoring tasks rewards shaping processes rollout experience metrics evaluate
-    update runs tracking trainer stages recipes pipeline check report compare terminal console cli
+    errors display types randomness schedules ops algorithms config data plugins tokens packing adapters kernels forward
+    models supervised sampling guides ngram denoising scoring tasks rewards shaping processes rollout experience metrics
+    evaluate update runs tracking trainer stages recipes pipeline check report compare terminal console cli
 """
 """From what depends on nothing to what depends on all. A folder is one module; FOLDERS orders the files within it."""
 

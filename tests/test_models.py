@@ -27,17 +27,15 @@ ROWS = [[5, 9, 12, 7, 20, 33], [8, 8, 3], [40, 2, 19, 11]]
 def test_logits_are_those_of_the_whole_model_at_the_asked_tokens(tiny_model: LanguageModel):
     ids = padded(ROWS)
     rows, columns = torch.tensor([0, 0, 1, 2]), torch.tensor([1, 5, 2, 3])
-    logits, hidden = token_logits(tiny_model.model, asked(ids, rows, columns))
+    logits, hidden = token_logits(tiny_model, asked(ids, rows, columns))
     whole = tiny_model.model(input_ids=ids).logits
     assert torch.allclose(logits, whole[rows, columns - 1], atol=1e-6)
     assert hidden.shape[0] == 4
 
 
 def test_padding_and_neighbours_change_no_logit(tiny_model: LanguageModel):
-    together, _ = token_logits(
-        tiny_model.model, asked(padded([*ROWS, list(range(20))]), torch.tensor([1, 1]), torch.tensor([1, 2]))
-    )
-    alone, _ = token_logits(tiny_model.model, asked(padded(ROWS[1:2]), torch.tensor([0, 0]), torch.tensor([1, 2])))
+    together, _ = token_logits(tiny_model, asked(padded([*ROWS, list(range(20))]), torch.tensor([1, 1]), torch.tensor([1, 2])))
+    alone, _ = token_logits(tiny_model, asked(padded(ROWS[1:2]), torch.tensor([0, 0]), torch.tensor([1, 2])))
     assert torch.allclose(together, alone, atol=1e-5)
 
 
@@ -58,7 +56,7 @@ def test_reading_visits_each_selected_token_once_whatever_the_budget(tiny_model:
     selected = torch.zeros(ids.shape, dtype=torch.bool)
     selected[0, 2:5] = selected[2, 3] = True
     seen = torch.zeros(ids.shape)
-    for batch, logits, _ in read_tokens(tiny_model.model, ids, torch.zeros(3, dtype=torch.int64), selected, budget, "fp32"):
+    for batch, logits, _ in read_tokens(tiny_model, ids, torch.zeros(3, dtype=torch.int64), selected, budget, "fp32"):
         seen[batch.places] += logits.log_softmax(1).gather(1, ids[batch.places][:, None]).squeeze(1)
     whole = tiny_model.model(input_ids=ids).logits.log_softmax(2)
     expected = torch.zeros(ids.shape)
@@ -93,7 +91,7 @@ def test_a_critic_begins_with_its_initial_value_everywhere(tiny_model: LanguageM
     tiny_model.save(tmp_path)
     critic = new_critic(kind, str(tmp_path), tiny_model, 0.5)
     rows, columns = torch.tensor([0, 2]), torch.tensor([3, 1])
-    _, hidden = token_logits(tiny_model.model, asked(padded(ROWS), rows, columns))
+    _, hidden = token_logits(tiny_model, asked(padded(ROWS), rows, columns))
     values = critic(asked(padded(ROWS), rows, columns), "fp32", None if kind == "separate" else hidden)
     assert values.tolist() == [0.5, 0.5]
 
@@ -106,7 +104,7 @@ def test_a_critic_may_start_from_a_reward_model(tiny_models: dict[str, LanguageM
     judge = AutoModelForSequenceClassification.from_config(config)
     judge.save_pretrained(tmp_path)
     critic = new_critic("separate", str(tmp_path), policy, 0.0)
-    mine, theirs = critic.trunk.state_dict(), judge.transformer.state_dict()
+    mine, theirs = critic.trunk.model.state_dict(), judge.transformer.state_dict()
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 

@@ -37,7 +37,7 @@ def test_logits_states_and_gradients_equal_those_of_padded_rows(tiny_model: Lang
     )
     for language_model in (mine, plain(tiny_model)):
         language_model.model.requires_grad_(True)
-        logits, hidden = token_logits(language_model.model, asked(padded(TEXTS), ROWS, COLUMNS))
+        logits, hidden = token_logits(language_model, asked(padded(TEXTS), ROWS, COLUMNS))
         loss = -logits.log_softmax(1)[torch.arange(7), padded(TEXTS)[ROWS, COLUMNS]].mean() + hidden.square().mean()
         loss.backward()
         gradients = {name: value.grad.clone() for name, value in language_model.model.named_parameters()}
@@ -53,7 +53,7 @@ def test_logits_states_and_gradients_equal_those_of_padded_rows(tiny_model: Lang
 
 def test_a_trunk_is_read_alike(tiny_model: LanguageModel):
     other = plain(tiny_model)
-    mine, theirs = (trunk_states(m.model.base_model, asked(padded(TEXTS), ROWS, COLUMNS)) for m in (tiny_model, other))
+    mine, theirs = (trunk_states(m.trunk(), asked(padded(TEXTS), ROWS, COLUMNS)) for m in (tiny_model, other))
     assert torch.allclose(mine, theirs, atol=1e-5)
 
 
@@ -73,7 +73,7 @@ def test_the_last_block_feeds_forward_asked_states_alone(tiny_model: LanguageMod
     blocks = next(child for child in base.children() if isinstance(child, torch.nn.ModuleList))
     seen: list[int] = []
     handles = [block.mlp.register_forward_hook(lambda m, i, output: seen.append(output.shape[1])) for block in blocks]
-    token_logits(tiny_model.model, asked(padded(TEXTS), ROWS, COLUMNS))
+    token_logits(tiny_model, asked(padded(TEXTS), ROWS, COLUMNS))
     for handle in handles:
         handle.remove()
     assert set(seen[:-1]) <= {7 + 1 + 4 + 1}

@@ -158,7 +158,7 @@ def test_log_probs_are_those_of_the_policys_tokens_and_zero_elsewhere(
     mine = rollout.by_policy
     rows, columns = mine.nonzero(as_tuple=True)
     with torch.no_grad():
-        logits, _ = token_logits(policy.model, asked(rollout.ids, rows, columns))
+        logits, _ = token_logits(policy, asked(rollout.ids, rows, columns))
     tokens = rollout.ids[rows, columns]
     support = rollout.support.select(rows, columns) if rollout.support else None
     assert (rollout.support is not None) == decoding.truncates

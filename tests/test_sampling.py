@@ -285,11 +285,11 @@ def test_frequencies_of_whole_texts_fit_the_model(new_tiny_model: Callable[..., 
     written = write(language_model, [[3, 5]] * count, Decoding(), most=2, minimum=2, seed=9)
     ids = torch.arange(language_model.vocabulary)
     vocabulary = language_model.vocabulary
-    first = token_logits(language_model.model, asked(torch.tensor([[3, 5, 0]]), torch.tensor([0]), torch.tensor([2])))[0][0]
+    first = token_logits(language_model, asked(torch.tensor([[3, 5, 0]]), torch.tensor([0]), torch.tensor([2])))[0][0]
     allowed = ids != language_model.end_id
     likely = first.masked_fill(~allowed, -torch.inf).softmax(0).topk(3).indices
     followers = torch.stack([torch.full((3,), 3), torch.full((3,), 5), likely, torch.zeros(3, dtype=torch.int64)], 1)
-    second = token_logits(language_model.model, asked(followers, torch.arange(3), torch.full((3,), 3)))[0]
+    second = token_logits(language_model, asked(followers, torch.arange(3), torch.full((3,), 3)))[0]
     joint = torch.zeros((4, vocabulary), dtype=torch.float64)
     start = first.double().masked_fill(~allowed, -torch.inf).softmax(0)
     joint[:3] = start[likely][:, None] * second.double().masked_fill(~allowed, -torch.inf).softmax(1)
@@ -400,7 +400,7 @@ def assert_agrees_with_a_full_forward(
     columns = torch.tensor([len(prefix) for prefix in prefixes])[rows] + steps
     texts = padded([[*prefix, *text] for prefix, text in zip(prefixes, rows_of(written))])
     with torch.no_grad():
-        logits, _ = token_logits(language_model.model, asked(texts, rows, columns))
+        logits, _ = token_logits(language_model, asked(texts, rows, columns))
     tokens = written.tokens[rows, steps]
     support = None if written.support is None else written.support.select(rows, steps)
     assert (support is None) == (not decoding.truncates)

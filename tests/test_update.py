@@ -100,7 +100,7 @@ def test_gradients_reach_the_trained_tokens_and_no_other(name: str) -> None:
                     values=experience.values.masked_fill(~after, torch.nan),
                     returns=experience.returns.masked_fill(~after, torch.nan),
                 )
-            embeddings = [models.policy.model.embedding, *(critic.trunk.embedding for critic in critics.values())]
+            embeddings = [models.policy.model.embedding, *(critic.trunk.model.embedding for critic in critics.values())]
             before = [embedding.weight.detach().clone() for embedding in embeddings]
             step(models, config, experience, iteration)
             after_step = [embedding.weight.detach() for embedding in embeddings]
@@ -439,14 +439,14 @@ def test_a_separate_critic_shares_nothing_with_the_policy(tmp_path: Path) -> Non
     policy.save(tmp_path / "sft")
     other.save(tmp_path / "reward")
     default = new_critic("separate", str(tmp_path / "sft"), policy, 0.25)
-    assert torch.equal(default.trunk.wte.weight, policy.model.transformer.wte.weight)
-    assert default.trunk.wte.weight.data_ptr() != policy.model.transformer.wte.weight.data_ptr()
+    assert torch.equal(default.trunk.model.wte.weight, policy.model.transformer.wte.weight)
+    assert default.trunk.model.wte.weight.data_ptr() != policy.model.transformer.wte.weight.data_ptr()
     elsewhere = new_critic("separate", str(tmp_path / "reward"), policy, 0.25)
-    assert torch.equal(elsewhere.trunk.wte.weight, other.model.transformer.wte.weight)
+    assert torch.equal(elsewhere.trunk.model.wte.weight, other.model.transformer.wte.weight)
     ids = torch.tensor([[1, 2, 3]])
     for critic in (default, elsewhere):
         assert critic(asked(ids, torch.tensor([0, 0]), torch.tensor([1, 2])), "fp32").tolist() == [0.25, 0.25]
-        assert not critic.trunk.training  # no dropout
+        assert not critic.trunk.model.training  # no dropout
 
 
 def test_a_critic_with_another_vocabulary_is_refused(tmp_path: Path) -> None:

@@ -206,9 +206,10 @@ class KLConfig:
 
 @dataclass(frozen=True, config=strict)
 class CriticConfig:
-    """Who estimates values: a model of its own, or a head on the policy's trunk (one optimizer, value coefficient)."""
+    """Who estimates values: a model of its own, a head on the policy's trunk (one optimizer, value coefficient), or an
+    adapter of its own on the policy's base weights, with a head."""
 
-    kind: Literal["separate", "trunk"] = "separate"
+    kind: Literal["separate", "trunk", "adapter"] = "separate"  # adapter: one of its own on the policy's weights
     path: str | None = None  # where a separate critic starts: a folder or Hub name; None: the policy's starting point
     learning_rate: float = 1e-3
     value_coefficient: float = 0.5  # trunk only
@@ -230,6 +231,21 @@ class EvaluationConfig:
     output_perplexity: bool = True  # under the model before SFT; needs one
     metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as `rlgf score` has them
     baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # rows of a comparison beside the runs
+
+
+@dataclass(frozen=True, config=strict)
+class AdapterConfig:
+    """LoRA adapters in the place of whole models: policy, critics, reference and guide share one copy of the base weights.
+
+    The reference is the frozen adapter that SFT left, or, where SFT trained whole weights, the base with adapters off.
+    """
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 16.0
+    dropout: float = 0.0  # in supervised stages; off in reinforcement learning
+    targets: tuple[str, ...] = ()  # names of the layers that are adapted; empty: every linear layer but the head
+    in_sft: bool = False  # whether supervised fine-tuning trains an adapter too
+    load_in_4bit: bool = False  # the base weights in 4 bits, by bitsandbytes
 
 
 @dataclass(frozen=True, config=strict)
@@ -262,6 +278,7 @@ class Config:
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
     critic: CriticConfig = CriticConfig()
+    adapter: AdapterConfig = AdapterConfig()
     decoding: Decoding = Decoding()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
@@ -287,12 +304,13 @@ NOT_NEGATIVE = """
     guide.price_input guide.price_output
     ppo.learning_rate ppo.weight_decay ppo.mle_coefficient critic.learning_rate critic.value_coefficient
     critic.warmup_iterations kl.coefficient kl.loss_coefficient evaluation.every runtime.threads reward.clip model.vocabulary
+    adapter.rank
     lm.learning_rate lm.steps lm.epochs lm.texts sft.learning_rate sft.steps sft.epochs sft.texts
     distil.learning_rate distil.steps distil.epochs distil.texts
     guide.sft.learning_rate guide.sft.steps guide.sft.epochs guide.sft.texts
 """
 ABOVE_ZERO = """
-    guide.timeout_seconds guide.tokens_per_policy_token
+    guide.timeout_seconds guide.tokens_per_policy_token adapter.alpha
     ppo.clip ppo.adam_epsilon ppo.max_gradient_norm kl.target kl.horizon critic.value_clip
 """
 SHARES = "algorithm.beta_guide algorithm.beta_policy ppo.gamma ppo.lam"
@@ -369,6 +387,13 @@ def _check_pairs(config: Config) -> None:
             f"ppo.texts_per_iteration ({ppo.texts_per_iteration}) must be a multiple of ppo.samples_per_prompt "
             f"({ppo.samples_per_prompt})."
         )
+    adapter = config.adapter
+    if config.critic.kind == "adapter" and not adapter.rank:
+        raise UserError("critic.kind is 'adapter', but adapter.rank is 0: set adapter.rank, or choose another critic.kind.")
+    if (adapter.in_sft or adapter.load_in_4bit) and not adapter.rank:
+        raise UserError("adapter.in_sft and adapter.load_in_4bit need adapters: set adapter.rank.")
+    if not 0.0 <= adapter.dropout < 1.0:
+        raise UserError(f"adapter.dropout is {adapter.dropout:g}, but must lie within [0, 1).")
     if config.runtime.precision == "bf16" and ppo.old_log_probs == "sampler":
         raise UserError(
             "runtime.precision is bf16, in which sampling and training disagree by percents: set ppo.old_log_probs=recompute."

@@ -75,7 +75,7 @@ def read_rollout(
     rollout: Rollout, selected: Tensor, model: LanguageModel, reading: Reading
 ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
     """Micro-batches with logits and states of the selected tokens under a model, without a gradient."""
-    return read_tokens(model.model, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget, reading.precision)
+    return read_tokens(model, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget, reading.precision)
 
 
 def recompute_log_probs(rollout: Rollout, policy: LanguageModel, reading: Reading) -> tuple[Tensor, Tensor]:
@@ -90,9 +90,9 @@ def recompute_log_probs(rollout: Rollout, policy: LanguageModel, reading: Readin
 def state_values(rollout: Rollout, selected: Tensor, critic: Critic, policy: LanguageModel, reading: Reading) -> Tensor:
     """Values of the states before the selected tokens, zero elsewhere, [texts, width]."""
     values = torch.zeros(rollout.ids.shape)
-    trunk = policy.model.base_model if critic.trunk is None else critic.trunk
+    trunk = policy.trunk() if critic.trunk is None else critic.trunk
     with torch.no_grad():
-        for batch in micro_batches(trunk, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget):
+        for batch in micro_batches(trunk.model, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget):
             hidden = trunk_states(trunk, batch, reading.precision) if critic.trunk is None else None
             values[batch.places] = critic(batch, reading.precision, hidden).cpu()
     return values

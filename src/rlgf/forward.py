@@ -4,10 +4,10 @@ Column `c` of a text is the token in column `c`; what a model says of it is what
 """
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,29 +107,49 @@ def autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def token_logits(model: Any, batch: MicroBatch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+class Reader(Protocol):
+    """A model that reads: one of several on the same weights, where these carry adapters."""
+
+    @property
+    def model(self) -> Any:
+        """The transformers model."""
+        ...
+
+    def active(self) -> AbstractContextManager[None]:
+        """Within it the model reads as this one of them."""
+        ...
+
+
+def token_logits(reader: Reader, batch: MicroBatch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
     """Logits of the tokens asked about given all before them, float [asked, vocabulary], and the states before them.
 
     The states, [asked, hidden], are what the model's head reads.
     """
-    with autocast(model.device, precision), reading(model, batch) as (inputs, pick), head_positions(model, pick) as hidden:
+    model = reader.model
+    with (
+        reader.active(),
+        autocast(model.device, precision),
+        reading(model, batch) as (inputs, pick),
+        head_positions(model, pick) as hidden,
+    ):
         logits = model(**inputs, use_cache=False).logits
     return logits.squeeze(0).float(), hidden[0]
 
 
-def trunk_states(trunk: Any, batch: MicroBatch, precision: str = "fp32") -> Tensor:
+def trunk_states(trunk: Reader, batch: MicroBatch, precision: str = "fp32") -> Tensor:
     """The states before the tokens asked about by a model without a head, [asked, hidden]."""
-    with autocast(trunk.device, precision), reading(trunk, batch) as (inputs, pick):
-        return pick(trunk(**inputs, use_cache=False).last_hidden_state)
+    model = trunk.model
+    with trunk.active(), autocast(model.device, precision), reading(model, batch) as (inputs, pick):
+        return pick(model(**inputs, use_cache=False).last_hidden_state)
 
 
 def read_tokens(
-    model: Any, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int, precision: str
+    reader: Reader, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int, precision: str
 ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
     """Each micro-batch with its logits and states, without a gradient."""
-    for batch in micro_batches(model, ids, starts, selected, token_budget):
+    for batch in micro_batches(reader.model, ids, starts, selected, token_budget):
         with torch.no_grad():
-            logits, states = token_logits(model, batch, precision)
+            logits, states = token_logits(reader, batch, precision)
         yield batch, logits, states
 
 

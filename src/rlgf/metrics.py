@@ -38,8 +38,7 @@ def token_perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood of the selected tokens of `ids` [texts, width]; responses begin at `starts`."""
     total = 0.0
-    model = language_model.model
-    for batch, logits, _ in read_tokens(model, ids, starts, selected, reading.token_budget, reading.precision):
+    for batch, logits, _ in read_tokens(language_model, ids, starts, selected, reading.token_budget, reading.precision):
         total -= float(ops.token_log_probs(logits, ids[batch.places].to(logits.device)).double().sum())
     count = int(selected.sum())
     return math.exp(min(total / count, 700.0)) if count else float("nan")
@@ -54,8 +53,8 @@ def kl_to_reference(rollout: Rollout, policy: LanguageModel, reference: Language
     starts, budget = rollout.prompt_lengths, reading.token_budget // 2
     with torch.no_grad():
         for batch in micro_batches(policy.model, rollout.ids, starts, rollout.written, budget):
-            mine, _ = token_logits(policy.model, batch, reading.precision)
-            theirs, _ = token_logits(reference.model, batch, reading.precision)
+            mine, _ = token_logits(policy, batch, reading.precision)
+            theirs, _ = token_logits(reference, batch, reading.precision)
             exact += float(ops.exact_kl(mine, theirs).double().sum())
             tokens = rollout.ids[batch.places].to(mine.device)
             difference = ops.kl_k1(ops.token_log_probs(mine, tokens), ops.token_log_probs(theirs, tokens))

@@ -1,7 +1,9 @@
 """Language models and critics on Hugging Face models, causal ones and encoder–decoders."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from transformers import (
     T5Config,
 )
 
-from rlgf import kernels, packing
-from rlgf.config import ModelConfig
+from rlgf import adapters, kernels, packing
+from rlgf.config import AdapterConfig, ModelConfig
 from rlgf.errors import UserError
 from rlgf.forward import MicroBatch, is_encoder_decoder, trunk_states
 from rlgf.tokens import Codec
+
+POLICY_ADAPTER, SFT = "policy", "sft"  # the names of adapters: the one that is trained, and the one that SFT left
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class LanguageModel:
     end_ids: tuple[int, ...]
     context: int  # tokens of prompt and response together; of an encoder–decoder those of each
     vocabulary: int
+    adapter: str | None = None  # which of the model's adapters it is, if there are any; None: the base without them
 
     @property
     def end_id(self) -> int:
@@ -51,15 +56,56 @@ class LanguageModel:
         """Where the model lives."""
         return self.model.device
 
+    def active(self) -> AbstractContextManager[None]:
+        """Within it the weights read as this model, whichever others share them."""
+        return adapters.active(self.model, self.adapter)
+
+    def trunk(self) -> "Trunk":
+        """The model without its head."""
+        return Trunk(self.model.base_model, self.adapter, self.model)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained when this model is: its adapter's parameters, or all."""
+        return list(self.model.parameters()) if self.adapter is None else adapters.parameters(self.model, self.adapter)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The values of what is trained, for a checkpoint."""
+        return self.model.state_dict() if self.adapter is None else adapters.weights(self.model, self.adapter)
+
+    def load_weights(self, values: Mapping[str, Tensor]) -> None:
+        """Set what is trained to the values of a checkpoint."""
+        if self.adapter is None:
+            self.model.load_state_dict(values)
+        else:
+            adapters.load_weights(self.model, self.adapter, values)
+
     def frozen(self) -> "LanguageModel":
-        """A copy that will not be trained."""
+        """A copy that will not be trained; a model among adapters is its own, as only the policy's and critics' are trained."""
+        if adapters.has_adapters(self.model):
+            return self
         twin = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return LanguageModel(twin, self.tokenizer, self.end_ids, self.context, self.vocabulary)
+        return replace(self, model=twin)
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer as `from_pretrained` reads them."""
-        self.model.save_pretrained(folder)
+        """Write model (an adapter alone, where it is one) and tokenizer as `from_pretrained` reads them."""
+        if self.adapter is None:
+            self.model.save_pretrained(folder)
+        else:
+            adapters.save(self.model, self.adapter, folder)
         self.tokenizer.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A model without a head that a critic reads with: one of its own, or an adapter on another's weights."""
+
+    model: Any
+    adapter: str | None = None
+    owner: Any = None  # the model that carries the adapters, where the trunk is a part of it
+
+    def active(self) -> AbstractContextManager[None]:
+        """Within it the weights read as this trunk."""
+        return adapters.active(self.model, self.adapter, self.owner)
 
 
 def load_tokenizer(path: str) -> Any:
@@ -175,13 +221,15 @@ def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
 class Critic(nn.Module):
     """A value for every state: a linear head on the hidden states of a trunk.
 
-    The trunk is a model of its own, or None where the hidden states are the policy's. The head starts at zero weight, so the
-    first value of every state is `initial_value`.
+    The trunk is a model of its own, an adapter on the policy's weights, or None where the hidden states are the policy's. The
+    head starts at zero weight, so the first value of every state is `initial_value`.
     """
 
-    def __init__(self, trunk: Any | None, width: int, initial_value: float) -> None:
+    def __init__(self, trunk: Trunk | None, width: int, initial_value: float) -> None:
         super().__init__()
         self.trunk = trunk
+        if trunk is not None and trunk.adapter is None:
+            self.add_module("model", trunk.model)  # its parameters are the critic's, its state is saved with the critic's
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, initial_value)
@@ -196,19 +244,52 @@ class Critic(nn.Module):
         assert hidden is not None
         return self.head(hidden.float()).squeeze(-1)
 
+    def trained(self) -> list[nn.Parameter]:
+        """Its parameters, those of its adapter among them."""
+        own = list(self.parameters())
+        if self.trunk is not None and self.trunk.adapter is not None:
+            own += adapters.parameters(self.trunk.owner, self.trunk.adapter)
+        return own
+
+    def weights(self) -> dict[str, Any]:
+        """The values of what is trained, for a checkpoint."""
+        found: dict[str, Any] = {"own": self.state_dict()}
+        if self.trunk is not None and self.trunk.adapter is not None:
+            found["adapter"] = adapters.weights(self.trunk.owner, self.trunk.adapter)
+        return found
+
+    def load_weights(self, values: Mapping[str, Any]) -> None:
+        """Set what is trained to the values of a checkpoint, or of another critic of its kind."""
+        self.load_state_dict(values["own"])
+        if self.trunk is not None and self.trunk.adapter is not None:
+            adapters.load_weights(self.trunk.owner, self.trunk.adapter, values["adapter"])
+
 
 def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float) -> Critic:
     """A critic for `policy`: 'separate', its trunk loaded from `path` (a reward model will do), or 'trunk', a head alone."""
     width = int(policy.model.get_output_embeddings().in_features)
     if kind == "trunk":
         return Critic(None, width, initial_value).to(policy.device)
-    trunk = speed_up(_from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
-    if int(trunk.config.vocab_size) != policy.vocabulary:
+    model = speed_up(_from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
+    if int(model.config.vocab_size) != policy.vocabulary:
         raise UserError(
-            f"critic.path '{path}' has {trunk.config.vocab_size} embeddings and the policy {policy.vocabulary}: "
+            f"critic.path '{path}' has {model.config.vocab_size} embeddings and the policy {policy.vocabulary}: "
             "a critic reads the policy's tokens, so choose one with the same tokenizer."
         )
-    return Critic(trunk, int(trunk.config.hidden_size), initial_value).to(policy.device)
+    return Critic(Trunk(model), int(model.config.hidden_size), initial_value).to(policy.device)
+
+
+def new_adapter_critic(name: str, policy: LanguageModel, initial_value: float, config: AdapterConfig, seed: int) -> Critic:
+    """A critic that is a new adapter on the policy's base weights, and a head.
+
+    Where SFT left an adapter, it begins as that one.
+    """
+    if SFT in adapters.names(policy.model):
+        adapters.copy_of(policy.model, SFT, name)
+    else:
+        adapters.add(policy.model, name, config, seed)
+    width = int(policy.model.get_output_embeddings().in_features)
+    return Critic(Trunk(policy.model.base_model, name, policy.model), width, initial_value).to(policy.device)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -236,7 +236,7 @@ def _beam_search(
                 read = padded([sources[row] for row in batch])
                 mask = (torch.arange(read.shape[1]) < torch.tensor([[len(sources[row])] for row in batch])).long()
                 inputs = {"input_ids": read.to(device), "attention_mask": mask.to(device), "decoder_input_ids": ids}
-            with torch.no_grad(), autocast(device, precision):
+            with torch.no_grad(), language_model.active(), autocast(device, precision):
                 found = model.generate(
                     **inputs, num_beams=beams, do_sample=False, max_new_tokens=budget, min_new_tokens=minimum,
                     eos_token_id=ends, pad_token_id=ends[0],
@@ -419,7 +419,12 @@ class _Decoder:
             }  # fmt: skip
         else:
             inputs = {"input_ids": ids.to(device), "attention_mask": mask, "position_ids": positions.to(device)}
-        with torch.no_grad(), autocast(device, self.precision), head_positions(model, lambda hidden: hidden[:, -1]):
+        with (
+            torch.no_grad(),
+            self.language_model.active(),
+            autocast(device, self.precision),
+            head_positions(model, lambda hidden: hidden[:, -1]),
+        ):
             output = model(**inputs, past_key_values=self.cache, use_cache=True)
         return output.logits.squeeze(0).float().cpu()
 
@@ -431,7 +436,7 @@ class _Decoder:
         ids = padded(list(places)).to(device)
         lengths = torch.tensor([len(source) for source in places])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
-        with torch.no_grad(), autocast(device, self.precision):
+        with torch.no_grad(), self.language_model.active(), autocast(device, self.precision):
             states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return states[which], mask[which]
 

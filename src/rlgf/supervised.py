@@ -44,7 +44,7 @@ def fit(
     model = language_model.model.train()
     steps = planned_steps(config, len(examples))
     optimizer = torch.optim.AdamW(
-        model.parameters(), config.learning_rate, betas=(0.9, config.adam_beta2), eps=1e-8,
+        language_model.parameters(), config.learning_rate, betas=(0.9, config.adam_beta2), eps=1e-8,
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -59,7 +59,7 @@ def fit(
         batch, order = [examples[i] for i in order[: config.batch_size]], order[config.batch_size :]
         losses.append(nll_backward(language_model, batch, 1.0, config.precision, token_budget))
         tokens += sum(len(example.ids) - example.start for example in batch)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -89,7 +89,7 @@ def nll_backward(
     total = max(1, int(selected.sum()))
     loss_sum = 0.0
     for part in micro_batches(language_model.model, ids, starts, selected, token_budget):
-        logits, _ = token_logits(language_model.model, part, precision)
+        logits, _ = token_logits(language_model, part, precision)
         loss = -token_log_probs(logits, ids[part.places].to(logits.device), consume=True).sum() / total
         (coefficient * loss).backward()
         loss_sum += float(loss.detach())

@@ -217,7 +217,7 @@ class Trainer:
 
         wanted = self.config.critic.warm_start_from_guide and POLICY in critics and GUIDE in critics
         if wanted and policy_finishes(iteration) and not any(policy_finishes(number) for number in range(iteration)):
-            critics[POLICY].load_state_dict(critics[GUIDE].state_dict())
+            critics[POLICY].load_weights(critics[GUIDE].weights())
 
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint holds. Draws need no state: they follow from seed and index."""

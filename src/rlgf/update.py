@@ -44,14 +44,14 @@ class Updater:
         for value in models.critics.values():
             value.eval()
         ppo = reading.ppo
-        policy_parameters = list(models.policy.model.parameters())
+        policy_parameters = models.policy.parameters()
         if self.shares_trunk:
-            policy_parameters += [p for value in models.critics.values() for p in value.parameters()]
+            policy_parameters += [p for value in models.critics.values() for p in value.trained()]
         self.policy_optimizer = _adam(policy_parameters, ppo.learning_rate, ppo)
         self.critic_optimizers: dict[Origin, torch.optim.Optimizer] = {}
         if not self.shares_trunk:
             for origin, value in models.critics.items():
-                self.critic_optimizers[origin] = _adam(list(value.parameters()), critic.learning_rate, ppo)
+                self.critic_optimizers[origin] = _adam(value.trained(), critic.learning_rate, ppo)
 
     @property
     def steps_per_iteration(self) -> int:
@@ -126,7 +126,7 @@ class Updater:
         sums |= {"value_loss": 0.0, "value_clipped_share": 0.0} if valued else {}
         starts, budget = rollout.prompt_lengths[members], self.reading.token_budget
         for batch in micro_batches(policy.model, rollout.ids[members], starts, selected, budget):
-            logits, hidden = token_logits(policy.model, batch, self.reading.precision)
+            logits, hidden = token_logits(policy, batch, self.reading.precision)
             local, columns = batch.places
             chosen = trained[local, columns]
             loss = logits.new_zeros(())
@@ -190,8 +190,9 @@ class Updater:
         rollout = experience.rollout
         for origin, weights in _value_weights(rollout, members, self.reading.ppo.loss_aggregation).items():
             critic: Critic = self.models.critics[origin]
+            assert critic.trunk is not None
             starts, budget = rollout.prompt_lengths[members], self.reading.token_budget
-            for batch in micro_batches(critic.trunk, rollout.ids[members], starts, weights > 0, budget):
+            for batch in micro_batches(critic.trunk.model, rollout.ids[members], starts, weights > 0, budget):
                 values = critic(batch, self.reading.precision)
                 local, columns = batch.places
                 loss = self._value_loss(experience, members[local], columns, values, weights[batch.places], sums)
@@ -222,18 +223,18 @@ class Updater:
     def state(self) -> dict[str, Any]:
         """Everything a checkpoint must hold of models and optimizers."""
         return {
-            "policy": self.models.policy.model.state_dict(),
-            "critics": {int(origin): critic.state_dict() for origin, critic in self.models.critics.items()},
+            "policy": self.models.policy.weights(),
+            "critics": {int(origin): critic.weights() for origin, critic in self.models.critics.items()},
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "critic_optimizers": {int(origin): o.state_dict() for origin, o in self.critic_optimizers.items()},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self.models.policy.model.load_state_dict(state["policy"])
+        self.models.policy.load_weights(state["policy"])
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
         for origin, critic in self.models.critics.items():
-            critic.load_state_dict(state["critics"][int(origin)])
+            critic.load_weights(state["critics"][int(origin)])
         for origin, optimizer in self.critic_optimizers.items():
             optimizer.load_state_dict(state["critic_optimizers"][int(origin)])
 

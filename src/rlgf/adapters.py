@@ -1,0 +1,155 @@
+"""LoRA adapters: several models on one set of base weights, of which one reads at a time.
+
+transformers puts adapters into a model, saves and loads them (`add_adapter`, `load_adapter`, `save_pretrained`), peft computes
+with them; here is which one is on, and whose parameters are whose.
+"""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlgf.config import AdapterConfig
+from rlgf.errors import UserError
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether a model carries adapters."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def names(model: Any) -> list[str]:
+    """The adapters of a model."""
+    return list(model.peft_config) if has_adapters(model) else []
+
+
+def is_adapter_folder(path: str) -> bool:
+    """Whether a folder holds an adapter instead of a whole model."""
+    return (Path(path).expanduser() / "adapter_config.json").is_file()
+
+
+def base_of(path: str) -> str:
+    """The base model that an adapter in a folder belongs to."""
+    need()
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(str(Path(path).expanduser())).base_model_name_or_path
+    if not base:
+        raise UserError(f"{path}/adapter_config.json names no base model: set its base_model_name_or_path.")
+    return str(base)
+
+
+def need() -> None:
+    """Raise where peft is not installed."""
+    try:
+        import peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError:
+        raise UserError("adapters need the extra 'lora': pip install 'rlgf[lora]'.") from None
+
+
+def add(model: Any, name: str, config: AdapterConfig, seed: int) -> None:
+    """Put a new adapter into a model; it begins as no change at all, its other half drawn by the seed."""
+    need()
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    lora = LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout,  # pyright: ignore[reportArgumentType]
+        target_modules=list(config.targets) or "all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(lora, name)
+    _forget_layers(model)
+    model.requires_grad_(False)
+
+
+def copy_of(model: Any, source: str, name: str) -> None:
+    """Put a new adapter into a model that begins as a copy of another of its adapters."""
+    import copy
+
+    settings = copy.deepcopy(model.peft_config[source])
+    settings.inference_mode = False
+    model.add_adapter(settings, name)
+    _forget_layers(model)
+    load_weights(model, name, weights(model, source))
+    model.requires_grad_(False)
+
+
+def load(model: Any, folder: str, name: str) -> None:
+    """Put the adapter of a folder into a model."""
+    need()
+    model.load_adapter(str(Path(folder).expanduser()), adapter_name=name)
+    _forget_layers(model)
+    model.requires_grad_(False)
+
+
+def save(model: Any, name: str, folder: Path) -> None:
+    """Write one adapter as peft and transformers read it; the base model is named in it, not copied."""
+    model.set_adapter(name)
+    model.save_pretrained(folder)
+    model.requires_grad_(False)
+
+
+def parameters(model: Any, name: str) -> list[nn.Parameter]:
+    """The parameters of one adapter."""
+    return [value for _, value in _named(model, name)]
+
+
+def weights(model: Any, name: str) -> dict[str, Tensor]:
+    """The values of one adapter, under names that do not hold its own."""
+    return {key: value.detach() for key, value in _named(model, name)}
+
+
+def load_weights(model: Any, name: str, values: Mapping[str, Tensor]) -> None:
+    """Set the values of one adapter to those of another of its shape, or of a checkpoint."""
+    mine = dict(_named(model, name))
+    if set(mine) != set(values):
+        raise UserError(f"the adapter '{name}' has other parts than those that are loaded into it: use the same settings.")
+    with torch.no_grad():
+        for key, value in values.items():
+            mine[key].copy_(value)
+
+
+def _named(model: Any, name: str) -> list[tuple[str, nn.Parameter]]:
+    inside = f".{name}."
+    found = [(key.replace(inside, "."), value) for key, value in model.named_parameters() if inside in f"{key}."]
+    return [(key, value) for key, value in found if ".lora_" in key]
+
+
+def _layers(model: Any) -> list[Any]:
+    """The parts of a model that adapters change, looked up once."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not hasattr(model, "_rlgf_adapted"):
+        model._rlgf_adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return model._rlgf_adapted
+
+
+def _forget_layers(model: Any) -> None:
+    if hasattr(model, "_rlgf_adapted"):
+        del model._rlgf_adapted
+
+
+@contextmanager
+def active(model: Any, name: str | None, owner: Any = None) -> Generator[None]:
+    """Within it a model reads with this adapter, or, for None, with none; nothing happens where it carries no adapters.
+
+    `owner` carries the adapters where `model` is a part of it (a trunk without its head).
+    """
+    carrier = owner if owner is not None else model
+    if not has_adapters(carrier):
+        yield
+        return
+    for layer in _layers(carrier):
+        if name is None:
+            layer.enable_adapters(False)
+            continue
+        if layer.disable_adapters:
+            layer.enable_adapters(True)
+        layer.set_adapter([name], inference_mode=not torch.is_grad_enabled())
+    yield
