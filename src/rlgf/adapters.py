@@ -4,6 +4,7 @@ transformers puts adapters into a model, saves and loads them (`add_adapter`, `l
 with them; here is which one is on, and whose parameters are whose.
 """
 
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,11 +62,19 @@ def add(model: Any, name: str, config: AdapterConfig, seed: int) -> None:
         target_modules=list(config.targets) or "all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _meaning_several():
         torch.manual_seed(seed)
         model.add_adapter(lora, name)
     _forget_layers(model)
     model.requires_grad_(False)
+
+
+@contextmanager
+def _meaning_several() -> Generator[None]:
+    """Several adapters in one model are what is wanted: peft need not warn of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        yield
 
 
 def copy_of(model: Any, source: str, name: str) -> None:
@@ -74,7 +83,8 @@ def copy_of(model: Any, source: str, name: str) -> None:
 
     settings = copy.deepcopy(model.peft_config[source])
     settings.inference_mode = False
-    model.add_adapter(settings, name)
+    with _meaning_several():
+        model.add_adapter(settings, name)
     _forget_layers(model)
     load_weights(model, name, weights(model, source))
     model.requires_grad_(False)
@@ -83,16 +93,30 @@ def copy_of(model: Any, source: str, name: str) -> None:
 def load(model: Any, folder: str, name: str) -> None:
     """Put the adapter of a folder into a model."""
     need()
-    model.load_adapter(str(Path(folder).expanduser()), adapter_name=name)
+    with _meaning_several():
+        model.load_adapter(str(Path(folder).expanduser()), adapter_name=name)
     _forget_layers(model)
     model.requires_grad_(False)
 
 
 def save(model: Any, name: str, folder: Path) -> None:
     """Write one adapter as peft and transformers read it; the base model is named in it, not copied."""
+    settings, base = model.peft_config[name], Path(str(model.config._name_or_path)).expanduser()
+    settings.base_model_name_or_path = str(base.resolve()) if base.exists() else str(model.config._name_or_path)
     model.set_adapter(name)
     model.save_pretrained(folder)
     model.requires_grad_(False)
+
+
+def merged(model: Any, folder: str) -> Any:
+    """A base model with the adapter of a folder added to its weights, in place; weights in 4 bits cannot take it."""
+    if getattr(model, "is_quantized", False):
+        raise UserError("base weights in 4 bits cannot be merged into: load them whole (adapter.load_in_4bit=false).")
+    need()
+    from peft import PeftModel
+
+    whole: Any = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
+    return whole.merge_and_unload()
 
 
 def parameters(model: Any, name: str) -> list[nn.Parameter]:

@@ -79,6 +79,11 @@ class LanguageModel:
         else:
             adapters.load_weights(self.model, self.adapter, values)
 
+    def fixed(self) -> "LanguageModel":
+        """This model, from now on not trained; adapters on it may be."""
+        self.model.requires_grad_(False).eval()
+        return self
+
     def frozen(self) -> "LanguageModel":
         """A copy that will not be trained; a model among adapters is its own, as only the policy's and critics' are trained."""
         if adapters.has_adapters(self.model):
@@ -115,12 +120,18 @@ def load_tokenizer(path: str) -> Any:
 
 def context_length(path: str) -> int:
     """Tokens a model reads at once, from its config alone."""
-    return _context(_from_pretrained(AutoConfig, path, "model config"))
+    return _context(_config(path))
 
 
 def has_encoder(path: str) -> bool:
     """Whether a model is an encoder–decoder, from its config alone."""
-    return bool(_from_pretrained(AutoConfig, path, "model config").is_encoder_decoder)
+    return bool(_config(path).is_encoder_decoder)
+
+
+def _config(path: str) -> Any:
+    """The config of a model, or of the base that an adapter belongs to."""
+    base = adapters.base_of(path) if adapters.is_adapter_folder(path) else path
+    return _from_pretrained(AutoConfig, base, "model config")
 
 
 def load_codec(path: str) -> Codec:
@@ -132,11 +143,31 @@ def _context(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 10**9)
 
 
-def load_language_model(path: str, device: str = "cpu") -> LanguageModel:
-    """A causal model or an encoder–decoder from a Hub name or folder, in fp32; no remote code is run."""
+def load_language_model(path: str, device: str = "cpu", in_4bit: bool = False) -> LanguageModel:
+    """A causal model or an encoder–decoder from a Hub name or folder, in fp32; no remote code is run.
+
+    A folder with an adapter gives its base model reading with that adapter. `in_4bit` is for base weights that are not trained.
+    """
+    adapted = adapters.is_adapter_folder(path)
+    base = adapters.base_of(path) if adapted else path
     auto = AutoModelForSeq2SeqLM if has_encoder(path) else AutoModelForCausalLM
-    model = _from_pretrained(auto, path, "language model", dtype=torch.float32)
-    return bundle(model.to(device), load_tokenizer(path), path)
+    options: dict[str, Any] = {"quantization_config": _four_bits(), "device_map": device} if in_4bit else {}
+    model = _from_pretrained(auto, base, "language model", dtype=torch.float32, **options)
+    loaded = bundle(model if in_4bit else model.to(device), load_tokenizer(path), path)
+    if not adapted:
+        return loaded
+    adapters.load(loaded.model, path, SFT)
+    return replace(loaded, adapter=SFT)
+
+
+def _four_bits() -> Any:
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise UserError("adapter.load_in_4bit needs bitsandbytes: pip install 'rlgf[4bit]'.")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
 
 
 def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
@@ -150,7 +181,7 @@ def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
 
 def load_end_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of a model, from its configs alone: what `load_language_model` will find."""
-    config: Any = _from_pretrained(AutoConfig, path, "model config")
+    config = _config(path)
     try:
         generation: Any = GenerationConfig.from_pretrained(path)
     except OSError:  # none is saved with it

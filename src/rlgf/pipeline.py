@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
 from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError, unknown
@@ -22,13 +23,15 @@ from rlgf.guides.remote import RemoteGuide
 from rlgf.guides.server import parse_spec, reach
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
 from rlgf.models import (
+    POLICY_ADAPTER,
+    Critic,
     LanguageModel,
     context_length,
-    count_parameters,
     load_codec,
     load_end_ids,
     load_language_model,
     load_tokenizer,
+    new_adapter_critic,
     new_critic,
 )
 from rlgf.plugins import load_object
@@ -53,7 +56,7 @@ from rlgf.tasks.base import task_options
 from rlgf.tokens import Codec
 from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
-from rlgf.types import GUIDE, POLICY, Prompt
+from rlgf.types import GUIDE, POLICY, Origin, Prompt
 
 GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
 
@@ -134,8 +137,8 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
         _probe_guide(guide, algorithm, codec, task, config)
-    start = sft_stage(config, stages, report)
-    reference = load_language_model(str(start), config.runtime.device)
+    start = str(sft_stage(config, stages, report))
+    reference = load_language_model(start, config.runtime.device, config.adapter.load_in_4bit).fixed()
     if wanted and guide is None:
         guide = model_guide(config, reference, stages, report)
         _probe_guide(guide, algorithm, codec, task, config)
@@ -143,19 +146,57 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     if config.distil.texts:
         assert guide is not None
         chosen = guide
-        policy_path = distil_stage(
-            config, str(start), lambda count: guide_examples(config, reference, chosen, task, count), stages, report
+        policy_path = str(
+            distil_stage(config, start, lambda count: guide_examples(config, reference, chosen, task, count), stages, report)
         )
-    policy = load_language_model(str(policy_path), config.runtime.device)
-    targets = TargetExamples(task, policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
-    critics = {
-        origin: new_critic(config.critic.kind, config.critic.path or str(policy_path), policy, config.critic.initial_value)
-        for origin in algorithm.critics
-    }
-    models = Models(policy, reference.frozen(), critics)
+    models = assemble(config, algorithm, reference, start, policy_path)
+    targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, Accounted):
         guide.take_counts()  # what was asked until here belongs to no iteration
     return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report))
+
+
+def assemble(config: Config, algorithm: Algorithm, reference: LanguageModel, start: str, policy_path: str) -> Models:
+    """Policy, reference and critics: models of their own, or adapters on the reference's weights."""
+    critic = config.critic
+    policy = (
+        adapted_policy(config, reference, start, policy_path)
+        if config.adapter.rank or adapters.has_adapters(reference.model)
+        else load_language_model(policy_path, config.runtime.device)
+    )
+
+    def new(origin: Origin) -> Critic:
+        if critic.kind == "adapter":
+            name = f"critic_{origin.name.lower()}"
+            return new_adapter_critic(name, policy, critic.initial_value, config.adapter, config.seed + origin)
+        return new_critic(critic.kind, critic.path or policy_path, policy, critic.initial_value)
+
+    return Models(policy, reference, {origin: new(origin) for origin in algorithm.critics})
+
+
+def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_path: str) -> LanguageModel:
+    """The policy as a new adapter on the reference's weights; it begins as what SFT (or a distillation) left."""
+    model = reference.model
+    if policy_path != start:
+        if not adapters.is_adapter_folder(policy_path):
+            raise UserError("a distilled policy is a whole model here, and adapters share one: set adapter.in_sft=true.")
+        adapters.load(model, policy_path, POLICY_ADAPTER)
+    elif reference.adapter is not None:
+        adapters.copy_of(model, reference.adapter, POLICY_ADAPTER)
+    else:
+        adapters.add(model, POLICY_ADAPTER, config.adapter, config.seed)
+    return dataclasses.replace(reference, adapter=POLICY_ADAPTER)
+
+
+def merge(folder: str, out: Path) -> None:
+    """Write the model that an adapter makes of its base as a whole model of its own."""
+    if not adapters.is_adapter_folder(folder):
+        raise UserError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out} is not empty: choose another --out.")
+    base = load_language_model(adapters.base_of(folder))
+    whole = dataclasses.replace(base, model=adapters.merged(base.model, folder), tokenizer=load_tokenizer(folder))
+    whole.save(out)
 
 
 def starting_codec(config: Config, stages: Path, report: Report) -> tuple[Codec, int]:
@@ -250,12 +291,12 @@ def model_guide(config: Config, reference: LanguageModel, stages: Path, report: 
     """The guide a config names as a model in this process: the SFT model, one trained here, or one to be loaded."""
     spec, decoding = config.guide.spec, config.guide.decoding
     if spec == "sft":
-        return ModelGuide(reference.frozen(), decoding, config.runtime.precision)
+        return ModelGuide(reference, decoding, config.runtime.precision)
     path = str(guide_stage(config, stages, report)) if spec == "trained" else guide_model_path(spec)
     assert path is not None
     model = load_language_model(path, config.runtime.device)
     same = model.tokenizer.get_vocab() == reference.tokenizer.get_vocab() and model.codec.alone == reference.codec.alone
-    return (ModelGuide if same else TextModelGuide)(model.frozen(), decoding, config.runtime.precision)
+    return (ModelGuide if same else TextModelGuide)(model.fixed(), decoding, config.runtime.precision)
 
 
 def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int) -> list[Example]:
@@ -316,8 +357,8 @@ def _probe_guide(guide: Guide, algorithm: Algorithm, codec: Codec, task: Task, c
 
 def disk_needed(parts: Parts) -> int:
     """Bytes of checkpoints and the saved policy: weights and two moments, and a checkpoint being written beside the last."""
-    trained = count_parameters(parts.models.policy.model)
-    trained += sum(count_parameters(critic) for critic in parts.models.critics.values())
+    trained = sum(value.numel() for value in parts.models.policy.parameters())
+    trained += sum(value.numel() for critic in parts.models.critics.values() for value in critic.trained())
     return 4 * (2 * 3 * trained + trained) + 50_000_000
 
 

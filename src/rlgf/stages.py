@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
@@ -17,13 +18,14 @@ from typing import Any, overload
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlgf import adapters
 from rlgf.config import GUIDE_REACHING, Config, GuideConfig, ModelConfig, SupervisedConfig, TaskConfig, to_dict
 from rlgf.data import read_json, write_json
 from rlgf.denoising import corrupt
 from rlgf.errors import UserError
 from rlgf.guides.local import guide_model_path
 from rlgf.guides.server import without_address
-from rlgf.models import LanguageModel, load_language_model, load_tokenizer, new_language_model
+from rlgf.models import SFT, LanguageModel, load_language_model, load_tokenizer, new_language_model
 from rlgf.ngram import train_ngram
 from rlgf.supervised import Example, fit
 from rlgf.tasks import Task, task_kind
@@ -292,17 +294,32 @@ def _sft(
     model, mark = _base_model(config, task, shape, seed, stages, report)
     ingredients = {
         "base": mark, "sft": to_dict(training), "seed": seed, "task": _task_source(task), "budget": task.max_new_tokens,
+        **_adapter_ingredients(config),
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
+        trained = with_adapter(config, model, seed)
         examples = TargetExamples(task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts)
-        measured = fit(model, examples, training, seed, config.runtime.token_budget, report)
-        model.save(folder)
+        measured = fit(trained, examples, training, seed, config.runtime.token_budget, report)
+        trained.save(folder)
         return measured | {"targets_cut": sum(example.cut for example in examples)}
 
     if at:
         return build_at(at, name, ingredients, build, report)
     return build_stage(stages, name, ingredients, build, report)
+
+
+def _adapter_ingredients(config: Config) -> dict[str, Any]:
+    """What a supervised stage is made from besides, where it trains an adapter."""
+    return {"adapter": to_dict(config.adapter)} if config.adapter.in_sft else {}
+
+
+def with_adapter(config: Config, model: LanguageModel, seed: int) -> LanguageModel:
+    """The model as supervised fine-tuning trains it: with a new adapter, where that is asked for, otherwise as it is."""
+    if not config.adapter.in_sft or model.adapter is not None:
+        return model
+    adapters.add(model.model, SFT, config.adapter, seed)
+    return replace(model, adapter=SFT)
 
 
 def reward_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path:
@@ -330,11 +347,11 @@ def distil_stage(config: Config, start: str, write: Callable[[int], list[Example
         "guide": guide_writing(config.guide),
         "guide_files": source_fingerprint(guide_model_path(config.guide.spec) or without_address(config.guide.spec)),
         "distil": to_dict(config.distil), "seed": seed, "texts_seed": config.seed, "task": _task_source(config.task),
-        "budget": [config.task.min_new_tokens, config.task.max_new_tokens],
+        "budget": [config.task.min_new_tokens, config.task.max_new_tokens], **_adapter_ingredients(config),
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
-        model = load_language_model(start, config.runtime.device)
+        model = with_adapter(config, load_language_model(start, config.runtime.device), seed)
         measured = fit(model, write(config.distil.texts), config.distil, seed, config.runtime.token_budget, report)
         model.save(folder)
         return measured

@@ -1,0 +1,126 @@
+"""Adapters: policy, critics, reference and guide on one copy of the weights, each untouched by the others' training."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers import asked, config_of, parameters, tiny_model, word_reward
+from rlgf import adapters, pipeline
+from rlgf.algorithms import lols, ppo
+from rlgf.config import AdapterConfig
+from rlgf.errors import UserError
+from rlgf.forward import padded, token_logits
+from rlgf.guides import ModelGuide
+from rlgf.models import POLICY_ADAPTER, SFT, LanguageModel, load_language_model
+from rlgf.tasks import embedded
+from rlgf.trainer import Parts, Trainer
+from rlgf.types import GUIDE, POLICY, Decoding
+
+LORA: dict[str, Any] = {"adapter__rank": 2, "adapter__alpha": 8.0, "critic__kind": "adapter"}
+BATCH = asked(padded([[5, 9, 12, 7], [8, 8, 3]]), torch.tensor([0, 0, 1]), torch.tensor([1, 3, 2]))
+
+
+def says(model: LanguageModel) -> torch.Tensor:
+    with torch.no_grad():
+        return token_logits(model, BATCH)[0]
+
+
+def saved(folder: Path, **shape: Any) -> str:
+    tiny_model(**shape).save(folder)
+    return str(folder)
+
+
+def trainer_on(start: str, algorithm: Any, **values: Any) -> Trainer:
+    config = config_of(**{**LORA, "ppo__learning_rate": 0.05, "critic__learning_rate": 0.05, **values})
+    reference = load_language_model(start).fixed()
+    models = pipeline.assemble(config, algorithm, reference, start, start)
+    task = embedded.build(config.task, reference.tokenizer)
+    guide = ModelGuide(reference, Decoding(top_k=5))
+    return Trainer(Parts(config, algorithm, task, word_reward, models, guide, [], None))
+
+
+def test_one_copy_of_the_weights_serves_all_and_training_moves_what_it_should(tmp_path: Path) -> None:
+    start = saved(tmp_path / "base")
+    before = says(load_language_model(start))
+    trainer = trainer_on(start, lols(0.5, 0.5, 0.5))
+    models = trainer.parts.models
+    assert models.policy.model is models.reference.model is trainer.parts.guide.language_model.model
+    assert {critic.trunk.owner for critic in models.critics.values()} == {models.policy.model}
+    assert torch.equal(says(models.policy), before)
+    assert torch.equal(says(models.reference), before)
+    base = [value.clone() for key, value in models.policy.model.named_parameters() if ".lora_" not in key]
+    others = {origin: parameters(torch.nn.ParameterList(critic.trained())) for origin, critic in models.critics.items()}
+    trainer.step(0)
+    assert torch.equal(says(models.reference), before)  # adapters off: the base as it was
+    assert not torch.allclose(says(models.policy), before, atol=1e-4)
+    assert all(
+        torch.equal(a, b) for a, b in zip(base, [v for k, v in models.policy.model.named_parameters() if ".lora_" not in k])
+    )
+    for origin in (POLICY, GUIDE):
+        assert any(not torch.equal(a, b) for a, b in zip(others[origin], models.critics[origin].trained()))
+
+
+def test_the_first_ratio_is_one_and_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+    start = saved(tmp_path / "base")
+    trainer = trainer_on(start, ppo())
+    metrics, _ = trainer.step(0)
+    assert metrics["first_ratio_error"] < 1e-5
+    state = trainer.state()
+    assert sum(value.numel() for value in state["updater"]["policy"].values()) < 0.2 * sum(
+        value.numel() for value in trainer.parts.models.reference.model.parameters()
+    )
+    other = trainer_on(start, ppo(), seed=1)
+    other.updater.load_state(state["updater"])
+    assert torch.equal(says(other.parts.models.policy), says(trainer.parts.models.policy))
+    mine, theirs = (t.parts.models.critics[POLICY] for t in (trainer, other))
+    assert all(torch.equal(a, b) for a, b in zip(mine.trained(), theirs.trained()))
+
+
+def test_an_adapter_is_saved_loaded_and_merged_as_transformers_reads_it(tmp_path: Path) -> None:
+    trainer = trainer_on(saved(tmp_path / "base"), ppo())
+    trainer.step(0)
+    policy = trainer.parts.models.policy
+    policy.save(tmp_path / "policy")
+    assert {path.name for path in (tmp_path / "policy").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    again = load_language_model(str(tmp_path / "policy"))
+    assert again.adapter == SFT
+    assert torch.equal(says(again), says(policy))
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    logits = theirs(input_ids=torch.tensor([[5, 9, 12, 7]])).logits[0]
+    assert torch.allclose(logits[[0, 2]], says(policy)[:2], atol=1e-5)
+    pipeline.merge(str(tmp_path / "policy"), tmp_path / "whole")
+    whole = load_language_model(str(tmp_path / "whole"))
+    assert not adapters.has_adapters(whole.model)
+    assert torch.allclose(says(whole), says(policy), atol=1e-5)
+    with pytest.raises(UserError, match="holds no adapter"):
+        pipeline.merge(str(tmp_path / "whole"), tmp_path / "again")
+
+
+def test_after_sft_with_an_adapter_that_is_the_reference_and_the_beginning(tmp_path: Path) -> None:
+    base = load_language_model(saved(tmp_path / "base"))
+    adapters.add(base.model, SFT, AdapterConfig(rank=2), 0)
+    tuned = dataclasses.replace(base, adapter=SFT)
+    for parameter in tuned.parameters():
+        parameter.data += 0.1
+    tuned.save(tmp_path / "sft")
+    expected = says(tuned)
+    trainer = trainer_on(str(tmp_path / "sft"), ppo())
+    models = trainer.parts.models
+    assert (models.policy.adapter, models.reference.adapter) == (POLICY_ADAPTER, SFT)
+    assert torch.allclose(says(models.policy), expected)
+    trainer.step(0)
+    assert torch.allclose(says(models.reference), expected)
+    assert not torch.allclose(says(models.policy), expected, atol=1e-4)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"adapter\.rank is 0"):
+        config_of(critic__kind="adapter")
+    with pytest.raises(UserError, match=r"need adapters"):
+        config_of(adapter__in_sft=True)
+    with pytest.raises(UserError, match=r"adapter\.dropout is 1"):
+        config_of(adapter__dropout=1.0)
