@@ -1,0 +1,190 @@
+"""CommonGen, and what it needs of others: span corruption, a tokenizer with sentinels, sums of text metrics, further splits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlgf import stages
+from rlgf.config import Config, ModelConfig, RewardConfig, SupervisedConfig, TaskConfig, override
+from rlgf.denoising import corrupt
+from rlgf.errors import UserError
+from rlgf.evaluate import Judges, text_metrics
+from rlgf.recipes import recipe
+from rlgf.report import columns_of, markdown
+from rlgf.rewards import WeightedSum, build_reward, score_parts
+from rlgf.stages import SENTINELS, TargetExamples, corrupted, train_tokenizer
+from rlgf.tasks import Task, commongen
+
+ROWS = [
+    {"concepts": ["dog", "frisbee", "catch"], "targets": ["A dog  catches a frisbee.", "The dog will catch the frisbee ."]},
+    {"concepts": ["ski", "mountain", "man", "snow"], "targets": ["A man skis down a mountain in the snow."]},
+    {"concepts": ["cat", "sleep", "bed"], "targets": ["A cat sleeps on a bed."]},
+]
+
+
+def data(folder: Path, rows: list[dict[str, Any]] = ROWS) -> str:
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def task_config(source: str, **options: Any) -> TaskConfig:
+    return TaskConfig("commongen", source, max_new_tokens=20, min_new_tokens=5, options=options)
+
+
+def test_a_prompt_names_the_concepts_and_every_reference_is_a_target(tmp_path: Path):
+    task = commongen.build(task_config(data(tmp_path)), None)
+    first = task.train[0]
+    assert first.text == "generate a sentence with: dog frisbee catch."
+    assert first.references == first.targets == ("A dog catches a frisbee.", "The dog will catch the frisbee .")
+    assert [commongen.difficulty(prompt) for prompt in task.train] == ["easy", "hard", "easy"]
+    assert list(task.finals) == ["validation"]
+    assert task.reward is None
+
+
+def test_the_hubs_form_of_the_data_is_grouped_by_concepts(tmp_path: Path):
+    pairs = [{"concepts": row["concepts"], "target": text} for row in ROWS for text in row["targets"]]
+    task = commongen.build(task_config(data(tmp_path, pairs)), None)
+    assert [len(prompt.references) for prompt in task.train] == [2, 1, 1]
+
+
+def test_concept_sets_are_held_back_from_training_for_evaluations(tmp_path: Path):
+    task = commongen.build(task_config(data(tmp_path), held_back=1), None)
+    assert len(task.train) == 2
+    assert len(task.validation) == 1
+    assert task.validation[0] not in task.train
+    assert len(task.finals["validation"]) == 3
+    with pytest.raises(UserError, match="held_back is 3, but there are 3"):
+        commongen.build(task_config(data(tmp_path), held_back=3), None)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"concepts": [], "targets": ["a"]}, "row 1: the prompt is empty"),
+        ({"concepts": ["dog"], "targets": []}, r"'targets' \(or 'target'\) must hold at least one text"),
+        ({"concepts": ["dog"], "targets": [" "]}, "none of them empty"),
+        ({"concepts": ["dog"]}, "must hold at least one text"),
+    ],
+)
+def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, row: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        commongen.build(task_config(data(tmp_path, [row])), None)
+
+
+def test_spans_are_left_out_and_can_be_put_back():
+    ids, sentinels = list(range(100, 120)), [1, 2, 3]
+    source, target = corrupt(ids, sentinels, 0, 7)
+    assert (source, target) == corrupt(ids, sentinels, 0, 7)
+    assert corrupt(ids, sentinels, 0, 8) != (source, target)
+    parts: dict[int, list[int]] = {}
+    for token in target:
+        if token in sentinels:
+            parts[token] = []
+        else:
+            parts[max(parts)].append(token)
+    assert sum(map(len, parts.values())) == 3  # 15 % of 20
+    assert [x for token in source for x in parts.get(token, [token])] == ids
+    places = {corrupt(ids, sentinels, 0, index)[0].index(1) for index in range(200)}
+    assert places == set(range(18))  # anywhere, beginning and end included
+
+
+@pytest.mark.parametrize("length", range(2, 40))
+def test_no_text_is_left_out_whole_and_none_is_left_as_it_is(length: int):
+    source, target = corrupt(list(range(100, 100 + length)), list(range(16)), 3, length)
+    kept = [token for token in source if token >= 100]
+    assert 1 <= len(kept) < length
+    assert sorted(kept + [token for token in target if token >= 100]) == list(range(100, 100 + length))
+
+
+def test_one_token_cannot_be_corrupted():
+    with pytest.raises(ValueError, match="1 tokens"):
+        corrupt([5], [1], 0, 0)
+
+
+def test_an_encoder_decoder_learns_spans_then_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(stages, "TOKENIZER_TEXTS", 10)
+    few = SupervisedConfig(steps=2, batch_size=2)
+    config = Config(
+        task=task_config(data(tmp_path)), lm=few, sft=few,
+        model=ModelConfig(architecture="t5", layers=1, width=16, heads=2, context=32, vocabulary=300),
+    )  # fmt: skip
+    folder = stages.sft_stage(config, tmp_path / "stages", lambda line: None)
+    from rlgf.models import load_language_model
+
+    model = load_language_model(str(folder))
+    assert model.codec.alone
+    assert model.tokenizer.convert_ids_to_tokens([1, 2]) == list(SENTINELS[:2])
+    examples = TargetExamples(commongen.build(config.task, model.tokenizer), model, 20)
+    assert len(examples) == 4
+    assert model.codec.texts([[]], [examples[1].ids[examples[1].start :]]) == ["The dog will catch the frisbee ."]
+    spans = corrupted(["A dog catches a frisbee in the park."], model, 0)
+    assert spans[0].ids[spans[0].start - 1] == spans[0].ids[-1] == model.end_id
+
+
+def test_span_corruption_needs_sentinels(tmp_path: Path):
+    texts = [text for row in ROWS for text in row["targets"]]
+    model = type("Model", (), {"tokenizer": train_tokenizer(texts, 300), "end_id": 0})()
+    with pytest.raises(UserError, match="needs the tokens <extra_id_0>"):
+        corrupted(texts, model, 0)
+
+
+def task(**values: Any) -> Task:
+    prompts = [commongen._prompt(row["concepts"], row["targets"]) for row in ROWS]
+    return Task("commongen", prompts, prompts, prompts, **values)
+
+
+def test_rewards_are_added_with_their_weights_and_each_is_known():
+    weights = {"length_penalty": 0.5, "repetition_penalty": 2.0}
+    config = RewardConfig(weights=weights, options={"length_penalty": {"maximum": 2}, "repetition_penalty": {"order": 1}})
+    reward = build_reward(config, task(), None)
+    assert isinstance(reward, WeightedSum)
+    scores, parts = score_parts(reward, task().train, ["a b c d", "a a", ""])
+    assert parts == {"length_penalty": [-2.0, 0.0, 0.0], "repetition_penalty": [0.0, -0.5, 0.0]}
+    assert scores == [-1.0, -1.0, 0.0]
+    assert score_parts(lambda prompts, texts: [1.0] * len(texts), task().train, ["a"] * 3) == ([1.0] * 3, {})
+
+
+def test_a_text_metric_that_there_is_not_is_refused():
+    with pytest.raises(UserError, match="no sequence classifier can be loaded from 'spidr'"):
+        build_reward(RewardConfig(path="spidr"), task(), None)
+    with pytest.raises(UserError, match=r"length_penalty.*maximum"):
+        build_reward(RewardConfig(path="length_penalty"), task(), None)
+
+
+def test_a_final_evaluation_tells_groups_apart():
+    judges = Judges(task(group=commongen.difficulty), lambda p, t: [0.0] * len(t), None, None, None, ("rouge1", "distinct_1"))
+    texts = ["A dog catches a frisbee.", "A man", "Nothing here"]
+    found = text_metrics(judges, judges.task.test, texts)
+    assert found["rouge1_hard"] == pytest.approx(2 * (1 * 2 / 9) / (1 + 2 / 9))  # two of nine words, both right
+    assert found["rouge1_easy"] == pytest.approx((1 + 0) / 2)
+    assert found["rouge1"] == pytest.approx((2 * found["rouge1_easy"] + found["rouge1_hard"]) / 3)
+    assert "distinct_1_easy" not in found
+
+
+def test_tables_have_the_fields_scales_and_a_part_for_each_split():
+    row = {
+        "key": "ppo", "title": "PPO", "decoding": "greedy", "texts_used": 10,
+        "metrics": {"bleu_4": [0.17, 0.2], "cider_d": [1.691, 1.691], "cider_d_hard": [1.0, 1.0], "texts": [3.0] * 2},
+        "splits": {
+            "validation": {"cider_d": [1.0, 1.2], "cider_d_easy": [2, 2], "cider_d_hard": [0.5, 0.5], "texts": [2.0] * 2}
+        },
+    }  # fmt: skip
+    names = ("processor", "cpu_capability", "threads", "device", "python", "torch", "transformers", "rlgf")
+    versions = dict.fromkeys(names, "-")
+    results = {"recipe": "r", "seeds": [0, 1], "rows": [row], "machine": versions}
+    assert columns_of(results) == ["bleu_4", "cider_d"]  # one group alone is the whole split
+    assert columns_of(results, "validation") == ["cider_d", "cider_d_easy", "cider_d_hard"]
+    text = markdown(results)
+    assert "| PPO | 18.50 ± 1.50 | 16.91 ± 0.00 | 10 |" in text
+    assert "| PPO | 11.00 ± 1.00 | 20.00 ± 0.00 | 5.00 ± 0.00 | 10 |" in text
+    assert "3 prompts of test and 2 prompts of validation" in text
+
+
+def test_the_recipe_is_complete():
+    config = recipe("commongen-small")
+    assert override(config, [("reward.weights", {"cider_d": 1.0})]).reward.weights == {"cider_d": 1.0}
+    assert config.evaluation.decoding is not None
+    assert config.evaluation.decoding.beams == 5
