@@ -64,17 +64,17 @@ class LanguageModel:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a Hub name or folder."""
-    return _from_pretrained(AutoTokenizer, path, "tokenizer")
+    return from_pretrained(AutoTokenizer, path, "tokenizer")
 
 
 def context_length(path: str) -> int:
     """Tokens a model reads at once, from its config alone."""
-    return _context(_from_pretrained(AutoConfig, path, "model config"))
+    return _context(from_pretrained(AutoConfig, path, "model config"))
 
 
 def has_encoder(path: str) -> bool:
     """Whether a model is an encoder–decoder, from its config alone."""
-    return bool(_from_pretrained(AutoConfig, path, "model config").is_encoder_decoder)
+    return bool(from_pretrained(AutoConfig, path, "model config").is_encoder_decoder)
 
 
 def load_codec(path: str) -> Codec:
@@ -89,7 +89,7 @@ def _context(config: Any) -> int:
 def load_language_model(path: str, device: str = "cpu") -> LanguageModel:
     """A causal model or an encoder–decoder from a Hub name or folder, in fp32; no remote code is run."""
     auto = AutoModelForSeq2SeqLM if has_encoder(path) else AutoModelForCausalLM
-    model = _from_pretrained(auto, path, "language model", dtype=torch.float32)
+    model = from_pretrained(auto, path, "language model", dtype=torch.float32)
     return bundle(model.to(device), load_tokenizer(path), path)
 
 
@@ -104,7 +104,7 @@ def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
 
 def load_end_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of a model, from its configs alone: what `load_language_model` will find."""
-    config: Any = _from_pretrained(AutoConfig, path, "model config")
+    config: Any = from_pretrained(AutoConfig, path, "model config")
     try:
         generation: Any = GenerationConfig.from_pretrained(path)
     except OSError:  # none is saved with it
@@ -164,7 +164,8 @@ def speed_up(model: Any) -> Any:
     return packing.enable(model)
 
 
-def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
+def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
+    """What an `Auto` class makes of a Hub name or folder; `kind` names it in the error. No remote code is run."""
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
@@ -202,8 +203,9 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
     width = int(policy.model.get_output_embeddings().in_features)
     if kind == "trunk":
         return Critic(None, width, initial_value).to(policy.device)
-    trunk = speed_up(_from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
-    if int(trunk.config.vocab_size) != policy.vocabulary:
+    trunk = speed_up(from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
+    # a reward model may have a padding token more
+    if int(trunk.config.vocab_size) not in (policy.vocabulary, policy.vocabulary + 1):
         raise UserError(
             f"critic.path '{path}' has {trunk.config.vocab_size} embeddings and the policy {policy.vocabulary}: "
             "a critic reads the policy's tokens, so choose one with the same tokenizer."

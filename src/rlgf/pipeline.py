@@ -1,5 +1,6 @@
 """From a config to a finished run: check everything, make or reuse the stages, train, evaluate, save."""
 
+import dataclasses
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from rlgf.algorithms import Algorithm, guide_alone
+from rlgf.best_of import evaluate_best_of
 from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
@@ -18,8 +20,9 @@ from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import TextModelGuide, guide_model_path
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import parse_spec, reach
+from rlgf.guides.server import Server, parse_spec, reach
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
+from rlgf.judge import ChatJudge, PairJudge, RewardJudge, read_question, server_settings
 from rlgf.models import (
     LanguageModel,
     context_length,
@@ -31,6 +34,8 @@ from rlgf.models import (
     new_critic,
 )
 from rlgf.plugins import load_object
+from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
+from rlgf.reward_model import load_reward_model
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
 from rlgf.runs import RunDirectory, read_complete_lines, require_space, rollout_rows
@@ -51,8 +56,9 @@ from rlgf.tasks.base import task_options
 from rlgf.tokens import Codec
 from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
-from rlgf.types import GUIDE, POLICY, Prompt
+from rlgf.types import GUIDE, POLICY, Decoding, Prompt
 
+JUDGES = ("preferences", "model:PATH", "server:MODEL@URL")
 GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
 
 
@@ -70,6 +76,7 @@ def check(config: Config) -> Algorithm:
     if not kind.needs_data and config.task.data is not None:
         raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
     check_trackers(config.runtime.trackers)
+    _check_judges(config)
     spec = config.guide.spec
     if spec not in ("sft", "trained", "references", "human") and not spec.startswith(("model:", "run:", "server:", "python:")):
         raise unknown("guide", spec, GUIDES)
@@ -87,6 +94,28 @@ def check(config: Config) -> Algorithm:
     except RuntimeError:
         raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
     return algorithm
+
+
+def _check_judges(config: Config) -> None:
+    """Refuse a reward or a judge that is to be trained from nothing, and a judge that there is not."""
+    spec = config.judge.spec
+    if "preferences" in (config.reward.path, spec):
+        check_preferences(config)
+    if spec is None:
+        return
+    if spec.startswith("server:"):
+        judge_server(spec)
+        read_question(config.judge.template)
+    elif spec != "preferences" and not spec.startswith("model:"):
+        raise unknown("judge", spec, JUDGES)
+
+
+def judge_server(spec: str) -> tuple[str, str]:
+    """Model and address of a judge `server:MODEL@URL`."""
+    try:
+        return parse_spec(spec)
+    except UserError as error:
+        raise UserError(str(error).replace("guide", "judge")) from None
 
 
 def cautions(algorithm: Algorithm) -> list[str]:
@@ -124,8 +153,12 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     # Whatever can be refused without a model is refused before one is trained.
     codec, context = starting_codec(config, stages, report)
     _check_paths(config, codec.tokenizer, context)
-    task, reward = prepare_task(config, codec.tokenizer, stages, report)
+    task = prepare_prompts(config, codec.tokenizer, report)
     longest = _check_lengths(codec, context, task, config)
+    if "preferences" in (config.reward.path, config.judge.spec):
+        try_pairs(config, stages, report)
+    judge = prepare_judge(config, stages, report)
+    reward = prepare_reward(config, task, stages, report)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     probe_reward(reward, task.validation[:4])
@@ -153,7 +186,7 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     models = Models(policy, reference.frozen(), critics)
     if isinstance(guide, Accounted):
         guide.take_counts()  # what was asked until here belongs to no iteration
-    return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report))
+    return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report), judge)
 
 
 def starting_codec(config: Config, stages: Path, report: Report) -> tuple[Codec, int]:
@@ -190,11 +223,44 @@ def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer
 
 def prepare_task(config: Config, tokenizer: Any, stages: Path, report: Report) -> tuple[Task, TextFunction]:
     """The task's prompts and its reward."""
+    task = prepare_prompts(config, tokenizer, report)
+    return task, prepare_reward(config, task, stages, report)
+
+
+def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
+    """The task's prompts, and what became of rows that are none."""
     task = task_kind(config.task).build(config.task, tokenizer)
     for reason, count in task.notes.items():
         report(f"task {task.name}: {count:,} {reason}, left out")
-    ngram = reward_stage(config, stages, report) if config.reward.path == "ngram" else None
-    return task, build_reward(config.reward, task, ngram)
+    for remark, count in task.remarks.items():
+        report(f"task {task.name}: {count:,} {remark}")
+    return task
+
+
+def prepare_reward(config: Config, task: Task, stages: Path, report: Report) -> TextFunction:
+    """The task's reward, trained here if need be."""
+    make = {"ngram": reward_stage, "preferences": preference_stage}.get(config.reward.path)
+    return build_reward(config.reward, task, make(config, stages, report) if make else None, config.runtime.device)
+
+
+def prepare_judge(config: Config, stages: Path, report: Report) -> PairJudge | None:
+    """Who compares texts with references in final evaluations, if anybody does."""
+    spec, judge = config.judge.spec, config.judge
+    if spec is None:
+        return None
+    if spec.startswith("server:"):
+        template = read_question(judge.template)
+        settings = server_settings(judge, template)
+        cache = AnswerCache(Path(judge.cache) if judge.cache else stages / "judge-answers.sqlite")
+        guide = RemoteGuide(Server(spec, settings, "none", report), settings, cache, report)
+        name = f"chat model {judge_server(spec)[0]}, order {judge.order}"
+        return ChatJudge(guide, name, template, judge.order, judge.answer_tokens, judge.seed)
+    if spec == "preferences":
+        folder = preference_stage(config, stages, report, "judge")
+        name = f"a second reward model, trained on other posts ({folder.name})"
+        return RewardJudge(load_reward_model(str(folder), config.runtime.device), name)
+    path = spec.removeprefix("model:")
+    return RewardJudge(load_reward_model(path, config.runtime.device), f"reward model {path}")
 
 
 def general_model(config: Config, stages: Path, report: Report) -> LanguageModel | None:
@@ -356,7 +422,9 @@ def _require_writable(folder: Path) -> None:
 def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
     """The final evaluation on the test split; its texts go to `evaluation.jsonl`."""
     config = trainer.config
-    metrics, rollout, scores = trainer.evaluate(trainer.parts.task.test[: config.evaluation.final_prompts])
+    prompts = trainer.parts.task.test[: config.evaluation.final_prompts]
+    metrics, rollout, scores = trainer.evaluate(prompts, final=True)
+    judges = dataclasses.replace(trainer.judges, judge=trainer.parts.judge)
     path = directory.folder / "evaluation.jsonl"
     path.unlink(missing_ok=True)
     rows = rollout_rows(rollout, scores, config.ppo.iterations, trainer.parts.models.policy.codec)
@@ -369,16 +437,34 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
         "texts_used": config.ppo.iterations * config.ppo.texts_per_iteration + config.distil.texts,
         "decoding": (config.evaluation.decoding or config.decoding).describe(),
         "evaluation": metrics,
+        **extras(config, trainer.writing, prompts, judges),
         "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
         "machine": machine(),
     }
+
+
+def extras(config: Config, writing: Writing, prompts: Sequence[Prompt], judges: Judges) -> dict[str, Any]:
+    """What a final evaluation may say besides its metrics: who judged, and what the best of several texts come to."""
+    found: dict[str, Any] = {"judge": judges.judge.name} if judges.judge else {}
+    samples = config.evaluation.best_of
+    if samples:
+        writing = dataclasses.replace(writing, decoding=sampling(config))
+        metrics, _, _ = evaluate_best_of(writing, prompts, judges, samples, config.evaluation.seed)
+        found["best_of"] = {"samples": samples, "decoding": sampling(config).describe(), "evaluation": metrics}
+    return found
+
+
+def sampling(config: Config) -> Decoding:
+    """How several texts are written for one prompt: as in evaluations, unless that writes the same text every time."""
+    decoding = config.evaluation.decoding
+    return config.decoding if decoding is None or decoding.greedy else decoding
 
 
 def evaluate_baselines(parts: Parts) -> dict[str, dict[str, Any]]:
     """The final evaluation of the SFT model and of the guide, on the same prompts as every run."""
     config = parts.config
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, reading)
+    judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, reading, parts.judge)
     decoding = config.evaluation.decoding or config.decoding
     writing = Writing(
         parts.models.reference, parts.guide, decoding, config.task.max_new_tokens, config.task.min_new_tokens,
@@ -388,6 +474,7 @@ def evaluate_baselines(parts: Parts) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     metrics, _, _ = evaluate_policy(writing, prompts, judges, config.evaluation.seed)
     found["sft"] = {"title": "SFT", "decoding": decoding.describe(), "evaluation": metrics, "texts_used": 0}
+    found["sft"] |= extras(config, writing, prompts, judges)
     if parts.guide is not None:
         metrics, _, _ = evaluate_guide(writing, prompts, judges, config.evaluation.seed)
         how = config.guide.decoding.describe() if isinstance(parts.guide, ModelGuide) else "its own"
@@ -395,8 +482,11 @@ def evaluate_baselines(parts: Parts) -> dict[str, dict[str, Any]]:
     return found
 
 
-def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report: Report) -> dict[str, float]:
-    """The metrics of a policy (a folder or Hub name; None: the SFT stage) on the test split; nothing is trained for RL."""
+def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report: Report) -> dict[str, Any]:
+    """A policy (a folder or Hub name; None: the SFT stage) on the test split: `evaluation`, its metrics, and `extras`.
+
+    Nothing is trained for RL.
+    """
     check(config)
     start = sft_stage(config, stages, report)
     reference = load_language_model(str(start), config.runtime.device)
@@ -404,12 +494,15 @@ def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report:
     task, reward = prepare_task(config, reference.tokenizer, stages, report)
     _check_lengths(language_model.codec, language_model.context, task, config)
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    judges = Judges(task, reward, reference, general_model(config, stages, report), reading)
+    judge = prepare_judge(config, stages, report)
+    judges = Judges(task, reward, reference, general_model(config, stages, report), reading, judge)
     writing = Writing(
         language_model, None, config.evaluation.decoding or config.decoding, config.task.max_new_tokens,
         config.task.min_new_tokens, config.seed, config.runtime.precision,
     )  # fmt: skip
-    return evaluate_policy(writing, task.test[: config.evaluation.final_prompts], judges, config.evaluation.seed)[0]
+    prompts = task.test[: config.evaluation.final_prompts]
+    metrics = evaluate_policy(writing, prompts, judges, config.evaluation.seed)[0]
+    return {"evaluation": metrics, **extras(config, writing, prompts, judges)}
 
 
 def machine() -> dict[str, Any]:

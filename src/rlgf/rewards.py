@@ -12,6 +12,7 @@ from rlgf.config import RewardConfig
 from rlgf.errors import RunError, UserError
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
+from rlgf.reward_model import is_reward_model, load_reward_model
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
 
@@ -59,18 +60,26 @@ def _positive_class(config: Any, path: str) -> int:
     raise UserError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")
 
 
-def build_reward(config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:
-    """The reward that `reward.path` names; for a whole-text task a model is given prompt and continuation together."""
+def build_reward(config: RewardConfig, task: Task, made: Path | None, device: str = "cpu") -> TextFunction:
+    """The reward that `reward.path` names; for a whole-text task a model is given prompt and continuation together.
+
+    `made` is the folder of the stage that 'ngram' or 'preferences' stands for.
+    """
     if config.path == "task":
         if task.reward is None:
-            raise UserError(f"task '{task.name}' has no rule of its own: set reward.path to 'ngram' or a classifier.")
+            raise UserError(
+                f"task '{task.name}' has no rule of its own: set reward.path to 'ngram', 'preferences', a classifier or a "
+                "reward model, or 'python:module:name'."
+            )
         return task.reward
     if config.path.startswith("python:"):
         return load_object(config.path, "reward")
-    folder = ngram_folder if config.path == "ngram" else Path(config.path).expanduser()
+    folder = made if config.path in ("ngram", "preferences") else Path(config.path).expanduser()
     judge: TextFunction
     if folder is not None and (folder / "ngram.json").is_file():
         judge = NgramClassifier.load(folder)
+    elif is_reward_model(path := str(folder) if config.path == "preferences" else config.path):
+        return load_reward_model(path, device)
     else:
         judge = SequenceClassifier(config.path)
     return whole_text(judge) if task.whole_text else judge

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlgf.config import GUIDE_REACHING, Config, dump, flatten, from_dict, read_yaml, to_dict
+from rlgf.config import GUIDE_REACHING, JUDGE_REACHING, Config, dump, flatten, from_dict, read_yaml, to_dict
 from rlgf.data import read_json, write_atomically, write_json
 from rlgf.errors import UserError
 from rlgf.guides.server import without_address
@@ -122,17 +122,22 @@ def read_complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _refuse_other(folder: Path, old: Config, new: Config) -> None:
-    before, after = ({**flatten(to_dict(config)), "guide.spec": without_address(config.guide.spec)} for config in (old, new))
+    before, after = ({**flatten(to_dict(config)), **_speakers(config)} for config in (old, new))
     missing = object()
     keys = [*after, *(key for key in before if key not in after)]
     changed = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
-    reaching = {f"guide.{name}" for name in GUIDE_REACHING}
+    reaching = {*(f"guide.{name}" for name in GUIDE_REACHING), *(f"judge.{name}" for name in JUDGE_REACHING)}
     differing = [key for key in changed if not key.startswith("runtime.") and key not in reaching]
     if differing:
         key = differing[0]
         raise UserError(
             f"{folder} holds another run ({key} is {before.get(key)!r} there, {after.get(key)!r} here): choose another --out."
         )
+
+
+def _speakers(config: Config) -> dict[str, str]:
+    """Guide and judge without their addresses."""
+    return {"guide.spec": without_address(config.guide.spec), "judge.spec": without_address(config.judge.spec or "")}
 
 
 def require_space(folder: Path, needed: int) -> None:

@@ -1,5 +1,6 @@
 """The loop: write, appraise, update, log. Everything that differs between algorithms is in their data."""
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from rlgf.experience import Models, Reading, appraise
 from rlgf.guides import Accounted, Guide, Request
 from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
+from rlgf.judge import PairJudge
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards import score
@@ -38,6 +40,7 @@ class Parts:
     guide: Guide | None
     targets: Sequence[Example]
     general: LanguageModel | None  # for output-perplexity
+    judge: PairJudge | None = None  # for the win rate in final evaluations
 
 
 @dataclass(frozen=True)
@@ -177,15 +180,16 @@ class Trainer:
         every = self.config.evaluation.every
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.ppo.iterations)
 
-    def evaluate(self, prompts: Sequence[Any]) -> tuple[dict[str, float], Rollout, list[float]]:
-        """Fresh texts by the policy alone on `prompts`."""
+    def evaluate(self, prompts: Sequence[Any], final: bool = False) -> tuple[dict[str, float], Rollout, list[float]]:
+        """Fresh texts by the policy alone on `prompts`; a final evaluation has the win rate too."""
         evaluation = self.config.evaluation
+        judges = dataclasses.replace(self.judges, judge=self.parts.judge) if final else self.judges
         decoding = evaluation.decoding or self.config.decoding
         writing = Writing(
             self.parts.models.policy, self.parts.guide, decoding, self.writing.horizon, self.writing.minimum,
             evaluation.seed, self.writing.precision,
         )  # fmt: skip
-        return evaluate_policy(writing, prompts, self.judges, evaluation.seed)
+        return evaluate_policy(writing, prompts, judges, evaluation.seed)
 
     def _log(self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience) -> None:
         codec = self.parts.models.policy.codec

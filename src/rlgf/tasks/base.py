@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlgf.config import TaskConfig, check_keys
 from rlgf.errors import UserError
+from rlgf.preferences import Pairs
 from rlgf.types import Prompt, TextFunction
 
 
@@ -23,6 +24,8 @@ class Task:
     whole_text: bool = False  # whether a reward model reads prompt and continuation, or the continuation alone
     pass_mark: float | None = None  # a reward from which on a text counts as passed
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # rows that could not be used, counted by reason
+    remarks: Mapping[str, int] = field(default_factory=dict[str, int])  # what was done to rows, counted
+    demonstrations: Sequence[Prompt] | None = None  # prompts for SFT, where they are others than those of `train`
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,9 @@ class TaskKind:
     options: type  # a dataclass: the keys of `task.options`
     tokenizer: Callable[[TaskConfig], Any] | None = None  # a task's own, where it does not read natural text
     raw_texts: Callable[[TaskConfig, int], list[str]] | None = None  # for the lm stage: (config, most)
+    preference_pairs: Callable[[TaskConfig, Any, int], Pairs] | None = (
+        None  # for a reward model: (config, tokenizer, least words)
+    )
     labelled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None  # for a sentiment reward
     needs_data: bool = False
     instruction: str | None = None  # tells a guide that chats what to do with '{text}'; None: a plain one
