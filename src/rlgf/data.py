@@ -51,28 +51,38 @@ def held_out(keys: Sequence[Hashable]) -> list[bool]:
     return [key in held for key in keys]
 
 
-def read_splits(source: str, subset: str | None = None) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+def read_splits(
+    source: str, subset: str | None = None, texts: Sequence[str] = ()
+) -> dict[str, Callable[[], list[dict[str, Any]]]]:
     """Every split of a source by its name, each as a function that reads it; a single file is one split, 'train'.
 
-    `subset` names one of several in a Hub dataset. Raises `UserError` for a source that cannot be read.
+    `subset` names one of several in a Hub dataset; `texts` are columns whose cells are texts in CSV files, even if they look
+    like numbers. Raises `UserError` for a source that cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return {"train": lambda: _read_file(path)}
-    files = sorted([*path.glob("*.jsonl"), *path.glob("*.jsonl.gz")])
-    if files:
-        return {file.name.partition(".jsonl")[0]: lambda file=file: read_jsonl(file) for file in files}
+        return {"train": lambda: _read_file(path, texts)}
+    files = [file for file in sorted(path.iterdir()) if _kind(file)] if path.is_dir() else []
+    if files and not any("-of-" in file.name for file in files):  # parts of a split are left to `datasets`
+        return {Path(file.name.removesuffix(".gz")).stem: lambda file=file: _read_file(file, texts) for file in files}
     loaded = _loaded(source, **({"name": subset} if subset else {}))
     return {str(name): lambda part=part: _as_rows(part) for name, part in loaded.items()}
 
 
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    kind = TABLES.get(Path(path.name.removesuffix(".gz")).suffix)
-    if kind is None:
+def _kind(file: Path) -> str | None:
+    """Who reads a file, by its name; None: nobody."""
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    return "lines" if suffix == ".jsonl" else TABLES.get(suffix)
+
+
+def _read_file(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    kind, options = _kind(path), dict[str, Any]()
+    if kind not in TABLES.values():
         return read_jsonl(path)
-    # an empty cell is an empty text, and 'NA' a word
-    options = {"keep_default_na": False, "sep": "\t" if ".tsv" in path.suffixes else ","} if kind == "csv" else {}
-    return _as_rows(_loaded(kind, str(path), data_files=str(path), split="train", **options))
+    if kind == "csv":  # an empty cell is an empty text, and 'NA' a word
+        options = {"keep_default_na": False, "sep": "\t" if ".tsv" in path.suffixes else ","}
+        options["converters"] = dict.fromkeys(texts, str)
+    return _as_rows(_loaded(str(kind), str(path), data_files=str(path), split="train", **options))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -157,8 +157,8 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     longest = _check_lengths(codec, context, task, config)
     if "preferences" in (config.reward.path, config.judge.spec):
         try_pairs(config, stages, report)
-    judge = prepare_judge(config, stages, report)
     reward = prepare_reward(config, task, stages, report)
+    judge = prepare_judge(config, stages, report)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     probe_reward(reward, task.validation[:4])

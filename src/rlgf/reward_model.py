@@ -47,6 +47,7 @@ class RewardModel:
     name: str
     token_budget: int = 2048
     precision: str = "fp32"
+    grown: bool = False  # whether it has more embeddings than the model that it started from
     texts_cut: int = 0
 
     @property
@@ -151,7 +152,8 @@ class RewardModel:
 
     def save(self, folder: Path) -> None:
         """Write model (or adapters and head) and tokenizer as `from_pretrained` of transformers (or PEFT) reads them."""
-        self.model.save_pretrained(folder)
+        embeddings = {} if self.classifier is self.model else {"save_embedding_layers": self.grown}
+        self.model.save_pretrained(folder, **embeddings)
         self.tokenizer.save_pretrained(folder)
 
 
@@ -172,11 +174,12 @@ def is_reward_model(path: str) -> bool:
 
 def load_reward_model(path: str, device: str = "cpu", token_budget: int = 2048, precision: str = "fp32") -> RewardModel:
     """A reward model of a Hub name or folder, to score with; adapters are merged into its weights."""
-    tokenizer = load_tokenizer(path)
     if (Path(path).expanduser() / ADAPTER).is_file():
-        model = _load_adapters(path).merge_and_unload()
+        tokenizer = load_tokenizer(path)
+        model = _load_adapters(Path(path).expanduser(), len(tokenizer))
     else:
         model = from_pretrained(AutoModelForSequenceClassification, path, "reward model", dtype=torch.float32)
+        tokenizer = load_tokenizer(path)
     if int(model.config.num_labels) != 1:
         raise UserError(f"'{path}' is a classifier of {model.config.num_labels} labels: a reward model has one.")
     reward = RewardModel(speed_up(model).to(device).requires_grad_(False).eval(), tokenizer, path, token_budget, precision)
@@ -185,11 +188,21 @@ def load_reward_model(path: str, device: str = "cpu", token_budget: int = 2048, 
     return reward
 
 
-def _load_adapters(path: str) -> Any:
+def _load_adapters(folder: Path, vocabulary: int) -> Any:
+    """Adapters and head, merged into the model that they were made for: where that was, or beside them if both were moved."""
     need("a reward model with LoRA adapters", "lora", "peft")
-    from peft import AutoPeftModelForSequenceClassification
+    from peft import PeftConfig, PeftModel
 
-    return from_pretrained(AutoPeftModelForSequenceClassification, path, "reward model", num_labels=1, dtype=torch.float32)
+    base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
+    beside = folder.parent / Path(base).name
+    if Path(base).is_absolute() and not Path(base).exists() and beside.is_dir():
+        base = str(beside)
+    model = from_pretrained(
+        AutoModelForSequenceClassification, base, f"base of the adapters in '{folder}'", num_labels=1, dtype=torch.float32
+    )
+    if vocabulary > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(vocabulary)
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str = "cpu") -> RewardModel:
@@ -205,11 +218,11 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
         model = from_pretrained(AutoModelForSequenceClassification, path, "language model", num_labels=1, dtype=torch.float32)
         if hasattr(model, "score") and not goes_on:
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-        resized = _add_padding(model, tokenizer)
+        grown = _add_padding(model, tokenizer)
         model = speed_up(model)
         if config.lora_rank:
-            model = _with_adapters(model, config, resized)
-    return RewardModel(model.to(device), tokenizer, path)
+            model = _with_adapters(model, config)
+    return RewardModel(model.to(device), tokenizer, path, grown=grown)
 
 
 def _add_padding(model: Any, tokenizer: Any) -> bool:
@@ -217,22 +230,22 @@ def _add_padding(model: Any, tokenizer: Any) -> bool:
 
     Returns whether the model's embeddings had to grow.
     """
-    resized = False
+    grown = False
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         unknown = tokenizer.unk_token
         if unknown and tokenizer.unk_token_id != tokenizer.eos_token_id:
             tokenizer.pad_token = unknown
         else:
             tokenizer.add_special_tokens({"pad_token": PADDING})
-            resized = len(tokenizer) > int(model.config.vocab_size)
-            if resized:
+            grown = len(tokenizer) > int(model.config.vocab_size)
+            if grown:
                 model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
-    return resized
+    return grown
 
 
-def _with_adapters(model: Any, config: PreferenceConfig, resized: bool) -> Any:
-    """The model with LoRA adapters to train in its stead; head and, if they have grown, embeddings are saved with them."""
+def _with_adapters(model: Any, config: PreferenceConfig) -> Any:
+    """The model with LoRA adapters to train in its stead, and its head."""
     need("LoRA adapters", "lora", "peft")
     from peft import LoraConfig, TaskType, get_peft_model
 

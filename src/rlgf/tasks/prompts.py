@@ -118,7 +118,8 @@ def _source(config: TaskConfig) -> str:
 def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
     """The rows of 'train' and of what there is of 'validation' and 'test'."""
     source = _source(config)
-    found = read_splits(source, options.subset)
+    texts = (options.prompt_column, options.references_column, options.completion_column)
+    found = read_splits(source, options.subset, (*texts, options.chosen_column, options.rejected_column))
     chosen = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
     for name, wanted in chosen.items():
         if wanted is not None and wanted not in found:
