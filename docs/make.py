@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "rlgf" / "config.py"
 SECTIONS = {
     "Config": "", "TaskConfig": "task", "ModelConfig": "model", "SupervisedConfig": "lm, sft, distil", "RewardConfig": "reward",
+    "PreferenceConfig": "preferences", "JudgeConfig": "judge",
     "GuideConfig": "guide", "AlgorithmConfig": "algorithm", "PPOConfig": "ppo", "KLConfig": "kl", "CriticConfig": "critic",
     "EvaluationConfig": "evaluation", "RuntimeConfig": "runtime",
 }  # fmt: skip

@@ -139,7 +139,7 @@ def task(**values: Any) -> Task:
 def test_rewards_are_added_with_their_weights_and_each_is_known():
     weights = {"length_penalty": 0.5, "repetition_penalty": 2.0}
     config = RewardConfig(weights=weights, options={"length_penalty": {"maximum": 2}, "repetition_penalty": {"order": 1}})
-    reward = build_reward(config, task(), None)
+    reward = build_reward(config, task(), {})
     assert isinstance(reward, WeightedSum)
     scores, parts = score_parts(reward, task().train, ["a b c d", "a a", ""])
     assert parts == {"length_penalty": [-2.0, 0.0, 0.0], "repetition_penalty": [0.0, -0.5, 0.0]}
@@ -148,10 +148,10 @@ def test_rewards_are_added_with_their_weights_and_each_is_known():
 
 
 def test_a_text_metric_that_there_is_not_is_refused():
-    with pytest.raises(UserError, match="no sequence classifier can be loaded from 'spidr'"):
-        build_reward(RewardConfig(path="spidr"), task(), None)
+    with pytest.raises(UserError, match="no reward model can be loaded from 'spidr'"):
+        build_reward(RewardConfig(path="spidr"), task(), {})
     with pytest.raises(UserError, match=r"length_penalty.*maximum"):
-        build_reward(RewardConfig(path="length_penalty"), task(), None)
+        build_reward(RewardConfig(path="length_penalty"), task(), {})
 
 
 def test_a_final_evaluation_tells_groups_apart():

@@ -10,9 +10,10 @@ import rlgf
 PACKAGE = Path(rlgf.__file__).parent
 
 LAYERS = """
-    errors display types randomness schedules ops algorithms config data plugins tokens packing adapters kernels forward
-    models supervised sampling guides ngram denoising scoring tasks rewards shaping processes rollout experience metrics
-    evaluate update runs tracking trainer stages recipes pipeline check report compare terminal console cli
+    errors display types randomness schedules ops algorithms config data prompting preferences plugins tokens packing
+    adapters kernels forward models supervised sampling guides ngram denoising scoring tasks reward_model rewards shaping
+    judge processes rollout experience metrics evaluate best_of update runs tracking trainer stages preference_stage recipes
+    pipeline check report compare terminal console cli
 """
 """From what depends on nothing to what depends on all. A folder is one module; FOLDERS orders the files within it."""
 
@@ -34,7 +35,7 @@ FOLDERS = {
         "score",
         "__init__",
     ],
-    "tasks": ["base", "commongen", "embedded", "imdb", "__init__"],
+    "tasks": ["base", "commongen", "embedded", "imdb", "prompts", "tldr", "__init__"],
 }
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlgf import algorithms, pipeline
 from rlgf.config import Config, override
@@ -19,8 +20,10 @@ from rlgf.guides.local import guide_model_path
 from rlgf.guides.server import CONTINUATIONS, Server
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
 from rlgf.models import context_length, load_end_ids, load_tokenizer
-from rlgf.pipeline import Report, prepare_task
+from rlgf.pipeline import Report
 from rlgf.plugins import load_object
+from rlgf.preference_stage import try_pairs
+from rlgf.preferences import Pairs, longer_rule
 from rlgf.randomness import Purpose, permutation
 from rlgf.rewards import score
 from rlgf.stages import tokenizer_for
@@ -42,13 +45,26 @@ class Finding:
 def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     """Look at prompts, targets and reward of a config's task; any 'error' among the findings means it cannot be trained."""
     tokenizer, _ = tokenizer_for(config, config.task, config.model, stages, report)
-    task, reward = prepare_task(config, tokenizer, stages, report)
+    task = pipeline.prepare_prompts(config, tokenizer, lambda line: None)
     sizes = f"{len(task.train):,} / {len(task.validation):,} / {len(task.test):,} train, validation and test prompts"
     findings = [Finding("ok", sizes)]
     findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in task.notes.items()]
+    findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.remarks.items()]
     findings += check_prompts(task, tokenizer)
-    findings += check_reward(task, reward)
-    return findings
+    if "preferences" in config.reward.names:  # which is not trained for this
+        return [*findings, *check_pairs(try_pairs(config, stages, report))]
+    return findings + check_reward(task, pipeline.prepare_reward(config, task, stages, report))
+
+
+def check_pairs(pairs: Pairs) -> list[Finding]:
+    """What a reward model would be trained and measured on."""
+    findings = [
+        Finding("ok", f"{len(part):,} {name} pairs about {len({pair.post for pair in part}):,} posts")
+        for name, part in (("training", pairs.train), ("held-out", pairs.test))
+    ]
+    findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in pairs.dropped.items()]
+    rule = longer_rule([*pairs.train, *pairs.test])
+    return [*findings, Finding("ok", f"people preferred the longer response in {100 * rule:.1f} % of them")]
 
 
 def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
@@ -170,18 +186,22 @@ def _price(config: Config, answer: Answer) -> Finding:
     return Finding("ok", f"{billed}: {thousand:.4f} per thousand texts at the prices given")
 
 
-def check_prompts(task: Task, tokenizer: object) -> list[Finding]:
+def check_prompts(task: Task, tokenizer: Any) -> list[Finding]:
     """Prompts are not empty, their ids say what their text says, and targets are among the references."""
     findings: list[Finding] = []
     sample = [*task.train[:SAMPLE], *task.test[:SAMPLE]]
     for prompt in sample:
         if not Codec(tokenizer).prompt(prompt):
             return [Finding("error", "a prompt is empty: remove the row")]
-        if prompt.ids is not None and decode(tokenizer, prompt.ids).strip() != prompt.text.strip():
+        if prompt.ids is not None and not _says(tokenizer, prompt):
             findings.append(Finding("error", f"the ids of a prompt do not say its text: {prompt.text[:60]!r}"))
             break
     bad = [p for p in sample for target in p.targets if not _continues(p, target)]
-    targets = sum(bool(prompt.targets) for prompt in task.train)
+    shown = task.demonstrations or task.train
+    targets = sum(bool(prompt.targets) for prompt in shown)
+    repeated = len(task.train) - len({(prompt.text, prompt.ids) for prompt in task.train})
+    if repeated:
+        findings.append(Finding("ok", f"{repeated:,} training prompts say what an earlier one says: they are asked more often"))
     if bad:
         what = "a target is empty, is no reference of its prompt, or begins by repeating it"
         findings.append(Finding("error", f"{what}: {bad[0].text[:60]!r}"))
@@ -190,6 +210,13 @@ def check_prompts(task: Task, tokenizer: object) -> list[Finding]:
     else:
         findings.append(Finding("ok", f"{targets:,} targets, each a continuation of its prompt"))
     return findings
+
+
+def _says(tokenizer: Any, prompt: Prompt) -> bool:
+    """Whether the ids of a prompt say its text; a chat template's special tokens are part of that."""
+    ids = list(prompt.ids or ())
+    texts = (decode(tokenizer, ids), tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return prompt.text.strip() in [text.strip() for text in texts]
 
 
 def _continues(prompt: Prompt, target: str) -> bool:

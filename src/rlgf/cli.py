@@ -216,6 +216,12 @@ def _stage(name: str, source: str, overrides: list[str] | None, policy: str | No
     target = out or Path("runs") / f"{config.recipe}-{name}"
     shelf = stages or target.parent / "stages"
     make: dict[str, Any] = {"lm": making.lm_stage, "sft": making.sft_stage, "reward": making.reward_stage}
+    if "preferences" in config.reward.names:
+        from rlgf.preference_stage import preference_stage, try_pairs
+
+        if name == "reward":
+            try_pairs(config, shelf, console.report)
+        make["reward"] = lambda config, shelf, report, target: preference_stage(config, shelf, report, "reward", target)
     if name == "sft" and not (config.sft.steps or config.sft.epochs):
         raise UserError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
     if name == "sft" and policy:
@@ -249,7 +255,7 @@ def reward(
     recipe_or_yaml: Recipe, overrides: Overrides = None, data: Data = None, seed: Seed = None, out: Out = None,
     stages: Stages = None,
 ) -> None:  # fmt: skip
-    """Train the small n-gram sentiment reward; the result is what reward.path takes."""
+    """Train the reward: the n-gram classifier, or a reward model on preference pairs; the result is what reward.path takes."""
     _stage("reward", recipe_or_yaml, overrides, None, data, seed, out, stages)
 
 
@@ -260,6 +266,12 @@ def evaluate(
     policy: Policy = None,
     data: Data = None,
     prompts: Annotated[int | None, typer.Option(help="Held-out prompts, from the test split.")] = None,
+    best_of: Annotated[
+        int | None, typer.Option(help="Also write this many texts for each prompt and keep the one the reward likes best.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Who compares with references: preferences, model:PATH or server:MODEL@URL.")
+    ] = None,
     stages: Stages = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Also write the metrics to this file.", metavar="FILE")
@@ -273,6 +285,10 @@ def evaluate(
     config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=data)
     if prompts is not None:
         config = override(config, [("evaluation.final_prompts", prompts)])
+    if best_of is not None:
+        config = override(config, [("evaluation.best_of", best_of)])
+    if judge is not None:
+        config = override(config, [("judge.spec", judge)])
     chosen = policy or (str(folder / "policy") if is_run else None)
     if is_run and policy is None and not (folder / "policy").is_dir():
         raise UserError(
@@ -282,12 +298,12 @@ def evaluate(
 
     console.set_up_machine(config)
     shelf = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
-    metrics = pipeline.evaluate_policy_at(config, chosen, shelf, console.report)
-    console.print_metrics(metrics)
+    found = pipeline.evaluate_policy_at(config, chosen, shelf, console.report)
+    console.print_evaluation(found)
     if json_out:
         from rlgf.data import write_json
 
-        write_json(json_out, metrics)
+        write_json(json_out, {**found["evaluation"], **{key: value for key, value in found.items() if key != "evaluation"}})
 
 
 def default_stages(run: Path) -> Path:
@@ -450,7 +466,7 @@ def check_guide(
 
 @check_app.command("task")
 def check_task(
-    name: Annotated[str, typer.Argument(help="A task, a recipe or a YAML file.")],
+    name: Annotated[str, typer.Argument(help="A task, a recipe, a YAML file, or your own as python:module:KIND.")],
     overrides: Overrides = None,
     data: Data = None,
     policy: Policy = None,
@@ -458,10 +474,11 @@ def check_task(
 ) -> None:
     """Look at a task without a model: rewards finite, pure and not constant; targets continue their prompts and score well."""
     homes = {"embedded": "quickstart"}  # a task's name stands for the recipe with its numbers
-    source = homes.get(name, name)
+    source = "prompts" if name.startswith("python:") else homes.get(name, name)
     if source not in RECIPES and not Path(source).is_file():
         raise unknown("task or recipe", name, [*RECIPES, *homes, "imdb"])
-    config = read_config(source, overrides, data=data)
+    named = [f"task.name={name}"] if name.startswith("python:") else []
+    config = read_config(source, [*named, *(overrides or [])], data=data)
     if policy:
         config = override(config, [("model.path", policy)])
     from rlgf import check, console

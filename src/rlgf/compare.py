@@ -122,11 +122,11 @@ def _write_results(
 ) -> dict[str, Any]:  # fmt: skip
     table: list[dict[str, Any]] = []
     for key in baselines[0]:
-        table.append(_row(key, [baseline[key] for baseline in baselines], []))
+        table += _rows(key, [baseline[key] for baseline in baselines], [])
     for row in rows:
         results = [read_json(folders[row.key, seed] / "results.json") for seed in seeds]
         curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in seeds]
-        table.append({**_row(row.key, results, curves), "title": row.title})
+        table += _rows(row.key, [{**result, "title": row.title} for result in results], curves)
     first = read_json(folders[rows[0].key, seeds[0]] / "results.json")
     results = {
         "recipe": config.recipe,
@@ -135,11 +135,24 @@ def _write_results(
         "evaluation_prompts": config.evaluation.final_prompts,
         "rows": table,
         "machine": first["machine"],
+        **({"judge": first["judge"]} if "judge" in first else {}),
         "seconds_of_this_call": seconds,
     }
     write_json(out / "results.json", json_safe(results))
     write_report(results, out)
     return results
+
+
+def _rows(
+    key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The row of one policy, and, where there was one, that of the best of its texts."""
+    rows = [_row(key, results, curves)]
+    if all("best_of" in result for result in results):
+        title = f"{results[0]['title']}, best of {results[0]['best_of']['samples']}"
+        best = [{"texts_used": result["texts_used"], **result["best_of"], "title": title} for result in results]
+        rows.append(_row(f"{key}_best_of", best, []))
+    return rows
 
 
 def _row(key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

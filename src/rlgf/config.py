@@ -27,7 +27,7 @@ class TaskConfig:
     """What is written and how it is judged. `options` belong to the task and are checked by it."""
 
     name: str = "embedded"
-    data: str | None = None  # Hub name, local folder or .jsonl[.gz] file
+    data: str | None = None  # Hub name, local folder or file
     max_new_tokens: int = 16
     min_new_tokens: int = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -70,9 +70,10 @@ class SupervisedConfig:
 
 @dataclass(frozen=True, config=strict)
 class RewardConfig:
-    """Who judges: 'task' (the task's own rule), 'ngram' (a small classifier trained here), a sequence classifier (Hub name
-    or local folder), a folder made by `rlgf reward`, a text metric ('spider', 'bleu_4', …: `rlgf list`), or
-    'python:module:name'. With `weights` it is a sum of several of these, each logged."""
+    """Who judges: 'task' (the task's own rule), 'ngram' (a small classifier trained here), 'preferences' (a reward model
+    trained here on pairs), a sequence classifier or reward model (Hub name or local folder), a folder made by `rlgf reward`, a
+    text metric ('spider', 'bleu_4', …: `rlgf list`), or 'python:module:name'. With `weights` it is a sum of several of these,
+    each logged."""
 
     path: str = "task"
     weights: dict[str, float] = dataclasses.field(default_factory=dict[str, float])  # instead of `path`: what is added, and how
@@ -83,6 +84,53 @@ class RewardConfig:
     missing_end_penalty: float = 0.0  # subtracted from texts that were cut off by their budget
     epochs: int = 8  # of the 'ngram' classifier
     seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards that are asked for."""
+        return tuple(self.weights) or (self.path,)
+
+
+@dataclass(frozen=True, config=strict)
+class PreferenceConfig:
+    """A reward model trained here on pairs of responses of which people preferred one (reward.path: 'preferences')."""
+
+    data: str | None = None  # pairs as a Hub name, folder or file; None: the task's own
+    path: str | None = None  # where it starts, a Hub name or folder; None: the policy's starting point
+    training: SupervisedConfig = SupervisedConfig(epochs=1.0, learning_rate=1e-5)  # texts: pairs at most
+    lora_rank: int = 0  # of LoRA adapters; 0: all weights are trained
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_modules: tuple[str, ...] = ()  # the layers that get adapters; none: PEFT's choice for the architecture
+    least_words: int = 5  # pairs with a shorter side are dropped
+
+
+@dataclass(frozen=True, config=strict)
+class JudgeConfig:
+    """Who compares a text with its prompt's first reference, for the win rate in final evaluations: None (nobody),
+    'preferences' (a second reward model, trained here on pairs about other posts), 'model:PATH' (any reward model), or
+    'server:MODEL@URL' (a chat model).
+
+    What follows `order` is for a server.
+    """
+
+    spec: str | None = None
+    order: Literal["random", "both"] = "random"  # of the two texts: drawn for each row, or each row asked in both
+    template: str | None = None  # a file with the question; None: that of the paper's appendix C.2
+    answer_tokens: int = 256
+    thinking_tokens: int = 0  # allowed on top of those, for models that think first
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
+    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    concurrency: int = 8  # requests under way at once
+    requests_per_minute: float = 0.0  # 0: no limit
+    timeout_seconds: float = 60.0  # for a whole answer
+    retries: int = 5  # after a transient failure
+    retry_seconds: float = 1.0  # the first pause, doubled each time up to a minute
+    max_requests: int | None = None  # the evaluation stops at these; answers that were paid for are kept
+    cache: str | None = None  # a file for its answers; None: beside the stages
+    offline: bool = False  # answers from the cache alone
+    seed: int = 0  # of the order
 
 
 @dataclass(frozen=True, config=strict)
@@ -102,6 +150,7 @@ class GuideConfig:
         "auto", "completion", "token_ids", "assistant", "continue_final_message", "prefix", "instruction", "none"
     ] = "auto"  # how a prefix is handed over; docs/guides.md says what works where
     instruction: str | None = None  # tells a chat model what to do with '{text}'; None: the task's own
+    system: str | None = None  # a system message for it
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key
     stop: tuple[str, ...] = ()
     extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
@@ -125,6 +174,10 @@ class GuideConfig:
     offline: bool = False  # answers from the cache alone
 
 
+JUDGE_REACHING = (
+    "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "max_requests", "cache",
+    "offline",
+)  # fmt: skip
 # How a guide is reached, not what it writes: a run may be continued with other values, and its stages stay what they are.
 GUIDE_REACHING = (
     "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "on_failure",
@@ -231,6 +284,7 @@ class EvaluationConfig:
     output_perplexity: bool = True  # under the model before SFT; needs one
     metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as `rlgf score` has them
     baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # rows of a comparison beside the runs
+    best_of: int = 0  # at the end also this many texts for each prompt, of which the one the reward likes best; 0: none
 
 
 @dataclass(frozen=True, config=strict)
@@ -273,6 +327,8 @@ class Config:
     sft: SupervisedConfig = SupervisedConfig()
     distil: SupervisedConfig = SupervisedConfig()
     reward: RewardConfig = RewardConfig()
+    preferences: PreferenceConfig = PreferenceConfig()
+    judge: JudgeConfig = JudgeConfig()
     guide: GuideConfig = GuideConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     ppo: PPOConfig = PPOConfig()
@@ -296,7 +352,8 @@ AT_LEAST_ONE = """
     ppo.mle_batch evaluation.prompts evaluation.final_prompts runtime.token_budget runtime.checkpoint_every
     model.layers model.width model.heads model.context
     guide.model.layers guide.model.width guide.model.heads guide.model.context
-    lm.batch_size sft.batch_size distil.batch_size guide.sft.batch_size
+    lm.batch_size sft.batch_size distil.batch_size guide.sft.batch_size preferences.training.batch_size
+    judge.answer_tokens judge.concurrency judge.max_requests preferences.lora_alpha
 """
 NOT_NEGATIVE = """
     guide.prefetch guide.requests_per_minute guide.retries guide.retry_seconds guide.invalid_retries
@@ -308,12 +365,15 @@ NOT_NEGATIVE = """
     lm.learning_rate lm.steps lm.epochs lm.texts sft.learning_rate sft.steps sft.epochs sft.texts
     distil.learning_rate distil.steps distil.epochs distil.texts
     guide.sft.learning_rate guide.sft.steps guide.sft.epochs guide.sft.texts
+    preferences.training.learning_rate preferences.training.steps preferences.training.epochs preferences.training.texts
+    preferences.lora_rank preferences.least_words evaluation.best_of
+    judge.thinking_tokens judge.requests_per_minute judge.retries judge.retry_seconds
 """
 ABOVE_ZERO = """
-    guide.timeout_seconds guide.tokens_per_policy_token adapter.alpha
+    guide.timeout_seconds guide.tokens_per_policy_token judge.timeout_seconds adapter.alpha
     ppo.clip ppo.adam_epsilon ppo.max_gradient_norm kl.target kl.horizon critic.value_clip
 """
-SHARES = "algorithm.beta_guide algorithm.beta_policy ppo.gamma ppo.lam"
+SHARES = "algorithm.beta_guide algorithm.beta_policy ppo.gamma ppo.lam preferences.lora_dropout"
 BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [  # nan is within none of them
     (AT_LEAST_ONE, lambda value: value >= 1, "must be at least 1"),
     (NOT_NEGATIVE, lambda value: 0 <= value < math.inf, "must be a number that is not negative"),
@@ -338,6 +398,7 @@ def check_numbers(config: Config) -> None:
     _check_decodings(config)
     _check_pairs(config)
     _check_guide(config.guide)
+    check_secrets("judge", config.judge.extra_headers, config.judge.extra_body)
 
 
 def _check_decodings(config: Config) -> None:
@@ -356,21 +417,27 @@ def _check_guide(guide: GuideConfig) -> None:
         raise UserError("guide.max_cost needs guide.price_input and guide.price_output (per million tokens): give both.")
     if guide.instruction is not None and "{text}" not in guide.instruction:
         raise UserError("guide.instruction does not say where the text goes that is to be continued: put {text} there.")
-    for name, value in guide.extra_headers.items():
-        if SECRET_NAME.search(name) and not value.startswith("$"):
-            raise UserError(
-                f"guide.extra_headers.{name} is written out, but secrets come from the environment: write $NAME of a variable."
-            )
-    for name in flatten(guide.extra_body):
-        if SECRET_FIELD.search(name):
-            raise UserError(
-                f"guide.extra_body.{name} looks like a secret, which would stay in files: use guide.api_key_env or "
-                "guide.extra_headers."
-            )
+    check_secrets("guide", guide.extra_headers, guide.extra_body)
     if guide.continuation == "token_ids" and (guide.stop or guide.thinking_tokens):
         raise UserError(
             "guide.stop and guide.thinking_tokens are about text, but guide.continuation is token_ids: leave them out."
         )
+
+
+def check_secrets(section: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> None:
+    """Refuse secrets that are written out in the settings of a server."""
+    for name, value in headers.items():
+        if SECRET_NAME.search(name) and not value.startswith("$"):
+            raise UserError(
+                f"{section}.extra_headers.{name} is written out, but secrets come from the environment: write $NAME of a "
+                "variable."
+            )
+    for name in flatten(body):
+        if SECRET_FIELD.search(name):
+            raise UserError(
+                f"{section}.extra_body.{name} looks like a secret, which would stay in files: use {section}.api_key_env or "
+                f"{section}.extra_headers."
+            )
 
 
 def _check_pairs(config: Config) -> None:

@@ -128,6 +128,19 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
     print_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
 
 
+def print_evaluation(found: Mapping[str, Any]) -> None:
+    """An evaluation, beside it the best of several texts where they were written, and who judged."""
+    rows = [[name, f"{value:.4g}"] for name, value in found["evaluation"].items()]
+    headings = ["metric", "value"]
+    if "best_of" in found:
+        best = found["best_of"]["evaluation"]
+        headings.append(f"best of {found['best_of']['samples']}")
+        rows = [[*row, f"{best[row[0]]:.4g}" if row[0] in best else "–"] for row in rows]
+    print_table(headings, rows)
+    if "judge" in found:
+        report(f"win rate against the references, by {found['judge']}")
+
+
 def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = True) -> None:
     """One text: its prompt, then what each author wrote, in its colour and in brackets."""
     head = f"iteration {row['iteration']} · text {row['index']} · reward {row['score']:.3f} · switch at token {row['switch']}"
@@ -199,7 +212,7 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
         "parameters": f"{size:,}" if known else "unknown until it is loaded",
         "critics": f"{critics} ({config.critic.kind})",
         "guide": guide,
-        "reward": config.reward.path,
+        "reward": " + ".join(f"{weight:g} {name}" for name, weight in config.reward.weights.items()) or config.reward.path,
         "sampling": config.decoding.describe(),
         "iterations": f"{ppo.iterations} of {ppo.texts_per_iteration} texts; {steps} optimizer steps each",
         "tokens": f"at most {ppo.texts_per_iteration * task.max_new_tokens:,} written in an iteration",

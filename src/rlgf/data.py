@@ -1,4 +1,4 @@
-"""Rows of a dataset, from a Hub name, a local folder or a `.jsonl[.gz]` file; and files written in one piece."""
+"""Rows of a dataset, from a Hub name, a local folder or a file; and files written in one piece."""
 
 import gzip
 import io
@@ -6,25 +6,28 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from rlgf.errors import UserError
 from rlgf.randomness import Purpose, permutation
 
+TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}  # files that `datasets` reads, and its builders
+
 
 def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The rows of one split.
 
-    A local folder holds `SPLIT.jsonl[.gz]`, or anything `datasets.load_dataset` reads. Of a single file a fifth, always the
-    same rows, is the split 'test', the rest is 'train', and any other split is all of it.
+    A local folder holds `SPLIT.jsonl[.gz]`, or anything `datasets.load_dataset` reads; a single file is JSON lines, CSV, TSV,
+    Parquet or JSON. Of a single file a fifth, always the same rows, is the split 'test', the rest is 'train', and any other
+    split is all of it.
     Raises `UserError` for a source that cannot be read, has a broken line, lacks a column or holds no row.
     """
     path = Path(source).expanduser()
     candidates = [path] if path.is_file() else [path / f"{split}.jsonl", path / f"{split}.jsonl.gz"]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    rows = read_jsonl(found) if found else _load_dataset(source, split)
+    rows = _read_file(found) if found else _load_dataset(source, split)
     where = str(found or f"{source} ({split})")
     if not rows:
         raise UserError(f"{where} holds no rows: give a dataset with at least one.")
@@ -38,8 +41,49 @@ def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict
 def _part_of_file(rows: list[dict[str, Any]], split: str) -> list[dict[str, Any]]:
     if split not in ("train", "test"):
         return rows
-    held_out = {int(place) for place in permutation(0, Purpose.TASK, 2, len(rows))[: -(-len(rows) // 5)]}
-    return [row for place, row in enumerate(rows) if (place in held_out) == (split == "test")]
+    return [row for row, held in zip(rows, held_out(range(len(rows)))) if held == (split == "test")]
+
+
+def held_out(keys: Sequence[Hashable]) -> list[bool]:
+    """Which rows are held out where a dataset has one split: a fifth of the keys, always the same; equal keys go together."""
+    distinct = list(dict.fromkeys(keys))
+    held = {distinct[place] for place in permutation(0, Purpose.TASK, 2, len(distinct))[: -(-len(distinct) // 5)]}
+    return [key in held for key in keys]
+
+
+def read_splits(
+    source: str, subset: str | None = None, texts: Sequence[str] = ()
+) -> dict[str, Callable[[], list[dict[str, Any]]]]:
+    """Every split of a source by its name, each as a function that reads it; a single file is one split, 'train'.
+
+    `subset` names one of several in a Hub dataset; `texts` are columns whose cells are texts in CSV files, even if they look
+    like numbers. Raises `UserError` for a source that cannot be read.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return {"train": lambda: _read_file(path, texts)}
+    files = [file for file in sorted(path.iterdir()) if _kind(file)] if path.is_dir() else []
+    if files and not any("-of-" in file.name for file in files):  # parts of a split are left to `datasets`
+        return {Path(file.name.removesuffix(".gz")).stem: lambda file=file: _read_file(file, texts) for file in files}
+    loaded = _loaded(source, **({"name": subset} if subset else {}))
+    return {str(name): lambda part=part: _as_rows(part) for name, part in loaded.items()}
+
+
+def _kind(file: Path) -> str | None:
+    """Who reads a file, by its name; None: nobody."""
+    suffix = Path(file.name.removesuffix(".gz")).suffix
+    return "lines" if suffix == ".jsonl" else TABLES.get(suffix)
+
+
+def _read_file(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
+    kind = _kind(path)
+    options: dict[str, Any] = {}
+    if kind not in TABLES.values():
+        return read_jsonl(path)
+    if kind == "csv":  # an empty cell is an empty text, and 'NA' a word
+        options = {"keep_default_na": False, "sep": "\t" if ".tsv" in path.suffixes else ","}
+        options["converters"] = dict.fromkeys(texts, str)
+    return _as_rows(_loaded(str(kind), str(path), data_files=str(path), split="train", **options))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -79,16 +123,23 @@ def numbered_rows(file: io.BufferedReader, where: str) -> list[tuple[int, dict[s
 
 
 def _load_dataset(source: str, split: str) -> list[dict[str, Any]]:
+    return _as_rows(_loaded(source, f"{source}', split '{split}", split=split))
+
+
+def _loaded(builder: str, shown: str | None = None, **options: Any) -> Any:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(builder, **options)
     except Exception as error:  # every backend has errors of its own; all mean that the data cannot be had
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"data '{source}', split '{split}' cannot be loaded ({reason}): give a Hub name, a folder or a .jsonl[.gz] file."
+            f"data '{shown or builder}' cannot be loaded ({reason}): give a Hub name, a folder or a .jsonl[.gz] file."
         ) from None
-    return [dict(row) for row in cast("Iterable[Mapping[str, Any]]", loaded)]
+
+
+def _as_rows(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(row) for row in dataset]
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from rlgf.algorithms import Algorithm, guide_alone, ppo
 from rlgf.experience import Reading
+from rlgf.judge import PairJudge, win_rate
 from rlgf.metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose
@@ -32,6 +33,7 @@ class Judges:
     general: LanguageModel | None  # for output-perplexity: the model before SFT
     reading: Reading
     metrics: tuple[str, ...] = ()  # text metrics beside the reward, as `rlgf score` has them
+    judge: PairJudge | None = None  # who compares texts with references, in final evaluations
 
 
 def evaluate_policy(
@@ -57,8 +59,13 @@ def _written(
     writing: Writing, algorithm: Algorithm, prompts: Sequence[Prompt], judges: Judges
 ) -> tuple[Rollout, dict[str, float], list[float]]:
     rollout = collect(writing, algorithm, algorithm.plan(0, 0.0), prompts, range(len(prompts)))
+    scores = score(judges.reward, rollout.prompts, rollout.texts)
+    return rollout, measured(rollout, scores, judges), scores
+
+
+def measured(rollout: Rollout, scores: Sequence[float], judges: Judges) -> dict[str, float]:
+    """Metrics of texts that are written and scored, whoever wrote them."""
     prompts = rollout.prompts  # without those of texts that the guide gave up
-    scores = score(judges.reward, prompts, rollout.texts)
     values = torch.tensor(scores, dtype=torch.float64)
     spread = float(values.std()) if len(scores) > 1 else 0.0
     metrics = {
@@ -75,11 +82,13 @@ def _written(
     if alone is not None:
         metrics["score_continuation"] = float(torch.tensor(score(alone, prompts, rollout.texts)).mean())
     metrics |= text_metrics(judges, prompts, rollout.texts)
+    if judges.judge is not None:
+        metrics |= win_rate(judges.judge, prompts, rollout.texts)
     if judges.general is not None:
         metrics["output_perplexity"] = token_perplexity(
             judges.general, rollout.ids, rollout.prompt_lengths, rollout.written, judges.reading
         )
-    return rollout, metrics, scores
+    return metrics
 
 
 def text_metrics(judges: Judges, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:

@@ -115,7 +115,7 @@ class Trunk:
 
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a Hub name or folder."""
-    return _from_pretrained(AutoTokenizer, path, "tokenizer")
+    return from_pretrained(AutoTokenizer, path, "tokenizer")
 
 
 def context_length(path: str) -> int:
@@ -131,7 +131,7 @@ def has_encoder(path: str) -> bool:
 def _config(path: str) -> Any:
     """The config of a model, or of the base that an adapter belongs to."""
     base = adapters.base_of(path) if adapters.is_adapter_folder(path) else path
-    return _from_pretrained(AutoConfig, base, "model config")
+    return from_pretrained(AutoConfig, base, "model config")
 
 
 def load_codec(path: str) -> Codec:
@@ -152,7 +152,7 @@ def load_language_model(path: str, device: str = "cpu", in_4bit: bool = False) -
     base = adapters.base_of(path) if adapted else path
     auto = AutoModelForSeq2SeqLM if has_encoder(path) else AutoModelForCausalLM
     options: dict[str, Any] = {"quantization_config": _four_bits(), "device_map": device} if in_4bit else {}
-    model = _from_pretrained(auto, base, "language model", dtype=torch.float32, **options)
+    model = from_pretrained(auto, base, "language model", dtype=torch.float32, **options)
     loaded = bundle(model if in_4bit else model.to(device), load_tokenizer(path), path)
     if not adapted:
         return loaded
@@ -241,7 +241,8 @@ def speed_up(model: Any) -> Any:
     return packing.enable(model)
 
 
-def _from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
+def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
+    """What an `Auto` class makes of a Hub name or folder; `kind` names it in the error. No remote code is run."""
     try:
         return auto.from_pretrained(path, trust_remote_code=False, **options)
     except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
@@ -301,8 +302,9 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
     width = int(policy.model.get_output_embeddings().in_features)
     if kind == "trunk":
         return Critic(None, width, initial_value).to(policy.device)
-    model = speed_up(_from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
-    if int(model.config.vocab_size) != policy.vocabulary:
+    model = speed_up(from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
+    # a reward model may have a padding token more
+    if int(model.config.vocab_size) not in (policy.vocabulary, policy.vocabulary + 1):
         raise UserError(
             f"critic.path '{path}' has {model.config.vocab_size} embeddings and the policy {policy.vocabulary}: "
             "a critic reads the policy's tokens, so choose one with the same tokenizer."

@@ -222,6 +222,11 @@ def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     return (log_policy.exp() * (log_policy - log_reference)).sum(1)
 
 
+def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """−log σ(r_chosen − r_rejected) of each pair of scores, [pairs] twice -> [pairs]. Source: Bradley and Terry 1952."""
+    return torch.nn.functional.softplus(rejected - chosen)
+
+
 def explained_variance(values: Tensor, returns: Tensor) -> float:
     """1 − Var(returns − values) / Var(returns): 1 is a perfect critic, 0 one that knows the mean; 0 where undefined."""
     if returns.numel() < 2:

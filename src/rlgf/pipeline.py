@@ -11,6 +11,7 @@ import torch
 
 from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
+from rlgf.best_of import evaluate_best_of
 from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
@@ -20,8 +21,9 @@ from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import TextModelGuide, guide_model_path
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import parse_spec, reach
+from rlgf.guides.server import Server, parse_spec, reach
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
+from rlgf.judge import ChatJudge, PairJudge, RewardJudge, read_question, server_settings
 from rlgf.models import (
     POLICY_ADAPTER,
     Critic,
@@ -35,6 +37,8 @@ from rlgf.models import (
     new_critic,
 )
 from rlgf.plugins import load_object
+from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
+from rlgf.reward_model import load_reward_model
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
 from rlgf.runs import RunDirectory, identity, read_complete_lines, require_space, rollout_rows
@@ -56,8 +60,9 @@ from rlgf.tasks.base import task_options
 from rlgf.tokens import Codec
 from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
-from rlgf.types import GUIDE, POLICY, Origin, Prompt
+from rlgf.types import GUIDE, POLICY, Decoding, Origin, Prompt
 
+JUDGES = ("preferences", "model:PATH", "server:MODEL@URL")
 GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
 
 
@@ -75,6 +80,7 @@ def check(config: Config) -> Algorithm:
     if not kind.needs_data and config.task.data is not None:
         raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
     check_trackers(config.runtime.trackers)
+    _check_judges(config)
     spec = config.guide.spec
     if spec not in ("sft", "trained", "references", "human") and not spec.startswith(("model:", "run:", "server:", "python:")):
         raise unknown("guide", spec, GUIDES)
@@ -92,6 +98,28 @@ def check(config: Config) -> Algorithm:
     except RuntimeError:
         raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
     return algorithm
+
+
+def _check_judges(config: Config) -> None:
+    """Refuse a reward or a judge that is to be trained from nothing, and a judge that there is not."""
+    spec = config.judge.spec
+    if "preferences" in (*config.reward.names, spec):
+        check_preferences(config)
+    if spec is None:
+        return
+    if spec.startswith("server:"):
+        judge_server(spec)
+        read_question(config.judge.template)
+    elif spec != "preferences" and not spec.startswith("model:"):
+        raise unknown("judge", spec, JUDGES)
+
+
+def judge_server(spec: str) -> tuple[str, str]:
+    """Model and address of a judge `server:MODEL@URL`."""
+    try:
+        return parse_spec(spec)
+    except UserError as error:
+        raise UserError(str(error).replace("guide", "judge")) from None
 
 
 def cautions(algorithm: Algorithm) -> list[str]:
@@ -129,8 +157,12 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     # Whatever can be refused without a model is refused before one is trained.
     codec, context = starting_codec(config, stages, report)
     _check_paths(config, codec.tokenizer, context)
-    task, reward = prepare_task(config, codec.tokenizer, stages, report)
+    task = prepare_prompts(config, codec.tokenizer, report)
     longest = _check_lengths(codec, context, task, config)
+    if "preferences" in (*config.reward.names, config.judge.spec):
+        try_pairs(config, stages, report)
+    reward = prepare_reward(config, task, stages, report)
+    judge = prepare_judge(config, stages, report)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     probe_reward(reward, task.validation[:4])
@@ -153,7 +185,7 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, Accounted):
         guide.take_counts()  # what was asked until here belongs to no iteration
-    return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report))
+    return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report), judge)
 
 
 def assemble(config: Config, algorithm: Algorithm, reference: LanguageModel, start: str, policy_path: str) -> Models:
@@ -233,11 +265,45 @@ def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer
 
 def prepare_task(config: Config, tokenizer: Any, stages: Path, report: Report) -> tuple[Task, TextFunction]:
     """The task's prompts and its reward."""
+    task = prepare_prompts(config, tokenizer, report)
+    return task, prepare_reward(config, task, stages, report)
+
+
+def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
+    """The task's prompts, and what became of rows that are none."""
     task = task_kind(config.task).build(config.task, tokenizer)
     for reason, count in task.notes.items():
         report(f"task {task.name}: {count:,} {reason}, left out")
-    ngram = reward_stage(config, stages, report) if config.reward.path == "ngram" else None
-    return task, build_reward(config.reward, task, ngram)
+    for remark, count in task.remarks.items():
+        report(f"task {task.name}: {count:,} {remark}")
+    return task
+
+
+def prepare_reward(config: Config, task: Task, stages: Path, report: Report) -> TextFunction:
+    """The task's reward, trained here if need be."""
+    make = {"ngram": reward_stage, "preferences": preference_stage}
+    made = {name: make[name](config, stages, report) for name in config.reward.names if name in make}
+    return build_reward(config.reward, task, made, config.runtime.device)
+
+
+def prepare_judge(config: Config, stages: Path, report: Report) -> PairJudge | None:
+    """Who compares texts with references in final evaluations, if anybody does."""
+    spec, judge = config.judge.spec, config.judge
+    if spec is None:
+        return None
+    if spec.startswith("server:"):
+        template = read_question(judge.template)
+        settings = server_settings(judge, template)
+        cache = AnswerCache(Path(judge.cache) if judge.cache else stages / "judge-answers.sqlite")
+        guide = RemoteGuide(Server(spec, settings, "none", report), settings, cache, report)
+        name = f"chat model {judge_server(spec)[0]}, order {judge.order}"
+        return ChatJudge(guide, name, template, judge.order, judge.answer_tokens, judge.seed)
+    if spec == "preferences":
+        folder = preference_stage(config, stages, report, "judge")
+        name = f"a second reward model, trained on other posts ({folder.name})"
+        return RewardJudge(load_reward_model(str(folder), config.runtime.device), name)
+    path = spec.removeprefix("model:")
+    return RewardJudge(load_reward_model(path, config.runtime.device), f"reward model {path}")
 
 
 def general_model(config: Config, stages: Path, report: Report) -> LanguageModel | None:
@@ -399,8 +465,10 @@ def _require_writable(folder: Path) -> None:
 def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
     """The final evaluation on the test split and what else the task reports; texts go to `evaluation[-SPLIT].jsonl`."""
     config, codec = trainer.config, trainer.parts.models.policy.codec
+    judges = dataclasses.replace(trainer.judges, metrics=config.evaluation.metrics, judge=trainer.parts.judge)
     found: dict[str, dict[str, float]] = {}
-    for split, prompts in final_prompts(trainer.parts.task, config).items():
+    splits = final_prompts(trainer.parts.task, config)
+    for split, prompts in splits.items():
         found[split], rollout, scores = trainer.evaluate(prompts, final=True)
         path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{split}.jsonl")
         path.unlink(missing_ok=True)
@@ -413,6 +481,7 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
         "texts_used": config.ppo.iterations * config.ppo.texts_per_iteration + config.distil.texts,
         "decoding": (config.evaluation.decoding or config.decoding).describe(),
         **as_results(found),
+        **extras(config, trainer.writing, splits["test"], judges),
         "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
         "machine": machine(),
     }
@@ -429,11 +498,30 @@ def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
     return {"evaluation": found["test"], **({"evaluations": others} if others else {})}
 
 
+def extras(config: Config, writing: Writing, prompts: Sequence[Prompt], judges: Judges) -> dict[str, Any]:
+    """What a final evaluation may say besides its metrics: who judged, and what the best of several texts come to."""
+    found: dict[str, Any] = {"judge": judges.judge.name} if judges.judge else {}
+    samples = config.evaluation.best_of
+    if samples:
+        writing = dataclasses.replace(writing, decoding=sampling(config))
+        metrics, _, _ = evaluate_best_of(writing, prompts, judges, samples, config.evaluation.seed)
+        found["best_of"] = {"samples": samples, "decoding": sampling(config).describe(), "evaluation": metrics}
+    return found
+
+
+def sampling(config: Config) -> Decoding:
+    """How several texts are written for one prompt: as in evaluations, unless that writes the same text every time."""
+    decoding = config.evaluation.decoding
+    return config.decoding if decoding is None or decoding.greedy or decoding.beams > 1 else decoding
+
+
 def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, dict[str, Any]]:
     """The final evaluation of `evaluation.baselines`, on the same prompts as every run."""
     config, seed = parts.config, parts.config.evaluation.seed
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation.metrics)
+    judges = Judges(
+        parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation.metrics, parts.judge
+    )
     decoding = config.evaluation.decoding or config.decoding
     writing = Writing(
         parts.models.reference, parts.guide, decoding, config.task.max_new_tokens, config.task.min_new_tokens,
@@ -450,14 +538,18 @@ def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, 
         found["zero_shot"] = row("zero-shot", decoding.describe(), lambda p: evaluate_policy(before, p, judges, seed)[0])
     if "sft" in config.evaluation.baselines:
         found["sft"] = row("SFT", decoding.describe(), lambda p: evaluate_policy(writing, p, judges, seed)[0])
+        found["sft"] |= extras(config, writing, final_prompts(parts.task, config)["test"], judges)
     if "guide" in config.evaluation.baselines and parts.guide is not None:
         how = config.guide.decoding.describe() if isinstance(parts.guide, ModelGuide) else "its own"
         found["guide"] = row("guide", how, lambda p: evaluate_guide(writing, p, judges, seed)[0])
     return found
 
 
-def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report: Report) -> dict[str, float]:
-    """The metrics of a policy (a folder or Hub name; None: the SFT stage) on the test split; nothing is trained for RL."""
+def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report: Report) -> dict[str, Any]:
+    """A policy (a folder or Hub name; None: the SFT stage) on the test split: `evaluation`, its metrics, and `extras`.
+
+    Nothing is trained for RL.
+    """
     check(config)
     start = sft_stage(config, stages, report)
     reference = load_language_model(str(start), config.runtime.device)
@@ -465,13 +557,15 @@ def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report:
     task, reward = prepare_task(config, reference.tokenizer, stages, report)
     _check_lengths(language_model.codec, language_model.context, task, config)
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    general = general_model(config, stages, report)
-    judges = Judges(task, reward, reference, general, reading, config.evaluation.metrics)
+    general, judge = general_model(config, stages, report), prepare_judge(config, stages, report)
+    judges = Judges(task, reward, reference, general, reading, config.evaluation.metrics, judge)
     writing = Writing(
         language_model, None, config.evaluation.decoding or config.decoding, config.task.max_new_tokens,
         config.task.min_new_tokens, config.seed, config.runtime.precision,
     )  # fmt: skip
-    return evaluate_policy(writing, task.test[: config.evaluation.final_prompts], judges, config.evaluation.seed)[0]
+    prompts = task.test[: config.evaluation.final_prompts]
+    metrics = evaluate_policy(writing, prompts, judges, config.evaluation.seed)[0]
+    return {"evaluation": metrics, **extras(config, writing, prompts, judges)}
 
 
 def machine() -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Purpose(IntEnum):
     TASK = 12
     INITIALISATION = 13
     CORRUPTION = 14  # index: the text
+    JUDGE_ORDER = 20  # index: the row
+    BEST_OF_TOKEN = 21  # index: prompt and sample
 
 
 def uniforms(seed: int, purpose: Purpose, index: int, count: int, start: int = 0) -> NDArray[np.float64]:

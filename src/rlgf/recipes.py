@@ -10,9 +10,11 @@ from rlgf.config import (
     CriticConfig,
     EvaluationConfig,
     GuideConfig,
+    JudgeConfig,
     KLConfig,
     ModelConfig,
     PPOConfig,
+    PreferenceConfig,
     RewardConfig,
     SupervisedConfig,
     TaskConfig,
@@ -142,8 +144,84 @@ def commongen_small() -> Config:
     )  # fmt: skip
 
 
+def tldr() -> Config:
+    """TL;DR as in the paper, by Hub names. Source: tasks.md; the learning rate is the text's.
+
+    The adapters of policy and critic (r 8, α 64) belong here as soon as there are any; the reward model has its own.
+    """
+    return Config(
+        recipe="tldr",
+        policy="CarperAI/openai_summarize_tldr_sft",
+        task=TaskConfig(
+            "tldr", "CarperAI/openai_summarize_tldr", max_new_tokens=50,
+            options={"prompt_tokens": 500, "comparisons": "CarperAI/openai_summarize_comparisons"},
+        ),
+        model=ModelConfig(path="EleutherAI/gpt-j-6b"),
+        reward=RewardConfig(path="preferences", minus_reference=True),
+        preferences=PreferenceConfig(
+            training=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-5, seed=0),
+            lora_rank=32, lora_alpha=32, lora_dropout=0.0,
+        ),
+        guide=GuideConfig(spec="sft", decoding=Decoding(top_p=0.92)),
+        algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=1.0),
+        ppo=PPOConfig(
+            iterations=100, texts_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=1e-5, gamma=1.0, lam=0.95,
+            mle_coefficient=0.1,
+        ),
+        kl=KLConfig(coefficient=0.002),
+        critic=CriticConfig(learning_rate=1e-5, value_coefficient=0.2),
+        evaluation=EvaluationConfig(every=10, prompts=128, final_prompts=6_550, decoding=Decoding(greedy=True), best_of=8),
+    )  # fmt: skip
+
+
+def tldr_small() -> Config:
+    """Real posts and comparisons, a model of 4M parameters trained here; the judge is a second reward model, on other posts."""
+    return Config(
+        recipe="tldr-small",
+        task=TaskConfig("tldr", None, max_new_tokens=50, options={"prompt_tokens": 256}),
+        model=ModelConfig(layers=4, width=256, heads=4, context=384, vocabulary=4096),
+        lm=SupervisedConfig(
+            steps=400, batch_size=32, learning_rate=2e-3, schedule="cosine", warmup_steps=50, adam_beta2=0.98,
+            weight_decay=0.01, seed=0,
+        ),
+        sft=SupervisedConfig(epochs=3.0, batch_size=32, learning_rate=3e-4, seed=0),
+        reward=RewardConfig(path="preferences", minus_reference=True),
+        preferences=PreferenceConfig(
+            training=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=3e-4, warmup_steps=10, seed=0)
+        ),
+        judge=JudgeConfig(spec="preferences"),
+        guide=GuideConfig(spec="sft", decoding=Decoding(top_p=0.92)),
+        algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=0.8),
+        ppo=PPOConfig(
+            iterations=20, texts_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=1e-4, gamma=1.0, lam=0.95,
+            mle_coefficient=0.1, mle_batch=8,
+        ),
+        kl=KLConfig(coefficient=0.02),
+        critic=CriticConfig(learning_rate=3e-4),
+        evaluation=EvaluationConfig(every=5, prompts=64, final_prompts=256, decoding=Decoding(greedy=True), best_of=8),
+    )  # fmt: skip
+
+
+def prompts() -> Config:
+    """Your own data (docs/own-data.md): a small model trained on it from nothing; `--policy` starts from another instead."""
+    return Config(
+        recipe="prompts",
+        task=TaskConfig("prompts", None, max_new_tokens=32),
+        model=ModelConfig(layers=2, width=128, heads=4, context=256, vocabulary=1024),
+        lm=SupervisedConfig(steps=200, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup_steps=20, adam_beta2=0.98),
+        sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=5e-4),
+        preferences=PreferenceConfig(training=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-4)),
+        guide=GuideConfig(spec="sft", decoding=Decoding(top_p=0.92)),
+        ppo=PPOConfig(iterations=20, texts_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4),
+        kl=KLConfig(coefficient=0.02),
+        critic=CriticConfig(learning_rate=5e-4),
+        evaluation=EvaluationConfig(every=5, prompts=64, final_prompts=256),
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
-    "quickstart": quickstart, "imdb": imdb, "imdb-small": imdb_small, "commongen-small": commongen_small,
+    "quickstart": quickstart, "imdb": imdb, "imdb-small": imdb_small, "commongen-small": commongen_small, "tldr": tldr,
+    "tldr-small": tldr_small, "prompts": prompts,
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ COLUMNS = {
     "perplexity": Column("perplexity", 1),
     "output_perplexity": Column("output-perplexity", 1),
     "distinct_2": Column("distinct-2", 3),
+    "win_rate": Column("win rate", 3),
 }
 # Okabe and Ito's palette, told apart by people who see colours differently
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -100,7 +101,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         "KL is exact: summed over every state of a text and the whole vocabulary, averaged over texts. "
         "Texts used: written in training, guide texts of a distillation included.",
         "",
-        f"Sampling: {'; '.join(decodings)}.",
+        f"Sampling: {'; '.join(decodings)}." + judged(results),
         "",
         f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
         f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
@@ -108,6 +109,17 @@ def markdown(results: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def judged(results: Mapping[str, Any]) -> str:
+    """Who compared texts with references, and what could not be read of the answers."""
+    if "judge" not in results:
+        return ""
+    values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
+    return (
+        f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
+        f"{sum(values):.0f} answers could not be read and are left out."
+    )
 
 
 def write_report(results: Mapping[str, Any], out: Path) -> None:

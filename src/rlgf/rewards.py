@@ -12,6 +12,7 @@ from rlgf.config import RewardConfig
 from rlgf.errors import RunError, UserError
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
+from rlgf.reward_model import is_reward_model, load_reward_model
 from rlgf.scoring.functions import TEXT_FUNCTIONS, build_text_function
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
@@ -60,29 +61,39 @@ def _positive_class(config: Any, path: str) -> int:
     raise UserError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")
 
 
-def build_reward(config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:
-    """The reward that `reward.path` names, or the sum that `reward.weights` does."""
+def build_reward(config: RewardConfig, task: Task, made: Mapping[str, Path], device: str = "cpu") -> TextFunction:
+    """The reward that `reward.path` names, or the sum that `reward.weights` does.
+
+    `made` has the folders of the stages that 'ngram' and 'preferences' stand for, where they are asked for.
+    """
     if config.weights:
-        return WeightedSum({name: (w, _build(name, config, task, ngram_folder)) for name, w in config.weights.items()})
-    return _build(config.path, config, task, ngram_folder)
+        parts = {name: (weight, _build(name, config, task, made, device)) for name, weight in config.weights.items()}
+        return WeightedSum(parts)
+    return _build(config.path, config, task, made, device)
 
 
-def _build(path: str, config: RewardConfig, task: Task, ngram_folder: Path | None) -> TextFunction:
+def _build(path: str, config: RewardConfig, task: Task, made: Mapping[str, Path], device: str) -> TextFunction:
     """One reward by name; for a whole-text task a model is given prompt and continuation together."""
     if path == "task":
         if task.reward is None:
-            raise UserError(f"task '{task.name}' has no rule of its own: set reward.path to 'ngram', a metric or a classifier.")
+            raise UserError(
+                f"task '{task.name}' has no rule of its own: set reward.path to 'ngram', 'preferences', a metric, a classifier "
+                "or a reward model, or 'python:module:name'."
+            )
         return task.reward
     if path.startswith("python:"):
         return load_object(path, "reward")
     if path in TEXT_FUNCTIONS:
         return build_text_function(path, task.train, config.options.get(path))
-    folder = ngram_folder if path == "ngram" else Path(path).expanduser()
+    folder = made.get(path) or Path(path).expanduser()
     judge: TextFunction
-    if folder is not None and (folder / "ngram.json").is_file():
+    place = str(made.get(path, path))
+    if (folder / "ngram.json").is_file():
         judge = NgramClassifier.load(folder)
+    elif is_reward_model(place):
+        return load_reward_model(place, device)
     else:
-        judge = SequenceClassifier(path)
+        judge = SequenceClassifier(place)
     return whole_text(judge) if task.whole_text else judge
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from rlgf.config import GUIDE_REACHING, Config, dump, flatten, from_dict, read_yaml, to_dict
+from rlgf.config import GUIDE_REACHING, JUDGE_REACHING, Config, dump, flatten, from_dict, read_yaml, to_dict
 from rlgf.data import read_json, write_atomically, write_json
 from rlgf.errors import UserError
 from rlgf.guides.server import without_address
@@ -122,9 +122,10 @@ def read_complete_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """What makes a run the run it is: every setting but the machine's, and how a guide is reached."""
-    values = {**flatten(to_dict(config)), "guide.spec": without_address(config.guide.spec)}
-    reaching = {f"guide.{name}" for name in GUIDE_REACHING}
+    """What makes a run the run it is: every setting but the machine's, and how a guide and a judge are reached."""
+    speakers = {"guide.spec": without_address(config.guide.spec), "judge.spec": without_address(config.judge.spec or "")}
+    values = {**flatten(to_dict(config)), **speakers}
+    reaching = {*(f"guide.{name}" for name in GUIDE_REACHING), *(f"judge.{name}" for name in JUDGE_REACHING)}
     return {key: value for key, value in values.items() if not key.startswith("runtime.") and key not in reaching}
 
 

@@ -49,13 +49,13 @@ class RewardShaper:
 
     def __init__(self, config: RewardConfig, reward: TextFunction) -> None:
         self.config, self.reward, self.running = config, reward, Running()
+        self._baselines: dict[int, tuple[Prompt, float]] = {}  # scores of references, asked for once; by the prompt's identity
 
     def shape(self, scores: Sequence[float], prompts: Sequence[Prompt], finished: Sequence[bool]) -> list[float]:
         """Minus the reference's score, normalised, clipped, minus the penalty for texts that were cut off; in this order."""
         values = list(scores)
         if self.config.minus_reference:
-            baselines = score(self.reward, prompts, [prompt.references[0] for prompt in prompts])
-            values = [value - baseline for value, baseline in zip(values, baselines)]
+            values = [value - baseline for value, baseline in zip(values, self._reference_scores(prompts))]
         if self.config.normalise:
             for value in values:
                 self.running.add(value)
@@ -64,6 +64,13 @@ class RewardShaper:
             values = [min(max(value, -self.config.clip), self.config.clip) for value in values]
         penalty = self.config.missing_end_penalty
         return [value - (0.0 if ended else penalty) for value, ended in zip(values, finished)]
+
+    def _reference_scores(self, prompts: Sequence[Prompt]) -> list[float]:
+        """The score of each prompt's first reference."""
+        new = list({id(prompt): prompt for prompt in prompts if id(prompt) not in self._baselines}.values())
+        scores = score(self.reward, new, [prompt.references[0] for prompt in new]) if new else []
+        self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(new, scores)}  # kept alive, so ids are unique
+        return [self._baselines[id(prompt)][1] for prompt in prompts]
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold."""

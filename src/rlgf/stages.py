@@ -4,6 +4,7 @@ A stage is a folder named after a fingerprint of everything it was made from. Wh
 anything differs, the name differs. A folder appears only when it is complete.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -120,7 +121,7 @@ def tokenizer_for(config: Config, task: TaskConfig, shape: ModelConfig, stages: 
         raise UserError(
             f"task '{task.name}' has no tokenizer of its own: give --policy or model.path, or set model.vocabulary."
         )
-    ingredients = {"vocabulary": shape.vocabulary, "texts": TOKENIZER_TEXTS, "task": _task_source(task)}
+    ingredients = {"vocabulary": shape.vocabulary, "texts": TOKENIZER_TEXTS, "task": task_source(task)}
     ingredients |= {"sentinels": len(SENTINELS)} if shape.architecture == "t5" else {}
 
     def build(folder: Path) -> dict[str, Any]:
@@ -175,7 +176,8 @@ def _asked_for(config: SupervisedConfig) -> bool:
     return bool(config.steps or config.epochs)
 
 
-def _task_source(task: TaskConfig) -> dict[str, Any]:
+def task_source(task: TaskConfig) -> dict[str, Any]:
+    """What identifies a task's texts: its name, its options and its data."""
     return {"name": task.name, "options": task.options, "data": source_fingerprint(task.data)}
 
 
@@ -190,7 +192,7 @@ def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = Non
     tokenizer, token_mark = tokenizer_for(config, task, config.model, stages, report)
     seed = config.seed if config.lm.seed is None else config.lm.seed
     ingredients = {
-        "shape": to_dict(shape), "tokenizer": token_mark, "lm": to_dict(config.lm), "seed": seed, "task": _task_source(task),
+        "shape": to_dict(shape), "tokenizer": token_mark, "lm": to_dict(config.lm), "seed": seed, "task": task_source(task),
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
@@ -293,13 +295,16 @@ def _sft(
     seed = (config.seed if training.seed is None else training.seed) + (1_000_003 if name == "guide" else 0)
     model, mark = _base_model(config, task, shape, seed, stages, report)
     ingredients = {
-        "base": mark, "sft": to_dict(training), "seed": seed, "task": _task_source(task), "budget": task.max_new_tokens,
+        "base": mark, "sft": to_dict(training), "seed": seed, "task": task_source(task), "budget": task.max_new_tokens,
         **_adapter_ingredients(config),
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
+        built = task_kind(task).build(task, model.tokenizer)
+        if built.demonstrations is not None:
+            built = dataclasses.replace(built, train=built.demonstrations)
         trained = with_adapter(config, model, seed)
-        examples = TargetExamples(task_kind(task).build(task, model.tokenizer), model, task.max_new_tokens, training.texts)
+        examples = TargetExamples(built, model, task.max_new_tokens, training.texts)
         measured = fit(trained, examples, training, seed, config.runtime.token_budget, report)
         trained.save(folder)
         return measured | {"targets_cut": sum(example.cut for example in examples)}
@@ -328,7 +333,7 @@ def reward_stage(config: Config, stages: Path, report: Report, at: Path | None =
     if labelled is None:
         raise UserError(f"task '{config.task.name}' has no labelled texts to train a sentiment reward on.")
     task = config.task
-    ingredients = {"epochs": config.reward.epochs, "seed": config.reward.seed, "task": _task_source(task)}
+    ingredients = {"epochs": config.reward.epochs, "seed": config.reward.seed, "task": task_source(task)}
 
     def build(folder: Path) -> dict[str, float]:
         train, test = labelled(task, "train"), labelled(task, "test")
@@ -346,7 +351,7 @@ def distil_stage(config: Config, start: str, write: Callable[[int], list[Example
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
         "guide": guide_writing(config.guide),
         "guide_files": source_fingerprint(guide_model_path(config.guide.spec) or without_address(config.guide.spec)),
-        "distil": to_dict(config.distil), "seed": seed, "texts_seed": config.seed, "task": _task_source(config.task),
+        "distil": to_dict(config.distil), "seed": seed, "texts_seed": config.seed, "task": task_source(config.task),
         "budget": [config.task.min_new_tokens, config.task.max_new_tokens], **_adapter_ingredients(config),
     }  # fmt: skip
 

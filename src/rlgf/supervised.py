@@ -1,11 +1,13 @@
-"""One supervised training loop, for the language model (raw text), SFT (targets) and distillation (guide texts)."""
+"""One supervised training loop: language models (raw text), SFT (targets), distillation (guide texts), reward models."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from rlgf.config import SupervisedConfig
 from rlgf.forward import micro_batches, padded, token_logits
@@ -13,6 +15,8 @@ from rlgf.models import LanguageModel
 from rlgf.ops import token_log_probs
 from rlgf.randomness import Purpose, permutation
 from rlgf.schedules import learning_rate_factor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,41 +43,64 @@ def fit(
 ) -> dict[str, float]:
     """Train in place by maximum likelihood; the loss is the mean over the tokens of an optimizer step.
 
-    Returns the mean loss (nats per token) over the last tenth of the steps, steps, tokens trained and seconds.
+    Returns what `optimise` does, the loss in nats per token.
     """
-    model = language_model.model.train()
+
+    def backward(batch: Sequence[Example]) -> tuple[float, int]:
+        loss = nll_backward(language_model, batch, 1.0, config.precision, token_budget)
+        return loss, sum(len(example.ids) - example.start for example in batch)
+
+    return optimise(language_model.model, language_model.parameters(), examples, config, seed, backward, report, "tokens")
+
+
+def optimise(
+    model: Any,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[T],
+    config: SupervisedConfig,
+    seed: int,
+    backward: Callable[[Sequence[T]], tuple[float, int]],
+    report: Callable[[str], None],
+    unit: str,
+) -> dict[str, float]:
+    """Train `parameters` in passes over examples: `backward` adds a batch's gradient, returns its loss and how many `unit`s.
+
+    Returns the mean loss over the last tenth of the steps, steps, units trained and seconds.
+    """
+    model.train()
     steps = planned_steps(config, len(examples))
     optimizer = torch.optim.AdamW(
-        language_model.parameters(), config.learning_rate, betas=(0.9, config.adam_beta2), eps=1e-8,
-        weight_decay=config.weight_decay, fused=True,
+        parameters, config.learning_rate, betas=(0.9, config.adam_beta2), eps=1e-8, weight_decay=config.weight_decay,
+        fused=True,
     )  # fmt: skip
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: learning_rate_factor(config.schedule, step, steps, config.warmup_steps)
     )
     losses: list[float] = []
-    tokens, began, order, passes = 0, time.monotonic(), [], 0
+    done, began, order, passes = 0, time.monotonic(), [], 0
     for step in range(steps):
         while len(order) < config.batch_size:
             order += permutation(seed, Purpose.SUPERVISED, passes, len(examples)).tolist()
             passes += 1
         batch, order = [examples[i] for i in order[: config.batch_size]], order[config.batch_size :]
-        losses.append(nll_backward(language_model, batch, 1.0, config.precision, token_budget))
-        tokens += sum(len(example.ids) - example.start for example in batch)
-        torch.nn.utils.clip_grad_norm_(language_model.parameters(), 1.0)
+        loss, count = backward(batch)
+        losses.append(loss)
+        done += count
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
         if (step + 1) % max(1, steps // 20) == 0:
             recent = losses[-max(1, steps // 20) :]
-            speed = tokens / (time.monotonic() - began)
+            speed = done / (time.monotonic() - began)
             left = (steps - step - 1) * (time.monotonic() - began) / (step + 1)
             report(
-                f"step {step + 1}/{steps} · loss {sum(recent) / len(recent):.3f} · {speed:,.0f} tokens/s · {left:.0f} s left"
+                f"step {step + 1}/{steps} · loss {sum(recent) / len(recent):.3f} · {speed:,.0f} {unit}/s · {left:.0f} s left"
             )
     model.eval()
     last = losses[-max(1, steps // 10) :]
     return {
-        "loss": sum(last) / max(1, len(last)), "steps": steps, "tokens": tokens, "seconds": time.monotonic() - began,
+        "loss": sum(last) / max(1, len(last)), "steps": steps, unit: done, "seconds": time.monotonic() - began,
     }  # fmt: skip
 
 

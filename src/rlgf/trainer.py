@@ -16,6 +16,7 @@ from rlgf.experience import Models, Reading, appraise, measure
 from rlgf.guides import Accounted, Guide, Request
 from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
+from rlgf.judge import PairJudge
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards import score_parts
@@ -41,6 +42,7 @@ class Parts:
     guide: Guide | None
     targets: Sequence[Example]
     general: LanguageModel | None  # for output-perplexity
+    judge: PairJudge | None = None  # for the win rate in final evaluations
 
 
 @dataclass(frozen=True)
@@ -186,9 +188,10 @@ class Trainer:
         return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.ppo.iterations)
 
     def evaluate(self, prompts: Sequence[Any], final: bool = False) -> tuple[dict[str, float], Rollout, list[float]]:
-        """Fresh texts by the policy alone on `prompts`; a final evaluation has the text metrics too."""
+        """Fresh texts by the policy alone on `prompts`; a final evaluation has the text metrics and the win rate too."""
         evaluation = self.config.evaluation
-        judges = dataclasses.replace(self.judges, metrics=evaluation.metrics) if final else self.judges
+        final_judges = dataclasses.replace(self.judges, metrics=evaluation.metrics, judge=self.parts.judge)
+        judges = final_judges if final else self.judges
         decoding = evaluation.decoding or self.config.decoding
         writing = Writing(
             self.parts.models.policy, self.parts.guide, decoding, self.writing.horizon, self.writing.minimum,

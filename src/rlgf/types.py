@@ -25,12 +25,17 @@ class Origin(IntEnum):
 POLICY, GUIDE = Origin.POLICY, Origin.GUIDE
 
 
+Message = Mapping[str, str]
+"""One turn of a conversation: `role` and `content`."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of a dataset: what is to be continued, and all that is known about it.
 
     `ids` is set where a task fixes the exact tokens of the prompt; otherwise `text` is encoded. `references` are the
-    dataset's own continuations; those that may be imitated (SFT, the MLE term) are listed in `targets`.
+    dataset's own continuations; those that may be imitated (SFT, the MLE term) are listed in `targets`. Where the prompt is a
+    conversation, `messages` are its turns and `text` what the policy's chat template makes of them.
     """
 
     text: str
@@ -38,6 +43,7 @@ class Prompt:
     targets: tuple[str, ...] = ()
     ids: tuple[int, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    messages: tuple[Message, ...] | None = None
 
 
 TextFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]

@@ -83,7 +83,10 @@ class Server:
         }  # fmt: skip
         if self.mode == "token_ids":
             return {**found, "end_ids": list(self.end_ids)}
-        return found if self.mode == "completion" else {**found, "instruction": self.instruction}
+        if self.mode == "completion":
+            return found
+        told = {"system": config.system} if config.system else {}
+        return {**found, "instruction": self.instruction, **told}
 
     @property
     def instruction(self) -> str:
@@ -145,10 +148,13 @@ class Server:
 
     def _messages(self, question: Question) -> dict[str, Any]:
         """The fields by which a chat model is asked to begin, or to finish, a text."""
+        messages: list[dict[str, Any]] = []
+        if self.config.system:
+            messages.append({"role": "system", "content": self.config.system})
         if self.mode == "instruction":
             asked = self.instruction.replace("{text}", question.prompt + question.prefix)
-            return {"messages": [{"role": "user", "content": asked}]}
-        messages: list[dict[str, Any]] = [{"role": "user", "content": self.instruction.replace("{text}", question.prompt)}]
+            return {"messages": [*messages, {"role": "user", "content": asked}]}
+        messages.append({"role": "user", "content": self.instruction.replace("{text}", question.prompt)})
         if not question.prefix:
             return {"messages": messages}
         last: dict[str, Any] = {"role": "assistant", "content": question.prefix}

@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlgf.config import TaskConfig, check_keys
 from rlgf.errors import UserError
+from rlgf.preferences import Pairs
 from rlgf.types import Prompt, TextFunction
 
 
@@ -25,6 +26,8 @@ class Task:
     finals: Mapping[str, Sequence[Prompt]] = field(default_factory=dict[str, Sequence[Prompt]])  # reported beside `test`
     group: Callable[[Prompt], str] | None = None  # by which a final evaluation tells prompts apart: by their difficulty, say
     notes: Mapping[str, int] = field(default_factory=dict[str, int])  # rows that could not be used, counted by reason
+    remarks: Mapping[str, int] = field(default_factory=dict[str, int])  # what was done to rows, counted
+    demonstrations: Sequence[Prompt] | None = None  # prompts for SFT, where they are others than those of `train`
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class TaskKind:
     options: type  # a dataclass: the keys of `task.options`
     tokenizer: Callable[[TaskConfig], Any] | None = None  # a task's own, where it does not read natural text
     raw_texts: Callable[[TaskConfig, int], list[str]] | None = None  # for the lm stage: (config, most)
+    preference_pairs: Callable[[TaskConfig, Any, int], Pairs] | None = (
+        None  # for a reward model: (config, tokenizer, least words)
+    )
     labelled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None  # for a sentiment reward
     needs_data: bool = False
     instruction: str | None = None  # tells a guide that chats what to do with '{text}'; None: a plain one

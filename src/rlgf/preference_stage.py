@@ -1,0 +1,75 @@
+"""The stage of a reward model trained on preference pairs: the reward itself, or a second one that judges, on other posts."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rlgf.config import Config, TaskConfig, to_dict
+from rlgf.errors import UserError
+from rlgf.models import load_tokenizer
+from rlgf.preferences import Pairs, choose_part
+from rlgf.reward_model import new_reward_model, train_reward_model
+from rlgf.stages import Report, build_at, build_stage, sft_stage, source_fingerprint, task_source, tokenizer_for
+from rlgf.tasks import prompts, task_kind
+
+Role = Literal["reward", "judge"]
+
+
+def check_preferences(config: Config) -> None:
+    """Refuse settings from which no reward model can be trained, before anything is read."""
+    training = config.preferences.training
+    if config.preferences.data is None and task_kind(config.task).preference_pairs is None:
+        raise UserError(
+            f"task '{config.task.name}' has no preference pairs: give preferences.data with a file, folder or Hub name."
+        )
+    if not (training.steps or training.epochs):
+        raise UserError("preferences.training.steps and preferences.training.epochs are 0: set one of them.")
+
+
+def preference_pairs(config: Config, tokenizer: Any, role: Role) -> Pairs:
+    """The pairs for the reward, or for the judge: other posts where both are trained here, the same to be measured on."""
+    check_preferences(config)
+    least, data = config.preferences.least_words, config.preferences.data
+    if data is not None:
+        pairs = prompts.preference_pairs(TaskConfig("prompts", data), tokenizer, least)
+    else:
+        read = task_kind(config.task).preference_pairs
+        assert read is not None
+        pairs = read(config.task, tokenizer, least)
+    return choose_part(pairs, 2 if config.judge.spec == "preferences" else 1, int(role == "judge"))
+
+
+def preference_stage(config: Config, stages: Path, report: Report, role: Role = "reward", at: Path | None = None) -> Path:
+    """A reward model of a folder of its own, measured on held-out pairs; what was measured is in its stage.json."""
+    settings = config.preferences
+    check_preferences(config)
+    start = settings.path or str(sft_stage(config, stages, report))
+    seed = (config.seed if settings.training.seed is None else settings.training.seed) + (1_000_003 if role == "judge" else 0)
+    ingredients: Mapping[str, Any] = {
+        "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
+        "preferences": to_dict(settings), "pairs": source_fingerprint(settings.data), "task": task_source(config.task),
+        "role": role if config.judge.spec == "preferences" else "alone", "seed": seed,
+    }  # fmt: skip
+
+    def build(folder: Path) -> dict[str, float]:
+        reward = new_reward_model(start, settings, seed, config.runtime.device)
+        pairs = preference_pairs(config, reward.tokenizer, role)
+        if settings.training.texts:
+            pairs = Pairs(pairs.train[: settings.training.texts], pairs.test, pairs.dropped)
+        for reason, count in pairs.dropped.items():
+            report(f"{role}: {count:,} {reason}, left out")
+        measured = train_reward_model(reward, pairs, settings, seed, config.runtime.token_budget, report)
+        reward.save(folder)
+        return measured | {f"left out: {reason}": count for reason, count in pairs.dropped.items()}
+
+    name = "judge" if role == "judge" else "reward"
+    if at:
+        return build_at(at, name, ingredients, build, report)
+    return build_stage(stages, name, ingredients, build, report)
+
+
+def try_pairs(config: Config, stages: Path, report: Report) -> Pairs:
+    """The pairs as they will be trained on, read before any model is made: data that cannot be used is refused here."""
+    path = config.preferences.path or config.policy
+    tokenizer = load_tokenizer(path) if path else tokenizer_for(config, config.task, config.model, stages, report)[0]
+    return preference_pairs(config, tokenizer, "reward")

@@ -1,0 +1,175 @@
+"""Preference pairs: a prompt and two responses, of which people preferred one; read, cleaned, and split by post.
+
+The prompt may be a column of its own, or implicit: what two whole dialogues have in common.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from rlgf.data import held_out
+from rlgf.errors import UserError
+from rlgf.prompting import PromptReader, is_conversation, normalised
+from rlgf.randomness import Purpose, permutation
+from rlgf.types import Prompt
+
+TURN = "\n\nAssistant:"  # behind the last of these that two dialogues share, their responses begin
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two responses to a prompt, the first of which was preferred."""
+
+    prompt: Prompt
+    chosen: str
+    rejected: str
+    post: str  # what the prompt is about: pairs about one post are never in two splits
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a reward model is trained on, what it is measured on, and the rows that could not be used, by reason."""
+
+    train: Sequence[Pair]
+    test: Sequence[Pair]  # empty where the data has none: then a fifth of the posts is held out
+    dropped: Mapping[str, int] = field(default_factory=dict[str, int])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of pairs are called."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+
+
+def read_pairs(
+    rows: Sequence[Mapping[str, Any]], where: str, reader: PromptReader, least_words: int, columns: Columns,
+    post: Callable[[Mapping[str, Any]], str] | None = None,
+) -> tuple[list[Pair], Counter[str]]:  # fmt: skip
+    """The pairs of rows, and how many rows were dropped for what reason.
+
+    Dropped are pairs with equal sides, with a side under `least_words` words, and those whose prompt cannot be told from what
+    they have in common. `post` names what a row is about; without it that is its prompt.
+    """
+    dropped: Counter[str] = Counter()
+    kept: list[tuple[int, Any, str, str]] = []
+    for number, row in enumerate(rows, 1):
+        place = f"{where}, row {number}"
+        parts = parts_of(row, columns, place)
+        if parts is None:
+            dropped["pairs with no common prompt"] += 1
+            continue
+        prompt, chosen, rejected = parts
+        if chosen.strip() == rejected.strip():
+            dropped["pairs with equal sides"] += 1
+        elif min(len(chosen.split()), len(rejected.split())) < least_words:
+            dropped[f"pairs with a side under {least_words} words"] += 1
+        else:
+            kept.append((number, prompt, chosen, rejected))
+    prompts = reader([prompt for _, prompt, _, _ in kept], [f"{where}, row {number}" for number, *_ in kept])
+    pairs: list[Pair] = []
+    for (number, value, chosen, rejected), prompt in zip(kept, prompts):
+        if prompt is None:
+            dropped[f"pairs whose conversation has over {reader.limit} tokens"] += 1
+            continue
+        about = post(rows[number - 1]) if post else _asked(value)
+        replies = [_behind(prompt, text, reader, f"{where}, row {number}") for text in (chosen, rejected)]
+        pairs.append(Pair(prompt, replies[0], replies[1], normalised(about)))
+    return pairs, dropped
+
+
+def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any, str, str] | None:
+    """Prompt, chosen and rejected response of a row; None where no prompt can be told from the two."""
+    for name in (columns.chosen, columns.rejected):
+        if name not in row:
+            raise UserError(f"{place}: there is no column '{name}'; it has {', '.join(sorted(row))}.")
+    chosen, rejected = row[columns.chosen], row[columns.rejected]
+    prompt = row.get(columns.prompt)
+    dialogues = is_conversation(chosen) and is_conversation(rejected) and min(len(chosen), len(rejected)) > 1
+    if prompt is not None and not dialogues:
+        return prompt, reply_text(chosen, place), reply_text(rejected, place)
+    if dialogues:
+        return _from_conversations(chosen, rejected)
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise UserError(
+            f"{place}: '{columns.chosen}' and '{columns.rejected}' must be two texts or two conversations; "
+            f"responses alone need a column '{columns.prompt}'."
+        )
+    shared = next((place for place, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    end = chosen[:shared].rfind(TURN)
+    if end < 0:
+        return None
+    end += len(TURN)
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def _from_conversations(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[Any, str, str] | None:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    ends = chosen[shared:], rejected[shared:]
+    if not shared or any(len(end) != 1 or end[0].get("role") != "assistant" for end in ends):
+        return None
+    texts = [end[0].get("content") for end in ends]
+    return (list(chosen[:shared]), *texts) if all(isinstance(text, str) for text in texts) else None
+
+
+def reply_text(value: Any, place: str) -> str:
+    """A response: a text, or a conversation that is one turn of the assistant's."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = [value]
+    if is_conversation(value):
+        turns = cast("list[Mapping[str, Any]]", value)
+        if len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(turns[0].get("content"), str):
+            return turns[0]["content"]
+    raise UserError(f"{place}: a response must be a text or one message by the assistant, but is {str(value)[:80]!r}.")
+
+
+def _asked(prompt: Any) -> str:
+    return "\n".join(str(message.get("content")) for message in prompt) if is_conversation(prompt) else str(prompt)
+
+
+def _behind(prompt: Prompt, text: str, reader: PromptReader, place: str) -> str:
+    return reader.chat.reply(prompt.messages, text, place) if prompt.messages else text
+
+
+def choose_part(pairs: Pairs, parts: int, part: int) -> Pairs:
+    """One of several parts with posts of its own to train on; all parts are measured on the same pairs, about other posts.
+
+    Without a test split a fifth of the posts is held out; of one, pairs about posts that are trained on are dropped.
+    """
+    dropped, train, test = dict(pairs.dropped), list(pairs.train), list(pairs.test)
+    if test:
+        trained = {pair.post for pair in train}
+        test = [pair for pair in test if pair.post not in trained]
+        if len(test) < len(pairs.test):
+            dropped["held-out pairs about posts that are trained on"] = len(pairs.test) - len(test)
+    else:
+        out = held_out([pair.post for pair in train])
+        test = [pair for pair, held in zip(train, out) if held]
+        train = [pair for pair, held in zip(train, out) if not held]
+    posts = list(dict.fromkeys(pair.post for pair in train))
+    if len(posts) < parts or not test:
+        raise UserError(
+            f"the usable preference pairs are about {len(posts)} posts to train on and {len({pair.post for pair in test})} to "
+            "measure on: more are needed, better hundreds."
+        )
+    members = {posts[place] for place in permutation(0, Purpose.TASK, 4, len(posts))[part::parts]}
+    return Pairs([pair for pair in train if pair.post in members], test, dropped)
+
+
+def longer_rule(pairs: Sequence[Pair]) -> float:
+    """How often people preferred the longer response (in characters; equal lengths count half)."""
+    return agreement([len(pair.chosen.strip()) for pair in pairs], [len(pair.rejected.strip()) for pair in pairs])
+
+
+def agreement(chosen: Sequence[float], rejected: Sequence[float]) -> float:
+    """Share of pairs whose chosen side has the higher number; equal ones count half, and of no pairs it is not a number."""
+    wins = [(first > second) + 0.5 * (first == second) for first, second in zip(chosen, rejected)]
+    return sum(wins) / len(wins) if wins else math.nan

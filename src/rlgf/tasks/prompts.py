@@ -1,0 +1,228 @@
+"""Your own data: rows with a prompt, and perhaps references, a completion, or a chosen and a rejected response.
+
+JSON lines, CSV, Parquet, a folder of these or a Hub dataset; prompts are plain text or conversations. docs/own-data.md.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from rlgf.config import TaskConfig
+from rlgf.data import held_out, read_splits
+from rlgf.errors import UserError
+from rlgf.preferences import Columns, Pairs, parts_of, read_pairs, reply_text
+from rlgf.prompting import PromptReader, is_conversation, read_template
+from rlgf.randomness import Purpose, permutation
+from rlgf.tasks.base import Task, TaskKind, task_options
+from rlgf.types import Prompt
+
+HELD_BACK = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # what people call these splits
+EMPTY = "references that are empty"
+SEEN = "held-out prompts that are training prompts too"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What columns and splits are called, and how prompts are made of them."""
+
+    prompt_column: str = "prompt"  # a text, or a list of messages with role and content
+    references_column: str = "references"  # a text or a list of texts
+    completion_column: str = "completion"  # a text, or one message by the assistant
+    chosen_column: str = "chosen"
+    rejected_column: str = "rejected"
+    subset: str | None = None  # of a Hub dataset that has several
+    train_split: str | None = None  # None: 'train', or the only one there is
+    validation_split: str | None = None  # None: found by its name; without one, half of what is held out
+    test_split: str | None = None
+    prompt_tokens: int = 0  # most tokens of a prompt; 0: no limit
+    truncation: Literal["right", "left"] = "right"  # which end of a longer one is cut off
+    suffix: str = ""  # ends every plain prompt, and is never cut off
+    chat_template: str | None = None  # Jinja, or a file that holds it; None: the tokenizer's own
+    whole_text: bool = False  # whether a classifier as reward reads the prompt too (a reward model always does)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the data, its prompt still a text or a conversation."""
+
+    prompt: Any
+    references: list[str]
+    targets: list[str]
+    columns: Mapping[str, Any]
+    place: str  # for errors
+
+
+def build(config: TaskConfig, tokenizer: Any) -> Task:
+    """A prompt for each row; a completion or a chosen response is its target, otherwise every reference is one."""
+    options: Options = task_options(config, Options)
+    notes: dict[str, int] = {}
+    splits = split_rows(config, options, notes)
+    reader = prompt_reader(options, tokenizer)
+    train, *held = (_prompts(splits[name], reader) for name in ("train", "validation", "test"))
+    seen = {prompt.text for prompt in train}
+    for place, prompts in enumerate(held):
+        held[place] = [prompt for prompt in prompts if prompt.text not in seen]
+        if len(held[place]) < len(prompts):
+            notes[SEEN] = notes.get(SEEN, 0) + len(prompts) - len(held[place])
+    validation, test = held
+    if not (train and validation and test):
+        raise UserError(
+            f"{config.data} leaves {len(train)} training, {len(validation)} validation and {len(test)} test prompts: each "
+            "needs at least one, and none may be held out that is trained on."
+        )
+    if reader.too_long:
+        notes[f"conversations of over {options.prompt_tokens} tokens"] = reader.too_long
+    remarks = {f"prompts cut to {options.prompt_tokens} tokens": reader.cut} if reader.cut else {}
+    return Task(config.name, train, validation, test, whole_text=options.whole_text, notes=notes, remarks=remarks)
+
+
+def prompt_reader(options: Options, tokenizer: Any) -> PromptReader:
+    """How these options make prompts of texts and conversations."""
+    if options.prompt_tokens < 0:
+        raise UserError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be 0 (no limit) or more.")
+    template = read_template(options.chat_template)
+    return PromptReader(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template)
+
+
+def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pairs:
+    """The pairs of chosen and rejected responses in the training split, and in the test split where there is one."""
+    options: Options = task_options(config, Options)
+    return pairs_of(config, options, prompt_reader(options, tokenizer), least_words)
+
+
+def pairs_of(config: TaskConfig, options: Options, reader: PromptReader, least_words: int) -> Pairs:
+    """The pairs in the data of `config`, their prompts made by `reader`."""
+    columns = Columns(options.prompt_column, options.chosen_column, options.rejected_column)
+    splits = _splits(config, options)
+    found = {
+        name: read_pairs(rows, f"{config.data}, split {name}", reader, least_words, columns) for name, rows in splits.items()
+    }
+    train, dropped = found["train"]
+    if not train:
+        why = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        raise UserError(f"{config.data} holds no usable preference pair ({why}): see preferences.least_words.")
+    held = next((found[name] for name in ("test", "validation") if name in found), None)
+    test, dropped = (held[0], dropped + held[1]) if held else ([], dropped)
+    return Pairs(train, test, dict(dropped))
+
+
+def _source(config: TaskConfig) -> str:
+    if config.data is None:
+        raise UserError(
+            f"task '{config.name}' needs data: give --data with a file (JSON lines, CSV, Parquet), a folder or a Hub name."
+        )
+    return config.data
+
+
+def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
+    """The rows of 'train' and of what there is of 'validation' and 'test'."""
+    source = _source(config)
+    texts = (options.prompt_column, options.references_column, options.completion_column)
+    found = read_splits(source, options.subset, (*texts, options.chosen_column, options.rejected_column))
+    chosen = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
+    for name, wanted in chosen.items():
+        if wanted is not None and wanted not in found:
+            raise UserError(
+                f"task.options.{name}_split is '{wanted}', but {source} has the splits {', '.join(sorted(found))}: name one."
+            )
+    only = next(iter(found)) if len(found) == 1 else "train"
+    names = {"train": chosen["train"] or only}
+    if names["train"] not in found:
+        raise UserError(
+            f"{source} has the splits {', '.join(sorted(found))}, none of them 'train': name one with task.options.train_split."
+        )
+    for name, usual in HELD_BACK.items():
+        name_found = chosen[name] or next((one for one in usual if one in found), None)
+        if name_found is not None and name_found != names["train"]:
+            names[name] = name_found
+    rows = {name: found[place]() for name, place in names.items()}
+    for name, part in rows.items():
+        if not part:
+            raise UserError(f"{source}, split {names[name]}, holds no rows: give a dataset with at least one.")
+    return rows
+
+
+def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> dict[str, list[Row]]:
+    """The rows of training, validation and test.
+
+    Where the data has one split, a fifth is held out, rows with equal prompts together; where one split is held out, its
+    halves are validation and test.
+    """
+    found = {
+        name: [_row(options, row, f"{config.data}, split {name}, row {number}", notes) for number, row in enumerate(rows, 1)]
+        for name, rows in _splits(config, options).items()
+    }
+    rows = {name: [row for row in part if row is not None] for name, part in found.items()}
+    if len(rows) == 3:
+        return rows
+    train, rest = rows["train"], [row for name in HELD_BACK for row in rows.get(name, [])]
+    if len(rows) == 1:
+        out = held_out([json.dumps(row.prompt, sort_keys=True) for row in train])
+        rest = [row for row, held in zip(train, out) if held]
+        train = [row for row, held in zip(train, out) if not held]
+    shuffled = [rest[place] for place in permutation(0, Purpose.TASK, 0, len(rest))]
+    return {"train": train, "validation": shuffled[: len(rest) // 2], "test": shuffled[len(rest) // 2 :]}
+
+
+def _row(options: Options, row: Mapping[str, Any], place: str, notes: dict[str, int]) -> Row | None:
+    """One row read; None where two dialogues share no prompt, which is counted."""
+    own = {options.prompt_column, options.references_column, options.completion_column, options.chosen_column}
+    columns = {name: value for name, value in row.items() if name not in own}
+    prompt, chosen = row.get(options.prompt_column), None
+    if row.get(options.chosen_column) is not None:
+        parts = parts_of(row, Columns(options.prompt_column, options.chosen_column, options.rejected_column), place)
+        if parts is None:
+            notes["pairs with no common prompt"] = notes.get("pairs with no common prompt", 0) + 1
+            return None
+        prompt, chosen, _ = parts
+    if prompt is None:
+        raise UserError(f"{place}: there is no '{options.prompt_column}'; the row has {', '.join(sorted(row))}.")
+    completion = row.get(options.completion_column)
+    targets = [text for text in (completion, chosen) if text is not None][:1]
+    references = _listed(row.get(options.references_column))
+    texts = [[reply_text(text, place) for text in part] for part in (targets, references)]
+    kept = [[text for text in part if text.strip()] for part in texts]
+    empty = sum(map(len, texts)) - sum(map(len, kept))
+    if empty:
+        notes[EMPTY] = notes.get(EMPTY, 0) + empty
+    targets, references = kept
+    return Row(prompt, list(dict.fromkeys([*targets, *references])), targets or references, columns, place)
+
+
+def _listed(value: Any) -> list[Any]:
+    """References as a list: there may be none, one, or several; a conversation is one."""
+    if value is None:
+        return []
+    return cast("list[Any]", value) if isinstance(value, list) and not is_conversation(value) else [value]
+
+
+def _prompts(rows: Sequence[Row], reader: PromptReader) -> list[Prompt]:
+    made = reader([row.prompt for row in rows], [row.place for row in rows])
+    return [_with_texts(prompt, row, reader) for prompt, row in zip(made, rows) if prompt is not None]
+
+
+def _with_texts(prompt: Prompt, row: Row, reader: PromptReader) -> Prompt:
+    def behind(text: str) -> str:
+        return reader.chat.reply(prompt.messages, text, row.place) if prompt.messages else text
+
+    references, targets = tuple(map(behind, row.references)), tuple(map(behind, row.targets))
+    return Prompt(prompt.text, references, targets, prompt.ids, row.columns, prompt.messages)
+
+
+def raw_texts(config: TaskConfig, most: int) -> list[str]:
+    """Prompts of the training split, each with its first target, in a shuffled order, at most `most` (0: all)."""
+    options: Options = task_options(config, Options)
+    rows = split_rows(config, options, {})["train"]
+    order = permutation(0, Purpose.TASK, 1, len(rows))
+    return [_raw(rows[place], options.suffix) for place in (order[:most] if most else order)]
+
+
+def _raw(row: Row, suffix: str) -> str:
+    target = row.targets[0] if row.targets else ""
+    if is_conversation(row.prompt):
+        return "\n".join([*(str(message.get("content")) for message in row.prompt), target])
+    return str(row.prompt).removesuffix(suffix) + suffix + target
+
+
+KIND = TaskKind(build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True)

@@ -1,0 +1,124 @@
+"""Best of N: what is kept, what draws hang on, and what commands and tables make of it."""
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import END, tiny_model, word_reward
+from rlgf import cli
+from rlgf.best_of import MOST, best_of, joined, select
+from rlgf.compare import compare, entries
+from rlgf.errors import UserError
+from rlgf.pipeline import train
+from rlgf.randomness import Purpose, uniforms
+from rlgf.rollout import Writing
+from rlgf.types import Decoding, Prompt
+from test_pipeline import SMALL, small
+
+PROMPTS = [Prompt("review of : plot cast =>"), Prompt("review of : music =>"), Prompt("review of : script sound story =>")]
+
+
+def writing(**changes: object) -> Writing:
+    values = {"decoding": Decoding(), "horizon": 5, "minimum": 0, "seed": 3, **changes}
+    return Writing(tiny_model(), None, **values)  # pyright: ignore
+
+
+def test_of_the_texts_of_a_prompt_the_best_is_kept_and_of_equal_ones_the_first():
+    seen: list[tuple[str, str]] = []
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        seen.extend((prompt.text, text) for prompt, text in zip(prompts, texts))
+        return word_reward(prompts, texts)
+
+    rollout, scores = best_of(writing(), PROMPTS, reward, 4, 0)
+    assert [prompt.text for prompt in rollout.prompts] == [prompt.text for prompt in PROMPTS]
+    for prompt, text, value in zip(PROMPTS, rollout.texts, scores):
+        mine = [written for asked, written in seen if asked == prompt.text]
+        values = word_reward([prompt] * 4, mine)
+        assert value == max(values)
+        assert text == mine[values.index(max(values))]
+
+
+def test_a_draw_is_a_function_of_seed_prompt_and_sample():
+    alone = [best_of(writing(), PROMPTS, word_reward, 1, 0)[0].texts[0]]
+    more, scores = best_of(writing(), PROMPTS, word_reward, 8, 0)
+    again, same = best_of(writing(seed=99), PROMPTS, word_reward, 8, 0)  # the run's own seed plays no part
+    assert (more.texts, scores) == (again.texts, same)
+    assert best_of(writing(), PROMPTS, word_reward, 8, 1)[0].texts != more.texts
+    assert best_of(writing(), PROMPTS[:1], word_reward, 1, 0)[0].texts == alone
+    best = [best_of(writing(), PROMPTS, word_reward, samples, 0)[1] for samples in (1, 2, 4, 8)]
+    for fewer, several in pairwise(best):  # what fewer samples found is among those of more
+        assert all(a <= b for a, b in zip(fewer, several))
+
+
+def test_the_first_token_is_drawn_by_the_number_of_prompt_and_sample():
+    policy = tiny_model()
+    with torch.no_grad():
+        ids = torch.tensor([policy.codec.prompt(PROMPTS[1])])
+        cumulative = policy.model(ids).logits[0, -1].double().softmax(0).cumsum(0)
+    drawn = [
+        int(torch.searchsorted(cumulative, uniforms(0, Purpose.BEST_OF_TOKEN, 1 * MOST + sample, 1)[0])) for sample in range(3)
+    ]
+    seen: list[str] = []
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        seen.extend(text for prompt, text in zip(prompts, texts) if prompt is PROMPTS[1])
+        return [0.0] * len(texts)
+
+    best_of(writing(horizon=1), PROMPTS, reward, 3, 0)
+    words = [policy.tokenizer.decode([token]) if token != END else "" for token in drawn]
+    assert [text.strip() for text in seen] == words
+
+
+def test_more_prompts_than_are_written_at_a_time_change_nothing(monkeypatch: pytest.MonkeyPatch):
+    whole = best_of(writing(), PROMPTS, word_reward, 4, 0)
+    monkeypatch.setattr("rlgf.best_of.TEXTS", 4)
+    parts = best_of(writing(), PROMPTS, word_reward, 4, 0)
+    assert whole[0].texts == parts[0].texts
+    assert whole[1] == parts[1]
+    for name in ("ids", "origin", "finished", "index", "group"):
+        assert torch.equal(getattr(whole[0], name), getattr(parts[0], name)), name
+
+
+def test_rows_are_selected_and_joined_with_all_that_belongs_to_them():
+    rollout, _ = best_of(writing(), PROMPTS, word_reward, 1, 0)
+    back = joined([select(rollout, [0]), select(rollout, [1, 2])])
+    assert back.texts == rollout.texts
+    assert torch.equal(back.ids, rollout.ids)
+    assert torch.equal(back.lengths, rollout.lengths)
+
+
+def test_what_cannot_be_drawn_several_times_is_refused():
+    with pytest.raises(UserError, match="needs decoding that draws"):
+        best_of(writing(decoding=Decoding(greedy=True)), PROMPTS, word_reward, 4, 0)
+    with pytest.raises(UserError, match="choose a number from 1 to 65,536"):
+        best_of(writing(), PROMPTS, word_reward, 0, 0)
+
+
+def test_a_run_is_evaluated_with_the_best_of_several_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    train(small(("evaluation.decoding", {"greedy": True})), tmp_path / "run")
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["rlgf", "evaluate", str(tmp_path / "run"), "--best-of", "3", "--json", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert "best of 3" in capsys.readouterr().out
+    found = json.loads(out.read_text())
+    assert found["best_of"]["samples"] == 3
+    assert found["best_of"]["decoding"] == "full softmax"  # greedily it would be the same text three times
+    assert found["best_of"]["evaluation"]["texts"] == found["texts"] == 8
+
+
+def test_a_comparison_has_a_row_for_the_best_of_each(tmp_path: Path):
+    config = small(("evaluation.best_of", 2))
+    results = compare(config, entries(config, ["ppo"], {}), [0], tmp_path)
+    assert [row["key"] for row in results["rows"]] == ["sft", "sft_best_of", "guide", "ppo", "ppo_best_of"]
+    assert [row["title"] for row in results["rows"]][1::3] == ["SFT, best of 2", "PPO, best of 2"]
+    assert "| PPO, best of 2 |" in (tmp_path / "table.md").read_text()
+    assert dict(SMALL)["evaluation.final_prompts"] == results["rows"][1]["metrics"]["texts"][0]

@@ -1,0 +1,129 @@
+"""Preference pairs: where their prompts come from, what is dropped, and how posts are shared out."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlgf.errors import UserError
+from rlgf.preferences import Columns, Pair, Pairs, agreement, choose_part, longer_rule, parts_of, read_pairs
+from rlgf.prompting import PromptReader
+from rlgf.tasks import prompts
+from rlgf.types import Prompt
+
+ROOT = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a film?\n\nAssistant:"
+
+
+def pairs_of(rows: list[dict[str, Any]], tokenizer: Any, least_words: int = 2) -> tuple[list[Pair], dict[str, int]]:
+    pairs, dropped = read_pairs(rows, "pairs.jsonl", PromptReader(tokenizer), least_words, Columns())
+    return pairs, dict(dropped)
+
+
+def test_a_prompt_is_a_column_or_what_two_dialogues_share():
+    assert parts_of({"prompt": "p", "chosen": " c", "rejected": " r"}, Columns(), "row 1") == ("p", " c", " r")
+    row = {"chosen": f"{ROOT} See Alien, it is good.", "rejected": f"{ROOT} See the sea."}
+    assert parts_of(row, Columns(), "row 1") == (ROOT, " See Alien, it is good.", " See the sea.")
+    shorter = {"chosen": f"{ROOT} See it", "rejected": f"{ROOT} See it again"}  # one side is the beginning of the other
+    assert parts_of(shorter, Columns(), "row 1") == (ROOT, " See it", " See it again")
+
+
+def test_the_last_turn_they_share_counts_even_if_one_goes_on_for_longer():
+    row = {"chosen": f"{ROOT} yes\n\nHuman: why?\n\nAssistant: so", "rejected": f"{ROOT} no"}
+    assert parts_of(row, Columns(), "row 1") == (ROOT, " yes\n\nHuman: why?\n\nAssistant: so", " no")
+
+
+def test_conversations_share_their_first_messages():
+    def said(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    asked = [said("user", "hi"), said("assistant", "hello"), said("user", "a film?")]
+    row = {"chosen": [*asked, said("assistant", "Alien")], "rejected": [*asked, said("assistant", "none")]}
+    assert parts_of(row, Columns(), "row 1") == (asked, "Alien", "none")
+    assert parts_of({**row, "prompt": "a film?"}, Columns(), "row 1") == (asked, "Alien", "none")  # the dialogues say more
+    other = [said("user", "ho"), said("assistant", "none")]
+    assert parts_of({**row, "rejected": other}, Columns(), "row 1") is None
+    explicit = {"prompt": asked, "chosen": [said("assistant", "Alien")], "rejected": [said("assistant", "none")]}
+    assert parts_of(explicit, Columns(), "row 1") == (asked, "Alien", "none")
+
+
+def test_what_cannot_be_compared_is_dropped_and_counted(word_tokenizer: Any):
+    rows = [
+        {"prompt": "plot", "chosen": " great plot", "rejected": " dull plot"},
+        {"prompt": "plot", "chosen": " great plot", "rejected": "great plot "},
+        {"prompt": "plot", "chosen": " great plot", "rejected": " dull"},
+        {"chosen": "great plot", "rejected": "dull plot"},
+    ]
+    pairs, dropped = pairs_of(rows, word_tokenizer)
+    assert [(pair.prompt.text, pair.chosen, pair.rejected, pair.post) for pair in pairs] == [
+        ("plot", " great plot", " dull plot", "plot")
+    ]
+    assert dropped == {
+        "pairs with equal sides": 1, "pairs with a side under 2 words": 1, "pairs with no common prompt": 1,
+    }  # fmt: skip
+
+
+def test_rows_without_sides_are_refused(word_tokenizer: Any):
+    with pytest.raises(UserError, match=r"row 1: there is no column 'rejected'; it has chosen, prompt"):
+        pairs_of([{"prompt": "plot", "chosen": " great plot"}], word_tokenizer)
+    with pytest.raises(UserError, match="must be two texts or two conversations"):
+        pairs_of([{"chosen": 1, "rejected": 2}], word_tokenizer)
+
+
+def made(posts: int, each: int = 3) -> list[Pair]:
+    return [Pair(Prompt(f"post {p}"), f"chosen {i}", f"rejected {i}", f"post {p}") for p in range(posts) for i in range(each)]
+
+
+def posts_of(*parts: Any) -> list[set[str]]:
+    return [{pair.post for pair in part} for part in parts]
+
+
+def test_no_post_is_in_two_parts_nor_in_training_and_test():
+    pairs = Pairs(made(50), [])
+    first, second = (choose_part(pairs, 2, part) for part in (0, 1))
+    one, other, held = posts_of(first.train, second.train, first.test)
+    assert (len(one), len(other), len(held)) == (20, 20, 10)
+    assert not one & other
+    assert not (one | other) & held
+    assert first.test == second.test
+    assert len(first.train) == len(second.train) == 60
+    alone = choose_part(pairs, 1, 0)
+    assert posts_of(alone.train) == [one | other]
+
+
+def test_a_test_split_is_used_without_posts_that_are_trained_on():
+    pairs = Pairs(made(10), [*made(2), Pair(Prompt("new"), "a b", "c d", "new")], {"pairs with equal sides": 4})
+    part = choose_part(pairs, 1, 0)
+    assert [pair.post for pair in part.test] == ["new"]
+    assert part.dropped == {"pairs with equal sides": 4, "held-out pairs about posts that are trained on": 6}
+
+
+def test_too_few_posts_are_refused():
+    with pytest.raises(UserError, match="about 0 posts to train on and 1 to measure on"):
+        choose_part(Pairs(made(1), []), 1, 0)
+
+
+def test_the_longer_rule_by_hand():
+    lengths = [(" aaaa", " a"), ("a", "aaa"), ("aa ", "aa"), ("aaa", "b")]
+    assert longer_rule([Pair(Prompt(""), chosen, rejected, "") for chosen, rejected in lengths]) == 2.5 / 4
+    assert agreement([1.0, 2.0, 3.0], [0.0, 2.0, 4.0]) == 0.5
+    assert agreement([], []) != agreement([], [])  # of nothing it is not a number
+
+
+@pytest.mark.data
+def test_dialogues_of_hh_are_told_apart_as_counted_by_another_program(shared_data: Path, word_tokenizer: Any):
+    from rlgf.config import TaskConfig
+
+    counted = {  # rows, equal sides, sides under five words, prompts
+        "harmless-base": (2312, 0, 250), "helpful-base": (2354, 2, 233), "helpful-online": (1137, 2, 26),
+        "helpful-rejection-sampled": (2749, 32, 144),
+    }  # fmt: skip
+    for name, (rows, equal, short) in counted.items():
+        source = str(shared_data / "hh_rlhf_test" / f"{name}.test.jsonl.gz")
+        pairs = prompts.preference_pairs(TaskConfig("prompts", source), word_tokenizer, 5)
+        dropped = {"pairs with equal sides": equal, "pairs with a side under 5 words": short}
+        assert pairs.dropped == {reason: count for reason, count in dropped.items() if count}
+        assert len(pairs.train) == rows - equal - short
+        assert all(pair.prompt.text.endswith("\n\nAssistant:") for pair in pairs.train)
+        part = choose_part(pairs, 1, 0)
+        train, test = posts_of(part.train, part.test)
+        assert not train & test

@@ -1,0 +1,184 @@
+"""Prompts from texts and conversations: chat templates by hand, and what truncation keeps."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlgf.errors import UserError
+from rlgf.prompting import Chat, PromptReader, is_conversation, normalised, read_template
+from rlgf.stages import train_tokenizer
+
+TEMPLATE = (
+    "{% for message in messages %}<|turn|>{{ message['role'] }}\n{{ message['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|turn|>assistant\n{% endif %}"
+)
+BRACKETS = (  # Llama 2's way: no opening of the assistant's turn, and replies are trimmed
+    "{% for message in messages %}{% if message['role'] == 'user' %}[INST] {{ message['content'] }} [/INST]"
+    "{% elif message['role'] == 'assistant' %} {{ message['content'] | trim }} </s>"
+    "{% else %}{{ raise_exception('only user and assistant may speak') }}{% endif %}{% endfor %}"
+)
+ASKED = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How was the film?"}]
+BEGUN = [*ASKED, {"role": "assistant", "content": "It was a"}]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(["the film was a great joy and its cast moved me"] * 3, 300)
+
+
+@pytest.fixture(scope="module")
+def chatty(tokenizer: Any) -> Any:
+    """A tokenizer with a template whose marks are tokens of their own."""
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<|end|>"]})
+    own.chat_template = TEMPLATE
+    return own
+
+
+def test_a_conversation_becomes_what_the_template_makes_of_it(chatty: Any):
+    reader = PromptReader(chatty)
+    (prompt,) = reader([ASKED], ["row 1"])
+    text = "<|turn|>system\nBe kind.<|end|>\n<|turn|>user\nHow was the film?<|end|>\n<|turn|>assistant\n"
+    assert prompt is not None
+    assert prompt.text == text
+    assert prompt.messages == tuple(ASKED)
+    assert prompt.ids is not None
+    assert chatty.decode(prompt.ids, skip_special_tokens=False) == text
+    assert prompt.ids.count(chatty.convert_tokens_to_ids("<|turn|>")) == 3  # one token each, and no opening token besides
+    assert prompt.ids[0] == chatty.convert_tokens_to_ids("<|turn|>")
+
+
+def test_a_partial_turn_of_the_assistant_goes_on_and_is_not_closed(chatty: Any):
+    (prompt,) = PromptReader(chatty)([BEGUN], ["row 1"])
+    assert prompt is not None
+    assert prompt.text.endswith("<|turn|>assistant\nIt was a")
+    assert Chat(chatty).reply(BEGUN, " great joy", "row 1") == " great joy"
+
+
+def test_a_reply_stands_behind_the_prompt_as_the_template_writes_it(tokenizer: Any, chatty: Any):
+    assert Chat(chatty).reply(ASKED, "A joy.", "row 1") == "A joy."
+    brackets = Chat(tokenizer, BRACKETS)
+    assert brackets.prompt(ASKED[1:], "row 1") == "[INST] How was the film? [/INST]"
+    assert brackets.reply(ASKED[1:], "  A joy. ", "row 1") == " A joy."
+    assert brackets.whole([*ASKED[1:], {"role": "assistant", "content": "A joy."}], "row 1") == (
+        "[INST] How was the film? [/INST] A joy. </s>"
+    )
+
+
+def test_a_tokenizer_without_a_template_says_how_to_give_one(tokenizer: Any):
+    with pytest.raises(UserError, match="row 7 is a conversation, but the tokenizer has no chat template: give one with task"):
+        PromptReader(tokenizer)([ASKED], ["row 7"])
+    (prompt,) = PromptReader(tokenizer, template=TEMPLATE)([ASKED], ["row 7"])
+    assert prompt is not None
+    assert prompt.text.endswith("<|turn|>assistant\n")
+
+
+def test_what_a_template_refuses_is_an_error_with_its_row_and_reason(tokenizer: Any):
+    with pytest.raises(UserError, match=r"row 2: the chat template refuses .*only user and assistant may speak"):
+        PromptReader(tokenizer, template=BRACKETS)([ASKED], ["row 2"])
+
+
+def test_a_template_is_a_file_or_a_text(tmp_path: Any):
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    assert read_template(str(tmp_path / "chat.jinja")) == TEMPLATE
+    assert read_template(TEMPLATE) == TEMPLATE
+    assert read_template(None) is None
+    with pytest.raises(UserError, match="neither a file nor a Jinja template"):
+        read_template(str(tmp_path / "other.jinja"))
+
+
+@pytest.mark.parametrize("value", [[{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}]])
+def test_messages_without_a_text_are_refused(chatty: Any, value: Any):
+    with pytest.raises(UserError, match="row 3: message 1 must have a 'role' and a 'content' that are texts"):
+        PromptReader(chatty)([value], ["row 3"])
+
+
+def test_what_is_a_conversation():
+    assert is_conversation(ASKED)
+    assert not is_conversation([])
+    assert not is_conversation(["a", "b"])
+    assert not is_conversation("a")
+
+
+@pytest.mark.parametrize("value", ["", "  \n", None, 3])
+def test_empty_prompts_and_other_things_are_refused(tokenizer: Any, value: Any):
+    with pytest.raises(UserError, match="row 4: the prompt"):
+        PromptReader(tokenizer)([value], ["row 4"])
+
+
+SUFFIX = "\n\nTL;DR:"
+
+
+def words(count: int) -> str:
+    return " ".join(f"word{number}" for number in range(count))
+
+
+@pytest.mark.parametrize("truncation", ["right", "left"])
+def test_a_long_text_is_cut_on_one_side_and_the_suffix_stays(word_tokenizer: Any, truncation: Any):
+    reader = PromptReader(word_tokenizer, 5, truncation, " =>")
+    long, short = PromptReader.__call__(reader, ["review of : plot cast music", "review of : plot"], ["row 1", "row 2"])
+    assert long is not None
+    assert short is not None
+    assert long.text == {"right": "review of : plot =>", "left": ": plot cast music =>"}[truncation].replace("  ", " ")
+    assert short.text == "review of : plot =>"
+    assert reader.cut == 1
+
+
+def test_a_suffix_that_is_there_is_not_written_twice(word_tokenizer: Any):
+    (prompt,) = PromptReader(word_tokenizer, suffix=" =>")(["review of =>"], ["row 1"])
+    assert prompt is not None
+    assert prompt.text == "review of =>"
+    with pytest.raises(UserError, match="the prompt is empty"):
+        PromptReader(word_tokenizer, suffix=" =>")([" =>"], ["row 1"])
+
+
+@given(
+    st.text(min_size=1, max_size=60).filter(lambda text: text.strip()), st.integers(12, 40), st.sampled_from(["right", "left"])
+)
+def test_whatever_the_text_the_suffix_is_whole_and_the_rest_a_part_of_it(text: str, limit: int, truncation: Any):
+    tokenizer = PROPERTY_TOKENIZER
+    reader = PromptReader(tokenizer, limit, truncation, SUFFIX)
+    (prompt,) = reader([text], ["row 1"])
+    assert prompt is not None
+    assert prompt.text.endswith(SUFFIX)
+    kept = prompt.text.removesuffix(SUFFIX)
+    body = text.removesuffix(SUFFIX)
+    assert body.startswith(kept) if truncation == "right" else body.endswith(kept)
+    assert reader.count(prompt.text) <= limit
+    assert (kept != body) == bool(reader.cut)
+
+
+PROPERTY_TOKENIZER = train_tokenizer(["the film was a great joy, wasn't it? TL;DR: yes"], 280)
+
+
+def test_as_much_is_kept_as_fits():
+    text = words(400)
+    for truncation in ("right", "left"):
+        reader = PromptReader(PROPERTY_TOKENIZER, 64, truncation, SUFFIX)
+        (prompt,) = reader([text], ["row 1"])
+        assert prompt is not None
+        assert 62 <= reader.count(prompt.text) <= 64
+    right, left = (PromptReader(PROPERTY_TOKENIZER, 64, side, SUFFIX)([text], ["row 1"])[0] for side in ("right", "left"))
+    assert right is not None
+    assert left is not None
+    assert right.text.startswith("word0 word1 ")
+    assert left.text.endswith(f"word399{SUFFIX}")
+
+
+def test_a_limit_that_holds_no_more_than_the_suffix_is_refused():
+    with pytest.raises(UserError, match="alone has"):
+        PromptReader(PROPERTY_TOKENIZER, 3, suffix=SUFFIX)
+
+
+def test_a_conversation_is_never_cut_but_left_out_and_counted(chatty: Any):
+    reader = PromptReader(chatty, 20)
+    assert reader([ASKED], ["row 1"]) == [None]
+    assert (reader.cut, reader.too_long) == (0, 1)
+
+
+def test_texts_that_differ_in_case_and_white_space_are_the_same_post():
+    assert normalised(" A post\n\nabout  it ") == normalised("a POST about it") == "a post about it"
