@@ -102,12 +102,14 @@ class _TanhGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
-        square = states * states
-        gate = torch.addcmul(states, square, states, value=_TanhGELU.CUBE).mul_(_TanhGELU.SCALE).sigmoid_()
+        cubic = _TanhGELU.CUBE * _TanhGELU.SCALE
+        linear = states.new_tensor(_TanhGELU.SCALE)
+        gate = torch.addcmul(linear, states, states, value=cubic).mul_(states).sigmoid_()
+        if not ctx.needs_input_grad[0]:
+            return gate.mul_(states)
         result = states * gate
-        if ctx.needs_input_grad[0]:
-            slope = square.mul_(3 * _TanhGELU.CUBE * _TanhGELU.SCALE).add_(_TanhGELU.SCALE).mul_(result)  # x σ · d(2u)/dx
-            ctx.save_for_backward(slope.addcmul_(slope, gate, value=-1).add_(gate))
+        slope = torch.addcmul(linear, states, states, value=3 * cubic).mul_(result)  # x σ · d(2u)/dx
+        ctx.save_for_backward(torch.lerp(slope, slope.new_ones(()), gate, out=slope))  # σ + (1 − σ) x σ · d(2u)/dx
         return result
 
     @staticmethod

@@ -115,30 +115,30 @@ def imdb_small() -> Config:
 
 
 def commongen_small() -> Config:
-    """CommonGen with an encoder–decoder of 7M parameters trained here: span corruption, SFT, then SPIDEr as the reward."""
+    """CommonGen with an encoder–decoder of 4M parameters trained here: span corruption, SFT, then SPIDEr as the reward."""
     return Config(
         recipe="commongen-small",
         task=TaskConfig("commongen", None, max_new_tokens=20, min_new_tokens=5, options={"held_back": 1000}),
-        model=ModelConfig(architecture="t5", layers=3, width=256, heads=4, context=64, vocabulary=4096),
+        model=ModelConfig(architecture="t5", layers=2, width=192, heads=4, context=64, vocabulary=4096),
         lm=SupervisedConfig(
-            steps=1500, batch_size=128, learning_rate=2e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
+            steps=600, batch_size=128, learning_rate=2e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
             weight_decay=0.01, seed=0,
         ),
         sft=SupervisedConfig(
-            epochs=4.0, batch_size=128, learning_rate=1e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
+            epochs=3.0, batch_size=128, learning_rate=2e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
             weight_decay=0.01, seed=0,
         ),
         reward=RewardConfig(path="spider"),
         guide=GuideConfig(spec="sft", decoding=Decoding(top_k=50, top_p=0.92)),
         algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=10),
         ppo=PPOConfig(
-            iterations=60, texts_per_iteration=128, epochs=2, minibatch_size=64, learning_rate=2e-4, gamma=0.99, lam=0.95,
+            iterations=40, texts_per_iteration=128, epochs=2, minibatch_size=64, learning_rate=2e-4, gamma=0.99, lam=0.95,
             mle_coefficient=0.1, mle_batch=32,
         ),
         kl=KLConfig(coefficient=0.001),
         critic=CriticConfig(learning_rate=5e-4),
         evaluation=EvaluationConfig(
-            every=10, prompts=200, final_prompts=1497, decoding=Decoding(beams=5), output_perplexity=False,
+            every=0, prompts=200, final_prompts=1497, decoding=Decoding(beams=5), output_perplexity=False,
             metrics=("bleu_4", "cider_d", "spice", "concept_coverage"), baselines=("zero_shot", "sft", "guide"),
         ),
     )  # fmt: skip
