@@ -39,7 +39,7 @@ def largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
 
 def test_gelu_is_that_of_transformers_with_its_gradient():
     states = torch.cat([torch.linspace(-8, 8, 801), torch.tensor([0.0, -1e-3, 30.0, -30.0])])
-    assert largest_difference(with_gradients(TanhGELU(), states), with_gradients(NewGELUActivation(), states)) < 1e-6
+    assert largest_difference(with_gradients(TanhGELU(), states), with_gradients(NewGELUActivation(), states)) < 3e-6
 
 
 def test_gelu_has_the_values_one_can_look_up():

@@ -213,7 +213,8 @@ def shape_config(shape: ModelConfig, vocabulary: int) -> Any:
     if shape.architecture == "t5":
         return T5Config(
             vocab_size=vocabulary, d_model=shape.width, d_kv=shape.width // shape.heads, d_ff=4 * shape.width,
-            num_layers=shape.layers, num_heads=shape.heads, dropout_rate=0.0, tie_word_embeddings=False,
+            num_layers=shape.layers, num_heads=shape.heads, dropout_rate=0.0,
+            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]
         )  # fmt: skip
     return LlamaConfig(
         vocab_size=vocabulary, num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
