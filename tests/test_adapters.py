@@ -124,3 +124,22 @@ def test_what_cannot_be_is_refused() -> None:
         config_of(adapter__in_sft=True)
     with pytest.raises(UserError, match=r"adapter\.dropout is 1"):
         config_of(adapter__dropout=1.0)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "separate", "trunk"])
+def test_a_critic_is_saved_with_its_head_and_begins_another(kind: str, tmp_path: Path) -> None:
+    start = saved(tmp_path / "base")
+    trainer = trainer_on(start, ppo(), critic__kind=kind)
+    trainer.step(0)
+    critic = trainer.parts.models.critics[POLICY]
+    critic.save(tmp_path / "critic")
+    again = trainer_on(start, ppo(), critic__kind=kind, critic__path=str(tmp_path / "critic"), seed=3)
+    found = again.parts.models.critics[POLICY]
+    assert bool((found.head.weight != 0).any())
+    assert all(torch.equal(a, b) for a, b in zip(found.trained(), critic.trained()))
+
+
+def test_a_critic_without_an_adapter_cannot_become_one(tmp_path: Path) -> None:
+    start = saved(tmp_path / "base")
+    with pytest.raises(UserError, match=r"holds no adapter, which critic\.kind=adapter needs"):
+        trainer_on(start, ppo(), critic__path=start)

@@ -14,7 +14,9 @@ from transformers import (
     BertTokenizerFast,
 )
 
-from rlgf.config import ModelConfig, PreferenceConfig, RewardConfig, SupervisedConfig
+from rlgf.adapters import add as add_adapter
+from rlgf.adapters import names as adapter_names
+from rlgf.config import AdapterConfig, ModelConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from rlgf.errors import UserError
 from rlgf.models import load_language_model, new_critic, new_language_model
 from rlgf.ops import preference_loss
@@ -275,3 +277,25 @@ def test_a_token_that_never_ends_a_text_serves_as_padding(tmp_path: Path, tokeni
     reward = new_reward_model(str(tmp_path / "model"), PreferenceConfig(), 0)
     assert reward.tokenizer.pad_token == "great"
     assert len(reward.tokenizer) == len(own)
+
+
+def test_on_the_policys_weights_it_scores_as_merged_into_its_own(start: Path, tmp_path: Path):
+    settings = PreferenceConfig(training=SupervisedConfig(steps=5, batch_size=8, learning_rate=0.05), lora_rank=2)
+    trained = new_reward_model(str(start), settings, 0)
+    train_reward_model(trained, PAIRS, settings, 0, 512)
+    trained.save(tmp_path / "reward")
+    policy = load_language_model(str(start)).fixed()
+    add_adapter(policy.model, "policy", AdapterConfig(rank=2), 0)
+    alone = load_reward_model(str(tmp_path / "reward"))
+    shared = load_reward_model(str(tmp_path / "reward"), backbone=policy)
+    assert shared.model.trunk.owner is policy.model
+    assert set(adapter_names(policy.model)) == {"policy", "reward"}
+    pairs = PAIRS.test[:6]
+    prompts, texts = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    assert shared(prompts, texts) == pytest.approx(alone(prompts, texts), abs=1e-5)
+    assert shared(prompts, texts) == shared(prompts, texts)
+    elsewhere = tmp_path / "elsewhere"
+    load_language_model(str(start)).save(elsewhere)
+    other = load_language_model(str(elsewhere)).fixed()
+    assert load_reward_model(str(tmp_path / "reward"), backbone=other).classifier is not other.model  # not its base
+    assert adapter_names(other.model) == []

@@ -4,6 +4,7 @@ transformers puts adapters into a model, saves and loads them (`add_adapter`, `l
 with them; here is which one is on, and whose parameters are whose.
 """
 
+import copy
 import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlgf.config import AdapterConfig
@@ -79,14 +81,15 @@ def _meaning_several() -> Generator[None]:
 
 def copy_of(model: Any, source: str, name: str) -> None:
     """Put a new adapter into a model that begins as a copy of another of its adapters."""
-    import copy
+    _add_with(model, name, copy.deepcopy(model.peft_config[source]), weights(model, source))
 
-    settings = copy.deepcopy(model.peft_config[source])
+
+def _add_with(model: Any, name: str, settings: Any, values: Mapping[str, Tensor]) -> None:
     settings.inference_mode = False
     with _meaning_several():
         model.add_adapter(settings, name)
     _forget_layers(model)
-    load_weights(model, name, weights(model, source))
+    load_weights(model, name, values)
     model.requires_grad_(False)
 
 
@@ -97,6 +100,21 @@ def load(model: Any, folder: str, name: str) -> None:
         model.load_adapter(str(Path(folder).expanduser()), adapter_name=name)
     _forget_layers(model)
     model.requires_grad_(False)
+
+
+def load_layers(model: Any, folder: Path, name: str) -> dict[str, Tensor]:
+    """Put an adapter that belongs to another head on the same base weights into a model.
+
+    Returns what else its folder holds, by name: that head.
+    """
+    need()
+    from peft import PeftConfig
+
+    settings: Any = PeftConfig.from_pretrained(str(folder))
+    settings.modules_to_save, settings.task_type = None, None
+    found = {key.removeprefix("base_model.model."): v for key, v in load_file(folder / "adapter_model.safetensors").items()}
+    _add_with(model, name, settings, {key: value for key, value in found.items() if ".lora_" in key})
+    return {key: value for key, value in found.items() if ".lora_" not in key}
 
 
 def save(model: Any, name: str, folder: Path) -> None:

@@ -260,6 +260,18 @@ def reward(
 
 
 @app.command()
+def merge(
+    folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as a run's policy/.")],
+    out: Annotated[Path, typer.Option(help="Folder for the whole model.")],
+) -> None:
+    """Write the model that an adapter makes of its base weights, as a whole model of its own."""
+    from rlgf import console, pipeline
+
+    pipeline.merge(str(folder), out)
+    console.report(f"{out} is ready")
+
+
+@app.command()
 def evaluate(
     run_or_recipe: Annotated[str, typer.Argument(help="A run's folder, or a recipe or YAML file with --policy.")],
     overrides: Overrides = None,

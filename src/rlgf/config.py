@@ -263,7 +263,9 @@ class CriticConfig:
     adapter of its own on the policy's base weights, with a head."""
 
     kind: Literal["separate", "trunk", "adapter"] = "separate"  # adapter: one of its own on the policy's weights
-    path: str | None = None  # where a separate critic starts: a folder or Hub name; None: the policy's starting point
+    path: str | None = (
+        None  # where it starts: a run's critic-*/, or a model for a separate one; None: the policy's starting point
+    )
     learning_rate: float = 1e-3
     value_coefficient: float = 0.5  # trunk only
     value_clip: float | None = 0.2

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,6 +28,7 @@ from rlgf.errors import UserError
 from rlgf.forward import MicroBatch, is_encoder_decoder, trunk_states
 from rlgf.tokens import Codec
 
+VALUE_HEAD = "value_head.safetensors"
 POLICY_ADAPTER, SFT = "policy", "sft"  # the names of adapters: the one that is trained, and the one that SFT left
 
 
@@ -299,12 +301,30 @@ class Critic(nn.Module):
         if self.trunk is not None and self.trunk.adapter is not None:
             adapters.load_weights(self.trunk.owner, self.trunk.adapter, values["adapter"])
 
+    def save(self, folder: Path) -> None:
+        """Write its trunk (an adapter alone, where it is one; nothing, where it is the policy's) and its head.
+
+        `critic.path` takes such a folder.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.trunk is not None and self.trunk.adapter is not None:
+            adapters.save(self.trunk.owner, self.trunk.adapter, folder)
+        elif self.trunk is not None:
+            self.trunk.model.save_pretrained(folder)
+        save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, folder / VALUE_HEAD)
+
+    def with_head_of(self, path: str | None) -> "Critic":
+        """This critic with the head that a saved one has, if `path` is one's folder."""
+        if path is not None and (file := Path(path).expanduser() / VALUE_HEAD).is_file():
+            self.head.load_state_dict(load_file(file))
+        return self
+
 
 def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float) -> Critic:
     """A critic for `policy`: 'separate', its trunk loaded from `path` (a reward model will do), or 'trunk', a head alone."""
     width = int(policy.model.get_output_embeddings().in_features)
     if kind == "trunk":
-        return Critic(None, width, initial_value).to(policy.device)
+        return Critic(None, width, initial_value).with_head_of(path).to(policy.device)
     model = speed_up(from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
     # a reward model may have a padding token more
     if int(model.config.vocab_size) not in (policy.vocabulary, policy.vocabulary + 1):
@@ -312,20 +332,29 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
             f"critic.path '{path}' has {model.config.vocab_size} embeddings and the policy {policy.vocabulary}: "
             "a critic reads the policy's tokens, so choose one with the same tokenizer."
         )
-    return Critic(Trunk(model), int(model.config.hidden_size), initial_value).to(policy.device)
+    return Critic(Trunk(model), int(model.config.hidden_size), initial_value).with_head_of(path).to(policy.device)
 
 
-def new_adapter_critic(name: str, policy: LanguageModel, initial_value: float, config: AdapterConfig, seed: int) -> Critic:
-    """A critic that is a new adapter on the policy's base weights, and a head.
+def new_adapter_critic(
+    name: str, policy: LanguageModel, initial_value: float, config: AdapterConfig, seed: int, path: str | None = None
+) -> Critic:
+    """A critic that is an adapter on the policy's base weights, and a head: that of `path`, or a new one.
 
-    Where SFT left an adapter, it begins as that one.
+    A new one begins as the adapter that SFT left, where there is one.
     """
-    if SFT in adapters.names(policy.model):
+    if path is not None:
+        if not adapters.is_adapter_folder(path):
+            raise UserError(
+                f"critic.path '{path}' holds no adapter, which critic.kind=adapter needs: use critic.kind=separate."
+            )
+        adapters.load(policy.model, path, name)
+    elif SFT in adapters.names(policy.model):
         adapters.copy_of(policy.model, SFT, name)
     else:
         adapters.add(policy.model, name, config, seed)
     width = int(policy.model.get_output_embeddings().in_features)
-    return Critic(Trunk(policy.model.base_model, name, policy.model), width, initial_value).to(policy.device)
+    critic = Critic(Trunk(policy.model.base_model, name, policy.model), width, initial_value)
+    return critic.with_head_of(path).to(policy.device)
 
 
 def count_parameters(model: nn.Module) -> int:

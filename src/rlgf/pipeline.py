@@ -161,11 +161,12 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     longest = _check_lengths(codec, context, task, config)
     if "preferences" in (*config.reward.names, config.judge.spec):
         try_pairs(config, stages, report)
-    reward = prepare_reward(config, task, stages, report)
+    reward = None if shares_backbone(config) else prepare_reward(config, task, stages, report)
     judge = prepare_judge(config, stages, report)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
-    probe_reward(reward, task.validation[:4])
+    if reward is not None:
+        probe_reward(reward, task.validation[:4])
     guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
         _probe_guide(guide, algorithm, codec, task, config)
@@ -182,6 +183,9 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
             distil_stage(config, start, lambda count: guide_examples(config, reference, chosen, task, count), stages, report)
         )
     models = assemble(config, algorithm, reference, start, policy_path)
+    if reward is None:
+        reward = prepare_reward(config, task, stages, report, models.policy)
+        probe_reward(reward, task.validation[:4])
     targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, Accounted):
         guide.take_counts()  # what was asked until here belongs to no iteration
@@ -200,7 +204,8 @@ def assemble(config: Config, algorithm: Algorithm, reference: LanguageModel, sta
     def new(origin: Origin) -> Critic:
         if critic.kind == "adapter":
             name = f"critic_{origin.name.lower()}"
-            return new_adapter_critic(name, policy, critic.initial_value, config.adapter, config.seed + origin)
+            seed = config.seed + origin
+            return new_adapter_critic(name, policy, critic.initial_value, config.adapter, seed, critic.path)
         return new_critic(critic.kind, critic.path or policy_path, policy, critic.initial_value)
 
     return Models(policy, reference, {origin: new(origin) for origin in algorithm.critics})
@@ -253,7 +258,7 @@ def _check_paths(config: Config, tokenizer: Any, context: int) -> None:
         _check_guide_model(path, load_tokenizer(path), context_length(path), tokenizer, context)
     if config.guide.spec == "trained" and config.guide.model.path is None:
         _check_guide_model("trained", tokenizer, config.guide.model.context, tokenizer, context)
-    if config.critic.path is not None:
+    if config.critic.path is not None and config.critic.kind == "separate":
         context_length(config.critic.path)
 
 
@@ -279,11 +284,19 @@ def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
     return task
 
 
-def prepare_reward(config: Config, task: Task, stages: Path, report: Report) -> TextFunction:
+def shares_backbone(config: Config) -> bool:
+    """Whether the reward may be one more adapter on the policy's weights, which therefore come first."""
+    trained = "preferences" in config.reward.names and config.preferences.lora_rank > 0
+    return config.adapter.rank > 0 and (trained or any(adapters.is_adapter_folder(name) for name in config.reward.names))
+
+
+def prepare_reward(
+    config: Config, task: Task, stages: Path, report: Report, backbone: LanguageModel | None = None
+) -> TextFunction:
     """The task's reward, trained here if need be."""
     make = {"ngram": reward_stage, "preferences": preference_stage}
     made = {name: make[name](config, stages, report) for name in config.reward.names if name in make}
-    return build_reward(config.reward, task, made, config.runtime.device)
+    return build_reward(config.reward, task, made, config.runtime.device, backbone)
 
 
 def prepare_judge(config: Config, stages: Path, report: Report) -> PairJudge | None:
@@ -422,7 +435,7 @@ def _probe_guide(guide: Guide, algorithm: Algorithm, codec: Codec, task: Task, c
 
 
 def disk_needed(parts: Parts) -> int:
-    """Bytes of checkpoints and the saved policy: weights and two moments, and a checkpoint being written beside the last."""
+    """Bytes of what is saved at the end and of checkpoints: weights, two moments, and one being written beside the last."""
     trained = sum(value.numel() for value in parts.models.policy.parameters())
     trained += sum(value.numel() for critic in parts.models.critics.values() for value in critic.trained())
     return 4 * (2 * 3 * trained + trained) + 50_000_000
@@ -451,6 +464,8 @@ def train(
     trainer.run(directory, watch)
     if directory.results is None:
         parts.models.policy.save(out / "policy")
+        for origin, critic in parts.models.critics.items():
+            critic.save(out / f"critic-{origin.name.lower()}")
         directory.finish(final_results(trainer, directory))
     return trainer
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from rlgf import adapters
 from rlgf.config import Config, TaskConfig, to_dict
 from rlgf.errors import UserError
 from rlgf.models import load_tokenizer
@@ -44,6 +45,8 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
     settings = config.preferences
     check_preferences(config)
     start = settings.path or str(sft_stage(config, stages, report))
+    if adapters.is_adapter_folder(start):  # an adapter of its own, on the weights that SFT's is on
+        start = adapters.base_of(start)
     seed = (config.seed if settings.training.seed is None else settings.training.seed) + (1_000_003 if role == "judge" else 0)
     ingredients: Mapping[str, Any] = {
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
+from rlgf import adapters
 from rlgf.config import PreferenceConfig
 from rlgf.errors import UserError
 from rlgf.forward import group_by_length, is_encoder_decoder, micro_batch, padded, trunk_states
-from rlgf.models import Trunk, from_pretrained, load_tokenizer, speed_up
+from rlgf.models import LanguageModel, Trunk, from_pretrained, load_tokenizer, speed_up
 from rlgf.ops import preference_loss
 from rlgf.packing import is_enabled
 from rlgf.preferences import Pair, Pairs, agreement, longer_rule
@@ -28,8 +29,26 @@ from rlgf.supervised import optimise
 from rlgf.tokens import Codec, encode_continuation
 from rlgf.types import Prompt
 
-ADAPTER = "adapter_config.json"  # what tells a folder with LoRA adapters
 PADDING = "<|pad|>"
+REWARD_ADAPTER = "reward"
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A reward model in the form of an adapter on the weights that a policy's adapters are on, and a head."""
+
+    trunk: Trunk
+    score: nn.Linear
+
+    @property
+    def config(self) -> Any:
+        """That of the base model."""
+        return self.trunk.model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.trunk.model.device
 
 
 @dataclass
@@ -42,7 +61,7 @@ class RewardModel:
     never of its response, and is counted in `texts_cut`.
     """
 
-    model: Any  # a sequence classifier with one label, perhaps with LoRA adapters on it
+    model: Any  # a sequence classifier with one label, perhaps with LoRA adapters on it, or a `Shared`
     tokenizer: Any
     name: str
     token_budget: int = 2048
@@ -138,11 +157,18 @@ class RewardModel:
             return self.model(**{name: value.to(device) for name, value in inputs.items()}).logits[:, 0]
         ids, selected = _behind(rows, lengths)
         batch = micro_batch(self._trunk, torch.arange(len(rows)), ids, torch.ones(len(rows), dtype=torch.int64), selected)
-        return self.classifier.score(trunk_states(Trunk(self._trunk), batch, self.precision).float())[:, 0]
+        return self.classifier.score(trunk_states(self._reader, batch, self.precision).float())[:, 0]
+
+    @property
+    def _reader(self) -> Trunk:
+        classifier = self.classifier
+        if isinstance(classifier, Shared):
+            return classifier.trunk
+        return Trunk(getattr(classifier, classifier.base_model_prefix))
 
     @property
     def _trunk(self) -> Any:
-        return getattr(self.classifier, self.classifier.base_model_prefix)
+        return self._reader.model
 
     def _batches(self, rows: Sequence[Sequence[int]]) -> Any:
         """Micro-batches of texts with their scores."""
@@ -165,16 +191,23 @@ def _behind(rows: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Ten
 
 def is_reward_model(path: str) -> bool:
     """Whether a Hub name or folder holds a sequence classifier of one label, or adapters for one, from its config alone."""
-    if (Path(path).expanduser() / ADAPTER).is_file():
+    if adapters.is_adapter_folder(path):
         return True
     config = from_pretrained(AutoConfig, path, "reward model")
     classifies = any("SequenceClassification" in str(name) for name in config.architectures or [])
     return classifies and int(config.num_labels) == 1
 
 
-def load_reward_model(path: str, device: str = "cpu", token_budget: int = 2048, precision: str = "fp32") -> RewardModel:
-    """A reward model of a Hub name or folder, to score with; adapters are merged into its weights."""
-    if (Path(path).expanduser() / ADAPTER).is_file():
+def load_reward_model(
+    path: str, device: str = "cpu", token_budget: int = 2048, precision: str = "fp32", backbone: LanguageModel | None = None
+) -> RewardModel:
+    """A reward model of a Hub name or folder, to score with.
+
+    Adapters are put on the `backbone`, where they were trained for its base weights; otherwise merged into a copy of theirs.
+    """
+    if backbone is not None and fits(path, str(backbone.model.config.name_or_path)):
+        return _on_backbone(Path(path).expanduser(), backbone, token_budget, precision)
+    if adapters.is_adapter_folder(path):
         tokenizer = load_tokenizer(path)
         model = _load_adapters(Path(path).expanduser(), len(tokenizer))
     else:
@@ -186,6 +219,22 @@ def load_reward_model(path: str, device: str = "cpu", token_budget: int = 2048, 
     if reward.reads_states and tokenizer.eos_token_id is None:
         raise UserError(f"reward model '{path}' has no end token: set eos_token in its tokenizer_config.json.")
     return reward
+
+
+def fits(path: str, base: str) -> bool:
+    """Whether a folder holds adapters for the model of another folder or Hub name."""
+    if not adapters.is_adapter_folder(path):
+        return False
+    return Path(adapters.base_of(path)).expanduser().resolve() == Path(base).expanduser().resolve()
+
+
+def _on_backbone(folder: Path, backbone: LanguageModel, token_budget: int, precision: str) -> RewardModel:
+    weight = adapters.load_layers(backbone.model, folder, REWARD_ADAPTER)["score.weight"]
+    score = nn.Linear(weight.shape[1], 1, bias=False).to(backbone.device)
+    score.load_state_dict({"weight": weight})
+    trunk = Trunk(backbone.model.base_model, REWARD_ADAPTER, backbone.model)
+    model = Shared(trunk, score.requires_grad_(False))
+    return RewardModel(model, load_tokenizer(str(folder)), str(folder), token_budget, precision)
 
 
 def _load_adapters(folder: Path, vocabulary: int) -> Any:

@@ -1,7 +1,8 @@
 """Rewards: functions of (prompts, texts) to numbers, checked at the door."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from rlgf.config import RewardConfig
 from rlgf.errors import RunError, UserError
+from rlgf.models import LanguageModel
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
 from rlgf.reward_model import is_reward_model, load_reward_model
@@ -61,18 +63,24 @@ def _positive_class(config: Any, path: str) -> int:
     raise UserError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")
 
 
-def build_reward(config: RewardConfig, task: Task, made: Mapping[str, Path], device: str = "cpu") -> TextFunction:
+def build_reward(
+    config: RewardConfig, task: Task, made: Mapping[str, Path], device: str = "cpu", backbone: LanguageModel | None = None
+) -> TextFunction:
     """The reward that `reward.path` names, or the sum that `reward.weights` does.
 
-    `made` has the folders of the stages that 'ngram' and 'preferences' stand for, where they are asked for.
+    `made` has the folders of the stages that 'ngram' and 'preferences' stand for, where they are asked for; a reward model
+    that is an adapter goes onto the weights of `backbone`, where it was trained for them.
     """
+    load = partial(load_reward_model, device=device, backbone=backbone)
     if config.weights:
-        parts = {name: (weight, _build(name, config, task, made, device)) for name, weight in config.weights.items()}
+        parts = {name: (weight, _build(name, config, task, made, load)) for name, weight in config.weights.items()}
         return WeightedSum(parts)
-    return _build(config.path, config, task, made, device)
+    return _build(config.path, config, task, made, load)
 
 
-def _build(path: str, config: RewardConfig, task: Task, made: Mapping[str, Path], device: str) -> TextFunction:
+def _build(
+    path: str, config: RewardConfig, task: Task, made: Mapping[str, Path], load: Callable[[str], TextFunction]
+) -> TextFunction:
     """One reward by name; for a whole-text task a model is given prompt and continuation together."""
     if path == "task":
         if task.reward is None:
@@ -91,7 +99,7 @@ def _build(path: str, config: RewardConfig, task: Task, made: Mapping[str, Path]
     if (folder / "ngram.json").is_file():
         judge = NgramClassifier.load(folder)
     elif is_reward_model(place):
-        return load_reward_model(place, device)
+        return load(place)
     else:
         judge = SequenceClassifier(place)
     return whole_text(judge) if task.whole_text else judge
