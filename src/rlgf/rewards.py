@@ -14,7 +14,7 @@ from rlgf.errors import RunError, UserError
 from rlgf.models import LanguageModel
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
-from rlgf.reward_model import is_reward_model, load_reward_model
+from rlgf.reward_model import RewardModel, Shared, is_reward_model, load_reward_model
 from rlgf.scoring.functions import TEXT_FUNCTIONS, build_text_function
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
@@ -133,6 +133,12 @@ def score_parts(
         return score(reward, prompts, texts), {}
     parts = reward.parts(prompts, texts)
     return reward.total(parts), parts
+
+
+def shares_weights(reward: TextFunction) -> bool:
+    """Whether a reward reads with the policy's own weights, on which one adapter can be on at a time."""
+    terms = [term for _, term in reward.terms.values()] if isinstance(reward, WeightedSum) else [reward]
+    return any(isinstance(term, RewardModel) and isinstance(term.model, Shared) for term in terms)
 
 
 def whole_text(judge: TextFunction) -> TextFunction:

@@ -4,7 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from rlgf.guides.remote import RemoteGuide
 from rlgf.judge import PairJudge
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose, uniforms
-from rlgf.rewards import score_parts
+from rlgf.rewards import score_parts, shares_weights
 from rlgf.rollout import Writing, choose_prompts, collect, rollin_requests
 from rlgf.runs import RunDirectory, rollout_rows
 from rlgf.shaping import KLController, RewardShaper
@@ -104,11 +104,13 @@ class Trainer:
         return self.parts.algorithm.plan(iteration, float(uniforms(self.config.seed, Purpose.PHASE_COIN, iteration, 1)[0]))
 
     def appraise(self, rollout: Rollout, iteration: int) -> Experience:
-        """Score the texts and, beside that, measure them with the models."""
+        """Score the texts and, beside that, measure them with the models; before that, if the reward shares their weights."""
         shares, parts = self.shares(iteration), self.parts
         self._warm_start_critic(iteration)
         with ThreadPoolExecutor(1) as beside:
             scoring = beside.submit(score_parts, parts.reward, rollout.prompts, rollout.texts)
+            if shares_weights(parts.reward):
+                wait([scoring])
             measured = measure(rollout, shares, parts.models, self.reading)
             scores, terms = scoring.result()
         rewards = self.shaper.shape(scores, rollout.prompts, rollout.finished.tolist())
