@@ -114,3 +114,14 @@ def test_a_critic_of_another_vocabulary_is_refused(tiny_model: LanguageModel, wo
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError):
         new_critic("separate", str(tmp_path), tiny_model, 0.0)
+
+
+def test_a_new_encoder_decoder_has_one_table_of_words_and_is_the_same_when_loaded(tmp_path: Path, tiny_model: LanguageModel):
+    shape = ModelConfig(architecture="t5", layers=1, width=64, heads=2)
+    made = new_language_model(shape, tiny_model.tokenizer, 0)
+    assert made.model.lm_head.weight is made.model.shared.weight
+    assert float(made.model.shared.weight.detach().std()) == pytest.approx(1 / 8, rel=0.05)
+    made.save(tmp_path)
+    again = load_language_model(str(tmp_path))
+    inputs = {"input_ids": torch.tensor([[3, 5, 7]]), "decoder_input_ids": torch.tensor([[0, 4]])}
+    assert torch.equal(again.model(**inputs).logits, made.model(**inputs).logits)

@@ -216,7 +216,7 @@ def shape_config(shape: ModelConfig, vocabulary: int) -> Any:
         return T5Config(
             vocab_size=vocabulary, d_model=shape.width, d_kv=shape.width // shape.heads, d_ff=4 * shape.width,
             num_layers=shape.layers, num_heads=shape.heads, dropout_rate=0.0,
-            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]
+            tie_word_embeddings=False,  # pyright: ignore[reportCallIssue]  # they are tied all the same, but not scaled down
         )  # fmt: skip
     return LlamaConfig(
         vocab_size=vocabulary, num_hidden_layers=shape.layers, hidden_size=shape.width, intermediate_size=4 * shape.width,
@@ -235,8 +235,8 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
         torch.manual_seed(seed)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model: Any = auto.from_config(config).eval()
-    if config.is_encoder_decoder:  # transformers draws this head for Adafactor's relative steps, too wide for Adam's
-        nn.init.normal_(model.lm_head.weight, std=shape.width**-0.5, generator=torch.Generator().manual_seed(seed))
+    if config.is_encoder_decoder:  # transformers draws embeddings for Adafactor's relative steps, too wide for Adam's
+        nn.init.normal_(model.shared.weight, std=shape.width**-0.5, generator=torch.Generator().manual_seed(seed))
     return bundle(model, tokenizer, "new model")
 
 
