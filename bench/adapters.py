@@ -1,0 +1,126 @@
+"""What training with adapters holds in memory, beside training whole models: bytes of weights, of optimizers, and the peak.
+
+One iteration of AggreVaTeD on a GPT-2-shaped model: policy, two critics, reference, guide and a reward model trained on
+preferences. With whole models each is a copy of its own (guide and reference are one); with adapters there is one copy of the base
+weights. Each way is a process of its own, so that its peak is its own.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.worker import machine, peak_rss_mb
+from bench.workload import Workload, make, read_prompts
+from rlgf import adapters, pipeline
+from rlgf.algorithms import aggrevated
+from rlgf.config import (
+    AdapterConfig,
+    Config,
+    CriticConfig,
+    EvaluationConfig,
+    PPOConfig,
+    PreferenceConfig,
+    RuntimeConfig,
+    TaskConfig,
+)
+from rlgf.data import write_json
+from rlgf.guides import ModelGuide
+from rlgf.models import load_language_model
+from rlgf.reward_model import RewardModel, load_reward_model, new_reward_model
+from rlgf.tasks import Task
+from rlgf.trainer import Parts, Trainer
+from rlgf.types import Decoding, Prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPE = Workload(layers=12, width=512, heads=8, vocabulary=16_384, texts=16, minibatch_texts=8, epochs=1)
+RANK = 8
+
+
+def megabytes(tensors: Iterable[Any]) -> float:
+    """Of distinct storages: what is shared counts once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()) / 1e6
+
+
+def trainer_of(folder: Path, shared: bool) -> Trainer:
+    """A trainer with everything that AggreVaTeD needs."""
+    config = Config(
+        task=TaskConfig(max_new_tokens=SHAPE.new_tokens, min_new_tokens=SHAPE.new_tokens),
+        ppo=PPOConfig(iterations=1, texts_per_iteration=SHAPE.texts, epochs=1, minibatch_size=SHAPE.minibatch_texts),
+        critic=CriticConfig(kind="adapter" if shared else "separate"),
+        adapter=AdapterConfig(rank=RANK if shared else 0),
+        evaluation=EvaluationConfig(every=0),
+        runtime=RuntimeConfig(trackers=()),
+    )
+    start = str(folder / "model")
+    reference = load_language_model(start).fixed()
+    algorithm = aggrevated(0.8)
+    models = pipeline.assemble(config, algorithm, reference, start, start)
+    reward = load_reward_model(str(folder / "reward"), backbone=models.policy if shared else None)
+    prompts = [Prompt(text="", ids=tuple(ids)) for ids in read_prompts(folder)]
+    task = Task("S", prompts, prompts, prompts, reward)
+    guide = ModelGuide(reference, Decoding(top_p=0.92))
+    return Trainer(Parts(config, algorithm, task, reward, models, guide, [], None))
+
+
+def measure(folder: Path, shared: bool) -> dict[str, Any]:
+    """What one iteration holds."""
+    loaded = peak_rss_mb()
+    trainer = trainer_of(folder, shared)
+    models, reward = trainer.parts.models, trainer.parts.reward
+    assert isinstance(reward, RewardModel)
+    trunks = [critic.trunk.model for critic in models.critics.values() if critic.trunk]
+    scorer = reward.model.trunk.model if shared else reward.model
+    all_models = [models.policy.model, models.reference.model, scorer, *trunks]
+    weights = megabytes(itertools.chain.from_iterable(model.parameters() for model in all_models))
+    metrics, _ = trainer.step(0)
+    optimizers = [trainer.updater.policy_optimizer, *trainer.updater.critic_optimizers.values()]
+    moments = (v for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v))
+    return {
+        "weights_mb": weights, "moments_mb": megabytes(moments), "libraries_mb": loaded, "peak_mb": peak_rss_mb(),
+        "seconds": sum(metrics[f"seconds_{stage}"] for stage in ("write", "appraise", "update")),
+        "adapters": sorted(adapters.names(models.policy.model)),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--way", choices=["whole", "adapters"], help="measure one way in this process (for internal use)")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "adapters.json")
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(measure(arguments.folder, arguments.way == "adapters")))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        make(SHAPE, folder)
+        new_reward_model(str(folder / "model"), PreferenceConfig(lora_rank=RANK), 0).save(folder / "reward")
+        base = megabytes(load_language_model(str(folder / "model")).model.parameters())
+        found: dict[str, Any] = {}
+        for way in ("whole", "adapters"):
+            command = [sys.executable, "-m", "bench.adapters", "--way", way, "--folder", str(folder)]
+            done = subprocess.run(command, cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, check=True, text=True)
+            found[way] = json.loads(done.stdout.splitlines()[-1])
+            row = found[way]
+            print(
+                f"{way:9} weights {row['weights_mb']:7,.0f} MB ({row['weights_mb'] / base:.2f} copies of the base), moments "
+                f"{row['moments_mb']:7,.0f} MB, peak {row['peak_mb']:7,.0f} MB, {row['seconds']:.1f} s",
+                flush=True,
+            )
+    write_json(
+        arguments.out, {"base_mb": base, "rank": RANK, **found, "machine": machine("rlgf", "torch", "transformers", "peft")}
+    )
+
+
+if __name__ == "__main__":
+    main()
