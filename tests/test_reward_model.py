@@ -16,6 +16,7 @@ from transformers import (
 
 from rlgf.config import ModelConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from rlgf.errors import UserError
+from rlgf.evaluate import above_references
 from rlgf.models import load_language_model, new_critic, new_language_model
 from rlgf.ops import preference_loss
 from rlgf.preferences import Pair, Pairs
@@ -275,3 +276,11 @@ def test_a_token_that_never_ends_a_text_serves_as_padding(tmp_path: Path, tokeni
     reward = new_reward_model(str(tmp_path / "model"), PreferenceConfig(), 0)
     assert reward.tokenizer.pad_token == "great"
     assert len(reward.tokenizer) == len(own)
+
+
+def test_an_evaluation_says_how_far_above_the_references_texts_score(start: Path):
+    reward = new_reward_model(str(start), PreferenceConfig(), 0)
+    prompts = [Prompt("about the plot:", (" dull plot", " other")), Prompt("about the cast:"), Prompt("a", (" great",))]
+    first, third = reward([prompts[0], prompts[2]], [" dull plot", " great"])
+    assert above_references(reward, prompts, [1.0, 5.0, 3.0]) == pytest.approx((1.0 - first + 3.0 - third) / 2, abs=1e-5)
+    assert math.isnan(above_references(reward, prompts[1:2], [1.0]))
