@@ -546,7 +546,7 @@ def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, 
 
 
 def asking_guide(config: Config) -> Config:
-    """The config with an algorithm that asks its guide for what that can do: nothing of it is trained, the guide is prepared."""
+    """The config with an algorithm that asks its guide for all that it can do, so that the guide is prepared."""
     guide = config.guide
     able = guide.spec != "references" and not guide.spec.startswith("python:") and guide.continuation != "none"
     return override(config, [("algorithm.name", "aggrevated" if able else "ppo_pp"), ("distil.texts", 0)])
