@@ -269,3 +269,16 @@ def test_a_task_of_the_users_own_is_one_short_file(
 def test_prompts_and_tldr_are_among_the_tasks():
     assert TASKS["prompts"] is prompts.KIND
     assert "tldr" in TASKS
+
+
+def test_demonstrations_that_the_model_cannot_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [{"prompt": f"{number} " + "word " * 40, "completion": " yes"} for number in range(10)])
+    small = "lm.steps=0 sft.steps=1 model.layers=1 model.width=16 model.heads=2 model.context=20 model.vocabulary=300"
+    code, _, err = run(["sft", "prompts", "--data", "rows.jsonl", "runtime.threads=1", *small.split()], monkeypatch, capsys)
+    assert code == 2
+    assert "demonstration 1: prompt and target have" in " ".join(err.split())
+    assert "but the model reads 20: shorten the prompts" in " ".join(err.split())
+    assert not list((tmp_path / "runs").glob("prompts-sft*"))

@@ -194,16 +194,23 @@ def test_a_reward_model_goes_on_from_itself(start: Path, tmp_path: Path):
     assert len(again.tokenizer) == len(first.tokenizer)
 
 
-def test_a_long_text_loses_the_end_of_its_prompt_and_is_counted(start: Path):
+def test_a_long_text_loses_part_of_its_prompt_but_not_what_ends_it_and_is_counted(start: Path):
     reward = new_reward_model(str(start), PreferenceConfig(), 0)
-    prompt, text = Prompt(" ".join(["plot"] * 80)), " great plot"
+    prompt, text = Prompt(" ".join(["plot"] * 80) + "\n\nTL;DR:"), " great plot"
     (ids,) = reward.encode([prompt], [text])
     whole = reward.tokenizer(prompt.text)["input_ids"]
     rest = [*reward.tokenizer(text)["input_ids"], reward.tokenizer.eos_token_id]
     assert len(ids) == reward.limit == 48 or reward.limit > 10**6  # llama without a learned position table reads on
     assert ids[-len(rest) :] == rest
-    assert ids[: len(ids) - len(rest)] == whole[: len(ids) - len(rest)]
+    kept = ids[: len(ids) - len(rest)]
+    assert kept == ([*whole[: len(kept) - 8], *whole[-8:]] if len(kept) < len(whole) else whole)
+    assert reward.tokenizer.decode(ids).endswith("\n\nTL;DR: great plot<|endoftext|>")
     assert reward.texts_cut == (len(whole) + len(rest) > reward.limit)
+    word = len(reward.tokenizer(" plot")["input_ids"])
+    (ids,) = reward.encode([prompt], [" plot" * (44 // word)])  # so long that there is hardly room for more
+    room = reward.limit - 44 // word * word - 1
+    assert 0 < room < 8 or reward.limit > 10**6
+    assert ids[:room] == whole[-room:] or reward.limit > 10**6
 
 
 def test_a_response_that_is_too_long_by_itself_is_an_error(start: Path):
