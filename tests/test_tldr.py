@@ -146,6 +146,39 @@ def test_too_few_posts_are_refused(tmp_path: Path, tokenizer: Any):
         tldr.build(config, tokenizer)
 
 
+def test_a_hub_dataset_has_splits_of_its_own_and_its_comparisons_beside_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    def asked(name: str) -> str:
+        return tldr.asked({**post(name), "post": body(name)})
+
+    def load_dataset(source: str) -> Any:
+        if source == "someone/tldr":
+            parts = {"train": NAMES[:6], "valid": NAMES[6:8], "test": NAMES[8:10]}
+            rows = {s: [{"prompt": f"{asked(n)}\nTL;DR:", "label": f" of {n}"} for n in names] for s, names in parts.items()}
+        else:
+            sides = {"chosen": "TL;DR: a boat that was lost there", "rejected": "TL;DR: a boat that he did find"}
+            parts = {"train": NAMES[10:18], "test": NAMES[18:]}
+            rows = {s: [{"prompt": f"{asked(n)}\nTL;DR:", **sides} for n in names] for s, names in parts.items()}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(part) for split, part in rows.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    config = TaskConfig("tldr", "someone/tldr", 50, options={"prompt_tokens": 64, "comparisons": "someone/comparisons"})
+    task = tldr.build(config, tokenizer)
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [6, 2, 2]
+    assert named(task.validation) == set(NAMES[6:8])
+    assert task.train[0].targets == (" of ashton",)
+    pairs = tldr.preference_pairs(config, tokenizer, 5)
+    assert [len(part) for part in (pairs.train, pairs.test)] == [8, 2]
+    assert (pairs.train[0].chosen, pairs.train[0].rejected) == (" a boat that was lost there", " a boat that he did find")
+    for prompt in [*task.train, *(pair.prompt for pair in pairs.train)]:
+        assert prompt.text.endswith("\nTL;DR:")
+        assert prompt.text.count("TL;DR:") == 1
+        assert len(tokenizer(prompt.text)["input_ids"]) <= 64
+    with pytest.raises(UserError, match=r"needs pairs: give task\.options\.comparisons"):
+        tldr.preference_pairs(TaskConfig("tldr", "someone/tldr"), tokenizer, 5)
+
+
 @pytest.fixture(scope="module")
 def real(shared_data: Path) -> tuple[TaskConfig, Task, Pairs]:
     """The posts and comparisons beside the repository, as the recipe reads them."""
