@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn_several_times_is_refused():
 def test_a_run_is_evaluated_with_the_best_of_several_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    train(small(("evaluation.decoding", {"greedy": True})), tmp_path / "run")
+    train(small(("evaluation.decoding", {"greedy": True}), ("runtime.threads", 1)), tmp_path / "run")
     out = tmp_path / "out.json"
     monkeypatch.setattr("sys.argv", ["rlgf", "evaluate", str(tmp_path / "run"), "--best-of", "3", "--json", str(out)])
     with pytest.raises(SystemExit) as stopped:
@@ -134,7 +134,7 @@ def evaluated(arguments: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_baseline_is_a_command_and_says_what_a_comparison_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    config = small(("evaluation.baselines", ["zero_shot", "sft", "guide"]))
+    config = small(("evaluation.baselines", ["zero_shot", "sft", "guide"]), ("runtime.threads", 1))
     rows = {row["key"]: row for row in compare(config, entries(config, ["ppo"], {}), [0], tmp_path / "all")["rows"]}
     run = tmp_path / "all" / "runs" / "ppo-seed0"
     for name in ("zero_shot", "sft", "guide"):
