@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small test test-slow test-data test-server test-vllm gpu lint types bench \
+.PHONY: results setup quickstart quickstart-seeds imdb-small tldr-small test test-slow test-data test-server test-vllm gpu lint types bench \
   bench-prefetch bench-rewards docs sample clean
 
 setup: $(STAMP)
@@ -26,9 +26,12 @@ quickstart-seeds: setup  ## the same over five seeds; the committed table comes 
 imdb-small: setup  ## the five algorithms on real reviews, three seeds, about two hours on two cores
 	$(BIN)/rlgf compare imdb-small --data $(DATA)/imdb --seeds 0,1,2 --jobs 2 --out runs/imdb-small
 
+tldr-small: setup  ## real posts and comparisons: reward model, judge, three algorithms, best of 8; about two hours on two cores
+	$(BIN)/rlgf compare tldr-small --data $(DATA)/tldr --algorithms ppo,ppo_pp,aggrevated --jobs 2 --out runs/tldr-small
+
 results:  ## keep the small files of a comparison under docs/results: make results NAME=imdb-small
 	mkdir -p docs/results/$(NAME)
-	cd runs/$(NAME) && cp -r --parents $$(ls -d results.json table.md curves.png baselines \
+	cd runs/$(NAME) && cp -r --parents $$(ls -d results.json table.md curves.png baselines stages/*/stage.json \
 	  runs/*/config.yaml runs/*/metrics.jsonl runs/*/results.json 2>/dev/null) ../../docs/results/$(NAME)/
 
 test: setup  ## the fast suite: no network, under a minute

@@ -102,7 +102,7 @@ def test_what_cannot_be_drawn_several_times_is_refused():
 def test_a_run_is_evaluated_with_the_best_of_several_texts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    train(small(("evaluation.decoding", {"greedy": True})), tmp_path / "run")
+    train(small(("evaluation.decoding", {"greedy": True}), ("runtime.threads", 1)), tmp_path / "run")
     out = tmp_path / "out.json"
     monkeypatch.setattr("sys.argv", ["rlgf", "evaluate", str(tmp_path / "run"), "--best-of", "3", "--json", str(out)])
     with pytest.raises(SystemExit) as stopped:
@@ -122,3 +122,42 @@ def test_a_comparison_has_a_row_for_the_best_of_each(tmp_path: Path):
     assert [row["title"] for row in results["rows"]][1::3] == ["SFT, best of 2", "PPO, best of 2"]
     assert "| PPO, best of 2 |" in (tmp_path / "table.md").read_text()
     assert dict(SMALL)["evaluation.final_prompts"] == results["rows"][1]["metrics"]["texts"][0]
+
+
+def evaluated(arguments: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    out = tmp_path / "out.json"
+    monkeypatch.setattr("sys.argv", ["rlgf", "evaluate", *arguments, "--json", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    return json.loads(out.read_text())
+
+
+def test_a_baseline_is_a_command_and_says_what_a_comparison_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = small(("evaluation.baselines", ["zero_shot", "sft", "guide"]), ("runtime.threads", 1))
+    rows = {row["key"]: row for row in compare(config, entries(config, ["ppo"], {}), [0], tmp_path / "all")["rows"]}
+    run = tmp_path / "all" / "runs" / "ppo-seed0"
+    for name in ("zero_shot", "sft", "guide"):
+        found = evaluated([str(run), "--baseline", name], tmp_path, monkeypatch)
+        assert {key: [value] for key, value in found.items()} == rows[name]["metrics"], name
+    assert rows["zero_shot"]["metrics"]["perplexity"] != rows["sft"]["metrics"]["perplexity"]
+    found = evaluated([str(run), "--baseline", "zero_shot", "--best-of", "2"], tmp_path, monkeypatch)
+    assert found["best_of"]["samples"] == 2  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--baseline", "oracle"], "unknown baseline 'oracle'"),
+        (["--baseline", "sft", "--policy", "somewhere"], "both say whose texts are measured"),
+        (["--baseline", "guide", "--best-of", "2"], "a guide is none"),
+    ],
+)
+def test_baselines_that_cannot_be_are_refused(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("sys.argv", ["rlgf", "evaluate", "quickstart", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert words in capsys.readouterr().err.replace("\n", " ")

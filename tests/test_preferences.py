@@ -1,10 +1,14 @@
 """Preference pairs: where their prompts come from, what is dropped, and how posts are shared out."""
 
+import gzip
+import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlgf import cli
 from rlgf.errors import UserError
 from rlgf.preferences import Columns, Pair, Pairs, agreement, choose_part, longer_rule, parts_of, read_pairs
 from rlgf.prompting import PromptReader
@@ -127,3 +131,27 @@ def test_dialogues_of_hh_are_told_apart_as_counted_by_another_program(shared_dat
         part = choose_part(pairs, 1, 0)
         train, test = posts_of(part.train, part.test)
         assert not train & test
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_reward_model_is_trained_on_dialogues_of_hh_by_one_command(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+):
+    with gzip.open(shared_data / "hh_rlhf_test" / "helpful-base.test.jsonl.gz", "rt") as file:
+        (tmp_path / "hh.jsonl").write_text("".join(itertools.islice(file, 120)))
+    small = "model.layers=1 model.width=16 model.heads=2 model.context=1600 model.vocabulary=400 lm.steps=0 sft.steps=1"
+    training = (
+        f"task.max_new_tokens=8 preferences.training.steps=3 preferences.training.batch_size=4 preferences.lora_rank={rank}"
+    )
+    command = f"rlgf reward prompts --data hh.jsonl reward.path=preferences --out reward {small} {training}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command.split())
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    measured = json.loads((tmp_path / "reward" / "stage.json").read_text())["measured"]
+    assert (measured["steps"], measured["trained_posts"], measured["held_out_posts"]) == (3, 88, 22)
+    assert 0 <= measured["accuracy"] <= 1
+    assert 0 <= measured["longer_rule"] <= 1
+    assert (tmp_path / "reward" / "adapter_config.json").is_file() == bool(rank)

@@ -269,3 +269,47 @@ def test_a_task_of_the_users_own_is_one_short_file(
 def test_prompts_and_tldr_are_among_the_tasks():
     assert TASKS["prompts"] is prompts.KIND
     assert "tldr" in TASKS
+
+
+def test_demonstrations_that_the_model_cannot_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [{"prompt": f"{number} " + "word " * 40, "completion": " yes"} for number in range(10)])
+    small = "lm.steps=0 sft.steps=1 model.layers=1 model.width=16 model.heads=2 model.context=20 model.vocabulary=300"
+    code, _, err = run(["sft", "prompts", "--data", "rows.jsonl", "runtime.threads=1", *small.split()], monkeypatch, capsys)
+    assert code == 2
+    assert "demonstration 1: prompt and target have" in " ".join(err.split())
+    assert "but the model reads 20: shorten the prompts" in " ".join(err.split())
+    assert not list((tmp_path / "runs").glob("prompts-sft*"))
+
+
+def test_a_hub_dataset_is_read_with_its_splits_and_its_subset(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    import datasets
+
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load_dataset(path: str, **options: Any) -> Any:
+        asked.append((path, options))
+        parts = {"train": ROWS[:12], "validation": ROWS[12:16], "test": ROWS[16:]}
+        return datasets.DatasetDict({split: datasets.Dataset.from_list([*map(dict, rows)]) for split, rows in parts.items()})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.chdir(tmp_path)
+    task = prompts.build(TaskConfig("prompts", "someone/counting", options={"subset": "small"}), tokenizer)
+    assert asked == [("someone/counting", {"name": "small"})]
+    assert [prompt.columns["goal"] for prompt in task.test] == [16, 17, 18, 19]
+    assert (len(task.train), len(task.validation)) == (12, 4)
+    assert task.train[3].targets == (" 3",)
+
+
+def test_parts_of_a_split_in_parquet_files_are_read_as_a_hub_dataset_is(tmp_path: Path, tokenizer: Any):
+    import pandas
+
+    (tmp_path / "data").mkdir()
+    for split, part, rows in (("train", 0, ROWS[:6]), ("train", 1, ROWS[6:12]), ("test", 0, ROWS[12:])):
+        count = 2 if split == "train" else 1
+        pandas.DataFrame(rows).to_parquet(tmp_path / "data" / f"{split}-{part:05}-of-{count:05}.parquet")
+    task = task_of(tmp_path / "data", tokenizer)
+    assert [prompt.columns["goal"] for prompt in task.train] == list(range(12))
+    assert len(task.validation) + len(task.test) == 8

@@ -18,6 +18,7 @@ from rlgf.adapters import add as add_adapter
 from rlgf.adapters import names as adapter_names
 from rlgf.config import AdapterConfig, ModelConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from rlgf.errors import UserError
+from rlgf.evaluate import above_references
 from rlgf.models import load_language_model, new_critic, new_language_model
 from rlgf.ops import preference_loss
 from rlgf.preferences import Pair, Pairs
@@ -195,16 +196,23 @@ def test_a_reward_model_goes_on_from_itself(start: Path, tmp_path: Path):
     assert len(again.tokenizer) == len(first.tokenizer)
 
 
-def test_a_long_text_loses_the_end_of_its_prompt_and_is_counted(start: Path):
+def test_a_long_text_loses_part_of_its_prompt_but_not_what_ends_it_and_is_counted(start: Path):
     reward = new_reward_model(str(start), PreferenceConfig(), 0)
-    prompt, text = Prompt(" ".join(["plot"] * 80)), " great plot"
+    prompt, text = Prompt(" ".join(["plot"] * 80) + "\n\nTL;DR:"), " great plot"
     (ids,) = reward.encode([prompt], [text])
     whole = reward.tokenizer(prompt.text)["input_ids"]
     rest = [*reward.tokenizer(text)["input_ids"], reward.tokenizer.eos_token_id]
     assert len(ids) == reward.limit == 48 or reward.limit > 10**6  # llama without a learned position table reads on
     assert ids[-len(rest) :] == rest
-    assert ids[: len(ids) - len(rest)] == whole[: len(ids) - len(rest)]
+    kept = ids[: len(ids) - len(rest)]
+    assert kept == ([*whole[: len(kept) - 8], *whole[-8:]] if len(kept) < len(whole) else whole)
+    assert reward.tokenizer.decode(ids).endswith("\n\nTL;DR: great plot<|endoftext|>")
     assert reward.texts_cut == (len(whole) + len(rest) > reward.limit)
+    word = len(reward.tokenizer(" plot")["input_ids"])
+    (ids,) = reward.encode([prompt], [" plot" * (44 // word)])  # so long that there is hardly room for more
+    room = reward.limit - 44 // word * word - 1
+    assert 0 < room < 8 or reward.limit > 10**6
+    assert ids[:room] == whole[-room:] or reward.limit > 10**6
 
 
 def test_a_response_that_is_too_long_by_itself_is_an_error(start: Path):
@@ -277,6 +285,14 @@ def test_a_token_that_never_ends_a_text_serves_as_padding(tmp_path: Path, tokeni
     reward = new_reward_model(str(tmp_path / "model"), PreferenceConfig(), 0)
     assert reward.tokenizer.pad_token == "great"
     assert len(reward.tokenizer) == len(own)
+
+
+def test_an_evaluation_says_how_far_above_the_references_texts_score(start: Path):
+    reward = new_reward_model(str(start), PreferenceConfig(), 0)
+    prompts = [Prompt("about the plot:", (" dull plot", " other")), Prompt("about the cast:"), Prompt("a", (" great",))]
+    first, third = reward([prompts[0], prompts[2]], [" dull plot", " great"])
+    assert above_references(reward, prompts, [1.0, 5.0, 3.0]) == pytest.approx((1.0 - first + 3.0 - third) / 2, abs=1e-5)
+    assert math.isnan(above_references(reward, prompts[1:2], [1.0]))
 
 
 def test_on_the_policys_weights_it_scores_as_merged_into_its_own(start: Path, tmp_path: Path):

@@ -19,6 +19,7 @@ from rlgf.errors import RunError, UserError, unknown
 from rlgf.recipes import RECIPES, recipe
 from rlgf.recipes import controls as recipe_controls
 
+BASELINES = ("zero_shot", "sft", "guide")
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
@@ -284,12 +285,21 @@ def evaluate(
     judge: Annotated[
         str | None, typer.Option(help="Who compares with references: preferences, model:PATH or server:MODEL@URL.")
     ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Instead of a policy: zero_shot (the model before SFT), sft or guide.")
+    ] = None,
     stages: Stages = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Also write the metrics to this file.", metavar="FILE")
     ] = None,
 ) -> None:
-    """Fresh texts by a policy alone on held-out prompts, measured."""
+    """Fresh texts by a policy alone on held-out prompts, measured; or by a baseline of a run or recipe."""
+    if baseline is not None and baseline not in BASELINES:
+        raise unknown("baseline", baseline, BASELINES)
+    if baseline is not None and policy is not None:
+        raise UserError("--baseline and --policy both say whose texts are measured: give one of them.")
+    if baseline == "guide" and best_of is not None:
+        raise UserError("--best-of keeps the best texts of a policy, and a guide is none: leave it out.")
     folder = Path(run_or_recipe)
     is_run = (folder / "config.yaml").is_file()
     if not is_run and run_or_recipe not in RECIPES and not folder.is_file():
@@ -301,8 +311,8 @@ def evaluate(
         config = override(config, [("evaluation.best_of", best_of)])
     if judge is not None:
         config = override(config, [("judge.spec", judge)])
-    chosen = policy or (str(folder / "policy") if is_run else None)
-    if is_run and policy is None and not (folder / "policy").is_dir():
+    chosen = policy or (str(folder / "policy") if is_run and baseline is None else None)
+    if is_run and chosen and policy is None and not (folder / "policy").is_dir():
         raise UserError(
             f"{folder} has no policy/ yet: finish the run with `rlgf train {folder / 'config.yaml'} --out {folder}`."
         )
@@ -310,7 +320,10 @@ def evaluate(
 
     console.set_up_machine(config)
     shelf = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
-    found = pipeline.evaluate_policy_at(config, chosen, shelf, console.report)
+    if baseline == "guide":
+        found = pipeline.evaluate_guide_at(config, shelf, console.report)
+    else:
+        found = pipeline.evaluate_policy_at(config, chosen, shelf, console.report, zero_shot=baseline == "zero_shot")
     console.print_evaluation(found)
     if json_out:
         from rlgf.data import write_json

@@ -12,7 +12,7 @@ from typing import Any
 from rlgf.config import Config, dump, override
 from rlgf.data import read_json, write_json
 from rlgf.errors import RunError, UserError
-from rlgf.pipeline import Report, evaluate_baselines, prepare, silent, train
+from rlgf.pipeline import Report, asking_guide, evaluate_baselines, prepare, silent, train
 from rlgf.recipes import Control
 from rlgf.report import write_report
 from rlgf.runs import RunDirectory, json_safe, read_complete_lines
@@ -76,9 +76,7 @@ def compare(
 
 def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[str, Any]:
     """SFT and guide for one seed, evaluated once. Any algorithm that asks the guide will do to prepare them."""
-    asking = override(config, [("algorithm.name", "aggrevated"), ("distil.texts", 0)])
-    if config.guide.spec == "references" or config.guide.spec.startswith("python:") or config.guide.continuation == "none":
-        asking = override(asking, [("algorithm.name", "ppo_pp")])
+    asking = asking_guide(config)
     mark = fingerprint({"config": dump(override(asking, [("runtime.threads", 0)]))})
     path = out / "baselines" / f"seed{config.seed}.json"
     if path.is_file() and read_json(path).get("fingerprint") == mark:

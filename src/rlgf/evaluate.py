@@ -14,6 +14,7 @@ from rlgf.judge import PairJudge, win_rate
 from rlgf.metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.models import LanguageModel
 from rlgf.randomness import Purpose
+from rlgf.reward_model import RewardModel
 from rlgf.rewards import continuation_only, score
 from rlgf.rollout import Writing, collect
 from rlgf.scoring.diversity import distinct
@@ -81,6 +82,8 @@ def measured(rollout: Rollout, scores: Sequence[float], judges: Judges) -> dict[
     alone = continuation_only(judges.reward)
     if alone is not None:
         metrics["score_continuation"] = float(torch.tensor(score(alone, prompts, rollout.texts)).mean())
+    if isinstance(judges.reward, RewardModel):  # whose scores have no zero of their own
+        metrics["score_minus_reference"] = above_references(judges.reward, prompts, scores)
     metrics |= text_metrics(judges, prompts, rollout.texts)
     if judges.judge is not None:
         metrics |= win_rate(judges.judge, prompts, rollout.texts)
@@ -89,6 +92,13 @@ def measured(rollout: Rollout, scores: Sequence[float], judges: Judges) -> dict[
             judges.general, rollout.ids, rollout.prompt_lengths, rollout.written, judges.reading
         )
     return metrics
+
+
+def above_references(reward: TextFunction, prompts: Sequence[Prompt], scores: Sequence[float]) -> float:
+    """The mean of how much higher texts score than their prompts' first references; not a number where there are none."""
+    rows = [(prompt, value) for prompt, value in zip(prompts, scores) if prompt.references]
+    references = score(reward, [prompt for prompt, _ in rows], [prompt.references[0] for prompt, _ in rows])
+    return statistics.fmean(value - base for (_, value), base in zip(rows, references)) if rows else math.nan
 
 
 def text_metrics(judges: Judges, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:

@@ -560,15 +560,33 @@ def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, 
     return found
 
 
-def evaluate_policy_at(config: Config, policy: str | None, stages: Path, report: Report) -> dict[str, Any]:
-    """A policy (a folder or Hub name; None: the SFT stage) on the test split: `evaluation`, its metrics, and `extras`.
+def asking_guide(config: Config) -> Config:
+    """The config with an algorithm that asks its guide for all that it can do, so that the guide is prepared."""
+    guide = config.guide
+    able = guide.spec != "references" and not guide.spec.startswith("python:") and guide.continuation != "none"
+    return override(config, [("algorithm.name", "aggrevated" if able else "ppo_pp"), ("distil.texts", 0)])
 
-    Nothing is trained for RL.
+
+def evaluate_guide_at(config: Config, stages: Path, report: Report) -> dict[str, Any]:
+    """The config's guide by itself on the test split: `evaluation`, its metrics, and who judged."""
+    parts = prepare(override(asking_guide(config), [("evaluation.baselines", ["guide"])]), stages, report)
+    row = evaluate_baselines(parts, stages, report)["guide"]
+    return {"evaluation": row["evaluation"], **({"judge": parts.judge.name} if parts.judge else {})}
+
+
+def evaluate_policy_at(
+    config: Config, policy: str | None, stages: Path, report: Report, zero_shot: bool = False
+) -> dict[str, Any]:
+    """A policy on the test split: `evaluation`, its metrics, and `extras`. Nothing is trained for RL.
+
+    The policy is a folder or Hub name; None is the SFT stage, or with `zero_shot` the model before that.
     """
     check(config)
     start = sft_stage(config, stages, report)
     reference = load_language_model(str(start), config.runtime.device)
     language_model = load_language_model(policy, config.runtime.device) if policy else reference
+    if zero_shot:
+        language_model = base_model(config, stages, report)[0]
     task, reward = prepare_task(config, reference.tokenizer, stages, report)
     _check_lengths(language_model.codec, language_model.context, task, config)
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)

@@ -175,13 +175,16 @@ def tldr() -> Config:
 
 
 def tldr_small() -> Config:
-    """Real posts and comparisons, a model of 4M parameters trained here; the judge is a second reward model, on other posts."""
+    """Real posts and comparisons, a model of 2M parameters trained here; the judge is a second reward model, on other posts.
+
+    Texts are drawn in evaluations too: greedily so small a model writes one phrase over and over.
+    """
     return Config(
         recipe="tldr-small",
-        task=TaskConfig("tldr", None, max_new_tokens=50, options={"prompt_tokens": 256}),
-        model=ModelConfig(layers=4, width=256, heads=4, context=384, vocabulary=4096),
+        task=TaskConfig("tldr", None, max_new_tokens=50, options={"prompt_tokens": 160}),
+        model=ModelConfig(layers=3, width=192, heads=3, context=216, vocabulary=4096),
         lm=SupervisedConfig(
-            steps=400, batch_size=32, learning_rate=2e-3, schedule="cosine", warmup_steps=50, adam_beta2=0.98,
+            steps=900, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup_steps=50, adam_beta2=0.98,
             weight_decay=0.01, seed=0,
         ),
         sft=SupervisedConfig(epochs=3.0, batch_size=32, learning_rate=3e-4, seed=0),
@@ -193,12 +196,15 @@ def tldr_small() -> Config:
         guide=GuideConfig(spec="sft", decoding=Decoding(top_p=0.92)),
         algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=0.8),
         ppo=PPOConfig(
-            iterations=20, texts_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=1e-4, gamma=1.0, lam=0.95,
+            iterations=12, texts_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4, gamma=1.0, lam=0.95,
             mle_coefficient=0.1, mle_batch=8,
         ),
-        kl=KLConfig(coefficient=0.02),
-        critic=CriticConfig(learning_rate=3e-4),
-        evaluation=EvaluationConfig(every=5, prompts=64, final_prompts=256, decoding=Decoding(greedy=True), best_of=8),
+        kl=KLConfig(coefficient=0.01),
+        critic=CriticConfig(learning_rate=5e-4),
+        evaluation=EvaluationConfig(
+            every=4, prompts=64, final_prompts=256, best_of=8, metrics=("rouge1", "rouge2", "rougeL"),
+            baselines=("zero_shot", "sft", "guide"),
+        ),
     )  # fmt: skip
 
 
@@ -208,8 +214,8 @@ def prompts() -> Config:
         recipe="prompts",
         task=TaskConfig("prompts", None, max_new_tokens=32),
         model=ModelConfig(layers=2, width=128, heads=4, context=256, vocabulary=1024),
-        lm=SupervisedConfig(steps=200, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup_steps=20, adam_beta2=0.98),
-        sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=5e-4),
+        lm=SupervisedConfig(steps=100, batch_size=8, learning_rate=2e-3, schedule="cosine", warmup_steps=10, adam_beta2=0.98),
+        sft=SupervisedConfig(epochs=3.0, batch_size=16, learning_rate=5e-4),
         preferences=PreferenceConfig(training=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-4)),
         guide=GuideConfig(spec="sft", decoding=Decoding(top_p=0.92)),
         ppo=PPOConfig(iterations=20, texts_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4),

@@ -22,6 +22,7 @@ COLUMNS = {
     "pass_rate": Column("pass rate", 3),
     "score": Column("reward", 3),
     "score_continuation": Column("reward, continuation alone", 3),
+    "score_minus_reference": Column("reward − reference's", 3),
     "bleu_4": Column("BLEU-4", 2, 100),
     "cider_d": Column("CIDEr-D", 2, 10),
     "cider_d_easy": Column("CIDEr-D, easy", 2, 10),

@@ -31,6 +31,7 @@ from rlgf.types import Prompt
 
 PADDING = "<|pad|>"
 REWARD_ADAPTER = "reward"
+ENDING = 8  # tokens at the end of a prompt that are never cut off: `TL;DR:`, or whose turn it is
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class RewardModel:
 
     The score is that of the state after the last token, as transformers' classifiers on causal models have it; of other
     classifiers it is what they make of prompt and response as a pair of texts. Where the prompt is a conversation and this
-    model's tokenizer has a chat template, it reads the conversation. A text that is too long loses the end of its prompt,
-    never of its response, and is counted in `texts_cut`.
+    model's tokenizer has a chat template, it reads the conversation. A text that is too long loses what stands before the last
+    tokens of its prompt, nothing of its response, and is counted in `texts_cut`.
     """
 
     model: Any  # a sequence classifier with one label, perhaps with LoRA adapters on it, or a `Shared`
@@ -138,8 +139,11 @@ class RewardModel:
         room = self.limit - len(rest)
         if room < 0:
             raise self._too_long(len(rest))
-        self.texts_cut += len(prompt) > room
-        return [*prompt[:room], *rest]
+        if len(prompt) > room:
+            self.texts_cut += 1
+            end = min(room, ENDING)
+            prompt = [*prompt[: room - end], *prompt[len(prompt) - end :]]
+        return [*prompt, *rest]
 
     def _too_long(self, tokens: int) -> ValueError:
         return ValueError(f"a response has {tokens} tokens, but the reward model '{self.name}' reads {self.limit}")

@@ -260,6 +260,20 @@ class TargetExamples(Sequence[Example]):
         return Example([*before, *after], len(before), cut=after[-1] != self.model.end_id)
 
 
+def checked(examples: Sequence[Example], model: LanguageModel, task: TaskConfig) -> int:
+    """Refuse examples that are longer than the model reads; how many were cut at the budget of a response."""
+    cut = 0
+    for number, example in enumerate(examples, 1):
+        length = example.start if model.codec.alone else len(example.ids)
+        if length > model.context:
+            raise UserError(
+                f"task '{task.name}', demonstration {number}: prompt and target have {length} tokens, but the model reads "
+                f"{model.context}: shorten the prompts or task.max_new_tokens, or raise model.context."
+            )
+        cut += example.cut
+    return cut
+
+
 def sft_stage(config: Config, stages: Path, report: Report, at: Path | None = None) -> Path | str:
     """The policy's starting point: `policy` if one is given, the base model fine-tuned on targets, or the base model."""
     if config.policy:
@@ -305,9 +319,10 @@ def _sft(
             built = dataclasses.replace(built, train=built.demonstrations)
         trained = with_adapter(config, model, seed)
         examples = TargetExamples(built, model, task.max_new_tokens, training.texts)
+        cut = checked(examples, model, task)
         measured = fit(trained, examples, training, seed, config.runtime.token_budget, report)
         trained.save(folder)
-        return measured | {"targets_cut": sum(example.cut for example in examples)}
+        return measured | {"targets_cut": cut}
 
     if at:
         return build_at(at, name, ingredients, build, report)

@@ -3,6 +3,7 @@
 The data is a folder of posts and comparisons, whose posts are split here once, or a Hub dataset with splits of its own.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +14,7 @@ from rlgf.config import TaskConfig
 from rlgf.data import held_out, read_rows, read_splits
 from rlgf.errors import UserError
 from rlgf.preferences import Columns, Pairs, read_pairs
-from rlgf.prompting import PromptReader, normalised
+from rlgf.prompting import PromptReader
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks import prompts
 from rlgf.tasks.base import Task, TaskKind, task_options
@@ -21,6 +22,7 @@ from rlgf.types import Prompt
 
 ENDING = "TL;DR:"  # of every prompt, never cut off
 POSTS, COMPARISONS, MORE_TEXT = "sft_posts", "comparisons", "tldrhq_train"  # files of the folder
+MARK = 80  # letters and digits: no two of the 3,194 posts of the folder share as many, but for versions of one
 SHARED = "posts with a summary that are left to the reward models"
 
 
@@ -88,8 +90,8 @@ def _read(source: str, name: str) -> list[dict[str, Any]]:
 
 def _shares(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
     """The posts that have a summary, once each, in four parts; those that are compared are left to the reward models."""
-    compared = {normalised(row["post"]) for row in _rows(config, COMPARISONS)}
-    distinct = {normalised(row["post"]): row for row in reversed(_rows(config, POSTS))}
+    compared = {mark(row["post"]) for row in _rows(config, COMPARISONS)}
+    distinct = {mark(row["post"]): row for row in reversed(_rows(config, POSTS))}
     posts = [row for post, row in reversed(distinct.items()) if post not in compared]
     order = permutation(0, Purpose.TASK, 5, len(posts)).tolist()
     held = options.test_posts + options.validation_posts
@@ -103,6 +105,11 @@ def _shares(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
                 "and choose a sft_share between 0 and 1."
             )
     return parts
+
+
+def mark(post: str) -> str:
+    """What tells a post from others: how it begins, in letters and digits; some stand in the data twice, edited at the end."""
+    return "".join(re.findall(r"[^\W_]", post.lower()))[:MARK]
 
 
 def asked(row: Mapping[str, Any]) -> str:
@@ -133,7 +140,7 @@ def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pa
         reader = PromptReader(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
         pairs, dropped = read_pairs(
             [_compared(row, asked(row)) for row in _rows(config, COMPARISONS)], f"{config.data}, {COMPARISONS}", reader,
-            least_words, Columns(), lambda row: row["post"],
+            least_words, Columns(), lambda row: mark(row["post"]),
         )  # fmt: skip
         out = _held_posts(config)
         train, test = ([pair for pair in pairs if (pair.post in out) == held] for held in (False, True))
@@ -154,7 +161,7 @@ def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pa
 
 def _held_posts(config: TaskConfig) -> set[str]:
     """A fifth of the posts that are compared: no reward model is trained on them, and no language model."""
-    posts = [normalised(row["post"]) for row in _rows(config, COMPARISONS)]
+    posts = [mark(row["post"]) for row in _rows(config, COMPARISONS)]
     return {post for post, held in zip(posts, held_out(posts)) if held}
 
 
@@ -173,7 +180,7 @@ def raw_texts(config: TaskConfig, most: int) -> list[str]:
     shares = _shares(config, options)
     texts = [f"{asked(row)}\n\n{ENDING}{_summary(row['reference'])}" for name in ("sft", "train") for row in shares[name]]
     out = _held_posts(config)
-    texts += dict.fromkeys(asked(row) for row in _rows(config, COMPARISONS) if normalised(row["post"]) not in out)
+    texts += dict.fromkeys(asked(row) for row in _rows(config, COMPARISONS) if mark(row["post"]) not in out)
     if _file(config, MORE_TEXT):
         texts += [f"POST: {row['post']}\n\n{ENDING} {row['summary']}" for row in _rows(config, MORE_TEXT)]
     order = permutation(0, Purpose.TASK, 1, len(texts))
