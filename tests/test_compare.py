@@ -9,7 +9,7 @@ from rlgf.compare import compare, entries
 from rlgf.config import override
 from rlgf.errors import UserError
 from rlgf.recipes import Control
-from rlgf.report import markdown, mean_and_spread
+from rlgf.report import markdown, mean_and_spread, plot_curves
 from test_pipeline import SMALL, small
 
 DISTIL = Control("distil, then PPO", {"distil.texts": 8, "distil.steps": 2, "distil.batch_size": 4})
@@ -70,6 +70,15 @@ def test_a_table_says_what_it_was_measured_on():
     assert "| PPO | 0.500 | 1,200 |" in text
     assert "abacus" in text
     assert "PPO: greedy" in text
+
+
+def test_runs_that_were_never_evaluated_on_the_way_make_an_empty_plot_without_a_complaint(tmp_path: Path):
+    rows = [
+        {"key": "guide", "title": "guide", "metrics": {"score": [0.5]}, "curves": []},
+        {"key": "ppo", "title": "PPO", "texts_used": 8, "metrics": {"score": [0.5]}, "curves": [[]]},
+    ]
+    plot_curves({"recipe": "r", "seeds": [0], "rows": rows}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_texts_are_shown_by_author_without_colour_and_escaped(

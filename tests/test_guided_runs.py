@@ -209,7 +209,7 @@ def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) 
 def test_a_guide_that_fails_for_some_texts_can_be_evaluated(tmp_path: Path, stages: Path) -> None:
     with FaultServer(lambda key, attempt: "503" if int(key[:2], 16) % 2 else None) as server:
         asked = config(server, kept(tmp_path), ("guide.on_failure", "policy"), ("guide.retries", 0))
-        found = evaluate_baselines(prepare(asked, stages))
+        found = evaluate_baselines(prepare(asked, stages), stages, print)
     assert 0 < found["guide"]["evaluation"]["texts"] < 8 == found["sft"]["evaluation"]["texts"]
 
 
@@ -256,7 +256,7 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
     terminal.type("great plot")
     terminal.until("[2/2]")
     terminal.type("skip")
-    terminal.until("iteration 1/2")
+    terminal.until("1/2 iterations")
     terminal.until("[1/2]")
     terminal.type("superb cast superb cast")
     terminal.until("[2/2]")

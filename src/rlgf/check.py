@@ -249,9 +249,12 @@ def check_reward(task: Task, reward: TextFunction) -> list[Finding]:
     findings.append(_constant(task, reward, [value for values in scores.values() for value in values]))
     means = {name: statistics.fmean(values) for name, values in scores.items()}
     for name in ("empty texts", "shuffled targets"):
-        level = "ok" if means["targets"] > means[name] else "warning"
-        relation = "outscore" if level == "ok" else "do not outscore"
-        findings.append(Finding(level, f"targets ({means['targets']:.3f}) {relation} {name} ({means[name]:.3f})"))
+        said = f"{name} ({means[name]:.3f})"
+        if means["targets"] > means[name]:
+            findings.append(Finding("ok", f"targets ({means['targets']:.3f}) outscore {said}"))
+        else:
+            reason = "expected of noisy demonstrations, otherwise a sign that targets and reward disagree"
+            findings.append(Finding("warning", f"targets ({means['targets']:.3f}) do not outscore {said}: {reason}"))
     return findings
 
 

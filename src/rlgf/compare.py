@@ -15,7 +15,7 @@ from rlgf.errors import RunError, UserError
 from rlgf.pipeline import Report, evaluate_baselines, prepare, silent, train
 from rlgf.recipes import Control
 from rlgf.report import write_report
-from rlgf.runs import RunDirectory, json_safe, read_complete_lines
+from rlgf.runs import RunDirectory, json_safe, read_complete_lines, require_writable
 from rlgf.stages import fingerprint
 from rlgf.trainer import Progress
 
@@ -54,6 +54,7 @@ def compare(
         raise UserError("nothing to compare: give at least one algorithm and one seed.")
     if (out / "config.yaml").exists():
         raise UserError(f"{out} holds a single run: choose another --out for a comparison.")
+    require_writable(out)
     stages = out / "stages"
     began = time.monotonic()
     configs = {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds}

@@ -41,7 +41,7 @@ from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
 from rlgf.reward_model import load_reward_model
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
-from rlgf.runs import RunDirectory, identity, read_complete_lines, require_space, rollout_rows
+from rlgf.runs import RunDirectory, identity, read_complete_lines, require_space, require_writable, rollout_rows
 from rlgf.stages import (
     Report,
     TargetExamples,
@@ -442,9 +442,11 @@ def train(
     out = Path(out)
     directory = RunDirectory(out, config)
     check(config)
+    shelf = Path(stages) if stages else out / "stages"
+    require_writable(out)
     require_space(out, 50_000_000)
-    _require_writable(out)
-    parts = prepare(config, Path(stages) if stages else out / "stages", report)
+    require_writable(shelf, "--stages")
+    parts = prepare(config, shelf, report)
     require_space(out, disk_needed(parts))
     trainer = Trainer(parts)
     directory.create(config)
@@ -453,13 +455,6 @@ def train(
         parts.models.policy.save(out / "policy")
         directory.finish(final_results(trainer, directory))
     return trainer
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from None
 
 
 def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
