@@ -161,6 +161,20 @@ def test_money_counts_over_runs_that_were_killed(tmp_path: Path, stages: Path) -
     assert [row["iteration"] for row in guided_rows(tmp_path / "run")] == [0, 1, 2, 3]
 
 
+def test_limits_count_texts_to_distil_over_runs_that_were_stopped(tmp_path: Path) -> None:
+    """The same command asks nothing more until the limit is raised."""
+    with FaultServer() as server:
+        asked = config(server, kept(tmp_path), ("distil.texts", 16), ("distil.steps", 2), ("algorithm.name", "ppo"))
+        limited = override(asked, [("guide.max_requests", 12)])
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"used up \(12 of guide.max_requests=12\)"):
+                train(limited, tmp_path / "run", tmp_path / "stages")
+            assert server.asked - 1 == 12  # one finds out how it can be asked
+        train(override(limited, [("guide.max_requests", 100)]), tmp_path / "run", tmp_path / "stages")
+        spent = json.loads((tmp_path / "run" / "guide.json").read_text())
+        assert spent["begun"] == spent["attempts"] == server.asked - 1 == 2 + 16  # two of the probe
+
+
 def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stages: Path) -> None:
     with FaultServer(delay=0.3) as server:
         changes = [f"{key}={json.dumps(value)}" for key, value in [*SMALL, kept(tmp_path)]]
@@ -176,7 +190,7 @@ def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stag
             assert process.stderr is not None
             told = process.stderr.read().decode()
         assert process.returncode == 130, told
-        assert "goes on from the last checkpoint" in told
+        assert "interrupted; there is no checkpoint" in told
         assert "Traceback" not in told
         assert server.asked <= before + 2
         asked, server.delay = server.asked, 0.0

@@ -2,7 +2,8 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -148,8 +149,11 @@ def _require_finisher(algorithm: Algorithm, can_finish: bool, spec: str) -> None
         )
 
 
-def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
-    """Make or reuse every stage and assemble what a trainer needs; raises `UserError` for whatever cannot be trained."""
+def prepare(config: Config, stages: Path, report: Report = silent, directory: RunDirectory | None = None) -> Parts:
+    """Make or reuse every stage and assemble what a trainer needs; raises `UserError` for whatever cannot be trained.
+
+    In `directory` is kept what a guide is paid for texts to distil, so that its limits count them.
+    """
     algorithm = check(config)
     for warning in cautions(algorithm):
         report(f"warning: {warning}")
@@ -178,14 +182,33 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     if config.distil.texts:
         assert guide is not None
         chosen = guide
-        policy_path = str(
-            distil_stage(config, start, lambda count: guide_examples(config, reference, chosen, task, count), stages, report)
-        )
+        with _spending(guide, directory, config):
+            policy_path = str(
+                distil_stage(
+                    config, start, lambda count: guide_examples(config, reference, chosen, task, count), stages, report
+                )
+            )
     models = assemble(config, algorithm, reference, start, policy_path)
     targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, Accounted):
         guide.take_counts()  # what was asked until here belongs to no iteration
     return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report), judge)
+
+
+@contextmanager
+def _spending(guide: Guide, directory: RunDirectory | None, config: Config) -> Generator[None]:
+    """Keep what is asked of a guide within, however that ends, as part of what the run spends."""
+    if directory is None or not isinstance(guide, Accounted):
+        yield
+        return
+    guide.load_state(directory.load_spending())
+    before = guide.state()
+    try:
+        yield
+    finally:
+        if guide.state() != before:
+            directory.create(config)
+            directory.save_spending(guide.state())
 
 
 def assemble(config: Config, algorithm: Algorithm, reference: LanguageModel, start: str, policy_path: str) -> Models:
@@ -446,7 +469,7 @@ def train(
     require_writable(out)
     require_space(out, 50_000_000)
     require_writable(shelf, "--stages")
-    parts = prepare(config, shelf, report)
+    parts = prepare(config, shelf, report, directory)
     require_space(out, disk_needed(parts))
     trainer = Trainer(parts)
     directory.create(config)
