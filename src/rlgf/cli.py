@@ -393,7 +393,9 @@ def fetch(
 @app.command()
 def write(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    iteration: Annotated[int | None, typer.Option(help="Which iteration, counted from 0; default: the last that was logged.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="Which iteration, from 0 on; default: the last that was logged.")
+    ] = None,
     count: Annotated[int, typer.Option(help="How many texts.")] = 5,
     evaluation: Annotated[
         bool, typer.Option("--evaluation", help="Texts of the final evaluation, by the policy alone.")
