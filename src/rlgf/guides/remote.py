@@ -82,6 +82,9 @@ class RemoteGuide:
         try:
             futures = [pool.submit(self._row, request, stop) for request in requests]
             failures = [error for future in futures if (error := future.exception()) is not None]
+        except KeyboardInterrupt:
+            self._report(f"guide: requests under way come to their end first, in {self.config.timeout_seconds:g} s at most")
+            raise
         finally:  # interrupted, say: what is under way comes to its end and is kept, the rest is not asked
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
