@@ -52,6 +52,18 @@ def test_a_folder_with_another_run_is_refused_before_anything_runs(tmp_path: Pat
     assert not (tmp_path / "runs" / "lols-seed0").exists()
 
 
+def test_an_algorithm_that_the_guide_cannot_serve_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "begins_only.py").write_text("def guide(requests): return [''] * len(requests)\nguide.can_finish = False\n")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("references", "python:begins_only:guide"):
+        config = small(("guide.spec", spec))
+        with pytest.raises(UserError, match=r"cannot finish a prefix .* LOLS asks of it"):
+            compare(config, entries(config, ["ppo", "ppo_pp", "lols"], {}), [0], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_a_figure_is_a_mean_and_a_population_spread():
     assert mean_and_spread([1.0, 3.0], 1) == "2.0 ± 1.0"
     assert mean_and_spread([0.5], 3) == "0.500"

@@ -242,6 +242,8 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     [
         {"extra_headers": {"Authorization": "Bearer abc"}}, {"extra_headers": {"x-goog-api-key": "abc"}},
         {"extra_headers": {"Helicone-Auth": "abc"}}, {"extra_headers": {"X-Session-Token": "abc"}},
+        {"extra_headers": {"X-Proxy": "Bearer abc"}}, {"extra_headers": {"X-Proxy": "sk-abc"}},
+        {"extra_body": {"access_token": "abc"}}, {"extra_body": {"user": "sk-abc"}},
         {"extra_body": {"api_key": "abc"}}, {"extra_body": {"provider": {"apiKey": "abc"}}},
     ],
 )  # fmt: skip

@@ -72,7 +72,7 @@ def silent(line: str) -> None:
 
 
 def check(config: Config) -> Algorithm:
-    """Everything that can be refused without loading anything; returns the algorithm."""
+    """Everything that can be refused without loading data or models; returns the algorithm."""
     algorithm = config.algorithm.build()
     kind = task_kind(config.task)
     task_options(config.task, kind.options)
@@ -90,6 +90,8 @@ def check(config: Config) -> Algorithm:
     if spec.startswith("server:"):
         parse_spec(spec)
         _require_finisher(algorithm, config.guide.continuation != "none", spec)
+    if spec.startswith("python:"):
+        _require_finisher(algorithm, FunctionGuide(load_object(spec, "guide")).capabilities.can_finish, spec)
     if spec == "trained":
         task_options(guide_task(config), kind.options)
         if not (config.guide.sft.steps or config.guide.sft.epochs):
