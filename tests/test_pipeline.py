@@ -1,12 +1,14 @@
 """From a config to a finished run, and everything that must be refused before any work is done."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlgf import __main__ as entry
 from rlgf import cli
 from rlgf.check import check_reward
 from rlgf.config import Config, dump, override
@@ -300,6 +302,21 @@ def test_interrupted_it_says_where_the_same_command_goes_on_and_finished_that_it
     assert f"{run} is finished: these are its results" in again.err
     assert again.out == first.out
     assert "reusing" not in again.err  # nothing is loaded for that
+
+
+def test_ctrl_c_while_libraries_are_imported_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    class Impatient:
+        @staticmethod
+        def find_spec(name: str, path: object, target: object = None) -> None:
+            if name == "rlgf.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "rlgf.cli")
+    monkeypatch.setattr(sys, "meta_path", [Impatient, *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        entry.main()
+    assert stopped.value.code == 130
+    assert not capsys.readouterr().err
 
 
 def test_no_disk_space_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
