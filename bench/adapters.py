@@ -1,8 +1,8 @@
 """What training with adapters holds in memory, beside training whole models: bytes of weights, of optimizers, and the peak.
 
-One iteration of AggreVaTeD on a GPT-2-shaped model: policy, two critics, reference, guide and a reward model trained on
-preferences. With whole models each is a copy of its own (guide and reference are one); with adapters there is one copy of the base
-weights. Each way is a process of its own, so that its peak is its own.
+One iteration of AggreVaTeD on a GPT-2-shaped model: policy, critics, reference, guide, and a reward model of preferences.
+With whole models each is a copy of its own (guide and reference are one); with adapters there is one copy of the base weights.
+Each way is a process of its own, so that its peak is its own.
 """
 
 import argparse

@@ -84,7 +84,10 @@ def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Tr
     guide = RemoteGuide(Server(config.guide.spec, config.guide, "completion"), config.guide, AnswerCache(cache))
     parts = Models(policy, policy.frozen(), {POLICY: critic_of(policy)})
     task = Task("prefetch", prompts, prompts, prompts, judge)
-    return Trainer(Parts(config, config.algorithm.build(), task, judge, parts, guide, [], None))
+    made = Trainer(Parts(config, config.algorithm.build(), task, judge, parts, guide, [], None))
+    assert made.prefetcher is not None
+    made.prefetcher.iterations += config.guide.prefetch  # what is asked ahead does not run dry before the last timed one
+    return made
 
 
 def critic_of(policy: Any) -> Any:

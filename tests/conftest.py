@@ -9,6 +9,7 @@ os.environ.update(
 
 import gzip
 import itertools
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "")
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in jobs of a script: what the tests start shall be interruptible
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("fast", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("fast")
 

@@ -9,7 +9,7 @@ from rlgf.compare import compare, entries
 from rlgf.config import override
 from rlgf.errors import UserError
 from rlgf.recipes import Control
-from rlgf.report import markdown, mean_and_spread
+from rlgf.report import markdown, mean_and_spread, plot_curves
 from test_pipeline import SMALL, small
 
 DISTIL = Control("distil, then PPO", {"distil.texts": 8, "distil.steps": 2, "distil.batch_size": 4})
@@ -52,6 +52,18 @@ def test_a_folder_with_another_run_is_refused_before_anything_runs(tmp_path: Pat
     assert not (tmp_path / "runs" / "lols-seed0").exists()
 
 
+def test_an_algorithm_that_the_guide_cannot_serve_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "begins_only.py").write_text("def guide(requests): return [''] * len(requests)\nguide.can_finish = False\n")
+    monkeypatch.chdir(tmp_path)
+    for spec in ("references", "python:begins_only:guide"):
+        config = small(("guide.spec", spec))
+        with pytest.raises(UserError, match=r"cannot finish a prefix .* LOLS asks of it"):
+            compare(config, entries(config, ["ppo", "ppo_pp", "lols"], {}), [0], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_a_figure_is_a_mean_and_a_population_spread():
     assert mean_and_spread([1.0, 3.0], 1) == "2.0 ± 1.0"
     assert mean_and_spread([0.5], 3) == "0.500"
@@ -70,6 +82,15 @@ def test_a_table_says_what_it_was_measured_on():
     assert "| PPO | 0.500 | 1,200 |" in text
     assert "abacus" in text
     assert "PPO: greedy" in text
+
+
+def test_runs_that_were_never_evaluated_on_the_way_make_an_empty_plot_without_a_complaint(tmp_path: Path):
+    rows = [
+        {"key": "guide", "title": "guide", "metrics": {"score": [0.5]}, "curves": []},
+        {"key": "ppo", "title": "PPO", "texts_used": 8, "metrics": {"score": [0.5]}, "curves": [[]]},
+    ]
+    plot_curves({"recipe": "r", "seeds": [0], "rows": rows}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 0
 
 
 def test_texts_are_shown_by_author_without_colour_and_escaped(

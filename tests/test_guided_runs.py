@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from rlgf.check import check_guide
 from rlgf.config import Config, override
 from rlgf.errors import RunError, UserError
 from rlgf.guides.cache import AnswerCache
+from rlgf.models import LanguageModel
 from rlgf.pipeline import evaluate_baselines, prepare, train
 from rlgf.recipes import imdb_small, quickstart
 from rlgf.runs import read_complete_lines
@@ -161,6 +163,20 @@ def test_money_counts_over_runs_that_were_killed(tmp_path: Path, stages: Path) -
     assert [row["iteration"] for row in guided_rows(tmp_path / "run")] == [0, 1, 2, 3]
 
 
+def test_limits_count_texts_to_distil_over_runs_that_were_stopped(tmp_path: Path) -> None:
+    """The same command asks nothing more until the limit is raised."""
+    with FaultServer() as server:
+        asked = config(server, kept(tmp_path), ("distil.texts", 16), ("distil.steps", 2), ("algorithm.name", "ppo"))
+        limited = override(asked, [("guide.max_requests", 12)])
+        for _ in range(2):
+            with pytest.raises(RunError, match=r"used up \(12 of guide.max_requests=12\)"):
+                train(limited, tmp_path / "run", tmp_path / "stages")
+            assert server.asked - 1 == 12  # one finds out how it can be asked
+        train(override(limited, [("guide.max_requests", 100)]), tmp_path / "run", tmp_path / "stages")
+        spent = json.loads((tmp_path / "run" / "guide.json").read_text())
+        assert spent["begun"] == spent["attempts"] == server.asked - 1 == 2 + 16  # two of the probe
+
+
 def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stages: Path) -> None:
     with FaultServer(delay=0.3) as server:
         changes = [f"{key}={json.dumps(value)}" for key, value in [*SMALL, kept(tmp_path)]]
@@ -176,7 +192,8 @@ def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stag
             assert process.stderr is not None
             told = process.stderr.read().decode()
         assert process.returncode == 130, told
-        assert "goes on from the last checkpoint" in told
+        assert "requests under way come to their end first, in 60 s at most" in told
+        assert "interrupted; there is no checkpoint" in told
         assert "Traceback" not in told
         assert server.asked <= before + 2
         asked, server.delay = server.asked, 0.0
@@ -209,7 +226,7 @@ def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) 
 def test_a_guide_that_fails_for_some_texts_can_be_evaluated(tmp_path: Path, stages: Path) -> None:
     with FaultServer(lambda key, attempt: "503" if int(key[:2], 16) % 2 else None) as server:
         asked = config(server, kept(tmp_path), ("guide.on_failure", "policy"), ("guide.retries", 0))
-        found = evaluate_baselines(prepare(asked, stages))
+        found = evaluate_baselines(prepare(asked, stages), stages, print)
     assert 0 < found["guide"]["evaluation"]["texts"] < 8 == found["sft"]["evaluation"]["texts"]
 
 
@@ -256,7 +273,7 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
     terminal.type("great plot")
     terminal.until("[2/2]")
     terminal.type("skip")
-    terminal.until("iteration 1/2")
+    terminal.until("1/2 iterations")
     terminal.until("[1/2]")
     terminal.type("superb cast superb cast")
     terminal.until("[2/2]")
@@ -293,7 +310,7 @@ def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Pa
         texts = [text for _, text in found]
         assert found[0][0] == "warning"
         assert "completion: does not write (Error code: 404" in texts[0]
-        body = server.requests[2]["body"]
+        body = server.requests[1]["body"]  # what cannot begin a text is not asked to finish one
         assert body["messages"][0]["content"] == imdb.INSTRUCTION.replace("{text}", "The film")
         assert body["max_tokens"] == 9
         for mode in ("assistant", "continue_final_message", "prefix", "instruction"):
@@ -301,9 +318,11 @@ def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Pa
             assert re.search(r"begins a text, \d\.\d\d s: ' \w+", said[0])
             assert re.search(r"finishes ' was', \d\.\d\d s: ' \w+", said[1])
             assert said[2].endswith("serves PPO, PPO++, AggreVaTeD, LOLS, D2LOLS")
-        billed = re.search(r"billed (\d+) \+ (\d+) tokens: (\d\.\d+) per thousand texts", " ".join(texts))
-        assert billed is not None
-        assert float(billed[3]) == pytest.approx((int(billed[1]) * 2 + int(billed[2]) * 8) / 1000, abs=1e-4)
+        bills = re.findall(r"(\w+): billed (\d+) \+ (\d+) tokens: (\d\.\d+) per thousand", " ".join(texts))
+        assert [bill[0] for bill in bills] == ["rollins", "rollouts"] * 4
+        for _, read, written, price in bills:
+            assert float(price) == pytest.approx((int(read) * 2 + int(written) * 8) / 1000, abs=1e-4)
+        assert int(bills[1][1]) == int(bills[0][1]) + 1  # the prefix is one word
         assert "not tried" in texts[-1]
         assert any("price unknown" in text for _, text in checked(spec, tmp_path))
         assert checked(spec, tmp_path, ("guide.continuation", "none"))[1][1].endswith("serves PPO, PPO++")
@@ -311,7 +330,9 @@ def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Pa
         assert {level for level, _ in checked(f"server:m@{server.url}", tmp_path)} == {"error"}
 
 
-def test_a_check_tries_functions_and_knows_what_others_can_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_tries_functions_and_models_and_knows_what_others_can_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_tiny_model: Callable[..., LanguageModel]
+) -> None:
     (tmp_path / "mine_to_check.py").write_text(
         "def whole(requests): return [' and so on'] * len(requests)\n"
         "def begins(requests): return [' and so on'] * len(requests)\n"
@@ -326,3 +347,7 @@ def test_a_check_tries_functions_and_knows_what_others_can_do(tmp_path: Path, mo
     assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot finish what another has begun"
     with pytest.raises(UserError, match="holds no run"):
         checked("run:nowhere", tmp_path)
+    new_tiny_model("llama").save(tmp_path / "model")
+    found["model"] = checked(f"model:{tmp_path / 'model'}", tmp_path)
+    said = ["a model that reads 64 tokens", "begins a text", "finishes ' was'", "serves PPO"]
+    assert [text.split(",")[0] for _, text in found["model"]] == said

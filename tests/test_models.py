@@ -16,6 +16,8 @@ from rlgf.models import (
     LanguageModel,
     bundle,
     context_length,
+    from_pretrained,
+    hub_answers,
     load_language_model,
     new_critic,
     new_language_model,
@@ -125,3 +127,37 @@ def test_a_new_encoder_decoder_has_one_table_of_words_and_is_the_same_when_loade
     again = load_language_model(str(tmp_path))
     inputs = {"input_ids": torch.tensor([[3, 5, 7]]), "decoder_input_ids": torch.tensor([[0, 4]])}
     assert torch.equal(again.model(**inputs).logits, made.model(**inputs).logits)
+
+
+# --- the Hub ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_that_is_not_there_is_asked_once_and_then_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its client would try each file of each model for half a minute."""
+    asked_for: list[tuple[str, bool]] = []
+    heads: list[str] = []
+
+    class Nowhere:
+        def head(self, url: str, timeout: float) -> None:
+            heads.append(url)
+            raise ConnectionError
+
+    class Auto:
+        @staticmethod
+        def from_pretrained(path: str, local_files_only: bool, **options: Any) -> str:
+            asked_for.append((path, local_files_only))
+            return path
+
+    hub_answers.cache_clear()
+    monkeypatch.setattr("rlgf.models.get_session", Nowhere)
+    assert from_pretrained(Auto, str(tmp_path), "model") == str(tmp_path)
+    assert not heads  # a folder needs no Hub
+    from_pretrained(Auto, "gpt2", "model")
+    from_pretrained(Auto, "gpt2", "tokenizer")
+    assert heads == ["https://huggingface.co"]
+    assert asked_for == [(str(tmp_path), True), ("gpt2", True), ("gpt2", True)]
+    hub_answers.cache_clear()
+    monkeypatch.setattr(Nowhere, "head", lambda self, url, timeout: None)
+    from_pretrained(Auto, "gpt2", "model")
+    assert asked_for[-1] == ("gpt2", False)
+    hub_answers.cache_clear()

@@ -1,19 +1,26 @@
 """From a config to a finished run, and everything that must be refused before any work is done."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlgf import __main__ as entry
 from rlgf import adapters, cli
+from rlgf.check import check_reward
 from rlgf.config import Config, dump, override
+from rlgf.console import Watch
 from rlgf.errors import RunError, UserError
 from rlgf.pipeline import prepare, train
 from rlgf.recipes import quickstart
 from rlgf.reward_model import RewardModel
 from rlgf.runs import read_complete_lines
+from rlgf.tasks import Task
+from rlgf.trainer import Progress
+from rlgf.types import Prompt
 
 SMALL = [
     ("task.options", {"slots": 2, "train_prompts": 64, "held_out_prompts": 16}),
@@ -205,6 +212,14 @@ def test_a_guide_that_fails_its_probe_is_refused(tmp_path: Path, stages: Path, m
         (["train", "imdb-small", "--data", "nowhere"], "nowhere"),
         (["train", "quickstart", "--policy", "nowhere"], "nowhere"),
         (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "quickstart", "--out", "file/run"], r"file/run cannot be made \(Not a directory\): choose another --out"),
+        (["train", "quickstart", "--stages", "file/stages"], "file/stages cannot be made .*another --stages"),
+        (["compare", "quickstart", "--out", "file/runs"], "file/runs cannot be made .*another --out"),
+        (["sft", "quickstart", "--out", "file/sft/model"], "file/sft cannot be made .*another --out"),
+        (
+            ["evaluate", "quickstart", "--policy", "nowhere", "--json", "file/metrics.json"],
+            "file/metrics.json cannot be written",
+        ),
         (["compare", "quickstart", "--algorithms", "ppo,lol"], "did you mean 'lols'"),
         (["compare", "quickstart", "--seeds", "0,a"], "whole numbers"),
         (["write", "nowhere"], "no run"),
@@ -217,6 +232,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     monkeypatch.setattr("sys.argv", ["rlgf", *arguments])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
@@ -237,6 +253,71 @@ def test_an_output_folder_that_holds_another_run_is_refused(tmp_path: Path, stag
     (tmp_path / "other" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="not a run"):
         train(small(), tmp_path / "other", stages)
+
+
+def test_a_folder_that_cannot_be_made_is_not_taken_for_a_full_disk(tmp_path: Path):
+    """As under /proc, where there is no space either."""
+    with pytest.raises(UserError, match="cannot be made"):
+        train(small(), "/proc/no-such-folder/run", tmp_path / "stages")
+    assert not list(tmp_path.iterdir())
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["rlgf", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    return int(stopped.value.code or 0)
+
+
+def test_interrupted_it_says_where_the_same_command_goes_on_and_finished_that_it_is(
+    tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(dump(small(("runtime.checkpoint_every", 2))))
+    command = ["train", str(tmp_path / "config.yaml"), "--out", str(run), "--stages", str(stages)]
+    shown = Watch.__call__
+
+    def interrupt_after(iterations: int) -> None:
+        def watch(self: Watch, step: Progress) -> None:
+            shown(self, step)
+            if step.iteration == iterations:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Watch, "__call__", watch)
+
+    interrupt_after(1)
+    assert run_command(monkeypatch, *command) == 130
+    told = capsys.readouterr().err
+    assert "1/3 iterations" in told
+    assert f"interrupted; there is no checkpoint in {run} yet (runtime.checkpoint_every=2)" in told
+    interrupt_after(2)
+    assert run_command(monkeypatch, *command) == 130
+    told = capsys.readouterr().err
+    assert f"interrupted; {run} holds a checkpoint after 2 of 3 iterations: the same command goes on from there." in told
+    interrupt_after(0)
+    assert run_command(monkeypatch, *command) == 0
+    first = capsys.readouterr()
+    assert "is finished" not in first.err
+    assert run_command(monkeypatch, *command) == 0
+    again = capsys.readouterr()
+    assert f"{run} is finished: these are its results" in again.err
+    assert again.out == first.out
+    assert "reusing" not in again.err  # nothing is loaded for that
+
+
+def test_ctrl_c_while_libraries_are_imported_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    class Impatient:
+        @staticmethod
+        def find_spec(name: str, path: object, target: object = None) -> None:
+            if name == "rlgf.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "rlgf.cli")
+    monkeypatch.setattr(sys, "meta_path", [Impatient, *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        entry.main()
+    assert stopped.value.code == 130
+    assert not capsys.readouterr().err
 
 
 def test_no_disk_space_is_refused_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -377,3 +458,10 @@ def test_with_adapters_policy_critic_reference_guide_and_reward_model_share_thei
     assert set(adapters.names(shared)) == {"policy", "reward", *(f"critic_{origin.name.lower()}" for origin in models.critics)}
     for name in ("policy", *(f"critic-{origin.name.lower()}" for origin in models.critics)):
         assert (tmp_path / "run" / name / "adapter_config.json").is_file()
+
+
+def test_targets_that_score_nothing_are_told_to_be_noisy_demonstrations_or_a_mistake():
+    prompts = [Prompt(f"review {i}", (" good plot",), (" good plot",)) for i in range(4)]
+    found = check_reward(Task("t", prompts, prompts, prompts), lambda prompts, texts: [0.0] * len(texts))
+    warned = "targets (0.000) do not outscore empty texts (0.000): expected of noisy demonstrations"
+    assert any(finding.level == "warning" and finding.text.startswith(warned) for finding in found)

@@ -117,6 +117,14 @@ def test_a_permanent_failure_stops_at_once(tmp_path: Path, kind: str) -> None:
         assert len(server.requests) == 1
 
 
+def test_an_address_without_v1_is_told_to_lack_it(healthy: FaultServer, tmp_path: Path) -> None:
+    spec = f"server:fault-model@{healthy.url.removesuffix('/v1')}"
+    config = GuideConfig()
+    guide = RemoteGuide(Server(spec, config, "completion"), config, AnswerCache(tmp_path / "answers.sqlite"))
+    with pytest.raises(RunError, match=r"No such path: /completions; most servers' addresses end in /v1"):
+        ask(guide, requests(1))
+
+
 def test_when_retries_are_used_up_the_run_stops(tmp_path: Path) -> None:
     with FaultServer(always("503")) as server:
         guide = remote(server, tmp_path, retries=2)
@@ -222,6 +230,10 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     with FaultServer(api_key="sk-secret-123") as server, pytest.raises(RunError) as caught:
         ask(remote(server, tmp_path / "other"), requests(1))
     assert "sk-" not in str(caught.value)
+    monkeypatch.setenv("MODEL_HEADER", "Bearer sk-header-789")
+    echo = FaultServer(complaint=lambda body: "the token sk-header-789 is too old")
+    with echo as server, pytest.raises(RunError, match=r"the token \*\*\* is too old") as caught:
+        ask(remote(server, tmp_path / "headers", extra_headers={"Authorization": "$MODEL_HEADER"}), requests(1))
     assert all(b"sk-" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -230,6 +242,8 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     [
         {"extra_headers": {"Authorization": "Bearer abc"}}, {"extra_headers": {"x-goog-api-key": "abc"}},
         {"extra_headers": {"Helicone-Auth": "abc"}}, {"extra_headers": {"X-Session-Token": "abc"}},
+        {"extra_headers": {"X-Proxy": "Bearer abc"}}, {"extra_headers": {"X-Proxy": "sk-abc"}},
+        {"extra_body": {"access_token": "abc"}}, {"extra_body": {"user": "sk-abc"}},
         {"extra_body": {"api_key": "abc"}}, {"extra_body": {"provider": {"apiKey": "abc"}}},
     ],
 )  # fmt: skip

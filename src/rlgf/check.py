@@ -14,12 +14,12 @@ from typing import Any
 from rlgf import algorithms, pipeline
 from rlgf.config import Config, override
 from rlgf.errors import RunError, UserError
-from rlgf.guides import FunctionGuide, Request, ask
+from rlgf.guides import FunctionGuide, Guide, Request, ask
 from rlgf.guides.answers import Answer, InvalidError, PermanentError, Question, TransientError
-from rlgf.guides.local import guide_model_path
+from rlgf.guides.local import TextModelGuide, guide_model_path
 from rlgf.guides.server import CONTINUATIONS, Server
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
-from rlgf.models import context_length, load_end_ids, load_tokenizer
+from rlgf.models import context_length, load_end_ids, load_language_model, load_tokenizer
 from rlgf.pipeline import Report
 from rlgf.plugins import load_object
 from rlgf.preference_stage import try_pairs
@@ -76,22 +76,25 @@ def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: 
     pipeline.check(override(config, changes))
     if spec.startswith("server:"):
         return _check_server(config, prompt, prefix, stages, report)
+    question = Question(prompt, prefix, config.task.max_new_tokens, 0)
     if spec.startswith("python:"):
-        return _check_function(spec, Question(prompt, prefix, config.task.max_new_tokens, 0))
+        return _tried(FunctionGuide(load_object(spec, "guide")), question)
     path = guide_model_path(spec)
     if path is not None:
-        return [Finding("ok", f"a model that reads {context_length(path):,} tokens"), Finding("ok", _serves(True))]
+        model = load_language_model(path, config.runtime.device).fixed()
+        ids = model.codec.prompt(Prompt(prompt + prefix))  # so that the length of the sample is counted in its own tokens
+        found = Finding("ok", f"a model that reads {context_length(path):,} tokens")
+        return [found, *_tried(TextModelGuide(model, config.guide.decoding), question, ids)]
     able = spec != "references"
     return [Finding("ok", _serves(able) + ("" if able else "; it cannot finish what another has begun"))]
 
 
-def _check_function(spec: str, question: Question) -> list[Finding]:
-    """A function of the user's: a text begun, and one finished if it says that it can."""
-    guide = FunctionGuide(load_object(spec, "guide"))
+def _tried(guide: Guide, question: Question, ids: Sequence[int] = ()) -> list[Finding]:
+    """A guide in this process: a text begun, and one finished if it says that it can."""
     able, findings = guide.capabilities.can_finish, list[Finding]()
     for prefix in ("", question.prefix) if able else ("",):
         began = time.monotonic()
-        request = Request(Prompt(question.prompt), [], prefix, [], question.max_tokens, 0, 0, 0)
+        request = Request(Prompt(question.prompt), ids, prefix, [], question.max_tokens, 0, 0, 0)
         try:
             text = ask(guide, [request])[0].text
         except RunError as error:
@@ -122,18 +125,19 @@ def _check_server(config: Config, prompt: str, prefix: str, stages: Path, report
 def _findings(config: Config, server: Server, begin: Question, finish: Question) -> list[Finding]:
     """What comes of one way of asking."""
     where = f"guide.continuation={server.mode}: "
-    begun, finished = _try(server, begin), _try(server, finish)
+    begun = _try(server, begin)
     if isinstance(begun, str):
         return [Finding("warning", f"{where}does not write ({begun})")]
     found = [Finding("ok", f"{where}begins a text, {begun[1]:.2f} s: {begun[0].text!r}")]
     if server.mode == "none":
-        found.append(Finding("ok", where + _serves(False)))
-    elif isinstance(finished, str):
+        return [*found, Finding("ok", where + _serves(False)), _price(config, begun[0], "rollins")]
+    finished = _try(server, finish)
+    if isinstance(finished, str):
         found.append(Finding("warning", f"{where}does not finish a prefix ({finished}); " + _serves(False)))
-    else:
-        found.append(Finding("ok", f"{where}finishes {finish.prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
-        found.append(Finding("ok", where + _serves(True)))
-    return [*found, _price(config, begun[0])]
+        return [*found, _price(config, begun[0], "rollins")]
+    found.append(Finding("ok", f"{where}finishes {finish.prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
+    found.append(Finding("ok", where + _serves(True)))
+    return [*found, _price(config, begun[0], "rollins"), _price(config, finished[0], "rollouts")]
 
 
 def _check_token_ids(config: Config, path: str | None, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
@@ -173,17 +177,18 @@ def _serves(can_finish: bool) -> str:
     return f"serves {', '.join(served)}"
 
 
-def _price(config: Config, answer: Answer) -> Finding:
+def _price(config: Config, answer: Answer, parts: str) -> Finding:
+    """What a thousand rollins, or rollouts, like this one cost."""
     guide, bill = config.guide, answer.bill
     if not bill.known:
         return Finding("warning", "it does not say what it bills: guide.max_tokens and guide.max_cost cannot be kept")
     thoughts = f" ({bill.thinking_tokens} of thought)" if bill.thinking_tokens else ""
-    billed = f"billed {bill.prompt_tokens} + {bill.completion_tokens} tokens{thoughts}"
+    billed = f"{parts}: billed {bill.prompt_tokens} + {bill.completion_tokens} tokens{thoughts}"
     if guide.price_input is None or guide.price_output is None:
         unknown_price = "price unknown: give guide.price_input and guide.price_output per million tokens"
         return Finding("ok", f"{billed}; {unknown_price}")
     thousand = (bill.prompt_tokens * guide.price_input + bill.completion_tokens * guide.price_output) / 1e3
-    return Finding("ok", f"{billed}: {thousand:.4f} per thousand texts at the prices given")
+    return Finding("ok", f"{billed}: {thousand:.4f} per thousand at the prices given")
 
 
 def check_prompts(task: Task, tokenizer: Any) -> list[Finding]:
@@ -249,9 +254,12 @@ def check_reward(task: Task, reward: TextFunction) -> list[Finding]:
     findings.append(_constant(task, reward, [value for values in scores.values() for value in values]))
     means = {name: statistics.fmean(values) for name, values in scores.items()}
     for name in ("empty texts", "shuffled targets"):
-        level = "ok" if means["targets"] > means[name] else "warning"
-        relation = "outscore" if level == "ok" else "do not outscore"
-        findings.append(Finding(level, f"targets ({means['targets']:.3f}) {relation} {name} ({means[name]:.3f})"))
+        said = f"{name} ({means[name]:.3f})"
+        if means["targets"] > means[name]:
+            findings.append(Finding("ok", f"targets ({means['targets']:.3f}) outscore {said}"))
+        else:
+            reason = "expected of noisy demonstrations, otherwise a sign that targets and reward disagree"
+            findings.append(Finding("warning", f"targets ({means['targets']:.3f}) do not outscore {said}: {reason}"))
     return findings
 
 

@@ -22,6 +22,11 @@ from rlgf.recipes import controls as recipe_controls
 BASELINES = ("zero_shot", "sft", "guide")
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
+
+class InterruptedRunError(Exception):
+    """Ctrl-C while a run was trained; says what the same command will do."""
+
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -150,17 +155,24 @@ def train(
         iterations=iterations, seed=seed, offline=offline,
     )  # fmt: skip
     from rlgf import console, pipeline
+    from rlgf.runs import RunDirectory
 
     console.set_up_machine(config)
     if dry_run:
         console.print_plan(config, pipeline.check(config))
         return
     target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
-    watch = console.Watch(may_draw=config.guide.spec != "human")
-    try:
-        pipeline.train(config, target, stages, console.report, watch)
-    finally:
-        watch.close()
+    directory = RunDirectory(target, config)
+    if directory.results is not None:
+        console.report(f"{target} is finished: these are its results. For a new run choose another --out.")
+    else:
+        watch = console.Watch(may_draw=config.guide.spec != "human")
+        try:
+            pipeline.train(config, target, stages, console.report, watch)
+        except KeyboardInterrupt:
+            raise InterruptedRunError(directory.outlook(config)) from None
+        finally:
+            watch.close()
     results = json.loads((target / "results.json").read_text())
     console.print_metrics({name: float("nan") if v is None else v for name, v in results["evaluation"].items()})
     console.report(f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see texts with `rlgf write {target}`")
@@ -211,11 +223,13 @@ def _stage(name: str, source: str, overrides: list[str] | None, policy: str | No
     config = read_config(source, overrides, policy=policy, data=data, seed=seed)
     from rlgf import console, pipeline
     from rlgf import stages as making
+    from rlgf.runs import require_writable
 
     pipeline.check(config)
     console.set_up_machine(config)
     target = out or Path("runs") / f"{config.recipe}-{name}"
     shelf = stages or target.parent / "stages"
+    require_writable(target.parent)
     make: dict[str, Any] = {"lm": making.lm_stage, "sft": making.sft_stage, "reward": making.reward_stage}
     if "preferences" in config.reward.names:
         from rlgf.preference_stage import preference_stage, try_pairs
@@ -318,6 +332,8 @@ def evaluate(
         )
     from rlgf import console, pipeline
 
+    if json_out:
+        _check_writable(json_out)
     console.set_up_machine(config)
     shelf = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
     if baseline == "guide":
@@ -402,7 +418,9 @@ def fetch(
 @app.command()
 def write(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    iteration: Annotated[int | None, typer.Option(help="Which iteration; default: the last that was logged.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(help="Which iteration, from 0 on; default: the last that was logged.")
+    ] = None,
     count: Annotated[int, typer.Option(help="How many texts.")] = 5,
     evaluation: Annotated[
         bool, typer.Option("--evaluation", help="Texts of the final evaluation, by the policy alone.")
@@ -576,9 +594,11 @@ def main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 3)
+    except InterruptedRunError as error:
+        _fail(f"interrupted; {error}", INTERRUPTED)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _fail("interrupted; the same command goes on from the last checkpoint.", INTERRUPTED)
+            _fail("interrupted; what is finished is kept, and the same command goes on from there.", INTERRUPTED)
         raise
 
 

@@ -12,10 +12,10 @@ from typing import Any
 from rlgf.config import Config, dump, override
 from rlgf.data import read_json, write_json
 from rlgf.errors import RunError, UserError
-from rlgf.pipeline import Report, asking_guide, evaluate_baselines, prepare, silent, train
+from rlgf.pipeline import Report, asking_guide, check, evaluate_baselines, prepare, silent, train
 from rlgf.recipes import Control
 from rlgf.report import write_report
-from rlgf.runs import RunDirectory, json_safe, read_complete_lines
+from rlgf.runs import RunDirectory, json_safe, read_complete_lines, require_writable
 from rlgf.stages import fingerprint
 from rlgf.trainer import Progress
 
@@ -58,8 +58,10 @@ def compare(
     began = time.monotonic()
     configs = {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds}
     folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in configs}
-    for place, changed in configs.items():
-        RunDirectory(folders[place], changed)  # refuses a folder that holds another run, before any work
+    for place, changed in configs.items():  # whatever can be refused of any run is, before any work
+        RunDirectory(folders[place], changed)
+        check(changed)
+    require_writable(out)
     baselines = [_baselines(override(config, [("seed", seed)]), out, stages, report) for seed in seeds]
     waiting = [place for place in configs if not (folders[place] / "results.json").is_file()]
     for place in configs:

@@ -386,7 +386,10 @@ BOUNDS: list[tuple[str, Callable[[float], bool], str]] = [  # nan is within none
 
 
 SECRET_NAME = re.compile(r"key|token|secret|auth(?!or\b)|password|cookie|credential", re.IGNORECASE)  # of a header
-SECRET_FIELD = re.compile(r"api[-_]?key|secret|password|authorization|credential", re.IGNORECASE)  # of a request's body
+SECRET_FIELD = re.compile(  # of a request's body, where max_tokens is none
+    r"api[-_]?key|secret|password|authorization|credential|(access|auth|bearer|session)[-_]?token", re.IGNORECASE
+)
+SECRET_VALUE = re.compile(r"(bearer|basic)\s|sk-|hf_|gh[opsu]_", re.IGNORECASE)  # whatever it is called
 
 
 def check_numbers(config: Config) -> None:
@@ -429,13 +432,13 @@ def _check_guide(guide: GuideConfig) -> None:
 def check_secrets(section: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> None:
     """Refuse secrets that are written out in the settings of a server."""
     for name, value in headers.items():
-        if SECRET_NAME.search(name) and not value.startswith("$"):
+        if (SECRET_NAME.search(name) or SECRET_VALUE.match(value)) and not value.startswith("$"):
             raise UserError(
                 f"{section}.extra_headers.{name} is written out, but secrets come from the environment: write $NAME of a "
                 "variable."
             )
-    for name in flatten(body):
-        if SECRET_FIELD.search(name):
+    for name, value in flatten(body).items():
+        if SECRET_FIELD.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
             raise UserError(
                 f"{section}.extra_body.{name} looks like a secret, which would stay in files: use {section}.api_key_env or "
                 f"{section}.extra_headers."

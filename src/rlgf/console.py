@@ -18,7 +18,8 @@ from rich.text import Text
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
 from rlgf.display import visible
-from rlgf.models import count_parameters, shape_config
+from rlgf.errors import UserError
+from rlgf.models import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline import cautions, needs_guide
 from rlgf.report import table_rows
 from rlgf.terminal import log, out, print_table, report
@@ -78,14 +79,14 @@ class Watch:
         if step.iteration == step.iterations or now - self.last > self.every:
             self.last = now
             left = (now - self.began) / (step.iteration - self.first) * (step.iterations - step.iteration)
-            report(f"iteration {step.iteration}/{step.iterations} · {line} · {left:.0f} s left")
+            report(f"{step.iteration}/{step.iterations} iterations · {line} · {left:.0f} s left")
         if step.iteration == step.iterations:
             self.began, self.first = 0.0, 0
 
     def _show_bar(self, step: Step, line: str) -> None:
         if self.bar is None:
             columns = [
-                TextColumn("iteration {task.completed}/{task.total}"),
+                TextColumn("{task.completed}/{task.total} iterations"),
                 BarColumn(),
                 TextColumn("{task.description}"),
             ]
@@ -232,10 +233,10 @@ def _parameters(config: Config) -> tuple[int, bool]:
     path = config.policy or config.model.path
     try:
         if path:
-            wanted: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            wanted: Any = from_pretrained(AutoConfig, path, "model config")
         else:
             wanted = shape_config(config.model, config.model.vocabulary or 64)
         with torch.device("meta"):
             return count_parameters(AutoModelForCausalLM.from_config(wanted)), True
-    except (OSError, ValueError):
+    except (UserError, OSError, ValueError):
         return 0, False

@@ -4,10 +4,13 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -248,11 +251,22 @@ def speed_up(model: Any) -> Any:
 
 def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
     """What an `Auto` class makes of a Hub name or folder; `kind` names it in the error. No remote code is run."""
+    local = Path(path).expanduser().exists() or not hub_answers()
     try:
-        return auto.from_pretrained(path, trust_remote_code=False, **options)
+        return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
     except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hub can be reached, asked once: where it cannot, its client tries each file for half a minute."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # no connection, offline mode: what was downloaded before is all there is
+        return False
+    return True
 
 
 class Critic(nn.Module):

@@ -2,7 +2,8 @@
 
 import dataclasses
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
 from rlgf.reward_model import load_reward_model
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
-from rlgf.runs import RunDirectory, identity, read_complete_lines, require_space, rollout_rows
+from rlgf.runs import RunDirectory, identity, read_complete_lines, require_space, require_writable, rollout_rows
 from rlgf.stages import (
     Report,
     TargetExamples,
@@ -71,7 +72,7 @@ def silent(line: str) -> None:
 
 
 def check(config: Config) -> Algorithm:
-    """Everything that can be refused without loading anything; returns the algorithm."""
+    """Everything that can be refused without loading data or models; returns the algorithm."""
     algorithm = config.algorithm.build()
     kind = task_kind(config.task)
     task_options(config.task, kind.options)
@@ -89,6 +90,8 @@ def check(config: Config) -> Algorithm:
     if spec.startswith("server:"):
         parse_spec(spec)
         _require_finisher(algorithm, config.guide.continuation != "none", spec)
+    if spec.startswith("python:"):
+        _require_finisher(algorithm, FunctionGuide(load_object(spec, "guide")).capabilities.can_finish, spec)
     if spec == "trained":
         task_options(guide_task(config), kind.options)
         if not (config.guide.sft.steps or config.guide.sft.epochs):
@@ -148,8 +151,11 @@ def _require_finisher(algorithm: Algorithm, can_finish: bool, spec: str) -> None
         )
 
 
-def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
-    """Make or reuse every stage and assemble what a trainer needs; raises `UserError` for whatever cannot be trained."""
+def prepare(config: Config, stages: Path, report: Report = silent, directory: RunDirectory | None = None) -> Parts:
+    """Make or reuse every stage and assemble what a trainer needs; raises `UserError` for whatever cannot be trained.
+
+    In `directory` is kept what a guide is paid for texts to distil, so that its limits count them.
+    """
     algorithm = check(config)
     for warning in cautions(algorithm):
         report(f"warning: {warning}")
@@ -179,9 +185,12 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     if config.distil.texts:
         assert guide is not None
         chosen = guide
-        policy_path = str(
-            distil_stage(config, start, lambda count: guide_examples(config, reference, chosen, task, count), stages, report)
-        )
+        with _spending(guide, directory, config):
+            policy_path = str(
+                distil_stage(
+                    config, start, lambda count: guide_examples(config, reference, chosen, task, count), stages, report
+                )
+            )
     models = assemble(config, algorithm, reference, start, policy_path)
     if reward is None:
         reward = prepare_reward(config, task, stages, report, models.policy)
@@ -190,6 +199,22 @@ def prepare(config: Config, stages: Path, report: Report = silent) -> Parts:
     if isinstance(guide, Accounted):
         guide.take_counts()  # what was asked until here belongs to no iteration
     return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report), judge)
+
+
+@contextmanager
+def _spending(guide: Guide, directory: RunDirectory | None, config: Config) -> Generator[None]:
+    """Keep what is asked of a guide within, however that ends, as part of what the run spends."""
+    if directory is None or not isinstance(guide, Accounted):
+        yield
+        return
+    guide.load_state(directory.load_spending())
+    before = guide.state()
+    try:
+        yield
+    finally:
+        if guide.state() != before:
+            directory.create(config)
+            directory.save_spending(guide.state())
 
 
 def assemble(config: Config, algorithm: Algorithm, reference: LanguageModel, start: str, policy_path: str) -> Models:
@@ -455,9 +480,11 @@ def train(
     out = Path(out)
     directory = RunDirectory(out, config)
     check(config)
+    shelf = Path(stages) if stages else out / "stages"
+    require_writable(out)
     require_space(out, 50_000_000)
-    _require_writable(out)
-    parts = prepare(config, Path(stages) if stages else out / "stages", report)
+    require_writable(shelf, "--stages")
+    parts = prepare(config, shelf, report, directory)
     require_space(out, disk_needed(parts))
     trainer = Trainer(parts)
     directory.create(config)
@@ -468,13 +495,6 @@ def train(
             critic.save(out / f"critic-{origin.name.lower()}")
         directory.finish(final_results(trainer, directory))
     return trainer
-
-
-def _require_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from None
 
 
 def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:

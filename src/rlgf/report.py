@@ -167,7 +167,8 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{results['recipe']}: validation prompts, {len(results['seeds'])} seed(s), band from lowest to highest")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
+    if number:  # runs without evaluations on the way have no curve
+        axes.legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)

@@ -11,7 +11,7 @@ import torch
 
 from rlgf.config import RewardConfig
 from rlgf.errors import RunError, UserError
-from rlgf.models import LanguageModel
+from rlgf.models import LanguageModel, from_pretrained, load_tokenizer
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
 from rlgf.reward_model import RewardModel, Shared, is_reward_model, load_reward_model
@@ -24,16 +24,10 @@ class SequenceClassifier:
     """Probability of the positive class by a Hugging Face sequence classifier, of any tokenizer: it reads text."""
 
     def __init__(self, path: str, batch_size: int = 32) -> None:
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
 
-        try:
-            self.model: Any = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval()
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # the Hub, the disk and the parser fail in ways of their own; all mean the same
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"no sequence classifier can be loaded from '{path}' ({reason}): give a Hub name, a local folder or 'ngram'."
-            ) from None
+        self.model: Any = from_pretrained(AutoModelForSequenceClassification, path, "sequence classifier").eval()
+        self.tokenizer: Any = load_tokenizer(path)
         self.path, self.batch_size = path, batch_size
         self.positive = _positive_class(self.model.config, path)
         limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]

@@ -89,6 +89,17 @@ class RunDirectory:
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write("".join(to_line(row) for row in rows))
 
+    def outlook(self, config: Config) -> str:
+        """What the same command will do with a run that was interrupted."""
+        done = sorted((self.folder / "checkpoints").glob("iteration-*"))
+        if done:
+            reached = f"{int(done[-1].name.split('-')[1])} of {config.ppo.iterations} iterations"
+            return f"{self.folder} holds a checkpoint after {reached}: the same command goes on from there."
+        return (
+            f"there is no checkpoint in {self.folder} yet (runtime.checkpoint_every={config.runtime.checkpoint_every}): the "
+            "same command begins the training again, with the stages and the guide's answers that are there."
+        )
+
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the final evaluation: from now on the run counts as complete."""
         write_json(self.folder / "results.json", json_safe(results))
@@ -139,6 +150,16 @@ def _refuse_other(folder: Path, old: Config, new: Config) -> None:
         raise UserError(
             f"{folder} holds another run ({key} is {before.get(key)!r} there, {after.get(key)!r} here): choose another --out."
         )
+
+
+def require_writable(folder: Path, option: str = "--out") -> None:
+    """Make a folder; raise if it cannot be made, or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another {option}.") from None
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder} cannot be written to: choose another {option}.")
 
 
 def require_space(folder: Path, needed: int) -> None:

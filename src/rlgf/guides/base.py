@@ -68,5 +68,5 @@ class Accounted(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Add what an earlier part of the run had spent."""
+        """Add what an earlier part of the run had spent; a second call changes nothing."""
         ...

@@ -55,6 +55,7 @@ class RemoteGuide:
         self.server, self.config, self.cache, self._report, self._sleep = server, config, cache, report, sleep
         self.capabilities = Capabilities(can_finish=server.can_finish, exact_budget=server.exact)
         self.spent: Counter[str] = Counter()  # over the whole run
+        self._continues = False  # whether what an earlier part of the run had spent was added
         self._begun = 0  # requests over the whole run, those under way included
         self._counts: dict[str, float] = {}  # of the rows that were served since counts were last taken
         self._took: dict[str, dict[str, float]] = {}  # by question: what its answer took, until a row uses it
@@ -81,6 +82,9 @@ class RemoteGuide:
         try:
             futures = [pool.submit(self._row, request, stop) for request in requests]
             failures = [error for future in futures if (error := future.exception()) is not None]
+        except KeyboardInterrupt:
+            self._report(f"guide: requests under way come to their end first, in {self.config.timeout_seconds:g} s at most")
+            raise
         finally:  # interrupted, say: what is under way comes to its end and is kept, the rest is not asked
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
@@ -137,8 +141,11 @@ class RemoteGuide:
         return found if cost is None else {**found, "cost": cost}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Add what an earlier part of the run had spent, so that limits count over all of it."""
+        """Add what an earlier part of the run had spent, so that limits count over all of it; a second time changes nothing."""
         with self._lock:
+            if self._continues:
+                return
+            self._continues = True
             self._begun += int(state.get("begun", 0))
             self.spent.update({name: int(value) for name, value in state.items() if name not in ("begun", "cost")})
 

@@ -71,7 +71,9 @@ class Server:
             default_headers=headers,
         )  # fmt: skip
         weakref.finalize(self, self._client.close)
-        self._secrets = [secret for secret in (key, *headers.values()) if secret]
+        # a header may say what it is before its secret ('Bearer …'), and a server repeat the secret alone
+        written = [value for name, value in headers.items() if config.extra_headers[name].startswith("$")]
+        self._secrets = [part for secret in (key or "", *written) for part in (secret, *secret.split()) if len(part) > 3]
 
     def key(self) -> dict[str, Any]:
         """What an answer depends on besides the question: model, mode, template, decoding. No address, no secret."""
@@ -209,6 +211,8 @@ class Server:
         status, detail = int(error.status_code), error.body.get("detail") if isinstance(error.body, dict) else None
         # servers made with FastAPI give their reason there, where the client does not look
         reason = self._hide(f"{error} - {detail}" if isinstance(detail, str) else str(error))
+        if status == 404 and not re.search(r"/v\d", self.url):
+            reason += "; most servers' addresses end in /v1"
         if status in (408, 409, 425, 429) or status >= 500:
             if error.code in SPENT:
                 return PermanentError(reason)
