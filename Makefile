@@ -8,8 +8,8 @@ STAMP := $(VENV)/.installed
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small tldr-small test test-slow test-data test-server test-vllm gpu lint types bench \
-  bench-prefetch bench-rewards docs sample clean
+.PHONY: results setup quickstart quickstart-seeds imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm gpu lint types bench \
+  bench-prefetch bench-rewards bench-adapters docs sample clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -28,6 +28,9 @@ imdb-small: setup  ## the five algorithms on real reviews, three seeds, about tw
 
 tldr-small: setup  ## real posts and comparisons: reward model, judge, three algorithms, best of 8; about two hours on two cores
 	$(BIN)/rlgf compare tldr-small --data $(DATA)/tldr --algorithms ppo,ppo_pp,aggrevated --jobs 2 --out runs/tldr-small
+
+commongen-small: setup  ## an encoder–decoder on CommonGen: span corruption, SFT, the five algorithms, three seeds; about four hours on two cores
+	RLGF_CORENLP=$(CORENLP) $(BIN)/rlgf compare commongen-small --data $(DATA)/commongen --seeds 0,1,2 --jobs 2 --out runs/commongen-small
 
 results:  ## keep the small files of a comparison under docs/results: make results NAME=imdb-small
 	mkdir -p docs/results/$(NAME)
@@ -79,6 +82,9 @@ bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
 
 sample: setup  ## the sample of two tokenizers in docs/guides.md, minutes
 	$(BIN)/python docs/sample.py --model $(DATA)/stories260k/hf
+
+bench-adapters: setup  ## weights, optimizers and peak memory with adapters and with whole models
+	$(BIN)/python -m bench.adapters
 
 bench-rewards: setup  ## what text metrics cost as rewards
 	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m bench.text_rewards

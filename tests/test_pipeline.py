@@ -460,6 +460,11 @@ def test_with_adapters_policy_critic_reference_guide_and_reward_model_share_thei
         assert (tmp_path / "run" / name / "adapter_config.json").is_file()
 
 
+def test_four_bits_are_refused_where_they_cannot_be_trained_through(tmp_path: Path):
+    with pytest.raises(UserError, match=r"adapter\.load_in_4bit needs a GPU"):
+        train(small(("adapter.rank", 2), ("adapter.load_in_4bit", True)), tmp_path)
+
+
 def test_targets_that_score_nothing_are_told_to_be_noisy_demonstrations_or_a_mistake():
     prompts = [Prompt(f"review {i}", (" good plot",), (" good plot",)) for i in range(4)]
     found = check_reward(Task("t", prompts, prompts, prompts), lambda prompts, texts: [0.0] * len(texts))

@@ -100,6 +100,10 @@ def check(config: Config) -> Algorithm:
         torch.device(config.runtime.device)
     except RuntimeError:
         raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
+    if config.adapter.load_in_4bit and torch.device(config.runtime.device).type == "cpu":
+        raise UserError(  # bitsandbytes packs weights for inference there, and no gradient passes through them
+            "adapter.load_in_4bit needs a GPU, as bitsandbytes computes no gradients on a CPU: set runtime.device=cuda."
+        )
     return algorithm
 
 
