@@ -12,7 +12,7 @@ from rlgf import __main__ as entry
 from rlgf import adapters, cli
 from rlgf.check import check_reward
 from rlgf.config import Config, dump, override
-from rlgf.console import Watch
+from rlgf.console import Watch, what_dominates
 from rlgf.errors import RunError, UserError
 from rlgf.pipeline import prepare, train
 from rlgf.recipes import quickstart
@@ -458,6 +458,20 @@ def test_with_adapters_policy_critic_reference_guide_and_reward_model_share_thei
     assert set(adapters.names(shared)) == {"policy", "reward", *(f"critic_{origin.name.lower()}" for origin in models.critics)}
     for name in ("policy", *(f"critic-{origin.name.lower()}" for origin in models.critics)):
         assert (tmp_path / "run" / name / "adapter_config.json").is_file()
+
+
+def test_a_profile_says_what_an_iteration_spends_its_time_on(tmp_path: Path, stages: Path):
+    train(small(("runtime.profile", True)), tmp_path, stages)
+    rows = read_complete_lines(tmp_path / "metrics.jsonl")
+    assert ["profile" in row for row in rows] == [False, True, False]
+    shares = list(rows[1]["profile"].values())
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) <= 1
+    line = what_dominates(rows[1])
+    assert line.startswith("profile of iteration 1: ")
+    assert all(name in line for name in ("write", "appraise", "update", *rows[1]["profile"]))
+    assert json.loads((tmp_path / "profile" / "trace.json").read_text())["traceEvents"]
+    assert "Self CPU" in (tmp_path / "profile" / "operations.txt").read_text()
 
 
 def test_four_bits_are_refused_where_they_cannot_be_trained_through(tmp_path: Path):

@@ -147,6 +147,9 @@ def train(
     out: Out = None,
     stages: Stages = None,
     offline: Offline = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also say where the time of an iteration goes: RUN/profile/ has a chrome trace.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")] = False,
 ) -> None:
     """One run: make or reuse the stages, train, evaluate. Continues from its last checkpoint."""
@@ -154,6 +157,8 @@ def train(
         recipe_or_yaml, overrides, algorithm=algorithm, beta=beta, alpha=alpha, guide=guide, policy=policy, data=data,
         iterations=iterations, seed=seed, offline=offline,
     )  # fmt: skip
+    if profile:
+        config = override(config, [("runtime.profile", True)])
     from rlgf import console, pipeline
     from rlgf.runs import RunDirectory
 

@@ -314,6 +314,7 @@ class RuntimeConfig:
     token_budget: int = 2048  # tokens of one micro-batch; changes speed and memory, not results
     checkpoint_every: int = 10  # iterations; the last one is always kept
     trackers: tuple[str, ...] = ("tensorboard",)
+    profile: bool = False  # the second iteration under torch's profiler: RUN/profile/
 
 
 @dataclass(frozen=True, config=strict)

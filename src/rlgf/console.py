@@ -70,6 +70,8 @@ class Watch:
         metrics = step.metrics
         line = f"reward {metrics['score']:.3f} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
         line += guide_progress(metrics, step.spent)
+        if "profile" in metrics:
+            report(what_dominates(metrics))
         if log.is_terminal and self.may_draw:
             self._show_bar(step, line)
             return
@@ -102,6 +104,15 @@ class Watch:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def what_dominates(metrics: Mapping[str, Any]) -> str:
+    """What an iteration's time went into: its stages, and the operations of its profile."""
+    stages = {name: metrics[f"seconds_{name}"] for name in ("write", "appraise", "update")}
+    ordered = sorted(stages, key=lambda name: -stages[name])
+    shares = ", ".join(f"{name} {stages[name]:.2f} s ({stages[name] / metrics['seconds']:.0%})" for name in ordered)
+    operations = ", ".join(f"{name} {share:.0%}" for name, share in metrics["profile"].items())
+    return f"profile of iteration {metrics['iteration']}: {shares}; most of it in {operations}"
 
 
 def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> str:

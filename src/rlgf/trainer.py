@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rlgf.algorithms import Algorithm, Share
@@ -18,6 +19,7 @@ from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
 from rlgf.judge import PairJudge
 from rlgf.models import LanguageModel
+from rlgf.profiling import profiled
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards import score_parts, shares_weights
 from rlgf.rollout import Writing, choose_prompts, collect, rollin_requests
@@ -163,8 +165,13 @@ class Trainer:
         if directory:
             self._resume(directory)
         try:
+            second = min(self.iteration + 1, iterations - 1)  # the first one of a process warms it up
             while self.iteration < iterations:
-                metrics, experience = self.step(self.iteration)
+                if directory and config.runtime.profile and self.iteration == second:
+                    done, shares = profiled(partial(self.step, self.iteration), directory.folder / "profile")
+                    metrics, experience = {**done[0], "profile": shares}, done[1]
+                else:
+                    metrics, experience = self.step(self.iteration)
                 try:
                     if self._evaluates():
                         metrics["evaluation"] = self.evaluate(self.parts.task.validation[: config.evaluation.prompts])[0]
