@@ -50,6 +50,20 @@ def test_the_hubs_form_of_the_data_is_grouped_by_concepts(tmp_path: Path):
     assert [len(prompt.references) for prompt in task.train] == [2, 1, 1]
 
 
+def test_a_test_split_whose_references_are_kept_back_is_not_reported(tmp_path: Path):
+    source = data(tmp_path, [{"concepts": row["concepts"], "target": row["targets"][0]} for row in ROWS])
+    hidden = [{"concepts": row["concepts"], "target": ""} for row in ROWS]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hidden))
+    task = commongen.build(task_config(source), None)
+    assert task.test == task.validation
+    assert not task.finals
+    assert task.remarks == {"test prompts have no references: validation is reported alone": 3}
+    hidden[0]["target"] = "A dog catches a frisbee."  # some, but not all
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hidden))
+    with pytest.raises(UserError, match="split test, row 2: 'targets' \\(or 'target'\\) must hold at least one text"):
+        commongen.build(task_config(source), None)
+
+
 def test_concept_sets_are_held_back_from_training_for_evaluations(tmp_path: Path):
     task = commongen.build(task_config(data(tmp_path), held_back=1), None)
     assert len(task.train) == 2

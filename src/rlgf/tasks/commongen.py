@@ -29,9 +29,12 @@ class Options:
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
-    """Prompts of the dataset's own splits; a final evaluation speaks of validation and test."""
+    """Prompts of the dataset's own splits; a final evaluation speaks of validation and test.
+
+    The Hub keeps the test split's references back; validation then stands in its place.
+    """
     options: Options = task_options(config, Options)
-    train, validation, test = (_prompts(config, options, split) for split in SPLITS)
+    train, validation, test = (_prompts(config, options, split, split == "test") for split in SPLITS)
     watched = validation
     if options.held_back:
         if not 0 < options.held_back < len(train):
@@ -40,6 +43,9 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
         held = set(order[: options.held_back].tolist())
         watched = [prompt for place, prompt in enumerate(train) if place in held]
         train = [prompt for place, prompt in enumerate(train) if place not in held]
+    if not any(prompt.references for prompt in test):
+        remarks = {"test prompts have no references: validation is reported alone": len(test)}
+        return Task(config.name, train, watched, validation, group=difficulty, remarks=remarks)
     return Task(config.name, train, watched, test, finals={"validation": validation}, group=difficulty)
 
 
@@ -48,8 +54,10 @@ def difficulty(prompt: Prompt) -> str:
     return "hard" if len(prompt.columns["concepts"]) >= HARD else "easy"
 
 
-def _prompts(config: TaskConfig, options: Options, split: str) -> list[Prompt]:
+def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = False) -> list[Prompt]:
+    """The prompts of a split; `may_hide`: it may be without references, but then altogether."""
     rows = read_rows(_source(config), split, (options.concepts_column,))
+    hidden = may_hide and not any(row.get(options.references_column, row.get("target")) for row in rows)
     found: list[tuple[tuple[str, ...], list[str]]] = []
     for number, row in enumerate(rows, 1):
         where = f"{config.data}, split {split}, row {number}"
@@ -57,7 +65,11 @@ def _prompts(config: TaskConfig, options: Options, split: str) -> list[Prompt]:
         if not isinstance(concepts, list) or not concepts or not all(isinstance(c, str) and c.strip() for c in concepts):
             raise UserError(f"{where}: the prompt is empty: '{options.concepts_column}' must be a list of words.")
         references = [references] if isinstance(references, str) else references
-        if not isinstance(references, list) or not references or not all(isinstance(r, str) and r.strip() for r in references):
+        if hidden:
+            references = []
+        elif (
+            not isinstance(references, list) or not references or not all(isinstance(r, str) and r.strip() for r in references)
+        ):
             raise UserError(
                 f"{where}: '{options.references_column}' (or 'target') must hold at least one text, none of them empty."
             )
