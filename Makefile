@@ -26,7 +26,7 @@ quickstart-seeds: setup  ## the same over five seeds; the committed table comes 
 imdb-small: setup  ## the five algorithms on real reviews, three seeds, about two hours on two cores
 	$(BIN)/rlgf compare imdb-small --data $(DATA)/imdb --seeds 0,1,2 --jobs 2 --out runs/imdb-small
 
-tldr-small: setup  ## real posts and comparisons: reward model, judge, three algorithms, best of 8; about two hours on two cores
+tldr-small: setup  ## real posts and comparisons: reward model, judge, three algorithms, best of 8; about 70 minutes on one busy core
 	$(BIN)/rlgf compare tldr-small --data $(DATA)/tldr --algorithms ppo,ppo_pp,aggrevated --jobs 2 --out runs/tldr-small
 
 commongen-small: setup  ## an encoder–decoder on CommonGen: span corruption, SFT, the five algorithms, three seeds; about four hours on two cores
