@@ -9,7 +9,7 @@ VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
 .PHONY: results setup quickstart quickstart-seeds imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm gpu lint types bench \
-  bench-prefetch bench-rewards bench-adapters docs sample clean
+  bench-prefetch bench-rewards bench-adapters bench-generate docs sample clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -82,6 +82,9 @@ bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
 
 sample: setup  ## the sample of two tokenizers in docs/guides.md, minutes
 	$(BIN)/python docs/sample.py --model $(DATA)/stories260k/hf
+
+bench-generate: setup  ## the decoder beside model.generate
+	$(BIN)/python -m bench.generate
 
 bench-adapters: setup  ## weights, optimizers and peak memory with adapters and with whole models
 	$(BIN)/python -m bench.adapters

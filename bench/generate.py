@@ -1,8 +1,8 @@
 """Writing: this library's decoder beside `model.generate`, on the same prompts, for the same number of tokens.
 
 Workload S with 64 prompts, the full softmax or top-k 50 at temperature 1, no early end. Every row is a pair of calls that take
-turns; the ratio is that of each pair. `restart` rows finish texts of which a random part stands already, as rollouts after a switch
-do: `generate` reads those as longer prompts and writes as many tokens for each as the one with most left needs.
+turns; the ratio is that of each pair. `restart` rows finish texts of which a random part stands already, as rollouts after a
+switch do: `generate` reads those as longer prompts and writes as many tokens for each as the one with most left needs.
 """
 
 import argparse

@@ -151,7 +151,6 @@ def test_the_order_is_a_function_of_seed_and_row():
     other = chat(says_text, seed=1)
     win_rate(other, MANY, TEXTS)
     assert [first_of(request.prompt.text).startswith("text") for request in other.guide.asked] != orders  # pyright: ignore
-    assert all(" text" not in request.prompt.text for request in judge.guide.asked) or True  # pyright: ignore
 
 
 def test_a_judge_that_always_says_a_wins_about_half_in_random_order_and_ties_in_both():

@@ -153,7 +153,7 @@ def commongen_small() -> Config:
             weight_decay=0.01, seed=0,
         ),
         sft=SupervisedConfig(
-            epochs=1.5, batch_size=32, learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
+            epochs=5.0, batch_size=32, learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
             weight_decay=0.01, seed=0,
         ),
         reward=RewardConfig(path="spider"),

@@ -62,14 +62,12 @@ def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = 
     for number, row in enumerate(rows, 1):
         where = f"{config.data}, split {split}, row {number}"
         concepts, references = row[options.concepts_column], row.get(options.references_column, row.get("target"))
-        if not isinstance(concepts, list) or not concepts or not all(isinstance(c, str) and c.strip() for c in concepts):
+        if not isinstance(concepts, list) or not concepts or not all(map(_is_text, concepts)):
             raise UserError(f"{where}: the prompt is empty: '{options.concepts_column}' must be a list of words.")
         references = [references] if isinstance(references, str) else references
         if hidden:
             references = []
-        elif (
-            not isinstance(references, list) or not references or not all(isinstance(r, str) and r.strip() for r in references)
-        ):
+        elif not isinstance(references, list) or not references or not all(map(_is_text, references)):
             raise UserError(
                 f"{where}: '{options.references_column}' (or 'target') must hold at least one text, none of them empty."
             )
@@ -79,6 +77,10 @@ def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = 
         else:
             found.append((key, list(references)))
     return [_prompt(concepts, references) for concepts, references in found]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _prompt(concepts: Sequence[str], references: Sequence[str]) -> Prompt:
