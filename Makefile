@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 quickstart: setup  ## every algorithm on the embedded task, one table, minutes on two cores
-	$(BIN)/rlgf compare quickstart --jobs 2 --out runs/quickstart
+	$(BIN)/rlgf compare quickstart --out runs/quickstart
 
 quickstart-seeds: setup  ## the same over five seeds; the committed table comes from this
 	$(BIN)/rlgf compare quickstart --seeds 0,1,2,3,4 --jobs 2 --out runs/quickstart-seeds

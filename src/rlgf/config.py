@@ -311,7 +311,7 @@ class RuntimeConfig:
     threads: int = 0  # 0: all cores (command line); the library never sets threads by itself
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    token_budget: int = 2048  # tokens of one micro-batch; changes speed and memory, not results
+    token_budget: int = 1024  # tokens of one micro-batch; changes speed and memory, not results
     checkpoint_every: int = 10  # iterations; the last one is always kept
     trackers: tuple[str, ...] = ("tensorboard",)
     profile: bool = False  # the second iteration under torch's profiler: RUN/profile/
