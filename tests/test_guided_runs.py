@@ -21,9 +21,10 @@ from helpers import guided_metrics
 from rlgf.check import check_guide
 from rlgf.config import Config, override
 from rlgf.errors import RunError, UserError
+from rlgf.finals import evaluate_baselines
 from rlgf.guides.cache import AnswerCache
 from rlgf.models import LanguageModel
-from rlgf.pipeline import evaluate_baselines, prepare, train
+from rlgf.pipeline import prepare, train
 from rlgf.recipes import imdb_small, quickstart
 from rlgf.runs import read_complete_lines
 from rlgf.tasks import imdb

@@ -12,7 +12,8 @@ from typing import Any
 from rlgf.config import Config, dump, override
 from rlgf.data import read_json, write_json
 from rlgf.errors import RunError, UserError
-from rlgf.pipeline import Report, asking_guide, check, evaluate_baselines, prepare, silent, train
+from rlgf.finals import evaluate_baselines
+from rlgf.pipeline import Report, asking_guide, check, prepare, silent, train
 from rlgf.recipes import Control
 from rlgf.report import write_report
 from rlgf.runs import RunDirectory, json_safe, read_complete_lines, require_writable

@@ -6,9 +6,10 @@ import json
 import os
 import tempfile
 import zlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from rlgf.errors import UserError
 from rlgf.randomness import Purpose, permutation
@@ -142,13 +143,15 @@ def _as_rows(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [dict(row) for row in dataset]
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
+@contextmanager
+def replacing(path: Path) -> Generator[BinaryIO]:
+    """A file beside `path` to be written, which takes its place once it is whole; after an error nothing is left of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        with open(name, "w+b") as file:  # by its name, which those who write it may need
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
@@ -156,6 +159,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,10 +1,8 @@
 """From a config to a finished run: check everything, make or reuse the stages, train, evaluate, save."""
 
 import dataclasses
-import platform
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,11 @@ import torch
 
 from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
-from rlgf.best_of import evaluate_best_of
 from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError, unknown
-from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
+from rlgf.evaluate import Judges, evaluate_policy
 from rlgf.experience import Models, Reading
+from rlgf.finals import evaluate_baselines, extras, final_results
 from rlgf.guides import Accounted, FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
@@ -42,7 +40,7 @@ from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
 from rlgf.reward_model import load_reward_model
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
-from rlgf.runs import RunDirectory, identity, read_complete_lines, require_space, require_writable, rollout_rows
+from rlgf.runs import RunDirectory, identity, require_space, require_writable
 from rlgf.stages import (
     Report,
     TargetExamples,
@@ -61,7 +59,7 @@ from rlgf.tasks.base import task_options
 from rlgf.tokens import Codec
 from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
-from rlgf.types import GUIDE, POLICY, Decoding, Origin, Prompt
+from rlgf.types import GUIDE, POLICY, Origin, Prompt
 
 JUDGES = ("preferences", "model:PATH", "server:MODEL@URL")
 GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
@@ -501,89 +499,6 @@ def train(
     return trainer
 
 
-def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
-    """The final evaluation on the test split and what else the task reports; texts go to `evaluation[-SPLIT].jsonl`."""
-    config, codec = trainer.config, trainer.parts.models.policy.codec
-    judges = dataclasses.replace(trainer.judges, metrics=config.evaluation.metrics, judge=trainer.parts.judge)
-    found: dict[str, dict[str, float]] = {}
-    splits = final_prompts(trainer.parts.task, config)
-    for split, prompts in splits.items():
-        found[split], rollout, scores = trainer.evaluate(prompts, final=True)
-        path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{split}.jsonl")
-        path.unlink(missing_ok=True)
-        directory.log(path.name, rollout_rows(rollout, scores, config.ppo.iterations, codec))
-    return {
-        "algorithm": config.algorithm.name,
-        "title": trainer.parts.algorithm.title,
-        "recipe": config.recipe,
-        "seed": config.seed,
-        "texts_used": config.ppo.iterations * config.ppo.texts_per_iteration + config.distil.texts,
-        "decoding": (config.evaluation.decoding or config.decoding).describe(),
-        **as_results(found),
-        **extras(config, trainer.writing, splits["test"], judges),
-        "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
-        "machine": machine(),
-    }
-
-
-def final_prompts(task: Task, config: Config) -> dict[str, Sequence[Prompt]]:
-    """The prompts of final evaluations: those of the test split, and of the others that the task reports."""
-    return {split: prompts[: config.evaluation.final_prompts] for split, prompts in {"test": task.test, **task.finals}.items()}
-
-
-def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Metrics of each split as `results.json` has them: those of the test split first."""
-    others = {split: metrics for split, metrics in found.items() if split != "test"}
-    return {"evaluation": found["test"], **({"evaluations": others} if others else {})}
-
-
-def extras(config: Config, writing: Writing, prompts: Sequence[Prompt], judges: Judges) -> dict[str, Any]:
-    """What a final evaluation may say besides its metrics: who judged, and what the best of several texts come to."""
-    found: dict[str, Any] = {"judge": judges.judge.name} if judges.judge else {}
-    samples = config.evaluation.best_of
-    if samples:
-        writing = dataclasses.replace(writing, decoding=sampling(config))
-        metrics, _, _ = evaluate_best_of(writing, prompts, judges, samples, config.evaluation.seed)
-        found["best_of"] = {"samples": samples, "decoding": sampling(config).describe(), "evaluation": metrics}
-    return found
-
-
-def sampling(config: Config) -> Decoding:
-    """How several texts are written for one prompt: as in evaluations, unless that writes the same text every time."""
-    decoding = config.evaluation.decoding
-    return config.decoding if decoding is None or decoding.greedy or decoding.beams > 1 else decoding
-
-
-def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, dict[str, Any]]:
-    """The final evaluation of `evaluation.baselines`, on the same prompts as every run."""
-    config, seed = parts.config, parts.config.evaluation.seed
-    reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    judges = Judges(
-        parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation.metrics, parts.judge
-    )
-    decoding = config.evaluation.decoding or config.decoding
-    writing = Writing(
-        parts.models.reference, parts.guide, decoding, config.task.max_new_tokens, config.task.min_new_tokens,
-        config.seed, config.runtime.precision,
-    )  # fmt: skip
-
-    def row(title: str, how: str, evaluate: Callable[[Sequence[Prompt]], dict[str, float]]) -> dict[str, Any]:
-        found = {split: evaluate(prompts) for split, prompts in final_prompts(parts.task, config).items()}
-        return {"title": title, "decoding": how, **as_results(found), "texts_used": 0}
-
-    found: dict[str, dict[str, Any]] = {}
-    if "zero_shot" in config.evaluation.baselines:
-        before = dataclasses.replace(writing, policy=base_model(config, stages, report)[0])
-        found["zero_shot"] = row("zero-shot", decoding.describe(), lambda p: evaluate_policy(before, p, judges, seed)[0])
-    if "sft" in config.evaluation.baselines:
-        found["sft"] = row("SFT", decoding.describe(), lambda p: evaluate_policy(writing, p, judges, seed)[0])
-        found["sft"] |= extras(config, writing, final_prompts(parts.task, config)["test"], judges)
-    if "guide" in config.evaluation.baselines and parts.guide is not None:
-        how = config.guide.decoding.describe() if isinstance(parts.guide, ModelGuide) else "its own"
-        found["guide"] = row("guide", how, lambda p: evaluate_guide(writing, p, judges, seed)[0])
-    return found
-
-
 def asking_guide(config: Config) -> Config:
     """The config with an algorithm that asks its guide for all that it can do, so that the guide is prepared."""
     guide = config.guide
@@ -623,15 +538,3 @@ def evaluate_policy_at(
     prompts = task.test[: config.evaluation.final_prompts]
     metrics = evaluate_policy(writing, prompts, judges, config.evaluation.seed)[0]
     return {"evaluation": metrics, **extras(config, writing, prompts, judges)}
-
-
-def machine() -> dict[str, Any]:
-    """What a number was measured on."""
-    return {
-        "processor": platform.machine(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("rlgf", "torch", "transformers")},
-    }

@@ -12,12 +12,12 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from rlgf.data import replacing
 from rlgf.display import visible
 from rlgf.errors import UserError
 
@@ -104,30 +104,13 @@ def fetch(source: str | None, report: Callable[[str], None]) -> Path:
         if (target / jar.name).is_file() and _sum_of(target / jar.name) in jar.sums:
             report(f"{jar.name} is there already")
             continue
-        with _new_file(target / jar.name) as file:
+        with replacing(target / jar.name) as file:
             if source is None:
                 _by_maven(jar, file, report)
             else:
                 _from_source(jar, source, file, report)
             _check(jar, file, source)
     return target
-
-
-@contextmanager
-def _new_file(path: Path) -> Generator[BinaryIO]:
-    """A file beside its place, moved there once it is whole and closed."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        with open(name, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _check(jar: Jar, file: BinaryIO, source: str | None) -> None:
