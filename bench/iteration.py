@@ -1,4 +1,4 @@
-"""One PPO iteration of rlgf beside one of TRL, on workload S: same work, one run, taking turns (bench/README.md)."""
+"""One PPO iteration of rlgf beside one of its peers: same work, one run, taking turns (bench/README.md)."""
 
 import argparse
 import datetime
@@ -8,18 +8,42 @@ import platform
 import statistics
 import subprocess
 import sys
-import venv
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.workload import Workload
+from bench.peers import PEERS
+from bench.workload import WORKLOADS
 
 # No torch in this process: what a child's peak memory starts from is what its parent held.
 
 ROOT = Path(__file__).resolve().parent.parent
-TORCH, TRL = "torch==2.13.0", "trl==1.12.0"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of those that are compared: whose code it is, and what its worker is told besides."""
+
+    code: str  # rlgf, or a peer of `bench.peers`
+    flags: tuple[str, ...] = ()
+
+
+SIDES = {
+    "rlgf": Side("rlgf"),
+    "rlgf-bf16": Side("rlgf", ("--precision", "bf16")),
+    "rlgf-shared": Side("rlgf", ("--critic", "trunk")),
+    "trl": Side("trl"),
+    "trl-bf16": Side("trl", ("--precision", "bf16")),
+    "tril": Side("tril"),
+}
+SHORT = {"S": ("rlgf", "trl")}
+LONG = {
+    "S": ("rlgf", "rlgf-bf16", "rlgf-shared", "trl", "trl-bf16", "tril"),
+    "S-llama": ("rlgf", "trl"),
+    "S-t5": ("rlgf", "tril"),
+    "M": ("rlgf", "trl"),
+}
 
 
 class Worker:
@@ -66,28 +90,11 @@ class Worker:
         return json.loads(line)
 
 
-def trl_python(folder: Path) -> str:
-    """The interpreter of TRL's environment, made first where it is not there yet."""
-    python = folder / "bin" / "python"
-    wanted = [TORCH, TRL]
-    probe = "import importlib.metadata as m; print(m.version('torch').split('+')[0], m.version('trl'))"
-    if python.exists():
-        found = subprocess.run([str(python), "-c", probe], capture_output=True, text=True).stdout.split()
-        if found == [name.split("==")[1] for name in wanted]:
-            return str(python)
-    print(f"making TRL's environment in {folder} ...", flush=True)
-    venv.create(folder, with_pip=True, clear=True)
-    for requirements in ([TORCH], wanted):  # torch first and exact: an open range would pull gigabytes
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True)
-    return str(python)
-
-
-def check(sides: Mapping[str, Sequence[Mapping[str, Any]]], expected: Mapping[str, int]) -> None:
-    """Refuse to report unless every iteration of either side did exactly the work of the workload."""
-    for name, turns in sides.items():
-        for number, turn in enumerate(turns):
-            if turn["counts"] != dict(expected):
-                raise SystemExit(f"iteration {number} of {name} did other work: {turn['counts']}, not {dict(expected)}.")
+def check(name: str, turns: Sequence[Mapping[str, Any]], expected: Mapping[str, int]) -> None:
+    """Refuse to report unless every iteration of a side did exactly the work of the workload."""
+    for number, turn in enumerate(turns):
+        if turn["counts"] != dict(expected):
+            raise SystemExit(f"iteration {number} of {name} did other work: {turn['counts']}, not {dict(expected)}.")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -109,6 +116,76 @@ def summary(about: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], expect
     }
 
 
+def ratios(turns: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """How many times as long each peer takes as each of rlgf's sides, round by round."""
+    found: dict[str, dict[str, Any]] = {}
+    for theirs in (name for name in turns if SIDES[name].code != "rlgf"):
+        for ours in (name for name in turns if SIDES[name].code == "rlgf"):
+            both = list(zip(turns[theirs], turns[ours]))
+            each = [peer["seconds"] / own["seconds"] for peer, own in both]
+            cpu = spread([peer["cpu_seconds"] / own["cpu_seconds"] for peer, own in both])
+            found[f"{theirs} / {ours}"] = {"rounds": each, **spread(each), "cpu_seconds": cpu}
+    return found
+
+
+def compare(name: str, sides: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Set all sides of a workload up, let them take turns, and sum up."""
+    workload, folder = WORKLOADS[name], arguments.work.resolve() / name
+    pythons = {peer: make(arguments.environments.resolve()) for peer, make in PEERS.items() if peer in sides_of(sides)}
+    subprocess.run([sys.executable, "-m", "bench.workload", name, str(folder)], cwd=ROOT, check=True)
+    turns = arguments.warmup + arguments.rounds
+    common = ["--workload", name, "--folder", str(folder), "--turns", str(turns)]
+    workers: dict[str, Worker] = {}
+    answers: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    try:
+        for side in sides:
+            code = SIDES[side].code
+            command = [pythons.get(code, sys.executable), "-m", f"bench.worker_{code}", *common, *SIDES[side].flags]
+            workers[side] = Worker(side, command, arguments.threads, folder / f"{side}.log")
+        for turn in range(turns):
+            for side, worker in workers.items():
+                answers[side].append(worker.turn())
+            kind = "warm-up" if turn < arguments.warmup else f"round {turn - arguments.warmup + 1}"
+            times = ", ".join(f"{side} {rows[-1]['seconds']:.2f} s" for side, rows in answers.items())
+            print(f"{name}, {kind}: {times}", flush=True)
+    finally:
+        for worker in workers.values():
+            worker.close()
+    for side, rows in answers.items():
+        check(side, rows, workload.expected)
+    timed = {side: rows[arguments.warmup :] for side, rows in answers.items()}
+    return {
+        "workload": asdict(workload),
+        "ratios": ratios(timed),
+        "sides": {side: summary(workers[side].about, rows, workload.expected) for side, rows in timed.items()},
+        "iterations": timed,
+    }
+
+
+def sides_of(names: Sequence[str]) -> set[str]:
+    """Whose code the sides of these names are."""
+    return {SIDES[name].code for name in names}
+
+
+def measure(plan: Mapping[str, Sequence[str]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """All workloads of a plan, and what they ran on."""
+    load_before = os.getloadavg()
+    workloads = {name: compare(name, sides, arguments) for name, sides in plan.items()}
+    first = next(iter(next(iter(workloads.values()))["sides"].values()))
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "threads": arguments.threads,
+            "cpu_capability": first["cpu_capability"],
+            "load_before": load_before,
+        },
+        "rounds": arguments.rounds,
+        "workloads": workloads,
+    }
+
+
 def processor() -> str:
     """The name of the processor."""
     try:
@@ -118,69 +195,23 @@ def processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Set both sides up, let them take turns, and sum up."""
-    workload, folder = Workload(), arguments.work.resolve()
-    load_before = os.getloadavg()
-    peer = trl_python(arguments.environment.resolve())
-    subprocess.run([sys.executable, "-m", "bench.workload", str(folder)], cwd=ROOT, check=True)
-    turns = arguments.warmup + arguments.pairs
-    common = ["--folder", str(folder), "--turns", str(turns)]
-    ours = [sys.executable, "-m", "bench.worker_rlgf", *common, "--token-budget", str(arguments.token_budget)]
-    workers = {"rlgf": Worker("rlgf", ours, arguments.threads, folder / "rlgf.log")}
-    workers["trl"] = Worker("trl", [peer, "-m", "bench.worker_trl", *common], arguments.threads, folder / "trl.log")
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
-    try:
-        for turn in range(turns):
-            for name, worker in workers.items():
-                answers[name].append(worker.turn())
-            kind = "warm-up" if turn < arguments.warmup else f"pair {turn - arguments.warmup + 1}"
-            print(
-                f"{kind}: " + ", ".join(f"{name} {rows[-1]['seconds']:.2f} s" for name, rows in answers.items()),
-                flush=True,
-            )
-    finally:
-        for worker in workers.values():
-            worker.close()
-    check(answers, workload.expected)
-    timed = {name: rows[arguments.warmup :] for name, rows in answers.items()}
-    paired = list(zip(timed["rlgf"], timed["trl"]))
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": arguments.threads,
-            "cpu_capability": workers["rlgf"].about["cpu_capability"],
-            "load_before": load_before,
-        },
-        "workload": asdict(workload),
-        "pairs": arguments.pairs,
-        "ratio_trl_to_rlgf": {
-            "pairs": [theirs["seconds"] / ours["seconds"] for ours, theirs in paired],
-            **spread([theirs["seconds"] / ours["seconds"] for ours, theirs in paired]),
-            "cpu_seconds": spread([theirs["cpu_seconds"] / ours["cpu_seconds"] for ours, theirs in paired]),
-        },
-        "sides": {name: summary(workers[name].about, rows, workload.expected) for name, rows in timed.items()},
-        "iterations": timed,
-    }
-
-
 def table(result: Mapping[str, Any]) -> str:
     """The result for people."""
-    lines = [f"{'':<10}{'seconds (min-max)':>24}{'CPU s':>9}{'peak MB':>9}  seconds by stage"]
-    for name, side in result["sides"].items():
-        seconds = side["seconds"]
-        whole = f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})"
-        stages = ", ".join(f"{stage} {spread['median']:.2f}" for stage, spread in side["stages"].items())
-        lines.append(f"{name:<10}{whole:>24}{side['cpu_seconds']['median']:>9.1f}{side['peak_rss_mb']:>9.0f}  {stages}")
-    ratio, machine = result["ratio_trl_to_rlgf"], result["machine"]
-    least_most = f"{ratio['min']:.2f}-{ratio['max']:.2f} over {result['pairs']} pairs"
-    counts = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in result["sides"]["rlgf"]["counts"].items())
-    lines.append(
-        f"TRL takes {ratio['median']:.2f} times as long ({least_most}; {ratio['cpu_seconds']['median']:.2f} in CPU time)."
-    )
-    lines.append(f"Each iteration of either side: {counts}.")
+    lines: list[str] = []
+    for name, found in result["workloads"].items():
+        lines.append(f"{name:<13}{'seconds (min-max)':>24}{'CPU s':>9}{'peak MB':>9}  seconds by stage")
+        for side, figures in found["sides"].items():
+            seconds = figures["seconds"]
+            whole = f"{seconds['median']:.2f} ({seconds['min']:.2f}-{seconds['max']:.2f})"
+            stages = ", ".join(f"{stage} {values['median']:.2f}" for stage, values in figures["stages"].items())
+            cpu, peak = figures["cpu_seconds"]["median"], figures["peak_rss_mb"]
+            lines.append(f"{side:<13}{whole:>24}{cpu:>9.1f}{peak:>9.0f}  {stages}")
+        for pair, ratio in found["ratios"].items():
+            least_most = f"{ratio['min']:.2f}-{ratio['max']:.2f} over {result['rounds']} rounds"
+            lines.append(f"{pair}: {ratio['median']:.2f} ({least_most}; {ratio['cpu_seconds']['median']:.2f} in CPU time)")
+        counts = next(iter(found["sides"].values()))["counts"]
+        lines.append("each: " + ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in counts.items()) + ".\n")
+    machine = result["machine"]
     lines.append(
         f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, {machine['cpu_capability']};"
         f" load before the run {machine['load_before'][0]:.1f}."
@@ -190,17 +221,25 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=5, help="timed iterations of each side")
+    parser.add_argument("--long", action="store_true", help="all workloads and sides instead of S beside TRL")
+    parser.add_argument("--workload", choices=WORKLOADS, help="this one alone")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="these alone")
+    parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each side")
     parser.add_argument("--warmup", type=int, default=1, help="iterations of each side before those")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (all cores)")
-    parser.add_argument("--token-budget", type=int, default=0, help="rlgf's runtime.token_budget (0: its default)")
-    parser.add_argument("--environment", type=Path, default=ROOT / "build" / "bench-trl", help="TRL's, made if missing")
+    parser.add_argument("--environments", type=Path, default=ROOT / "build", help="where the peers' are, made if missing")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model, prompts and logs")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "iteration.json")
+    parser.add_argument("--out", type=Path, help="default: bench/results/iteration.json, with --long iteration-long.json")
     arguments = parser.parse_args()
-    result = measure(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    plan = LONG if arguments.long or arguments.workload else SHORT
+    if arguments.workload:
+        plan = {arguments.workload: LONG[arguments.workload]}
+    if arguments.sides:
+        plan = {name: tuple(side for side in sides if side in arguments.sides) for name, sides in plan.items()}
+    result = measure(plan, arguments)
+    out = arguments.out or ROOT / "bench" / "results" / ("iteration-long.json" if arguments.long else "iteration.json")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
 
 

@@ -1,5 +1,6 @@
 """What a worker process does on either side: wait for its turn, do one iteration, report what it took."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -7,10 +8,13 @@ import resource
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from bench.workload import WORKLOADS
 
 
 class Turns:
@@ -65,6 +69,18 @@ class Turns:
                 self.counts[f"optimizer_steps_{name}"] += id(parameter) in held
 
         register_optimizer_step_post_hook(after_step)
+
+
+def arguments(description: str | None, **choices: tuple[str, ...]) -> argparse.Namespace:
+    """What a worker is told: its workload and where it lies, turns and threads, and a side's own `choices` (the default first)."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--workload", type=WORKLOADS.__getitem__, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--turns", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    for name, values in choices.items():
+        parser.add_argument(f"--{name}", choices=values, default=values[0])
+    return parser.parse_args()
 
 
 def peak_rss_mb() -> float:

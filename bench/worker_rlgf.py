@@ -1,6 +1,5 @@
 """The side of rlgf: `Trainer.step` on parts built by hand."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.worker import Turns, machine, peak_rss_mb, replaced
+from bench.worker import Turns, arguments, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
 from rlgf import ops
 from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
@@ -20,7 +19,7 @@ from rlgf.trainer import Parts, Trainer
 from rlgf.types import POLICY, Decoding, Prompt
 
 
-def build(workload: Workload, folder: Path, turns: int, token_budget: int) -> Trainer:
+def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32", critic: str = "separate") -> Trainer:
     """A trainer for the workload."""
     model = str(folder / "model")
     config = Config(
@@ -35,12 +34,18 @@ def build(workload: Workload, folder: Path, turns: int, token_budget: int) -> Tr
             gamma=workload.gamma,
             lam=workload.lam,
             clip=workload.clip,
+            old_log_probs="sampler" if precision == "fp32" else "recompute",
         ),
         kl=KLConfig(coefficient=workload.kl_coefficient),
-        critic=CriticConfig(learning_rate=workload.learning_rate, value_clip=workload.value_clip),
+        critic=CriticConfig(
+            kind=critic,
+            learning_rate=workload.learning_rate,
+            value_clip=workload.value_clip,
+            value_coefficient=workload.value_coefficient,
+        ),
         decoding=Decoding(temperature=workload.temperature),
         evaluation=EvaluationConfig(every=0),
-        runtime=RuntimeConfig(trackers=(), **({"token_budget": token_budget} if token_budget else {})),
+        runtime=RuntimeConfig(trackers=(), precision=precision),
     )
     policy = load_language_model(model)
     prompts = [Prompt(text="", ids=tuple(ids)) for ids in read_prompts(folder)]
@@ -48,24 +53,19 @@ def build(workload: Workload, folder: Path, turns: int, token_budget: int) -> Tr
     def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         return reward(texts)
 
-    models = Models(policy, policy.frozen(), {POLICY: new_critic("separate", model, policy, 0.0)})
-    task = Task("S", prompts, prompts, prompts, judge)
+    models = Models(policy, policy.frozen(), {POLICY: new_critic(critic, model, policy, 0.0)})
+    task = Task(workload.name, prompts, prompts, prompts, judge)
     return Trainer(Parts(config, config.algorithm.build(), task, judge, models, None, [], None))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--turns", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--token-budget", type=int, default=0)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    asked = arguments(__doc__, precision=("fp32", "bf16"), critic=("separate", "trunk"))
+    torch.set_num_threads(asked.threads)
     keep_freed_memory()  # as the command line does
     turns = Turns()
-    trainer = build(Workload(), arguments.folder, arguments.turns, arguments.token_budget)
+    trainer = build(asked.workload, asked.folder, asked.turns, asked.precision, asked.critic)
     models = trainer.parts.models
-    turns.count_optimizer_steps(policy=next(models.policy.model.parameters()), critic=next(models.critics[POLICY].parameters()))
+    turns.count_optimizer_steps(policy=next(models.policy.model.parameters()), critic=models.critics[POLICY].head.weight)
 
     def counting(ppo_loss: Any) -> Any:
         def counted(log_probs: Tensor, *rest: Any) -> Any:
@@ -82,7 +82,7 @@ def main() -> None:
         loaded_rss_mb=peak_rss_mb(),
     )
     with replaced(ops, "ppo_loss", counting):
-        for iteration in range(arguments.turns):
+        for iteration in range(asked.turns):
             turns.begin()
             metrics, experience = trainer.step(iteration)
             passed = 0.0

@@ -1,6 +1,5 @@
 """The side of TRL: `PPOTrainer.train`, paused by a callback after each of its iterations. Runs in TRL's environment."""
 
-import argparse
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
-from bench.worker import Turns, machine, peak_rss_mb
+from bench.worker import Turns, arguments, machine, peak_rss_mb
 from bench.workload import Workload, read_prompts, reward
 
 
@@ -92,7 +91,7 @@ def watch(turns: Turns, pad: int) -> None:
     ppo_trainer.selective_log_softmax = selecting
 
 
-def build(workload: Workload, folder: Path, turns: Turns, iterations: int) -> PPOTrainer:
+def build(workload: Workload, folder: Path, turns: Turns, iterations: int, precision: str) -> PPOTrainer:
     """A trainer for the workload."""
     model = str(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
@@ -103,10 +102,10 @@ def build(workload: Workload, folder: Path, turns: Turns, iterations: int) -> PP
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     critic = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
     nn.init.zeros_(critic.score.weight)  # as rlgf begins
-    arguments = PPOConfig(
+    config = PPOConfig(
         output_dir=str(folder / "trl"),
         use_cpu=True,
-        bf16=False,
+        bf16=precision == "bf16",
         gradient_checkpointing=False,
         # with gradient_accumulation_steps=4 Accelerate would step only at every fourth minibatch; this way all 16 count
         per_device_train_batch_size=workload.texts,
@@ -133,7 +132,7 @@ def build(workload: Workload, folder: Path, turns: Turns, iterations: int) -> PP
         seed=workload.seed,
     )
     return PPOTrainer(
-        args=arguments,
+        args=config,
         processing_class=tokenizer,
         model=policy,
         ref_model=reference,
@@ -145,14 +144,10 @@ def build(workload: Workload, folder: Path, turns: Turns, iterations: int) -> PP
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--turns", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    asked = arguments(__doc__, precision=("fp32", "bf16"))
+    torch.set_num_threads(asked.threads)
     turns = Turns()
-    trainer = build(Workload(), arguments.folder, turns, arguments.turns)
+    trainer = build(asked.workload, asked.folder, turns, asked.turns, asked.precision)
     turns.count_optimizer_steps(policy=next(trainer.policy_model.parameters()), critic=next(trainer.value_model.parameters()))
     turns.say(
         **machine("trl", "torch", "transformers", "accelerate"),

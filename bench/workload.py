@@ -1,4 +1,4 @@
-"""Workload S: what both sides are given, byte for byte. Runs in both environments, so it knows neither side."""
+"""The workloads: what all sides are given, byte for byte. Runs in every side's environment, so it knows none of them."""
 
 import argparse
 import json
@@ -13,6 +13,8 @@ from typing import Any
 class Workload:
     """The numbers of one PPO iteration."""
 
+    name: str = "S"
+    architecture: str = "gpt2"  # or llama, t5 (which has as many layers in its encoder as in its decoder)
     layers: int = 4
     width: int = 256
     heads: int = 4
@@ -45,6 +47,27 @@ class Workload:
         }
 
 
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        Workload(),
+        Workload(name="S-llama", architecture="llama"),
+        Workload(name="S-t5", architecture="t5", layers=2),
+        Workload(
+            name="M",
+            layers=12,
+            width=768,
+            heads=12,
+            vocabulary=50257,
+            texts=16,
+            shortest_prompt=64,
+            epochs=1,
+            minibatch_texts=8,
+        ),
+    )
+}
+
+
 def reward(texts: Sequence[str]) -> list[float]:
     """The cheap Python function that both sides maximise: the share of words with an even number."""
     return [sum(word[-1] in "02468" for word in text.split()) / max(1, len(text.split())) for text in texts]
@@ -59,7 +82,7 @@ def make(workload: Workload, folder: Path) -> None:
     """Write prompts, tokenizer and initial weights to `folder`; all follow from the seed."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 
     folder.mkdir(parents=True, exist_ok=True)
     draws = random.Random(workload.seed)
@@ -72,23 +95,54 @@ def make(workload: Workload, folder: Path) -> None:
     words_to_ids: Any = Tokenizer(models.WordLevel(words, unk_token="w0"))
     words_to_ids.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words_to_ids, eos_token="<end>").save_pretrained(folder / "model")
-    config = GPT2Config(
-        vocab_size=workload.vocabulary,
+    torch.manual_seed(workload.seed)
+    kind = AutoModelForSeq2SeqLM if workload.architecture == "t5" else AutoModelForCausalLM
+    kind.from_config(model_config(workload, end)).save_pretrained(folder / "model")
+
+
+def model_config(workload: Workload, end: int) -> Any:
+    """A transformers config of the workload's shape, without dropout, whose one special token is `end`."""
+    from transformers import GPT2Config, LlamaConfig, T5Config
+
+    size: dict[str, int] = {"vocab_size": workload.vocabulary, "bos_token_id": end, "eos_token_id": end}
+    layers, width, heads = workload.layers, workload.width, workload.heads
+    if workload.architecture == "llama":
+        return LlamaConfig(
+            hidden_size=width,
+            intermediate_size=8 * width // 3 // 16 * 16,  # three matrices with as many weights as GPT-2's two
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=workload.context,
+            tie_word_embeddings=True,
+            **size,
+        )
+    if workload.architecture == "t5":
+        return T5Config(
+            d_model=width,
+            d_kv=width // heads,
+            d_ff=4 * width,
+            num_layers=layers,
+            num_heads=heads,
+            dropout_rate=0.0,
+            decoder_start_token_id=end,
+            pad_token_id=end,
+            **size,
+        )
+    return GPT2Config(
         n_positions=workload.context,
-        n_embd=workload.width,
-        n_layer=workload.layers,
-        n_head=workload.heads,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        bos_token_id=end,
-        eos_token_id=end,
+        **size,
     )
-    torch.manual_seed(workload.seed)
-    GPT2LMHeadModel(config).save_pretrained(folder / "model")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workload", choices=WORKLOADS)
     parser.add_argument("folder", type=Path)
-    make(Workload(), parser.parse_args().folder)
+    arguments = parser.parse_args()
+    make(WORKLOADS[arguments.workload], arguments.folder)
