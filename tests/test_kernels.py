@@ -1,6 +1,7 @@
 """The faster parts against the parts they replace."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from rlgf import kernels
+from helpers import tiny_model
+from rlgf import kernels, models, packing
 from rlgf.kernels import FastConv1D, FastLinear, TanhGELU, speed_up
 
 AVAILABLE = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -104,11 +106,67 @@ def test_a_sped_up_model_gives_the_same_loss_and_gradients(kind: str):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_other_precisions_are_left_to_torch():
+def test_other_precisions_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: False)
     layer = FastLinear(8, 8)
     states = torch.randn(4, 8)
-    assert kernels._suits(states, layer.weight)
-    assert not kernels._suits(states.double(), layer.weight)
+    assert kernels._way(states, layer.weight) == torch.float32
+    assert kernels._way(states.double(), layer.weight) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert not kernels._suits(states, layer.weight)
+        assert kernels._way(states, layer.weight) is None
         assert layer(states).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.float16):
+        assert kernels._way(states, layer.weight) is None
+
+
+@AVAILABLE
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_in_bf16_layers_give_what_autocast_gives(kind: type, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
+    torch.manual_seed(0)
+    plain = nn.Linear(24, 40) if kind is nn.Linear else Conv1D(40, 24)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = kernels.REPLACEMENTS[kind]
+    states = torch.randn(3, 7, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kernels._way(states, fast.weight) == torch.bfloat16
+        found, expected = with_gradients(fast, states), with_gradients(plain, states)
+        assert fast(states).dtype == torch.bfloat16
+        with torch.no_grad():
+            assert torch.equal(fast(states), found[0])
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    assert largest_difference([t.float() for t in found], [t.float() for t in expected]) < 2**-7  # a rounding to 8 bits
+
+
+@AVAILABLE
+def test_the_weight_in_bf16_follows_the_weight(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
+    layer, states = FastLinear(8, 8, bias=False), torch.eye(8)
+    other = {"weight": torch.full((8, 8), 3.0)}
+    with torch.autocast("cpu", torch.bfloat16):
+        first = layer(states)
+        assert layer.weight_in(torch.bfloat16, layer.weight) is layer.weight_in(torch.bfloat16, layer.weight)  # cast once
+        first.float().sum().backward()
+        torch.optim.AdamW(layer.parameters(), 0.5, fused=True).step()
+        assert torch.equal(layer(states).float(), layer.weight.t().bfloat16().float())
+        layer.load_state_dict(other)
+        assert torch.equal(layer(states), torch.full((8, 8), 3.0, dtype=torch.bfloat16))
+
+
+def test_models_are_left_alone_on_request(tmp_path: Path):
+    torch.manual_seed(0)
+    tiny_model().save(tmp_path)
+    kinds: dict[str, set[type]] = {}
+    losses: dict[str, Tensor] = {}
+    try:
+        for which in ("auto", "plain"):
+            models.use_kernels(which)
+            model = models.load_language_model(str(tmp_path)).model
+            kinds[which] = {type(module) for module in model.modules()}
+            assert packing.is_enabled(model) == (which == "auto")
+            losses[which] = model(input_ids=torch.tensor([[1, 2, 3, 1]]), labels=torch.tensor([[1, 2, 3, 1]])).loss
+    finally:
+        models.use_kernels("auto")
+    assert FastConv1D in kinds["auto"]
+    assert not kinds["plain"] & {FastConv1D, FastLinear, TanhGELU}
+    torch.testing.assert_close(losses["auto"], losses["plain"], rtol=1e-6, atol=0)

@@ -312,6 +312,7 @@ class RuntimeConfig:
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     token_budget: int = 1024  # tokens of one micro-batch; changes speed and memory, not results
+    kernels: Literal["auto", "plain"] = "auto"  # plain: models as transformers has them, texts as padded rows
     checkpoint_every: int = 10  # iterations; the last one is always kept
     trackers: tuple[str, ...] = ("tensorboard",)
     profile: bool = False  # the second iteration under torch's profiler: RUN/profile/

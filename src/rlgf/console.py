@@ -19,7 +19,7 @@ from rlgf.algorithms import Algorithm
 from rlgf.config import Config
 from rlgf.display import visible
 from rlgf.errors import UserError
-from rlgf.models import count_parameters, from_pretrained, shape_config
+from rlgf.models import count_parameters, from_pretrained, shape_config, use_kernels
 from rlgf.pipeline import cautions, needs_guide
 from rlgf.report import table_rows
 from rlgf.terminal import log, out, print_table, report
@@ -30,8 +30,9 @@ STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
 
 
 def set_up_machine(config: Config) -> None:
-    """Threads as the config says (0: all cores), memory that is kept, and no noise from libraries."""
+    """Threads as the config says (0: all cores), its kernels, memory that is kept, and no noise from libraries."""
     torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+    use_kernels(config.runtime.kernels)
     keep_freed_memory()
     quiet()
 

@@ -22,66 +22,102 @@ def prefers_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
+@cache
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for bf16; without them such products are far slower than those of fp32."""
+    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask is not None and ask() for ask in known)
+
+
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
-    """The same with a gradient. That of the weight is left to the default library, which is the faster one there."""
+    """The same with a gradient. That of the weight is left to the default library, which is the faster one there.
+
+    Where `used` is the weight in bf16, all products are in bf16, as autocast has them, and the gradients of parameters in fp32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, conv: bool) -> Tensor:
-        ctx.save_for_backward(states, weight)
-        ctx.conv = conv  # whether the weight is [in, out], as GPT-2 has it
-        return product(states, weight.t() if conv else weight, bias)
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor, layer: "_Fast") -> Tensor:
+        ctx.layer, ctx.read_as = layer, states.dtype
+        states, bias = states.to(used.dtype), None if bias is None else bias.to(used.dtype)
+        ctx.save_for_backward(states, used)
+        return product(states, used.t() if layer.CONV else used, bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         (gradient,) = gradients
         states, weight = ctx.saved_tensors
         for_states, for_weight, for_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            for_states = product(gradient, weight if ctx.conv else weight.t())
+            for_states = product(gradient, weight if ctx.layer.CONV else weight.t()).to(ctx.read_as)
         flat, rows = gradient.flatten(0, -2), states.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            for_weight = rows.t() @ flat if ctx.conv else flat.t() @ rows
+            for_weight = (rows.t() @ flat if ctx.layer.CONV else flat.t() @ rows).float()
+            ctx.layer.in_bf16 = None  # an optimizer is about to change the weight, and a fused one does not count as a version
         if ctx.needs_input_grad[2]:
-            for_bias = flat.sum(0)
-        return for_states, for_weight, for_bias, None
+            for_bias = flat.sum(0, dtype=torch.float32)
+        return for_states, for_weight, for_bias, None, None
 
 
-def _suits(states: Tensor, weight: Tensor) -> bool:
-    """Whether the product is large enough, and in full precision on a CPU."""
+def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
+    """In which precision oneDNN is to multiply; None: the product is small, or is neither in fp32 nor in autocast's bf16."""
     multiplications = states.numel() * weight.numel() // states.shape[-1]
-    exact = states.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return states.device.type == "cpu" and exact and multiplications >= LEAST_PRODUCT
+    if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < LEAST_PRODUCT:
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu")
+        return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
+    return states.dtype if states.dtype == torch.float32 else None
 
 
-class FastLinear(nn.Linear):
+class _Fast(nn.Module):
+    """What the two kinds of linear layer share: the way chosen, and the weight in bf16, cast once for many readings."""
+
+    CONV: bool  # whether the weight is [in, out], as GPT-2 has it
+    in_bf16: tuple[int, Tensor] | None = None  # the version of the weight that was cast, and what came of it
+
+    def multiply(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The layer's result by oneDNN, None where that is not to be asked."""
+        way = _way(states, weight)
+        if way is None:
+            return None
+        used = weight if way == weight.dtype else self.weight_in(way, weight)
+        if torch.is_grad_enabled():
+            result: Tensor = _Product.apply(states, weight, bias, used, self)
+            return result
+        return product(states.to(way), used.t() if self.CONV else used, None if bias is None else bias.to(way))
+
+    def weight_in(self, way: torch.dtype, weight: Tensor) -> Tensor:
+        """The weight in bf16."""
+        if self.in_bf16 is None or self.in_bf16[0] != weight._version:
+            self.in_bf16 = (weight._version, weight.detach().to(way))
+        return self.in_bf16[1]
+
+
+class FastLinear(nn.Linear, _Fast):
     """`nn.Linear` by oneDNN where that is faster."""
+
+    CONV = False
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`."""
-        if not _suits(input, self.weight):
-            return super().forward(input)
-        if not torch.is_grad_enabled():
-            return product(input, self.weight, self.bias)
-        result: Tensor = _Product.apply(input, self.weight, self.bias, False)
-        return result
+        result = self.multiply(input, self.weight, self.bias)
+        return super().forward(input) if result is None else result
 
 
-class FastConv1D(Conv1D):
+class FastConv1D(Conv1D, _Fast):
     """GPT-2's linear layer, its weight the other way round, by oneDNN where that is faster."""
+
+    CONV = True
 
     def forward(self, x: Tensor) -> Tensor:
         """As `Conv1D`."""
-        if not _suits(x, self.weight):
-            return super().forward(x)
-        if not torch.is_grad_enabled():
-            return product(x, self.weight.t(), self.bias)
-        result: Tensor = _Product.apply(x, self.weight, self.bias, True)
-        return result
+        result = self.multiply(x, self.weight, self.bias)
+        return super().forward(x) if result is None else result
 
 
 class TanhGELU(nn.Module):

@@ -243,8 +243,19 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
     return bundle(model, tokenizer, "new model")
 
 
+_kernels = "auto"
+
+
+def use_kernels(which: str) -> None:
+    """Load models from now on with faster ways to the same numbers ('auto'), or as transformers has them ('plain')."""
+    global _kernels
+    _kernels = which
+
+
 def speed_up(model: Any) -> Any:
     """Faster ways to the same numbers: faster parts (`kernels`), texts in a line instead of padded rows (`packing`)."""
+    if _kernels == "plain":
+        return model
     kernels.speed_up(model)
     return packing.enable(model)
 

@@ -34,6 +34,7 @@ from rlgf.models import (
     load_tokenizer,
     new_adapter_critic,
     new_critic,
+    use_kernels,
 )
 from rlgf.plugins import load_object
 from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
@@ -159,6 +160,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     In `directory` is kept what a guide is paid for texts to distil, so that its limits count them.
     """
     algorithm = check(config)
+    use_kernels(config.runtime.kernels)
     for warning in cautions(algorithm):
         report(f"warning: {warning}")
     wanted = needs_guide(algorithm) or config.distil.texts > 0
