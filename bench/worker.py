@@ -72,7 +72,7 @@ class Turns:
 
 
 def arguments(description: str | None, **choices: tuple[str, ...]) -> argparse.Namespace:
-    """What a worker is told: its workload and where it lies, turns and threads, and a side's own `choices` (the default first)."""
+    """What a worker is told: its workload and where it lies, turns, threads, and the side's `choices` (the default first)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workload", type=WORKLOADS.__getitem__, required=True)
     parser.add_argument("--folder", type=Path, required=True)
