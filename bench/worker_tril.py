@@ -1,4 +1,4 @@
-"""The side of TRIL: `PPO.learn`, held up at the beginning of each of its iterations. Runs in TRIL's environment."""
+"""The side of TRIL: `PPO.learn`, held up at the start of each of its iterations. Runs in TRIL's environment."""
 
 import contextlib
 import random
@@ -91,7 +91,6 @@ def settings(workload: Workload, folder: Path, iterations: int) -> dict[str, Any
     """What TRIL reads from its YAML files, none of which are in the wheel."""
     model, own = str(folder / "model"), str(folder / "tril")
     lengths = {"max_prompt_len": workload.longest_prompt, "max_gen_len": workload.new_tokens}
-    sides = {"prompt_truncation_side": "left", "prompt_padding_side": "left"}
     policy = {
         "model_type": "seq2seq" if workload.architecture == "t5" else "causal",
         "model_name": model,
@@ -143,11 +142,12 @@ def settings(workload: Workload, folder: Path, iterations: int) -> dict[str, Any
         "reward_fn": {"id": "python", "args": {}},
         "sampling": {
             "batch_size_per_process": workload.texts,
+            "prompt_truncation_side": "left",
+            "prompt_padding_side": "left",
             "context_truncation_side": "right",
             "context_padding_side": "right",
             "eval_generation_kwargs": {},
             **lengths,
-            **sides,
         },
     }
 
