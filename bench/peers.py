@@ -7,11 +7,25 @@ from pathlib import Path
 
 TORCH = "torch==2.13.0"
 TRL = "trl==1.12.0"
+TRIL = "tril==0.2.1"
+# What TRIL imports, as old as TRIL where newer ones break it. Its own list asks for DeepSpeed too, which it does without here.
+TRIL_NEEDS = (
+    "transformers==4.35.2", "accelerate==0.24.1", "peft==0.5.0", "datasets==2.14.7", "bitsandbytes==0.41.3",
+    "numpy==1.26.4", "pandas==2.1.4", "pyarrow==14.0.2", "scipy==1.17.1", "hydra-core==1.3.8", "spacy==3.7.5",
+    "nltk==3.10.4", "rouge==1.0.1", "gem-metrics-fork==0.1.dev0", "jpype1==1.7.1", "shortuuid==1.0.13",
+    "jsonlines==4.0.0", "rich==15.0.0", "wandb==0.31.0",
+)  # fmt: skip
 
 
 def trl(folder: Path) -> str:
     """The interpreter of TRL's environment."""
     return environment(folder / "bench-trl", [[TORCH], [TORCH, TRL]], {"torch": TORCH, "trl": TRL})
+
+
+def tril(folder: Path) -> str:
+    """The interpreter of TRIL's environment."""
+    installs = [[TORCH], [TORCH, *TRIL_NEEDS], ["--no-deps", TRIL]]
+    return environment(folder / "bench-tril", installs, {"torch": TORCH, "tril": TRIL})
 
 
 def environment(folder: Path, installs: Sequence[Sequence[str]], wanted: dict[str, str]) -> str:
@@ -32,4 +46,4 @@ def environment(folder: Path, installs: Sequence[Sequence[str]], wanted: dict[st
     return str(python)
 
 
-PEERS: dict[str, Callable[[Path], str]] = {"trl": trl}
+PEERS: dict[str, Callable[[Path], str]] = {"trl": trl, "tril": tril}

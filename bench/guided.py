@@ -1,0 +1,166 @@
+"""What guidance costs: PPO, PPO++ and AggreVaTeD on workload S with a guide of the policy's size (bench/README.md).
+
+    make bench-guided            # or: python -m bench.guided --rounds 5
+
+All trainers are alive in one process and take turns, one iteration at a time, in an order that rotates; what is reported is the
+ratio to PPO's iteration of the same round. The guide is a second copy of the policy's initial weights with the paper's
+decoding (top-k 50, top-p .92), so its time is the policy's own. `generated`: it writes whenever it is asked, in this process.
+`cached`: PPO++'s rollins, which depend on prompt and trajectory alone, were written before the clock started; a guide
+elsewhere that is asked ahead costs the same (`make bench-prefetch`). AggreVaTeD's guide finishes what the policy has begun, so
+nothing can be written ahead.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.iteration import ROOT, processor, spread
+from bench.worker import machine
+from bench.worker_rlgf import build
+from bench.workload import Workload
+from rlgf.algorithms import Algorithm, aggrevated, ppo, ppo_pp
+from rlgf.console import keep_freed_memory, quiet
+from rlgf.experience import Models
+from rlgf.guides import Capabilities, Guide, ModelGuide, Request, Text
+from rlgf.models import new_critic
+from rlgf.trainer import Trainer
+from rlgf.types import Decoding
+
+BETAS = (0.2, 0.6, 0.8, 1.0)
+PPO = "PPO"
+
+
+class Clocked:
+    """A guide whose time is taken, and which remembers its answers where they are to be cached."""
+
+    def __init__(self, guide: Guide, cached: bool) -> None:
+        self.guide, self.cached = guide, cached
+        self.answers: dict[tuple[int, int], Text] = {}
+        self.wall = self.cpu = 0.0
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """Those of the guide."""
+        return self.guide.capabilities
+
+    def complete(self, requests: Sequence[Request]) -> list[Text]:
+        """The guide's texts."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        keys = [(request.index, request.budget) for request in requests]
+        if not self.cached or any(key not in self.answers for key in keys):
+            self.answers |= zip(keys, self.guide.complete(requests), strict=True)
+        texts = [self.answers[key] for key in keys]
+        self.wall, self.cpu = self.wall + time.perf_counter() - wall, self.cpu + time.process_time() - cpu
+        if not self.cached:
+            self.answers.clear()
+        return texts
+
+
+def trainer(workload: Workload, folder: Path, algorithm: Algorithm, cached: bool, iterations: int) -> tuple[Trainer, Clocked]:
+    """One of those that are compared, and its guide."""
+    made = build(workload, folder, iterations)
+    policy = made.parts.models.policy
+    guide = Clocked(ModelGuide(policy.frozen(), Decoding(top_k=50, top_p=0.92)), cached)
+    critics = {origin: new_critic("separate", str(folder / "model"), policy, 0.0) for origin in algorithm.critics}
+    models = Models(policy, made.parts.models.reference, critics)
+    return Trainer(replace(made.parts, algorithm=algorithm, guide=guide, models=models)), guide
+
+
+def timed(one: Trainer, guide: Clocked, iteration: int) -> dict[str, Any]:
+    """One iteration: wall and CPU seconds, those of the guide among them, and what was done."""
+    if guide.cached:
+        one.collect(iteration)  # the guide's answers are remembered
+    guide.wall = guide.cpu = 0.0
+    wall, cpu = time.perf_counter(), time.process_time()
+    metrics, experience = one.step(iteration)
+    return {
+        "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,
+        "guide_seconds": guide.wall, "guide_cpu_seconds": guide.cpu,
+        "stages": {stage: metrics[f"seconds_{stage}"] for stage in ("write", "appraise", "update")},
+        "tokens": {name: int(experience.stats[f"{name}_tokens"]) for name in ("policy", "guide", "trained")},
+    }  # fmt: skip
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All trainers in turn, round by round."""
+    workload, folder = Workload(), arguments.work.resolve() / "S"
+    subprocess.run([sys.executable, "-m", "bench.workload", "S", str(folder)], cwd=ROOT, check=True)
+    load_before, iterations = os.getloadavg(), 1 + arguments.rounds
+    kinds = {PPO: (ppo(), False), f"{PPO} again": (ppo(), False)}
+    for beta in BETAS:
+        kinds[f"PPO++ {beta}, generated"] = (ppo_pp(beta), False)
+        kinds[f"PPO++ {beta}, cached"] = (ppo_pp(beta), True)
+        kinds[f"AggreVaTeD {beta}"] = (aggrevated(beta), False)
+    made = {name: trainer(workload, folder, algorithm, cached, iterations) for name, (algorithm, cached) in kinds.items()}
+    rounds: list[dict[str, Any]] = []
+    for iteration in range(iterations):
+        names = list(made)
+        at = iteration * len(names) // iterations
+        rounds.append({name: timed(*made[name], iteration) for name in (*names[at:], *names[:at])})
+        whole = ", ".join(f"{name} {rounds[-1][name]['seconds']:.2f}" for name in names)
+        print(f"{'warm-up' if not iteration else f'round {iteration}'}: {whole}", flush=True)
+    rounds = rounds[1:]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_before": load_before}
+        | machine("rlgf", "torch", "transformers"),
+        "rounds": arguments.rounds,
+        "kinds": {name: summary(name, rounds) for name in made},
+        "iterations": rounds,
+    }
+
+
+def summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One kind in numbers: the ratios to PPO within each round, and medians."""
+    rows = [row[name] for row in rounds]
+    clocks = ("seconds", "cpu_seconds", "guide_seconds", "guide_cpu_seconds")
+    return {
+        "ratio_to_ppo": spread([row[name]["seconds"] / row[PPO]["seconds"] for row in rounds]),
+        "cpu_ratio_to_ppo": spread([row[name]["cpu_seconds"] / row[PPO]["cpu_seconds"] for row in rounds]),
+        **{clock: spread([row[clock] for row in rows]) for clock in clocks},
+        "stages": {stage: statistics.median([row["stages"][stage] for row in rows]) for stage in rows[0]["stages"]},
+        "tokens": {kind: statistics.median([row["tokens"][kind] for row in rows]) for kind in rows[0]["tokens"]},
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [f"{'':<24}{'x PPO (min-max)':>20}{'CPU s':>8}{'guide CPU s':>13}{'trained tokens':>16}  seconds by stage"]
+    for name, kind in result["kinds"].items():
+        ratio = kind["ratio_to_ppo"]
+        whole = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in kind["stages"].items())
+        cpu, guide = kind["cpu_seconds"]["median"], kind["guide_cpu_seconds"]["median"]
+        lines.append(f"{name:<24}{whole:>20}{cpu:>8.1f}{guide:>13.2f}{kind['tokens']['trained']:>16.0f}  {stages}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model and prompts")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "guided.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    quiet()
+    result = measure(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
