@@ -9,7 +9,7 @@ VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
 .PHONY: results setup quickstart quickstart-seeds imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm gpu lint types bench \
-  bench-prefetch bench-rewards bench-adapters bench-generate docs sample clean
+  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate docs sample clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -76,6 +76,18 @@ types: setup
 
 bench: setup
 	$(BIN)/python -m bench.iteration
+
+bench-long: setup  ## all workloads, beside TRL and TRIL
+	$(BIN)/python -m bench.iteration --long
+
+bench-guided: setup  ## what a guide adds to an iteration of PPO
+	$(BIN)/python -m bench.guided
+
+bench-floor: setup  ## operations and bytes of an iteration, at this machine's rates
+	$(BIN)/python -m bench.floor
+
+bench-growth: setup  ## time and memory against batch, lengths, vocabulary, width
+	$(BIN)/python -m bench.growth
 
 bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
 	PYTHONPATH=tests $(BIN)/python -m bench.prefetch

@@ -1,0 +1,240 @@
+"""How far an iteration is from what the machine could do: operations and bytes by stage, at measured rates (bench/README.md).
+
+    make bench-floor             # or: python -m bench.floor --workload S
+
+One iteration is run under a mode of torch that sees every operation. Matrix products are kept with their shapes, strides and
+counts, and each is then repeated alone on fresh numbers: what it takes at its best is the floor of the products at these
+shapes. The multiplications over the rate of a large product are the floor of any way to do them. Of everything else the
+bytes read and written are counted, and divided by what adding two tensors of an activation's size moves. The iterations that
+are timed run without the mode.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.iteration import ROOT, processor
+from bench.worker import machine
+from bench.worker_rlgf import build
+from bench.workload import WORKLOADS
+from rlgf import kernels
+from rlgf.console import keep_freed_memory, quiet
+from rlgf.trainer import Trainer
+
+STAGES = ("write", "appraise", "update")
+FREE = {
+    "view", "_unsafe_view", "t", "transpose", "permute", "expand", "select", "slice", "as_strided", "unsqueeze", "squeeze",
+    "detach", "alias", "split", "unbind", "empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense",
+    "diagonal", "lift_fresh", "is_same_size", "new_empty_strided", "unfold",
+}  # fmt: skip
+Product = tuple[Any, tuple[Any, ...]]  # the operation, and its arguments with tensors as their layouts
+Layout = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def rows_and_columns(x: Tensor, y: Tensor) -> int:
+    """Multiplications and additions of x times y."""
+    return 2 * x.numel() * y.shape[-1]
+
+
+PRODUCTS: dict[str, Callable[..., int]] = {
+    "mm": rows_and_columns,
+    "bmm": rows_and_columns,
+    "addmm": lambda bias, x, y, **_: rows_and_columns(x, y),
+    "baddbmm": lambda bias, x, y, **_: rows_and_columns(x, y),
+    "_linear_pointwise": lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: 4 * q.numel() * k.shape[2],
+}
+
+
+class Ledger(TorchDispatchMode):
+    """Counts what passes: products by layout, bytes of everything else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+        self.operations: dict[Product, int] = {}
+        self.bytes = self.calls = 0
+
+    def total(self) -> int:
+        """Multiplications and additions of all products."""
+        return sum(count * self.operations[product] for product, count in self.products.items())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Do the operation and write it down."""
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.calls += name not in FREE
+        if name in PRODUCTS:
+            key = (func, (*map(layout, args), *((name, layout(value)) for name, value in (kwargs or {}).items())))
+            self.products[key] += 1
+            self.operations[key] = PRODUCTS[name](*args, **(kwargs or {}))
+        elif name not in FREE:
+            self.bytes += sum(t.numel() * t.element_size() for t in [*tensors(args), *tensors(result)])
+        return result
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among values, lists of them included."""
+    for value in values if isinstance(values, (tuple, list)) else (values,):
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors(value)
+
+
+def layout(value: Any) -> Any:
+    """An argument so that it can be made again."""
+    if isinstance(value, Tensor):
+        return ("tensor", tuple(value.shape), value.stride(), value.dtype)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def made_again(value: Any) -> Any:
+    """The inverse, with fresh numbers."""
+    if isinstance(value, tuple) and value and value[0] == "tensor":
+        _, shape, stride, dtype = value
+        return torch.empty_strided(shape, stride, dtype=dtype).normal_() if math.prod(shape) else torch.empty(shape)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def best(call: Callable[[], Any], least_seconds: float = 0.02) -> float:
+    """Seconds of a call at its best, of as many as fit the time, three at least."""
+    seconds: list[float] = []
+    while sum(seconds) < least_seconds or len(seconds) < 3:
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def alone(product: Product) -> float:
+    """Seconds of a product at its best."""
+    func, arguments = product
+    named = [a for a in arguments if isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) and a[0] != "tensor"]
+    plain = [made_again(a) for a in arguments if a not in named]
+    options = {name: made_again(value) for name, value in named}
+    with torch.no_grad():
+        return best(lambda: func(*plain, **options))
+
+
+def rates(dtype: torch.dtype) -> dict[str, float]:
+    """What the machine does: GFLOP/s of a large product, GB/s of adding two tensors of 4 MB and of 128 MB."""
+    size = 2048
+    x, y = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    multiply = kernels.product if kernels.prefers_onednn() else torch.mm
+    found = {"gflops": 2 * size**3 / best(lambda: multiply(x, y), 0.5) / 1e9}
+    for name, megabytes in (("gbs_cache", 4), ("gbs_memory", 128)):
+        a, b, c = (torch.randn(megabytes * 250_000) for _ in range(3))
+        found[name] = 3 * megabytes / 1e3 / best(lambda a=a, b=b, c=c: torch.add(a, b, out=c), 0.3)
+    return found
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time iterations, count one, and repeat its products alone."""
+    workload, folder = WORKLOADS[arguments.workload], arguments.work.resolve() / arguments.workload
+    subprocess.run([sys.executable, "-m", "bench.workload", workload.name, str(folder)], cwd=ROOT, check=True)
+    load_before = os.getloadavg()
+    trainer = build(workload, folder, arguments.rounds + 2, arguments.precision, arguments.critic)
+    trainer.step(0)
+    steps = [trainer.step(1 + number)[0] for number in range(arguments.rounds)]
+    measured = {stage: statistics.median([step[f"seconds_{stage}"] for step in steps]) for stage in STAGES}
+    ledgers = counted(trainer, arguments.rounds + 1)
+    machine_rates = rates(torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
+    seconds = {product: alone(product) for product in {p for ledger in ledgers.values() for p in ledger.products}}
+    stages = {stage: floor(ledgers[stage], seconds, machine_rates, measured[stage]) for stage in STAGES}
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "load_before": load_before}
+        | machine("rlgf", "torch", "transformers"),
+        "workload": workload.name,
+        "precision": arguments.precision,
+        "critic": arguments.critic,
+        "rounds": arguments.rounds,
+        "rates": machine_rates,
+        "stages": stages,
+        "whole": {key: sum(stage[key] for stage in stages.values()) for key in stages["write"]},
+    }
+
+
+def counted(trainer: Trainer, iteration: int) -> dict[str, Ledger]:
+    """What each stage of an iteration does."""
+    ledgers = {stage: Ledger() for stage in STAGES}
+    with ledgers["write"]:
+        rollout = trainer.collect(iteration)
+    with ledgers["appraise"]:
+        experience = trainer.appraise(rollout, iteration)
+    with ledgers["update"]:
+        trainer.update(experience, iteration)
+    return ledgers
+
+
+def floor(
+    ledger: Ledger, seconds: Mapping[Product, float], machine_rates: Mapping[str, float], measured: float
+) -> dict[str, float]:
+    """A stage in numbers."""
+    operations = ledger.total()
+    return {
+        "gflop": operations / 1e9,
+        "gigabytes_of_the_rest": ledger.bytes / 1e9,
+        "operations_called": ledger.calls,
+        "seconds_at_peak": operations / 1e9 / machine_rates["gflops"],
+        "seconds_of_products_alone": sum(count * seconds[product] for product, count in ledger.products.items()),
+        "seconds_of_the_rest_in_cache": ledger.bytes / 1e9 / machine_rates["gbs_cache"],
+        "seconds_of_the_rest_in_memory": ledger.bytes / 1e9 / machine_rates["gbs_memory"],
+        "seconds": measured,
+    }
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result for people."""
+    found = result["rates"]
+    lines = [
+        f"{result['workload']}, {result['precision']}, critic {result['critic']}: this machine does "
+        f"{found['gflops']:.0f} GFLOP/s and moves {found['gbs_cache']:.0f} GB/s in caches, {found['gbs_memory']:.0f} in memory.",
+        f"{'':<10}{'GFLOP':>8}{'at peak':>9}{'products':>10}{'the rest':>22}{'measured':>10}{'reached':>9}",
+    ]
+    for name, row in [*result["stages"].items(), ("whole", result["whole"])]:
+        rest = f"{row['gigabytes_of_the_rest']:.1f} GB {row['seconds_of_the_rest_in_cache']:.2f}"
+        rest += f"-{row['seconds_of_the_rest_in_memory']:.2f} s"
+        peak, alone_, seconds = row["seconds_at_peak"], row["seconds_of_products_alone"], row["seconds"]
+        lines.append(
+            f"{name:<10}{row['gflop']:>8.0f}{peak:>7.2f} s{alone_:>8.2f} s{rest:>22}{seconds:>8.2f} s{peak / seconds:>9.0%}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workload", choices=WORKLOADS, default="S")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--critic", choices=("separate", "trunk"), default="separate")
+    parser.add_argument("--rounds", type=int, default=5, help="timed iterations")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model and prompts")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "floor.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    quiet()
+    result = measure(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""How time and memory grow: workload S with one of its numbers changed at a time (bench/README.md).
+
+    make bench-growth            # or: python -m bench.growth
+
+Each point is a process of its own: an iteration that is not timed, two that are, and one whose operations are counted. What is
+reported is how often the time of a stage doubles for each doubling of its operations between the first and the last point: 1 is
+as many times as the operations, less is better, and more would be a stage that grows faster than its work.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench.iteration import ROOT, processor
+from bench.workload import Workload, make
+
+STAGES = ("write", "appraise", "update")
+WAYS: dict[str, list[dict[str, int]]] = {
+    "texts": [{"texts": count} for count in (16, 32, 64, 128, 256)],
+    "prompt": [{"shortest_prompt": n, "longest_prompt": n, "context": n + 48} for n in (16, 64, 256, 512)],
+    "new tokens": [{"new_tokens": n, "context": 64 + n} for n in (16, 48, 128, 256)],
+    "vocabulary": [{"vocabulary": n} for n in (2048, 8192, 32768)],
+    "width": [{"width": n, "heads": n // 64} for n in (128, 256, 512, 768)],
+}
+
+
+def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, Any]:
+    """One point, in this process: seconds and operations by stage, peak memory."""
+    import torch
+
+    from bench.floor import counted
+    from bench.worker import peak_rss_mb
+    from bench.worker_rlgf import build
+    from rlgf.console import keep_freed_memory, quiet
+
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    quiet()
+    workload = replace(Workload(), **changes)
+    make(workload, folder)
+    trainer = build(workload, folder, 4)
+    trainer.step(0)
+    steps = [trainer.step(1 + number)[0] for number in range(2)]
+    peak = peak_rss_mb()
+    ledgers = counted(trainer, 3)
+    return {
+        "seconds": {stage: min(step[f"seconds_{stage}"] for step in steps) for stage in STAGES},
+        "gflop": {stage: ledger.total() / 1e9 for stage, ledger in ledgers.items()},
+        "peak_rss_mb": peak,
+        "parameters": sum(p.numel() for p in trainer.parts.models.policy.model.parameters()),
+    }
+
+
+def exponent(points: Sequence[Mapping[str, Any]], stage: str) -> float:
+    """How often the seconds of a stage double for each doubling of its operations, from the first point to the last."""
+    first, last = points[0], points[-1]
+    return math.log(last["seconds"][stage] / first["seconds"][stage]) / math.log(last["gflop"][stage] / first["gflop"][stage])
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All points, each in a process of its own."""
+    load_before = os.getloadavg()
+    ways: dict[str, Any] = {}
+    for name, changes in WAYS.items():
+        rows: list[dict[str, Any]] = []
+        for change in changes:
+            command = [sys.executable, "-m", "bench.growth", "--threads", str(arguments.threads), "--point", json.dumps(change)]
+            answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows.append({"change": change, **json.loads(answer.splitlines()[-1])})
+            print(name, row(rows[-1]), flush=True)
+        ways[name] = {"points": rows, "exponents": {stage: exponent(rows, stage) for stage in STAGES}}
+        print(name, "exponents", {stage: round(value, 2) for stage, value in ways[name]["exponents"].items()}, flush=True)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "processor": processor(), "cores": os.cpu_count(), "threads": arguments.threads, "load_before": load_before,
+        },
+        "ways": ways,
+    }  # fmt: skip
+
+
+def row(found: Mapping[str, Any]) -> str:
+    """A point for people."""
+    seconds = ", ".join(f"{stage} {found['seconds'][stage]:.2f} s / {found['gflop'][stage]:.0f} GFLOP" for stage in STAGES)
+    return f"{found['change']}: {seconds}, {found['peak_rss_mb']:.0f} MB, {found['parameters'] / 1e6:.1f}M parameters"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-growth", help="model and prompts")
+    parser.add_argument("--point", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "growth.json")
+    arguments = parser.parse_args()
+    if arguments.point is not None:
+        print(json.dumps(point(arguments.point, arguments.work, arguments.threads)))
+        return
+    result = measure(arguments)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
