@@ -204,7 +204,7 @@ def table(result: Mapping[str, Any]) -> str:
     found = result["rates"]
     lines = [
         f"{result['workload']}, {result['precision']}, critic {result['critic']}: this machine does "
-        f"{found['gflops']:.0f} GFLOP/s and moves {found['gbs_cache']:.0f} GB/s in caches, {found['gbs_memory']:.0f} in memory.",
+        f"{found['gflops']:.0f} GFLOP/s and moves {found['gbs_cache']:.0f} GB/s cached, {found['gbs_memory']:.0f} in memory.",
         f"{'':<10}{'GFLOP':>8}{'at peak':>9}{'products':>10}{'the rest':>22}{'measured':>10}{'reached':>9}",
     ]
     for name, row in [*result["stages"].items(), ("whole", result["whole"])]:
