@@ -20,8 +20,9 @@ from helpers import (
     tiny_trainer,
     uniform_policy,
 )
+from rlgf import experience
 from rlgf.algorithms import Share, aggrevated, d2lols, lols, ppo, ppo_pp
-from rlgf.experience import Models, recompute_log_probs
+from rlgf.experience import Models, Sweep
 from rlgf.guides import FunctionGuide
 from rlgf.types import GUIDE, POLICY, Decoding, Experience, Rollout
 
@@ -242,7 +243,7 @@ def test_what_the_sampler_said_is_what_a_full_forward_says(decoding: Decoding) -
     trainer = tiny_trainer(ppo_pp(0.5), config)
     rollout = trainer.collect(0)
     assert int(rollout.by_policy.sum()) > 8
-    sampled, full = recompute_log_probs(rollout, trainer.parts.models.policy, reading_of(config))
+    sampled, full, _ = Sweep(rollout, reading_of(config)).recompute(trainer.parts.models.policy)
     assert torch.allclose(sampled, rollout.log_probs, atol=1e-5)
     assert torch.allclose(full, rollout.full_log_probs, atol=1e-5)
     if decoding.truncates or decoding.temperature != 1:
@@ -315,5 +316,32 @@ def test_a_model_that_is_handed_over_in_training_mode_writes_and_is_read_without
     rollout = trainer.collect(0)
     found = measure(rollout, trainer.shares(0), [0.0] * 8, trainer.parts.models, config_of(ppo__old_log_probs="recompute"))
     policy.model.eval()
-    expected, _ = recompute_log_probs(rollout, policy, reading_of(config_of()))
+    expected, _, _ = Sweep(rollout, reading_of(config_of())).recompute(policy)
     assert torch.allclose(found.old_log_probs, expected, atol=1e-5)
+
+
+def test_a_head_on_the_policys_trunk_takes_the_states_that_were_read_for_the_log_probabilities(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values: list[Tensor] = []
+    reads: list[int] = []
+    for old in ("sampler", "recompute"):
+        trainer = tiny_trainer(ppo(), config_of(critic__kind="trunk", ppo__old_log_probs=old))
+        critic = trainer.parts.models.critics[POLICY]
+        torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
+        rollout = trainer.collect(0)
+        reads.append(0)
+        model = trainer.parts.models.policy.model
+        with monkeypatch.context() as patch:
+            forward = model.base_model.forward
+
+            def counted(*arguments: Any, forward: Any = forward, **options: Any) -> Any:
+                reads[-1] += 1
+                return forward(*arguments, **options)
+
+            patch.setattr(model.base_model, "forward", counted)
+            found = experience.measure(rollout, trainer.shares(0), trainer.parts.models, trainer.reading)
+        values.append(found.values[POLICY])
+    assert float(values[0].abs().max()) > 0.1
+    torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-6)
+    assert reads[0] == reads[1] > 0  # once for both, not once for each

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlgf import algorithms
 from rlgf.algorithms import Algorithm, Phase, Share
 from rlgf.config import CriticConfig, PPOConfig
-from rlgf.experience import recompute_log_probs
+from rlgf.experience import Sweep
 from rlgf.types import GUIDE, POLICY, Origin
 from tabular import Game, Play, Text, completions, play, probabilities, solve_lock, sure_guide, tree, values
 
@@ -277,7 +277,7 @@ def test_sampler_and_full_forward_agree_on_the_double(kind: str) -> None:
     scene = setting(kind)
     played = play(scene.game, algorithms.ppo_pp(0.6), scene.policy, scene.guide, PPOConfig(), prompt_lengths=(1, 4, 2))
     rollout = played.trainer.collect(0)
-    sampled, _ = recompute_log_probs(rollout, played.trainer.parts.models.policy, played.trainer.reading)
+    sampled, _, _ = Sweep(rollout, played.trainer.reading).recompute(played.trainer.parts.models.policy)
     assert torch.allclose(rollout.log_probs, sampled, atol=1e-6)
 
 

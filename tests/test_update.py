@@ -33,7 +33,7 @@ from rlgf import algorithms
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
 from rlgf.errors import RunError, UserError
-from rlgf.experience import Models, recompute_log_probs
+from rlgf.experience import Models, Sweep
 from rlgf.models import new_critic
 from rlgf.supervised import Example
 from rlgf.trainer import Trainer
@@ -619,8 +619,8 @@ def test_an_adaptive_coefficient_follows_the_kl_of_every_iteration() -> None:
 def test_recomputed_log_probabilities_follow_the_policy() -> None:
     trainer = tiny_trainer(algorithms.ppo(), config_of())
     rollout = trainer.collect(0)
-    before, _ = recompute_log_probs(rollout, trainer.parts.models.policy, trainer.reading)
+    before, _, _ = Sweep(rollout, trainer.reading).recompute(trainer.parts.models.policy)
     trainer.step(0)
-    after, _ = recompute_log_probs(rollout, trainer.parts.models.policy, trainer.reading)
+    after, _, _ = Sweep(rollout, trainer.reading).recompute(trainer.parts.models.policy)
     assert not torch.allclose(before, after, atol=1e-3)
     assert Origin(int(rollout.finisher[0])) is POLICY

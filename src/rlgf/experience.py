@@ -7,14 +7,15 @@ that token's advantage.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlgf import ops
+from rlgf import ops, packing
 from rlgf.algorithms import Share
 from rlgf.config import PPOConfig
-from rlgf.forward import MicroBatch, micro_batches, read_tokens, trunk_states
+from rlgf.forward import MicroBatch, is_encoder_decoder, micro_batches, token_logits, trunk_states
 from rlgf.models import Critic, LanguageModel
 from rlgf.processes import total_moments
 from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Rollout
@@ -63,39 +64,66 @@ def policy_log_probs(
     return ops.token_log_probs(logits, tokens, reading.decoding.temperature, support, forbidden, ends, consume)
 
 
-def full_log_probs(rollout: Rollout, selected: Tensor, model: LanguageModel, reading: Reading) -> Tensor:
-    """Full, untempered log-probabilities of the selected tokens under a model, zero elsewhere, [texts, width]."""
-    values = torch.zeros(rollout.ids.shape)
-    for batch, logits, _ in read_rollout(rollout, selected, model, reading):
-        values[batch.places] = ops.token_log_probs(logits, rollout.ids[batch.places].to(logits.device)).cpu()
-    return values
+class Sweep:
+    """Reads a rollout with several models, without a gradient; texts are laid out once for all asked for the same tokens."""
 
+    def __init__(self, rollout: Rollout, reading: Reading) -> None:
+        self.rollout, self.reading = rollout, reading
+        self.laid: list[tuple[tuple[bool, bool], Tensor, list[MicroBatch]]] = []
 
-def read_rollout(
-    rollout: Rollout, selected: Tensor, model: LanguageModel, reading: Reading
-) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
-    """Micro-batches with logits and states of the selected tokens under a model, without a gradient."""
-    return read_tokens(model, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget, reading.precision)
+    def batches(self, model: Any, selected: Tensor) -> list[MicroBatch]:
+        """Micro-batches of the selected tokens as `model` reads them."""
+        kind = (packing.is_enabled(model), is_encoder_decoder(model))
+        for known, tokens, batches in self.laid:
+            if known == kind and torch.equal(tokens, selected):
+                return batches
+        rollout = self.rollout
+        made = list(micro_batches(model, rollout.ids, rollout.prompt_lengths, selected, self.reading.token_budget))
+        self.laid.append((kind, selected, made))
+        return made
 
+    def read(self, model: LanguageModel, selected: Tensor) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """Each micro-batch with the logits and states before its tokens."""
+        for batch in self.batches(model.model, selected):
+            with torch.no_grad():
+                logits, states = token_logits(model, batch, self.reading.precision)
+            yield batch, logits, states
 
-def recompute_log_probs(rollout: Rollout, policy: LanguageModel, reading: Reading) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the policy's tokens by a full forward: over the sampled support, and full."""
-    sampled, full = torch.zeros(rollout.ids.shape), torch.zeros(rollout.ids.shape)
-    for batch, logits, _ in read_rollout(rollout, rollout.by_policy, policy, reading):
-        sampled[batch.places] = policy_log_probs(rollout, *batch.places, logits, policy.end_ids, reading).cpu()
-        full[batch.places] = ops.token_log_probs(logits, rollout.ids[batch.places].to(logits.device)).cpu()
-    return sampled, full
+    def full_log_probs(self, selected: Tensor, model: LanguageModel) -> Tensor:
+        """Full, untempered log-probabilities of the selected tokens under a model, zero elsewhere, [texts, width]."""
+        values = torch.zeros(self.rollout.ids.shape)
+        for batch, logits, _ in self.read(model, selected):
+            values[batch.places] = self._full(batch, logits)
+        return values
 
+    def recompute(self, policy: LanguageModel) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Log-probabilities of the policy's tokens by a full forward: over the sampled support, and full; and its states."""
+        sampled, full = torch.zeros(self.rollout.ids.shape), torch.zeros(self.rollout.ids.shape)
+        seen: list[Tensor] = []
+        for batch, logits, states in self.read(policy, self.rollout.by_policy):
+            own = policy_log_probs(self.rollout, *batch.places, logits, policy.end_ids, self.reading)
+            sampled[batch.places], full[batch.places] = own.cpu(), self._full(batch, logits)
+            seen.append(states)
+        return sampled, full, seen
 
-def state_values(rollout: Rollout, selected: Tensor, critic: Critic, policy: LanguageModel, reading: Reading) -> Tensor:
-    """Values of the states before the selected tokens, zero elsewhere, [texts, width]."""
-    values = torch.zeros(rollout.ids.shape)
-    trunk = policy.trunk() if critic.trunk is None else critic.trunk
-    with torch.no_grad():
-        for batch in micro_batches(trunk.model, rollout.ids, rollout.prompt_lengths, selected, reading.token_budget):
-            hidden = trunk_states(trunk, batch, reading.precision) if critic.trunk is None else None
-            values[batch.places] = critic(batch, reading.precision, hidden).cpu()
-    return values
+    def values(self, selected: Tensor, critic: Critic, policy: LanguageModel, seen: Sequence[Tensor]) -> Tensor:
+        """Values of the states before the selected tokens, zero elsewhere, [texts, width].
+
+        A critic on the policy's trunk takes the policy's states where those before these very tokens were `seen`.
+        """
+        values = torch.zeros(self.rollout.ids.shape)
+        trunk = policy.trunk() if critic.trunk is None else critic.trunk
+        known = bool(seen) and torch.equal(selected, self.rollout.by_policy)
+        with torch.no_grad():
+            for place, batch in enumerate(self.batches(trunk.model, selected)):
+                hidden = None
+                if critic.trunk is None:
+                    hidden = seen[place] if known else trunk_states(trunk, batch, self.reading.precision)
+                values[batch.places] = critic(batch, self.reading.precision, hidden).cpu()
+        return values
+
+    def _full(self, batch: MicroBatch, logits: Tensor) -> Tensor:
+        return ops.token_log_probs(logits, self.rollout.ids[batch.places].to(logits.device)).cpu()
 
 
 @dataclass(frozen=True)
@@ -110,18 +138,19 @@ class Measured:
 
 def measure(rollout: Rollout, shares: Sequence[Share], models: Models, reading: Reading) -> Measured:
     """Read a rollout with policy (where asked for), reference and critics; needs no reward, so it may run beside scoring."""
+    sweep, seen = Sweep(rollout, reading), list[Tensor]()
     old, full = rollout.log_probs, rollout.full_log_probs
     if reading.ppo.old_log_probs == "recompute":
-        old, full = recompute_log_probs(rollout, models.policy, reading)
+        old, full, seen = sweep.recompute(models.policy)
     if reading.ppo.ratio_support == "full":
         old = full
-    reference = full_log_probs(rollout, rollout.by_policy, models.reference, reading)
+    reference = sweep.full_log_probs(rollout.by_policy, models.reference)
     values: dict[Origin, Tensor] = {}
     for origin, critic in models.critics.items():
         concerned = (rollout.finisher == origin) | (_row_weights(rollout, shares, origin) != 0)
         if bool(concerned.any()):
             selected = rollout.written & concerned[:, None]
-            values[origin] = state_values(rollout, selected, critic, models.policy, reading)
+            values[origin] = sweep.values(selected, critic, models.policy, seen)
     return Measured(old, reference, ops.kl_k1(full, reference) * rollout.by_policy, values)
 
 
