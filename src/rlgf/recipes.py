@@ -149,11 +149,11 @@ def commongen_small() -> Config:
         task=TaskConfig("commongen", None, max_new_tokens=20, min_new_tokens=5, options={"held_back": 1000}),
         model=ModelConfig(architecture="t5", layers=2, width=192, heads=4, context=64, vocabulary=4096),
         lm=SupervisedConfig(
-            steps=600, batch_size=128, learning_rate=2e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
+            steps=100, batch_size=64, learning_rate=2e-4, schedule="cosine", warmup_steps=20, adam_beta2=0.98,
             weight_decay=0.01, seed=0,
         ),
         sft=SupervisedConfig(
-            epochs=5.0, batch_size=32, learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
+            epochs=2.0, batch_size=32, learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
             weight_decay=0.01, seed=0,
         ),
         reward=RewardConfig(path="spider"),
