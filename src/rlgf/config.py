@@ -286,6 +286,7 @@ class EvaluationConfig:
     output_perplexity: bool = True  # under the model before SFT; needs one
     metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as `rlgf score` has them
     baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # rows of a comparison beside the runs
+    drawn: bool = False  # at the end also the reward of texts drawn as in training, where `decoding` searches
     best_of: int = 0  # at the end also this many texts for each prompt, of which the one the reward likes best; 0: none
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from rlgf.algorithms import Algorithm, guide_alone, ppo
 from rlgf.experience import Reading
@@ -35,6 +36,7 @@ class Judges:
     reading: Reading
     metrics: tuple[str, ...] = ()  # text metrics beside the reward, as `rlgf score` has them
     judge: PairJudge | None = None  # who compares texts with references, in final evaluations
+    drawn: bool = False  # whether texts drawn as in training are scored too
 
 
 def evaluate_policy(
@@ -45,7 +47,17 @@ def evaluate_policy(
     rollout, metrics, scores = _written(writing, ppo(), prompts, judges)
     metrics["kl"], metrics["kl_k1"] = kl_to_reference(rollout, writing.policy, judges.reference, judges.reading)
     metrics["perplexity"] = perplexity(writing.policy, prompts, writing.horizon, judges.reading)
+    if judges.drawn:
+        drawing = dataclasses.replace(writing, decoding=judges.reading.decoding)
+        drawn = collect(drawing, ppo(), ppo().plan(0, 0.0), prompts, range(len(prompts)))
+        values = torch.tensor(score(judges.reward, drawn.prompts, drawn.texts), dtype=torch.float64)
+        metrics |= {"score_drawn": float(values.mean()), "score_drawn_standard_error": standard_error(values)}
     return metrics, rollout, scores
+
+
+def standard_error(values: Tensor) -> float:
+    """That of the mean of `values`."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def evaluate_guide(
@@ -68,10 +80,9 @@ def measured(rollout: Rollout, scores: Sequence[float], judges: Judges) -> dict[
     """Metrics of texts that are written and scored, whoever wrote them."""
     prompts = rollout.prompts  # without those of texts that the guide gave up
     values = torch.tensor(scores, dtype=torch.float64)
-    spread = float(values.std()) if len(scores) > 1 else 0.0
     metrics = {
         "score": float(values.mean()),
-        "score_standard_error": spread / math.sqrt(len(scores)),
+        "score_standard_error": standard_error(values),
         "length": float(rollout.written.sum(1).double().mean()),
         "finished": float(rollout.finished.double().mean()),
         "distinct_2": distinct(rollout.texts),

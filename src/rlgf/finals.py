@@ -83,8 +83,9 @@ def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, 
     config, seed = parts.config, parts.config.evaluation.seed
     reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
     judges = Judges(
-        parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation.metrics, parts.judge
-    )
+        parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation.metrics, parts.judge,
+        config.evaluation.drawn,
+    )  # fmt: skip
     decoding = config.evaluation.decoding or config.decoding
     writing = Writing(
         parts.models.reference, parts.guide, decoding, config.task.max_new_tokens, config.task.min_new_tokens,

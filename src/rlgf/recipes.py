@@ -153,20 +153,20 @@ def commongen_small() -> Config:
             weight_decay=0.01, seed=0,
         ),
         sft=SupervisedConfig(
-            epochs=2.0, batch_size=32, learning_rate=1.5e-3, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
+            epochs=2.0, batch_size=32, learning_rate=7e-4, schedule="cosine", warmup_steps=100, adam_beta2=0.98,
             weight_decay=0.01, seed=0,
         ),
         reward=RewardConfig(path="spider"),
         guide=GuideConfig(spec="sft", decoding=Decoding(top_k=50, top_p=0.92)),
         algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=10),
         ppo=PPOConfig(
-            iterations=40, texts_per_iteration=64, epochs=4, minibatch_size=32, learning_rate=2e-4, gamma=0.99, lam=0.95,
+            iterations=25, texts_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=3e-5, gamma=1.0, lam=1.0,
             mle_coefficient=0.1, mle_batch=32,
         ),
         kl=KLConfig(coefficient=0.001),
         critic=CriticConfig(learning_rate=5e-4),
         evaluation=EvaluationConfig(
-            every=0, prompts=200, final_prompts=500, decoding=Decoding(beams=5), output_perplexity=False,
+            every=0, prompts=200, final_prompts=300, decoding=Decoding(beams=5), output_perplexity=False, drawn=True,
             metrics=("bleu_4", "cider_d", "spice", "concept_coverage"), baselines=("zero_shot", "sft", "guide"),
         ),
     )  # fmt: skip

@@ -21,6 +21,7 @@ class Column:
 COLUMNS = {
     "pass_rate": Column("pass rate", 3),
     "score": Column("reward", 3),
+    "score_drawn": Column("reward, drawn", 3),
     "score_continuation": Column("reward, continuation alone", 3),
     "score_minus_reference": Column("reward − reference's", 3),
     "bleu_4": Column("BLEU-4", 2, 100),

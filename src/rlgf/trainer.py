@@ -199,8 +199,9 @@ class Trainer:
     def evaluate(self, prompts: Sequence[Any], final: bool = False) -> tuple[dict[str, float], Rollout, list[float]]:
         """Fresh texts by the policy alone on `prompts`; a final evaluation has the text metrics and the win rate too."""
         evaluation = self.config.evaluation
-        final_judges = dataclasses.replace(self.judges, metrics=evaluation.metrics, judge=self.parts.judge)
-        judges = final_judges if final else self.judges
+        judges = self.judges
+        if final:
+            judges = dataclasses.replace(judges, metrics=evaluation.metrics, judge=self.parts.judge, drawn=evaluation.drawn)
         decoding = evaluation.decoding or self.config.decoding
         writing = Writing(
             self.parts.models.policy, self.parts.guide, decoding, self.writing.horizon, self.writing.minimum,
