@@ -1,6 +1,7 @@
 """Metrics against other people's numbers and against enumeration; evaluation; rewards and guides at their doors."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,6 +63,21 @@ def test_exact_kl_is_the_sum_over_states_and_vocabulary(tiny_models: dict[str, L
     assert metrics["pass_rate"] == metrics["score"]
     again = evaluate_policy(writing, judges.task.test, judges, 3)[0]
     assert again == metrics
+
+
+def test_texts_drawn_as_in_training_are_scored_beside_those_that_were_searched_for(tiny_models: dict[str, LanguageModel]):
+    policy = tiny_models["gpt2"]
+
+    def letters(prompts: Any, texts: Any) -> list[float]:
+        return [float(len(text)) for text in texts]
+
+    judges = Judges(task(policy), letters, policy, None, READING, drawn=True)
+    searching, drawing = (Writing(policy, None, decoding, 5, 0, 0) for decoding in (Decoding(greedy=True), Decoding()))
+    searched = evaluate_policy(searching, judges.task.test, judges, 3)[0]
+    drawn = evaluate_policy(drawing, judges.task.test, replace(judges, drawn=False), 3)[0]
+    assert searched["score_drawn"] == drawn["score"] != searched["score"]
+    assert searched["score_drawn_standard_error"] == drawn["score_standard_error"]
+    assert "score_drawn" not in drawn
 
 
 def test_a_guide_is_evaluated_as_a_black_box(tiny_models: dict[str, LanguageModel]):
