@@ -223,23 +223,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--long", action="store_true", help="all workloads and sides instead of S beside TRL")
     parser.add_argument("--workload", choices=WORKLOADS, help="this one alone")
-    parser.add_argument("--sides", nargs="+", choices=SIDES, help="these alone")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="these")
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each side")
     parser.add_argument("--warmup", type=int, default=1, help="iterations of each side before those")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each side (all cores)")
     parser.add_argument("--environments", type=Path, default=ROOT / "build", help="where the peers' are, made if missing")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model, prompts and logs")
-    parser.add_argument("--out", type=Path, help="default: bench/results/iteration.json, with --long iteration-long.json")
+    parser.add_argument(
+        "--out", type=Path, help="default: bench/results/iteration.json, with --long iteration-long.json; of a part: none"
+    )
     arguments = parser.parse_args()
-    plan = LONG if arguments.long or arguments.workload else SHORT
+    plan = LONG if arguments.long else SHORT
     if arguments.workload:
         plan = {arguments.workload: LONG[arguments.workload]}
     if arguments.sides:
-        plan = {name: tuple(side for side in sides if side in arguments.sides) for name, sides in plan.items()}
+        plan = {name: tuple(arguments.sides) for name in plan}
     result = measure(plan, arguments)
-    out = arguments.out or ROOT / "bench" / "results" / ("iteration-long.json" if arguments.long else "iteration.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    out = arguments.out
+    if out is None and not (arguments.workload or arguments.sides):  # a part does not replace the whole
+        out = ROOT / "bench" / "results" / ("iteration-long.json" if arguments.long else "iteration.json")
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n")
     print(table(result))
 
 
