@@ -29,7 +29,7 @@ imdb-small: setup  ## the five algorithms on real reviews, three seeds, about tw
 tldr-small: setup  ## real posts and comparisons: reward model, judge, three algorithms, best of 8; about 70 minutes on one busy core
 	$(BIN)/rlgf compare tldr-small --data $(DATA)/tldr --algorithms ppo,ppo_pp,aggrevated --jobs 2 --out runs/tldr-small
 
-commongen-small: setup  ## an encoder–decoder on CommonGen: span corruption, SFT, the five algorithms, three seeds; about four hours on two cores
+commongen-small: setup  ## an encoder–decoder on CommonGen: span corruption, SFT, the five algorithms, three seeds; about an hour on two cores
 	RLGF_CORENLP=$(CORENLP) $(BIN)/rlgf compare commongen-small --data $(DATA)/commongen --seeds 0,1,2 --jobs 2 --out runs/commongen-small
 
 results:  ## keep the small files of a comparison under docs/results: make results NAME=imdb-small
