@@ -35,6 +35,8 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     """
     options: Options = task_options(config, Options)
     train, validation, test = (_prompts(config, options, split, split == "test") for split in SPLITS)
+    # files have the easy prompts first, and an evaluation takes as many as it is told to from the beginning
+    validation, test = ([prompts[i] for i in permutation(0, Purpose.TASK, 5, len(prompts))] for prompts in (validation, test))
     watched = validation
     if options.held_back:
         if not 0 < options.held_back < len(train):
