@@ -11,7 +11,6 @@ are timed run without the mode.
 
 import argparse
 import datetime
-import json
 import math
 import os
 import statistics
@@ -27,12 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.iteration import ROOT, processor
+from bench.iteration import ROOT, keep, processor
 from bench.worker import machine
-from bench.worker_rlgf import build
+from bench.worker_rlgf import build, set_up
 from bench.workload import WORKLOADS
 from rlgf import kernels
-from rlgf.console import keep_freed_memory, quiet
 from rlgf.trainer import Trainer
 
 STAGES = ("write", "appraise", "update")
@@ -227,12 +225,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model and prompts")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "floor.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    quiet()
+    set_up(arguments.threads)
     result = measure(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, arguments.out)
     print(table(result))
 
 

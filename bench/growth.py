@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.iteration import ROOT, processor
+from bench.iteration import ROOT, keep, processor
 from bench.workload import Workload, make
 
 STAGES = ("write", "appraise", "update")
@@ -34,16 +34,12 @@ WAYS: dict[str, list[dict[str, int]]] = {
 
 def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, Any]:
     """One point, in this process: seconds and operations by stage, peak memory."""
-    import torch
 
     from bench.floor import counted
     from bench.worker import peak_rss_mb
-    from bench.worker_rlgf import build
-    from rlgf.console import keep_freed_memory, quiet
+    from bench.worker_rlgf import build, set_up
 
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    quiet()
+    set_up(threads)
     workload = replace(Workload(), **changes)
     make(workload, folder)
     trainer = build(workload, folder, 4)
@@ -104,8 +100,7 @@ def main() -> None:
         print(json.dumps(point(arguments.point, arguments.work, arguments.threads)))
         return
     result = measure(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, arguments.out)
 
 
 if __name__ == "__main__":

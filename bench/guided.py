@@ -12,7 +12,6 @@ nothing can be written ahead.
 
 import argparse
 import datetime
-import json
 import os
 import statistics
 import subprocess
@@ -23,14 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bench.iteration import ROOT, processor, spread
+from bench.iteration import ROOT, keep, processor, spread
 from bench.worker import machine
-from bench.worker_rlgf import build
+from bench.worker_rlgf import build, set_up
 from bench.workload import Workload
 from rlgf.algorithms import Algorithm, aggrevated, ppo, ppo_pp
-from rlgf.console import keep_freed_memory, quiet
 from rlgf.experience import Models
 from rlgf.guides import Capabilities, Guide, ModelGuide, Request, Text
 from rlgf.models import new_critic
@@ -153,12 +149,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model and prompts")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "guided.json")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    quiet()
+    set_up(arguments.threads)
     result = measure(arguments)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, arguments.out)
     print(table(result))
 
 

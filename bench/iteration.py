@@ -186,6 +186,12 @@ def measure(plan: Mapping[str, Sequence[str]], arguments: argparse.Namespace) ->
     }
 
 
+def keep(result: Mapping[str, Any], out: Path) -> None:
+    """Write a result file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+
+
 def processor() -> str:
     """The name of the processor."""
     try:
@@ -243,8 +249,7 @@ def main() -> None:
     if out is None and not (arguments.workload or arguments.sides):  # a part does not replace the whole
         out = ROOT / "bench" / "results" / ("iteration-long.json" if arguments.long else "iteration.json")
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n")
+        keep(result, out)
     print(table(result))
 
 

@@ -11,7 +11,7 @@ from bench.worker import Turns, arguments, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
 from rlgf import ops
 from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
-from rlgf.console import keep_freed_memory
+from rlgf.console import keep_freed_memory, quiet
 from rlgf.experience import Models
 from rlgf.models import load_language_model, new_critic
 from rlgf.tasks import Task
@@ -58,10 +58,16 @@ def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32",
     return Trainer(Parts(config, config.algorithm.build(), task, judge, models, None, [], None))
 
 
+def set_up(threads: int) -> None:
+    """The process as the command line sets it up."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    quiet()
+
+
 def main() -> None:
     asked = arguments(__doc__, precision=("fp32", "bf16"), critic=("separate", "trunk"))
-    torch.set_num_threads(asked.threads)
-    keep_freed_memory()  # as the command line does
+    set_up(asked.threads)
     turns = Turns()
     trainer = build(asked.workload, asked.folder, asked.turns, asked.precision, asked.critic)
     models = trainer.parts.models
