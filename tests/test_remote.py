@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +173,16 @@ def test_the_cache_asks_neither_address_nor_how_the_guide_is_reached(tmp_path: P
 
 
 WRITER = """
-import sys
+import sys, time
+from contextlib import ExitStack
 from pathlib import Path
 from rlgf.guides.cache import AnswerCache
-cache = AnswerCache(Path(sys.argv[1]))
 print("ready", flush=True)
-sys.stdin.readline()
+begin = float(sys.stdin.readline())
+for number in range(40):  # at the same moments
+    time.sleep(max(0, begin + 0.02 * number - time.time()))
+    AnswerCache(Path(sys.argv[1]) / f"{number}.sqlite")
+cache = AnswerCache(Path(sys.argv[1]) / "0.sqlite")
 for number in range(300):
     cache.put(f"question {number}", {"text": sys.argv[2]})
 print([cache.get(f"question {number}")["text"] for number in range(300)])
@@ -185,18 +190,21 @@ print([cache.get(f"question {number}")["text"] for number in range(300)])
 
 
 def test_processes_that_ask_the_same_go_on_with_the_same_answers(tmp_path: Path) -> None:
-    path = str(tmp_path / "answers.sqlite")
-    processes = [
-        subprocess.Popen([sys.executable, "-c", WRITER, path, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name in ("a", "b")
-    ]
-    for process in processes:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    with ThreadPoolExecutor(2) as pool:  # both at once
-        outputs = list(pool.map(lambda process: process.communicate("go\n")[0], processes))
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], **pipes))
+            for name in ("a", "b")
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        begin = time.time() + 0.1  # both open new files, and ask, at once
+        with ThreadPoolExecutor(2) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(f"{begin}\n")[0], processes))
+        assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1]
-    assert len(AnswerCache(tmp_path / "answers.sqlite")) == 300
+    assert len(AnswerCache(tmp_path / "0.sqlite")) == 300
 
 
 def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from rlgf.errors import UserError
 
+TIMEOUT = 60.0  # seconds to wait for another process that writes
 SCHEMA = "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
 
 
@@ -28,9 +30,9 @@ class AnswerCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # no isolation level: each statement is its own transaction
-            self._connection = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._connection = sqlite3.connect(path, timeout=TIMEOUT, isolation_level=None, check_same_thread=False)
             weakref.finalize(self, self._connection.close)
-            self._execute("PRAGMA journal_mode = WAL")
+            self._write_ahead()
             self._execute("PRAGMA synchronous = NORMAL")  # a killed process loses nothing; only a power cut the last answers
             self._execute(SCHEMA)
         except (OSError, sqlite3.Error) as error:
@@ -53,6 +55,22 @@ class AnswerCache:
 
     def __len__(self) -> int:
         return int(self._execute("SELECT count(*) FROM answers")[0][0])
+
+    def _write_ahead(self) -> None:
+        """Let readers and a writer work side by side.
+
+        While another process does the same to a new file, SQLite says "locked" at once, whatever the timeout (waiting
+        inside it could be waiting for each other), so the wait is here.
+        """
+        deadline = time.monotonic() + TIMEOUT
+        while True:
+            try:
+                self._execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.01)
 
     def _execute(self, statement: str, *values: str) -> list[Any]:
         with self._lock:
