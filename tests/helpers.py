@@ -173,7 +173,7 @@ def config_of(**values: Any) -> Config:
 
 
 def reading_of(config: Config) -> Reading:
-    return Reading(config.decoding, config.ppo, config.runtime.token_budget)
+    return Reading(config.decoding, config.ppo, config.runtime.micro_batch_tokens)
 
 
 def updater_of(models: Models, config: Config, targets: Sequence[Example] = ()) -> Updater:

@@ -98,6 +98,16 @@ def test_an_adapter_is_saved_loaded_and_merged_as_transformers_reads_it(tmp_path
     assert torch.allclose(says(whole), says(policy), atol=1e-5)
     with pytest.raises(UserError, match="holds no adapter"):
         pipeline.merge(str(tmp_path / "whole"), tmp_path / "again")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file is a file: choose another --out"):
+        pipeline.merge(str(tmp_path / "policy"), tmp_path / "file")
+
+
+def test_the_adapter_of_a_critic_is_not_merged_into_a_language_model(tmp_path: Path) -> None:
+    trainer = trainer_on(saved(tmp_path / "base"), ppo())
+    trainer.parts.models.critics[POLICY].save(tmp_path / "critic")
+    with pytest.raises(UserError, match="a critic or a reward model, which would lose its head"):
+        pipeline.merge(str(tmp_path / "critic"), tmp_path / "whole")
 
 
 def test_after_sft_with_an_adapter_that_is_the_reference_and_the_beginning(tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ from helpers import END, tiny_model, word_reward
 from rlgf import cli
 from rlgf.best_of import MOST, best_of, joined, select
 from rlgf.compare import compare, entries
+from rlgf.config import ModelConfig
 from rlgf.errors import UserError
-from rlgf.pipeline import train
+from rlgf.models import new_language_model
+from rlgf.pipeline import evaluate_policy_at, silent, train
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rollout import Writing
+from rlgf.stages import train_tokenizer
 from rlgf.types import Decoding, Prompt
 from test_pipeline import SMALL, small
 
@@ -131,6 +134,14 @@ def evaluated(arguments: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
         cli.main()
     assert stopped.value.code == 0
     return json.loads(out.read_text())
+
+
+def test_a_policy_of_another_vocabulary_is_refused_before_anything_is_trained(tmp_path: Path):
+    folder = tmp_path / "model"
+    new_language_model(ModelConfig(layers=1, width=8, heads=1), train_tokenizer(["other words"] * 9, 260), 0).save(folder)
+    with pytest.raises(UserError, match="has another vocabulary"):
+        evaluate_policy_at(small(), str(folder), tmp_path / "stages", silent)
+    assert not (tmp_path / "stages").exists()
 
 
 def test_a_baseline_is_a_command_and_says_what_a_comparison_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,21 +1,24 @@
 """CommonGen, and what it needs of others: span corruption, a tokenizer with sentinels, sums of text metrics, further splits."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlgf import stages
-from rlgf.config import Config, ModelConfig, RewardConfig, SupervisedConfig, TaskConfig, override
+from rlgf.config import Config, EvaluationConfig, ModelConfig, RewardConfig, SupervisedConfig, TaskConfig, override
 from rlgf.denoising import corrupt
 from rlgf.errors import UserError
-from rlgf.evaluate import Judges, text_metrics
+from rlgf.evaluate import Judges, check_text_metrics, text_metrics
 from rlgf.recipes import recipe
 from rlgf.report import columns_of, markdown
 from rlgf.rewards import WeightedSum, build_reward, score_parts
+from rlgf.scoring.concepts import concepts_in
 from rlgf.stages import SENTINELS, TargetExamples, corrupted, train_tokenizer
 from rlgf.tasks import Task, commongen
+from rlgf.types import Prompt
 
 ROWS = [
     {"concepts": ["dog", "frisbee", "catch"], "targets": ["A dog  catches a frisbee.", "The dog will catch the frisbee ."]},
@@ -162,14 +165,61 @@ def test_rewards_are_added_with_their_weights_and_each_is_known():
 
 
 def test_a_text_metric_that_there_is_not_is_refused():
-    with pytest.raises(UserError, match="no reward model can be loaded from 'spidr'"):
+    with pytest.raises(UserError, match="unknown reward 'spidr': did you mean 'spider'"):
         build_reward(RewardConfig(path="spidr"), task(), {})
     with pytest.raises(UserError, match=r"length_penalty.*maximum"):
         build_reward(RewardConfig(path="length_penalty"), task(), {})
 
 
+@pytest.mark.parametrize(
+    ("prompt", "metrics", "words"),
+    [
+        (
+            Prompt("no one answers"),
+            ("distinct_1", "rouge1", "bleu_4"),
+            "bleu_4, rouge1, but the prompt 'no one answers'",
+        ),
+        (Prompt("blank", (" ",)), ("rouge1",), "has no reference"),
+        (Prompt("none", ("a",)), ("concept_coverage",), r"column 'concepts' of the prompt 'none'.*None holds no concepts"),
+        (Prompt("empty", columns={"concepts": []}), ("concept_coverage",), "holds no concepts"),
+        (Prompt("numbers", columns={"concepts": [1]}), ("concept_coverage",), "holds something else"),
+    ],
+)
+def test_text_metrics_that_prompts_are_not_made_for_are_refused(prompt: Prompt, metrics: tuple[str, ...], words: str):
+    with pytest.raises(UserError, match=words):
+        check_text_metrics(EvaluationConfig(metrics=metrics), [prompt])
+    check_text_metrics(EvaluationConfig(metrics=("distinct_1",)), [prompt])
+
+
+def test_one_text_is_one_concept_not_its_letters():
+    assert concepts_in("ski lift") == ("ski lift",)
+    assert concepts_in(["ski", "lift"]) == ("ski", "lift")
+
+
+def test_options_of_a_final_evaluations_text_metrics():
+    prompts, texts = [Prompt("", ("dogs run",))], ["dog running"]
+    judges = Judges(task(), lambda p, t: [0.0] * len(t), None, None, None)
+    found = [
+        text_metrics(replace(judges, final=EvaluationConfig(metrics=("rouge1",), metric_options=options)), prompts, texts)
+        for options in ({}, {"stemming": True})
+    ]
+    assert found == [{"rouge1": 0.0}, {"rouge1": 1.0}]
+    with pytest.raises(UserError, match="did you mean 'stemming'"):
+        check_text_metrics(EvaluationConfig(metrics=("rouge1",), metric_options={"steming": True}), prompts)
+    with pytest.raises(UserError, match=r"metric_options\.stemming = 'often'"):
+        check_text_metrics(EvaluationConfig(metrics=("rouge1",), metric_options={"stemming": "often"}), prompts)
+
+
+def test_weights_and_options_that_no_reward_can_have_are_refused():
+    with pytest.raises(UserError, match=r"reward\.weights\.bleu_4 is nan"):
+        override(Config(), [("reward.weights", {"bleu_4": float("nan")})])
+    with pytest.raises(UserError, match=r"unknown reward in reward\.options 'rouge2'"):
+        override(Config(), [("reward.path", "rouge1"), ("reward.options", {"rouge2": {"stemming": True}})])
+
+
 def test_a_final_evaluation_tells_groups_apart():
-    judges = Judges(task(group=commongen.difficulty), lambda p, t: [0.0] * len(t), None, None, None, ("rouge1", "distinct_1"))
+    final = EvaluationConfig(metrics=("rouge1", "distinct_1"))
+    judges = Judges(task(group=commongen.difficulty), lambda p, t: [0.0] * len(t), None, None, None, final)
     texts = ["A dog catches a frisbee.", "A man", "Nothing here"]
     found = text_metrics(judges, judges.task.test, texts)
     assert found["rouge1_hard"] == pytest.approx(2 * (1 * 2 / 9) / (1 + 2 / 9))  # two of nine words, both right

@@ -39,6 +39,13 @@ from test_pipeline import small
         ("A", "A"),
         ("Preferred: Summary B", "B"),
         ("Preferred: TLDR (A)", "A"),
+        ("**Preferred:** B", "B"),
+        ("**Preferred: B**", "B"),
+        ("Preferred: <A>", "A"),
+        ("Preferred: [B]", "B"),
+        ("Preferred: A)", "A"),
+        ("Preferred: (b)", "B"),
+        ("Preferred: [A] or (B)", None),
         ("Preferred: (A) or (B)", None),
         ("Preferred: neither", None),
         ("Preferred: (A)\nI hope that this helps.", None),  # the last line counts, whatever stands above it

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlgf import guides
-from rlgf.config import PPOConfig, TaskConfig
+from rlgf.config import EvaluationConfig, PPOConfig, TaskConfig
 from rlgf.errors import RunError
 from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
 from rlgf.experience import Reading
@@ -25,11 +25,12 @@ READING = Reading(Decoding(), PPOConfig(), 64)
 
 
 def test_perplexity_is_that_of_the_models_own_loss(tiny_model: LanguageModel):
-    prompts = [Prompt("review of : plot =>", (" great plot",)), Prompt("review of : cast plot =>", (" dull cast fresh plot",))]
+    plot = Prompt("review of : plot =>", (" great plot", " dull dull plot"))
+    prompts = [plot, Prompt("review of : cast plot =>", (" dull cast fresh plot",))]
     total, count = 0.0, 0
-    for prompt in prompts:
-        before = tiny_model.tokenizer(prompt.text)["input_ids"]
-        after = [*tiny_model.tokenizer(prompt.references[0])["input_ids"], tiny_model.end_id]
+    for asked, reference in [(prompt, reference) for prompt in prompts for reference in prompt.references]:
+        before = tiny_model.tokenizer(asked.text)["input_ids"]
+        after = [*tiny_model.tokenizer(reference)["input_ids"], tiny_model.end_id]
         labels = torch.tensor([[-100] * len(before) + after])
         loss = tiny_model.model(input_ids=torch.tensor([before + after]), labels=labels).loss
         total, count = total + float(loss) * len(after), count + len(after)
@@ -71,10 +72,10 @@ def test_texts_drawn_as_in_training_are_scored_beside_those_that_were_searched_f
     def letters(prompts: Any, texts: Any) -> list[float]:
         return [float(len(text)) for text in texts]
 
-    judges = Judges(task(policy), letters, policy, None, READING, drawn=True)
+    judges = Judges(task(policy), letters, policy, None, READING, EvaluationConfig(drawn=True))
     searching, drawing = (Writing(policy, None, decoding, 5, 0, 0) for decoding in (Decoding(greedy=True), Decoding()))
     searched = evaluate_policy(searching, judges.task.test, judges, 3)[0]
-    drawn = evaluate_policy(drawing, judges.task.test, replace(judges, drawn=False), 3)[0]
+    drawn = evaluate_policy(drawing, judges.task.test, replace(judges, final=None), 3)[0]
     assert searched["score_drawn"] == drawn["score"] != searched["score"]
     assert searched["score_drawn_standard_error"] == drawn["score_standard_error"]
     assert "score_drawn" not in drawn

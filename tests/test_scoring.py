@@ -216,6 +216,14 @@ def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
     assert found["packages"]["rouge-score"]
 
 
+def test_json_to_standard_output_comes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written(tmp_path / "texts.jsonl", GOOD)
+    ran = CliRunner().invoke(app, ["score", file, "--metrics", "rouge1", "--json", "-"])
+    assert json.loads(ran.stdout)["corpus"] == {"rouge1": 0.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["texts.jsonl"]
+
+
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
     file = written(tmp_path / "texts.jsonl", GOOD)
     for place in (tmp_path, Path(file) / "scores.json"):

@@ -45,6 +45,14 @@ def base_of(path: str) -> str:
     return str(base)
 
 
+def classifies(path: str) -> bool:
+    """Whether the adapter in a folder belongs to a classifier or reward model, whose head it holds too."""
+    need()
+    from peft import PeftConfig
+
+    return str(PeftConfig.from_pretrained(str(Path(path).expanduser())).task_type).endswith("SEQ_CLS")
+
+
 def need() -> None:
     """Raise where peft is not installed."""
     try:

@@ -6,7 +6,7 @@ Libraries that take seconds to import are imported inside the commands, so that 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -309,7 +309,8 @@ def evaluate(
     ] = None,
     stages: Stages = None,
     json_out: Annotated[
-        Path | None, typer.Option("--json", help="Also write the metrics to this file.", metavar="FILE")
+        Path | None,
+        typer.Option("--json", help="Also write the metrics to this file; -: print them instead.", metavar="FILE"),
     ] = None,
 ) -> None:
     """Fresh texts by a policy alone on held-out prompts, measured; or by a baseline of a run or recipe."""
@@ -345,11 +346,8 @@ def evaluate(
         found = pipeline.evaluate_guide_at(config, shelf, console.report)
     else:
         found = pipeline.evaluate_policy_at(config, chosen, shelf, console.report, zero_shot=baseline == "zero_shot")
-    console.print_evaluation(found)
-    if json_out:
-        from rlgf.data import write_json
-
-        write_json(json_out, {**found["evaluation"], **{key: value for key, value in found.items() if key != "evaluation"}})
+    values = {**found["evaluation"], **{key: value for key, value in found.items() if key != "evaluation"}}
+    _deliver(values, json_out, lambda: console.print_evaluation(found))
 
 
 def default_stages(run: Path) -> Path:
@@ -365,7 +363,8 @@ def score(
         str, typer.Option(help="Groups or keys with commas between them (`rlgf list`).")
     ] = "bleu,rouge,meteor,cider,distinct",
     json_out: Annotated[
-        Path | None, typer.Option("--json", help="Also write corpus and per-line values to this file.", metavar="FILE")
+        Path | None,
+        typer.Option("--json", help="Also write all values to this file; -: print them instead.", metavar="FILE"),
     ] = None,
     stem: Annotated[bool, typer.Option("--stem", help="Porter stems for rouge1, rouge2, rougeL, rougeLsum.")] = False,
     bertscore_model: Annotated[str, typer.Option(help="Its encoder, a Hub name or a folder.")] = "roberta-large",
@@ -383,17 +382,34 @@ def score(
     scores = scoring.score(lines, keys, options, terminal.report)
     for warning in scores.warnings:
         terminal.report(f"warning: {warning}")
-    terminal.print_table([f"{len(lines):,} line{'s' * (len(lines) > 1)}", "score", "shown as"], scoring.table(scores))
-    if scoring.SCALES.keys() & scores.corpus.keys():
-        terminal.report("× 100 and × 10 are for people: functions and --json have 0 to 1, CIDEr-D 0 to 10.")
+
+    def show() -> None:
+        terminal.print_table([f"{len(lines):,} line{'s' * (len(lines) > 1)}", "score", "shown as"], scoring.table(scores))
+        if scoring.SCALES.keys() & scores.corpus.keys():
+            terminal.report("× 100 and × 10 are for people: functions and --json have 0 to 1, CIDEr-D 0 to 10.")
+
+    _deliver(scoring.document(file, scores, options, len(lines)), json_out, show)
+
+
+STANDARD_OUTPUT = Path("-")
+
+
+def _deliver(found: dict[str, Any], json_out: Path | None, show: Callable[[], None]) -> None:
+    """Show what was found, and write it for programs; `--json -` prints it for them, and then no table."""
+    if json_out == STANDARD_OUTPUT:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    show()
     if json_out:
         from rlgf.data import write_json
 
-        write_json(json_out, scoring.document(file, scores, options, len(lines)))
+        write_json(json_out, found)
 
 
 def _check_writable(path: Path) -> None:
     """Find out before the work that its results cannot be written."""
+    if path == STANDARD_OUTPUT:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -532,7 +548,13 @@ def check_task(
     from rlgf import check, console
 
     console.set_up_machine(config)
-    findings = check.check_task(config, stages or Path("runs") / "stages", console.report)
+    try:
+        findings = check.check_task(config, stages or Path("runs") / "stages", console.report)
+    except UserError as error:
+        small = f"{source}-small"
+        if small not in RECIPES or config.model.path is None or "tokenizer" not in str(error):
+            raise
+        raise UserError(f"{error} Or check '{small}', the same task with a tokenizer that is made here.") from None
     _print_findings(findings)
     if any(finding.level == "error" for finding in findings):
         raise UserError(f"task '{config.task.name}' cannot be trained as it is: mend what is marked ERROR.")

@@ -285,6 +285,7 @@ class EvaluationConfig:
     seed: int = 0
     output_perplexity: bool = True  # under the model before SFT; needs one
     metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as `rlgf score` has them
+    metric_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # stemming, bertscore_model, …_layers
     baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # rows of a comparison beside the runs
     drawn: bool = False  # at the end also the reward of texts drawn as in training, where `decoding` searches
     best_of: int = 0  # at the end also this many texts for each prompt, of which the one the reward likes best; 0: none
@@ -312,11 +313,17 @@ class RuntimeConfig:
     threads: int = 0  # 0: all cores (command line); the library never sets threads by itself
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    token_budget: int = 1024  # tokens of one micro-batch; changes speed and memory, not results
+    token_budget: int = 0  # tokens of one micro-batch; 0: 1,024, or for RL on a GPU the most that fits, found at the start
+    offload: tuple[Literal["reference", "critic"], ...] = ()  # what rests in the host's memory while a GPU does other work
     kernels: Literal["auto", "plain"] = "auto"  # plain: models as transformers has them, texts as padded rows
     checkpoint_every: int = 10  # iterations; the last one is always kept
     trackers: tuple[str, ...] = ("tensorboard",)
     profile: bool = False  # the second iteration under torch's profiler: RUN/profile/
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of one micro-batch where nothing is searched for."""
+        return self.token_budget or MICRO_BATCH_TOKENS
 
 
 @dataclass(frozen=True, config=strict)
@@ -349,12 +356,16 @@ class Config:
         check_numbers(self)
 
 
-FREE = ("task.options", "guide.options", "reward.weights", "reward.options")  # sections whose keys are not known here
+MICRO_BATCH_TOKENS = 1024  # where none are given: the logits of more leave a CPU's caches
+
+FREE = (  # sections whose keys are not known here
+    "task.options", "guide.options", "reward.weights", "reward.options", "evaluation.metric_options",
+)  # fmt: skip
 
 AT_LEAST_ONE = """
     task.max_new_tokens ppo.iterations ppo.texts_per_iteration ppo.samples_per_prompt ppo.epochs ppo.minibatch_size
     guide.concurrency guide.max_requests guide.max_tokens
-    ppo.mle_batch evaluation.prompts evaluation.final_prompts runtime.token_budget runtime.checkpoint_every
+    ppo.mle_batch evaluation.prompts evaluation.final_prompts runtime.checkpoint_every
     model.layers model.width model.heads model.context
     guide.model.layers guide.model.width guide.model.heads guide.model.context
     lm.batch_size sft.batch_size distil.batch_size guide.sft.batch_size preferences.training.batch_size
@@ -366,6 +377,7 @@ NOT_NEGATIVE = """
     guide.price_input guide.price_output
     ppo.learning_rate ppo.weight_decay ppo.mle_coefficient critic.learning_rate critic.value_coefficient
     critic.warmup_iterations kl.coefficient kl.loss_coefficient evaluation.every runtime.threads reward.clip model.vocabulary
+    runtime.token_budget
     adapter.rank
     lm.learning_rate lm.steps lm.epochs lm.texts sft.learning_rate sft.steps sft.epochs sft.texts
     distil.learning_rate distil.steps distil.epochs distil.texts
@@ -406,6 +418,7 @@ def check_numbers(config: Config) -> None:
     _check_decodings(config)
     _check_pairs(config)
     _check_guide(config.guide)
+    _check_reward(config.reward)
     check_secrets("judge", config.judge.extra_headers, config.judge.extra_body)
 
 
@@ -418,6 +431,15 @@ def _check_decodings(config: Config) -> None:
     if not config.decoding.samples:
         how = "greedy" if config.decoding.greedy else "beams"
         raise UserError(f"decoding.{how} is for evaluation: a policy that does not sample cannot learn from its choices.")
+
+
+def _check_reward(reward: RewardConfig) -> None:
+    for name, weight in reward.weights.items():
+        if not math.isfinite(weight):
+            raise UserError(f"reward.weights.{name} is {weight}, but must be a number.")
+    for name in reward.options:
+        if name not in reward.names:
+            raise unknown("reward in reward.options", name, reward.names)
 
 
 def _check_guide(guide: GuideConfig) -> None:
@@ -510,6 +532,17 @@ def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all
             raise unknown(f"key ({where})", key, hints) if list_all else unknown_key(f"{prefix}{key}", where)
         if dataclasses.is_dataclass(hints[key]):
             check_keys(value, hints[key], where, f"{prefix}{key}.")
+
+
+def read_options(values: Mapping[str, Any], kind: type, where: str, prefix: str) -> Any:
+    """Options whose keys no config knows as `kind`, their own dataclass; unknown keys and wrong types are refused."""
+    check_keys(values, kind, where, prefix, list_all=True)
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {prefix}{key} = {first.get('input')!r}: {first['msg']}.") from None
 
 
 def unknown_key(key: str, where: str) -> UserError:

@@ -218,7 +218,7 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
     trained = 1 + (len(algorithm.critics) if config.critic.kind == "separate" else 0)
     frozen = 1 + (needs_guide(algorithm) and config.guide.spec != "references") + bool(config.evaluation.output_perplexity)
     vocabulary = config.model.vocabulary or 0
-    memory = 4 * (4 * trained + frozen) * size + 12 * config.runtime.token_budget * max(vocabulary, 64)
+    memory = 4 * (4 * trained + frozen) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
     lines = {
         "data": task.data or "made by the task",
         "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",

@@ -79,6 +79,8 @@ def _kind(file: Path) -> str | None:
 def _read_file(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
     kind = _kind(path)
     options: dict[str, Any] = {}
+    if path.stat().st_size == 0:
+        return []
     if kind not in TABLES.values():
         return read_jsonl(path)
     if kind == "csv":  # an empty cell is an empty text, and 'NA' a word

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from rlgf.algorithms import Algorithm, guide_alone, ppo
+from rlgf.config import EvaluationConfig, read_options
+from rlgf.errors import UserError
 from rlgf.experience import Reading
 from rlgf.judge import PairJudge, win_rate
 from rlgf.metrics import kl_to_reference, perplexity, token_perplexity
@@ -18,8 +20,9 @@ from rlgf.randomness import Purpose
 from rlgf.reward_model import RewardModel
 from rlgf.rewards import continuation_only, score
 from rlgf.rollout import Writing, collect
+from rlgf.scoring.concepts import concepts_in
 from rlgf.scoring.diversity import distinct
-from rlgf.scoring.score import Line, Options, choose
+from rlgf.scoring.score import Line, Options, choose, read_references, tools
 from rlgf.scoring.score import score as score_lines
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt, Rollout
@@ -34,9 +37,8 @@ class Judges:
     reference: LanguageModel
     general: LanguageModel | None  # for output-perplexity: the model before SFT
     reading: Reading
-    metrics: tuple[str, ...] = ()  # text metrics beside the reward, as `rlgf score` has them
+    final: EvaluationConfig | None = None  # what a final evaluation adds: text metrics, drawn texts; None: it is not one
     judge: PairJudge | None = None  # who compares texts with references, in final evaluations
-    drawn: bool = False  # whether texts drawn as in training are scored too
 
 
 def evaluate_policy(
@@ -47,7 +49,7 @@ def evaluate_policy(
     rollout, metrics, scores = _written(writing, ppo(), prompts, judges)
     metrics["kl"], metrics["kl_k1"] = kl_to_reference(rollout, writing.policy, judges.reference, judges.reading)
     metrics["perplexity"] = perplexity(writing.policy, prompts, writing.horizon, judges.reading)
-    if judges.drawn:
+    if judges.final is not None and judges.final.drawn:
         drawing = dataclasses.replace(writing, decoding=judges.reading.decoding)
         drawn = collect(drawing, ppo(), ppo().plan(0, 0.0), prompts, range(len(prompts)))
         values = torch.tensor(score(judges.reward, drawn.prompts, drawn.texts), dtype=torch.float64)
@@ -112,16 +114,51 @@ def above_references(reward: TextFunction, prompts: Sequence[Prompt], scores: Se
     return statistics.fmean(value - base for (_, value), base in zip(rows, references)) if rows else math.nan
 
 
+def text_metrics_of(config: EvaluationConfig) -> tuple[list[str], Options]:
+    """The keys of the text metrics that a config asks for, and their options; `UserError` for what there is not."""
+    options = read_options(config.metric_options, Options, "text metrics", "evaluation.metric_options.")
+    return choose(",".join(config.metrics)), options
+
+
+def check_text_metrics(config: EvaluationConfig, prompts: Sequence[Prompt]) -> None:
+    """Refuse, before anything is trained, text metrics that cannot be had of texts for these prompts, or at all."""
+    if not config.metrics:
+        return
+    keys, options = text_metrics_of(config)
+    for prompt in prompts:
+        _line(prompt, "", keys)
+    tools(keys, options)
+
+
+def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
+    """A text as `rlgf score` takes it, with what these metrics read of its prompt."""
+    references = tuple(reference for reference in prompt.references if reference.strip())
+    comparing = read_references(keys)
+    if comparing and not references:
+        raise UserError(
+            f"evaluation.metrics has {', '.join(comparing)}, but the prompt {prompt.text[:60]!r} has no reference to compare a "
+            "text with: leave these out, or give every held-out prompt references."
+        )
+    if "concept_coverage" not in keys:
+        return Line(text, references)
+    try:
+        return Line(text, references, concepts_in(prompt.columns.get("concepts")))
+    except ValueError as error:
+        raise UserError(
+            f"evaluation.metrics has concept_coverage, but column 'concepts' of the prompt {prompt.text[:60]!r} is not for it "
+            f"({error}): leave it out, or mend the column."
+        ) from None
+
+
 def text_metrics(judges: Judges, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
     """The judges' text metrics of all texts together, and, where the task tells prompts apart, the mean for each group.
 
     On coco-caption's scale; keys as in docs/scoring.md, with `_GROUP` behind them for a group.
     """
-    if not judges.metrics:
+    if judges.final is None or not judges.final.metrics:
         return {}
-    keys = choose(",".join(judges.metrics))
-    lines = [Line(text, p.references, tuple(p.columns.get("concepts", ()))) for p, text in zip(prompts, texts)]
-    found = score_lines(lines, keys, Options())
+    keys, options = text_metrics_of(judges.final)
+    found = score_lines([_line(prompt, text, keys) for prompt, text in zip(prompts, texts)], keys, options)
     metrics = {key: float("nan") if value is None else value for key, value in found.corpus.items()}
     if judges.task.group is not None:
         groups = [judges.task.group(prompt) for prompt in prompts]

@@ -17,6 +17,7 @@ from rlgf.algorithms import Share
 from rlgf.config import PPOConfig
 from rlgf.forward import MicroBatch, is_encoder_decoder, micro_batches, token_logits, trunk_states
 from rlgf.models import Critic, LanguageModel
+from rlgf.offload import awake
 from rlgf.processes import total_moments
 from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Rollout
 
@@ -84,10 +85,11 @@ class Sweep:
 
     def read(self, model: LanguageModel, selected: Tensor) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
         """Each micro-batch with the logits and states before its tokens."""
-        for batch in self.batches(model.model, selected):
-            with torch.no_grad():
-                logits, states = token_logits(model, batch, self.reading.precision)
-            yield batch, logits, states
+        with awake(model.model):
+            for batch in self.batches(model.model, selected):
+                with torch.no_grad():
+                    logits, states = token_logits(model, batch, self.reading.precision)
+                yield batch, logits, states
 
     def full_log_probs(self, selected: Tensor, model: LanguageModel) -> Tensor:
         """Full, untempered log-probabilities of the selected tokens under a model, zero elsewhere, [texts, width]."""
@@ -114,7 +116,7 @@ class Sweep:
         values = torch.zeros(self.rollout.ids.shape)
         trunk = policy.trunk() if critic.trunk is None else critic.trunk
         known = bool(seen) and torch.equal(selected, self.rollout.by_policy)
-        with torch.no_grad():
+        with torch.no_grad(), awake(critic):
             for place, batch in enumerate(self.batches(trunk.model, selected)):
                 hidden = None
                 if critic.trunk is None:

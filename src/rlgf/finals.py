@@ -11,7 +11,7 @@ import torch
 
 from rlgf.best_of import evaluate_best_of
 from rlgf.config import Config
-from rlgf.evaluate import Judges, evaluate_guide, evaluate_policy
+from rlgf.evaluate import Judges, check_text_metrics, evaluate_guide, evaluate_policy
 from rlgf.experience import Reading
 from rlgf.guides import ModelGuide
 from rlgf.rollout import Writing
@@ -28,7 +28,7 @@ from rlgf.types import Decoding, Prompt
 def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
     """The final evaluation on the test split and what else the task reports; texts go to `evaluation[-SPLIT].jsonl`."""
     config, codec = trainer.config, trainer.parts.models.policy.codec
-    judges = dataclasses.replace(trainer.judges, metrics=config.evaluation.metrics, judge=trainer.parts.judge)
+    judges = dataclasses.replace(trainer.judges, final=config.evaluation, judge=trainer.parts.judge)
     found: dict[str, dict[str, float]] = {}
     splits = final_prompts(trainer.parts.task, config)
     for split, prompts in splits.items():
@@ -45,6 +45,7 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
         "decoding": (config.evaluation.decoding or config.decoding).describe(),
         **as_results(found),
         **extras(config, trainer.writing, splits["test"], judges),
+        "token_budget": trainer.reading.token_budget,
         "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
         "machine": machine(),
     }
@@ -53,6 +54,11 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
 def final_prompts(task: Task, config: Config) -> dict[str, Sequence[Prompt]]:
     """The prompts of final evaluations: those of the test split, and of the others that the task reports."""
     return {split: prompts[: config.evaluation.final_prompts] for split, prompts in {"test": task.test, **task.finals}.items()}
+
+
+def check_finals(task: Task, config: Config) -> None:
+    """Refuse, before anything is trained, a final evaluation that could not be made."""
+    check_text_metrics(config.evaluation, [prompt for part in final_prompts(task, config).values() for prompt in part])
 
 
 def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -81,11 +87,8 @@ def sampling(config: Config) -> Decoding:
 def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, dict[str, Any]]:
     """The final evaluation of `evaluation.baselines`, on the same prompts as every run."""
     config, seed = parts.config, parts.config.evaluation.seed
-    reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
-    judges = Judges(
-        parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation.metrics, parts.judge,
-        config.evaluation.drawn,
-    )  # fmt: skip
+    reading = Reading(config.decoding, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision)
+    judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, reading, config.evaluation, parts.judge)
     decoding = config.evaluation.decoding or config.decoding
     writing = Writing(
         parts.models.reference, parts.guide, decoding, config.task.max_new_tokens, config.task.min_new_tokens,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlgf import packing
+from rlgf.offload import awake
 
 FILL = 0.75  # padded rows share a micro-batch while the shortest has at least this share of the longest
 LINE_FILL = 0.5  # the same for texts in a line, of which attention alone sees the padding
@@ -147,10 +148,11 @@ def read_tokens(
     reader: Reader, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int, precision: str
 ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
     """Each micro-batch with its logits and states, without a gradient."""
-    for batch in micro_batches(reader.model, ids, starts, selected, token_budget):
-        with torch.no_grad():
-            logits, states = token_logits(reader, batch, precision)
-        yield batch, logits, states
+    with awake(reader.model):
+        for batch in micro_batches(reader.model, ids, starts, selected, token_budget):
+            with torch.no_grad():
+                logits, states = token_logits(reader, batch, precision)
+            yield batch, logits, states
 
 
 @contextmanager

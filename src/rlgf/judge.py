@@ -39,8 +39,8 @@ Comparison: <one-sentence comparison and explanation>
 Preferred: <(A) or (B)>"""
 PLACES = re.compile(r"\[(context|summary 1|summary 2)\]")
 SYSTEM = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<<\\SYS>>\s*(.*)", re.DOTALL)
-MARKED = re.compile(r"\(([AB])\)")
-BARE = re.compile(r"(?:[\w ]*:)?[\s*_\"'`]*(?i:(?:summary|option|tl;?dr)\s+)?([AB])[\s*_\"'`.]*")
+MARKED = re.compile(r"[(\[<]([AB])[)\]>]", re.IGNORECASE)
+BARE = re.compile(r"(?:[\w *_]*:)?[\s*_\"'`]*(?i:(?:summary|option|tl;?dr)\s+)?([AB])[\s*_\"'`.)]*")
 
 
 class PairJudge(Protocol):
@@ -121,7 +121,7 @@ def parse_choice(answer: str) -> str | None:
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
     if not lines:
         return None
-    marked = set(MARKED.findall(lines[-1]))
+    marked = {choice.upper() for choice in MARKED.findall(lines[-1])}
     if marked:
         return marked.pop() if len(marked) == 1 else None
     bare = BARE.fullmatch(lines[-1])

@@ -9,21 +9,21 @@ from rlgf import ops
 from rlgf.experience import Reading
 from rlgf.forward import micro_batches, padded, read_tokens, token_logits
 from rlgf.models import LanguageModel
+from rlgf.offload import awake
 from rlgf.types import Prompt, Rollout
 
 
 def perplexity(language_model: LanguageModel, prompts: Sequence[Prompt], budget: int, reading: Reading) -> float:
-    """exp(Σ negative log-likelihood / Σ tokens) of the prompts' first references, given the prompts.
+    """exp(Σ negative log-likelihood / Σ tokens) of the prompts' references, all of them, given the prompts.
 
     A reference is cut at `budget` tokens, as every text is; its end token counts where it fits.
     """
     rows: list[list[int]] = []
     starts: list[int] = []
     for prompt in prompts:
-        if prompt.references:
-            before = language_model.codec.prompt(prompt)
-            after = language_model.codec.target(prompt.references[0], language_model.end_id, budget)
-            rows.append([*before, *after])
+        before = language_model.codec.prompt(prompt) if prompt.references else []
+        for reference in prompt.references:
+            rows.append([*before, *language_model.codec.target(reference, language_model.end_id, budget)])
             starts.append(len(before))
     if not rows:
         return float("nan")
@@ -51,7 +51,7 @@ def kl_to_reference(rollout: Rollout, policy: LanguageModel, reference: Language
     """
     exact, estimate = 0.0, 0.0
     starts, budget = rollout.prompt_lengths, reading.token_budget // 2
-    with torch.no_grad():
+    with torch.no_grad(), awake(policy.model), awake(reference.model):
         for batch in micro_batches(policy.model, rollout.ids, starts, rollout.written, budget):
             mine, _ = token_logits(policy, batch, reading.precision)
             theirs, _ = token_logits(reference, batch, reading.precision)

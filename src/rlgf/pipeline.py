@@ -12,9 +12,9 @@ from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
 from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError, unknown
-from rlgf.evaluate import Judges, evaluate_policy
+from rlgf.evaluate import Judges, check_text_metrics, evaluate_policy
 from rlgf.experience import Models, Reading
-from rlgf.finals import evaluate_baselines, extras, final_results
+from rlgf.finals import check_finals, evaluate_baselines, extras, final_results
 from rlgf.guides import Accounted, FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
@@ -25,6 +25,7 @@ from rlgf.guides.tokenizing import Tokens, reach_by_tokens
 from rlgf.judge import ChatJudge, PairJudge, RewardJudge, read_question, server_settings
 from rlgf.models import (
     POLICY_ADAPTER,
+    VALUE_HEAD,
     Critic,
     LanguageModel,
     context_length,
@@ -36,6 +37,7 @@ from rlgf.models import (
     new_critic,
     use_kernels,
 )
+from rlgf.offload import park
 from rlgf.plugins import load_object
 from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
 from rlgf.reward_model import load_reward_model
@@ -99,11 +101,25 @@ def check(config: Config) -> Algorithm:
         torch.device(config.runtime.device)
     except RuntimeError:
         raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
+    _check_offload(config)
     if config.adapter.load_in_4bit and torch.device(config.runtime.device).type == "cpu":
         raise UserError(  # bitsandbytes packs weights for inference there, and no gradient passes through them
             "adapter.load_in_4bit needs a GPU, as bitsandbytes computes no gradients on a CPU: set runtime.device=cuda."
         )
     return algorithm
+
+
+def _check_offload(config: Config) -> None:
+    """Refuse to move what does not lie on a GPU by itself."""
+    offload, shared = config.runtime.offload, config.adapter.rank > 0
+    if offload and torch.device(config.runtime.device).type == "cpu":
+        raise UserError("runtime.offload frees a GPU's memory, and runtime.device is the CPU: leave it out.")
+    if "reference" in offload and shared:
+        raise UserError("with adapters the reference has no weights of its own to offload: leave it out of runtime.offload.")
+    if "critic" in offload and config.critic.kind != "separate":
+        raise UserError(
+            f"a critic of kind '{config.critic.kind}' reads with the policy's weights: leave it out of runtime.offload."
+        )
 
 
 def _check_judges(config: Config) -> None:
@@ -169,6 +185,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     _check_paths(config, codec.tokenizer, context)
     task = prepare_prompts(config, codec.tokenizer, report)
     longest = _check_lengths(codec, context, task, config)
+    check_finals(task, config)
     if "preferences" in (*config.reward.names, config.judge.spec):
         try_pairs(config, stages, report)
     reward = None if shares_backbone(config) else prepare_reward(config, task, stages, report)
@@ -237,7 +254,14 @@ def assemble(config: Config, algorithm: Algorithm, reference: LanguageModel, sta
             return new_adapter_critic(name, policy, critic.initial_value, config.adapter, seed, critic.path)
         return new_critic(critic.kind, critic.path or policy_path, policy, critic.initial_value)
 
-    return Models(policy, reference, {origin: new(origin) for origin in algorithm.critics})
+    models = Models(policy, reference, {origin: new(origin) for origin in algorithm.critics})
+    device = torch.device(config.runtime.device)
+    for module in (
+        *([reference.model] if "reference" in config.runtime.offload else []),
+        *(models.critics.values() if "critic" in config.runtime.offload else []),
+    ):
+        park(module, device)
+    return models
 
 
 def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_path: str) -> LanguageModel:
@@ -258,8 +282,13 @@ def merge(folder: str, out: Path) -> None:
     """Write the model that an adapter makes of its base as a whole model of its own."""
     if not adapters.is_adapter_folder(folder):
         raise UserError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: choose another --out.")
+    if (Path(folder) / VALUE_HEAD).is_file() or adapters.classifies(folder):
+        raise UserError(
+            f"{folder} holds the adapter of a critic or a reward model, which would lose its head in a language model: give "
+            "the folder of a policy."
+        )
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose another --out.")
     base = load_language_model(adapters.base_of(folder))
     whole = dataclasses.replace(base, model=adapters.merged(base.model, folder), tokenizer=load_tokenizer(folder))
     whole.save(out)
@@ -295,12 +324,6 @@ def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer
     """A guide that speaks the policy's tokens must read as many; what another tokenizer makes of a text is seen when asked."""
     if tokenizer.get_vocab() == policy_tokenizer.get_vocab() and context < policy_context:
         raise UserError(f"guide '{name}' reads {context} tokens, the policy {policy_context}: choose a longer one.")
-
-
-def prepare_task(config: Config, tokenizer: Any, stages: Path, report: Report) -> tuple[Task, TextFunction]:
-    """The task's prompts and its reward."""
-    task = prepare_prompts(config, tokenizer, report)
-    return task, prepare_reward(config, task, stages, report)
 
 
 def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
@@ -523,20 +546,28 @@ def evaluate_policy_at(
     The policy is a folder or Hub name; None is the SFT stage, or with `zero_shot` the model before that.
     """
     check(config)
+    codec, _ = starting_codec(config, stages, report)
+    if policy and load_tokenizer(policy).get_vocab() != codec.tokenizer.get_vocab():
+        raise UserError(
+            f"the policy '{policy}' has another vocabulary than the model that its texts are compared with (KL needs the same "
+            "one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
+        )
+    task = prepare_prompts(config, codec.tokenizer, report)
+    prompts = task.test[: config.evaluation.final_prompts]
+    check_text_metrics(config.evaluation, prompts)
     start = sft_stage(config, stages, report)
     reference = load_language_model(str(start), config.runtime.device)
     language_model = load_language_model(policy, config.runtime.device) if policy else reference
     if zero_shot:
         language_model = base_model(config, stages, report)[0]
-    task, reward = prepare_task(config, reference.tokenizer, stages, report)
     _check_lengths(language_model.codec, language_model.context, task, config)
-    reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
+    reward = prepare_reward(config, task, stages, report)
+    reading = Reading(config.decoding, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision)
     general, judge = general_model(config, stages, report), prepare_judge(config, stages, report)
-    judges = Judges(task, reward, reference, general, reading, config.evaluation.metrics, judge)
+    judges = Judges(task, reward, reference, general, reading, config.evaluation, judge)
     writing = Writing(
         language_model, None, config.evaluation.decoding or config.decoding, config.task.max_new_tokens,
         config.task.min_new_tokens, config.seed, config.runtime.precision,
     )  # fmt: skip
-    prompts = task.test[: config.evaluation.final_prompts]
     metrics = evaluate_policy(writing, prompts, judges, config.evaluation.seed)[0]
     return {"evaluation": metrics, **extras(config, writing, prompts, judges)}

@@ -61,7 +61,7 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
             pairs = Pairs(pairs.train[: settings.training.texts], pairs.test, pairs.dropped)
         for reason, count in pairs.dropped.items():
             report(f"{role}: {count:,} {reason}, left out")
-        measured = train_reward_model(reward, pairs, settings, seed, config.runtime.token_budget, report)
+        measured = train_reward_model(reward, pairs, settings, seed, config.runtime.micro_batch_tokens, report)
         reward.save(folder)
         return measured | {f"left out: {reason}": count for reason, count in pairs.dropped.items()}
 

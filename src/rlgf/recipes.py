@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlgf.config import (
+    AdapterConfig,
     AlgorithmConfig,
     Config,
     CriticConfig,
@@ -173,9 +174,9 @@ def commongen_small() -> Config:
 
 
 def tldr() -> Config:
-    """TL;DR as in the paper, by Hub names. Source: tasks.md; the learning rate is the text's.
+    """TL;DR as in the paper, by Hub names: policy, critic and reward model are adapters on the SFT model's weights.
 
-    The adapters of policy and critic (r 8, α 64) belong here as soon as there are any; the reward model has its own.
+    Source: tasks.md; the learning rate is the text's.
     """
     return Config(
         recipe="tldr",
@@ -197,7 +198,8 @@ def tldr() -> Config:
             mle_coefficient=0.1,
         ),
         kl=KLConfig(coefficient=0.002),
-        critic=CriticConfig(learning_rate=1e-5, value_coefficient=0.2),
+        critic=CriticConfig(kind="adapter", learning_rate=1e-5, value_coefficient=0.2),
+        adapter=AdapterConfig(rank=8, alpha=64.0, dropout=0.1),
         evaluation=EvaluationConfig(every=10, prompts=128, final_prompts=6_550, decoding=Decoding(greedy=True), best_of=8),
     )  # fmt: skip
 

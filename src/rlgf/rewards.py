@@ -1,5 +1,6 @@
 """Rewards: functions of (prompts, texts) to numbers, checked at the door."""
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from rlgf.config import RewardConfig
-from rlgf.errors import RunError, UserError
+from rlgf.errors import RunError, UserError, unknown
 from rlgf.models import LanguageModel, from_pretrained, load_tokenizer
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
@@ -88,6 +89,8 @@ def _build(
     if path in TEXT_FUNCTIONS:
         return build_text_function(path, task.train, config.options.get(path))
     folder = made.get(path) or Path(path).expanduser()
+    if path not in made and not folder.exists() and difflib.get_close_matches(path, TEXT_FUNCTIONS, n=1, cutoff=0.8):
+        raise unknown("reward", path, TEXT_FUNCTIONS)
     judge: TextFunction
     place = str(made.get(path, path))
     if (folder / "ngram.json").is_file():

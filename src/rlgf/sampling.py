@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rlgf.forward import autocast, head_positions, is_encoder_decoder, padded
 from rlgf.models import LanguageModel
+from rlgf.offload import awake
 from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 
@@ -55,8 +56,23 @@ def continue_prefixes(
     Token `s` of row `i` is drawn by `uniforms[i, s]` ([rows, max(budgets)]), by inverting the cumulative distribution in the
     order of token ids; so neither the other rows nor the batch change what a row is given.
     """
-    if decoding.beams > 1:
-        return _beam_search(language_model, prefixes, budgets, minimums, decoding.beams, precision, sources)
+    with awake(language_model.model):
+        if decoding.beams > 1:
+            return _beam_search(language_model, prefixes, budgets, minimums, decoding.beams, precision, sources)
+        return _sample(language_model, prefixes, budgets, minimums, uniforms, decoding, precision, sources)
+
+
+def _sample(
+    language_model: LanguageModel,
+    prefixes: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    minimums: Sequence[int],
+    uniforms: NDArray[np.float64],
+    decoding: Decoding,
+    precision: str,
+    sources: Sequence[Sequence[int]] | None,
+) -> Continuations:
+    """The same without a search."""
     rows, most = len(prefixes), max(budgets, default=0)
     tokens = torch.zeros((rows, most), dtype=torch.int64)
     lengths = torch.zeros(rows, dtype=torch.int64)

@@ -199,7 +199,7 @@ def lm_stage(config: Config, stages: Path, report: Report, at: Path | None = Non
         model = new_language_model(shape, tokenizer, seed)
         texts = raw_texts(task, config.lm.texts)
         examples = corrupted(texts, model, seed) if model.codec.alone else blocks(texts, model, shape.context)
-        measured = fit(model, examples, config.lm, seed, min(config.runtime.token_budget, 1024), report)
+        measured = fit(model, examples, config.lm, seed, min(config.runtime.micro_batch_tokens, 1024), report)
         model.save(folder)
         return measured
 
@@ -320,7 +320,7 @@ def _sft(
         trained = with_adapter(config, model, seed)
         examples = TargetExamples(built, model, task.max_new_tokens, training.texts)
         cut = checked(examples, model, task)
-        measured = fit(trained, examples, training, seed, config.runtime.token_budget, report)
+        measured = fit(trained, examples, training, seed, config.runtime.micro_batch_tokens, report)
         trained.save(folder)
         return measured | {"targets_cut": cut}
 
@@ -372,7 +372,7 @@ def distil_stage(config: Config, start: str, write: Callable[[int], list[Example
 
     def build(folder: Path) -> dict[str, float]:
         model = with_adapter(config, load_language_model(start, config.runtime.device), seed)
-        measured = fit(model, write(config.distil.texts), config.distil, seed, config.runtime.token_budget, report)
+        measured = fit(model, write(config.distil.texts), config.distil, seed, config.runtime.micro_batch_tokens, report)
         model.save(folder)
         return measured
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from rlgf.algorithms import Algorithm, Share
+from rlgf.budget import most_that_fits
 from rlgf.config import Config, to_dict
 from rlgf.errors import RunError
 from rlgf.evaluate import Judges, evaluate_policy
@@ -63,7 +64,7 @@ class Trainer:
     def __init__(self, parts: Parts) -> None:
         config = parts.config
         self.parts, self.config = parts, config
-        self.reading = Reading(config.decoding, config.ppo, config.runtime.token_budget, config.runtime.precision)
+        self.reading = Reading(config.decoding, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision)
         self.writing = Writing(
             parts.models.policy, parts.guide, config.decoding, config.task.max_new_tokens, config.task.min_new_tokens,
             config.seed, config.runtime.precision,
@@ -72,8 +73,22 @@ class Trainer:
         self.kl = KLController(config.kl, config.kl.coefficient)
         self.shaper = RewardShaper(config.reward, parts.reward)
         self.judges = Judges(parts.task, parts.reward, parts.models.reference, parts.general, self.reading)
+        if not config.runtime.token_budget and parts.models.policy.device.type != "cpu":
+            self._read_in(self._budget())
         self.prefetcher = self._prefetcher()
         self.iteration = 0  # iterations done
+
+    def _budget(self) -> int:
+        """The most tokens a micro-batch can have on this machine."""
+        config, codec = self.config, self.parts.models.policy.codec
+        horizon = config.task.max_new_tokens
+        width = max(len(codec.prompt(prompt)) for prompt in self.parts.task.train) + horizon
+        return most_that_fits(partial(self.updater.rehearse, width=width, horizon=horizon), config.ppo.minibatch_size * width)
+
+    def _read_in(self, token_budget: int) -> None:
+        """Read in micro-batches of so many tokens from now on."""
+        self.reading = self.updater.reading = dataclasses.replace(self.reading, token_budget=token_budget)
+        self.judges = dataclasses.replace(self.judges, reading=self.reading)
 
     def collect(self, iteration: int) -> Rollout:
         """Write the texts of an iteration."""
@@ -201,7 +216,7 @@ class Trainer:
         evaluation = self.config.evaluation
         judges = self.judges
         if final:
-            judges = dataclasses.replace(judges, metrics=evaluation.metrics, judge=self.parts.judge, drawn=evaluation.drawn)
+            judges = dataclasses.replace(judges, final=evaluation, judge=self.parts.judge)
         decoding = evaluation.decoding or self.config.decoding
         writing = Writing(
             self.parts.models.policy, self.parts.guide, decoding, self.writing.horizon, self.writing.minimum,
@@ -238,6 +253,7 @@ class Trainer:
             "updater": self.updater.state(),
             "kl_coefficient": self.kl.coefficient,
             "reward": self.shaper.state(),
+            "token_budget": self.reading.token_budget,
         }
 
     def _spent(self) -> Mapping[str, float]:
@@ -251,6 +267,8 @@ class Trainer:
             self.updater.load_state(state["updater"])
             self.kl.coefficient = state["kl_coefficient"]
             self.shaper.load_state(state["reward"])
+            if not self.config.runtime.token_budget and "token_budget" in state:
+                self._read_in(state["token_budget"])  # as it was found: a run goes on as if it had not been interrupted
         if isinstance(self.parts.guide, Accounted):
             self.parts.guide.load_state(directory.load_spending())
         directory.forget_after(self.iteration)

@@ -4,6 +4,7 @@ switch in the texts of its author. No loss asks which algorithm it serves.
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rlgf.errors import RunError
 from rlgf.experience import Models, Reading, policy_log_probs
 from rlgf.forward import micro_batches, token_logits
 from rlgf.models import Critic
+from rlgf.offload import awake
 from rlgf.processes import total
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.schedules import learning_rate_factor
@@ -61,6 +63,41 @@ class Updater:
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """All epochs of one iteration; returns means over its optimizer steps, and what was seen first and last."""
+        with ExitStack() as stack:
+            for origin, critic in self.models.critics.items():
+                stack.enter_context(awake(critic, self.critic_optimizers.get(origin)))
+            return self._epochs(experience, iteration)
+
+    def rehearse(self, tokens: int, width: int, horizon: int) -> None:
+        """Read and learn as an optimizer step does with its largest micro-batch, and leave nothing behind.
+
+        `width` is that of the longest text, of which `horizon` tokens are asked about. Raises torch's out-of-memory error where
+        that, with what the optimizers will remember and a tenth to spare, does not fit.
+        """
+        policy, precision = self.models.policy, self.reading.precision
+        ids = torch.zeros((max(1, tokens // width), width), dtype=torch.int64)
+        starts = torch.full((len(ids),), width - horizon)
+        asked = (torch.arange(width) >= width - horizon).expand(len(ids), -1)
+        optimizers = [self.policy_optimizer, *self.critic_optimizers.values()]
+        trained = [p for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state]
+        with ExitStack() as stack:
+            for origin, critic in self.models.critics.items():
+                stack.enter_context(awake(critic, self.critic_optimizers.get(origin)))
+            kept = [torch.empty_like(p) for p in trained for _ in range(2)]
+            for batch in micro_batches(policy.model, ids, starts, asked, tokens):
+                logits, hidden = token_logits(policy, batch, precision)
+                loss = ops.token_log_probs(logits, ids[batch.places].to(logits.device)).sum()
+                for critic in self.models.critics.values():
+                    loss = loss + critic(batch, precision, hidden if self.shares_trunk else None).sum()
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            if policy.device.type == "cuda":
+                kept.append(
+                    torch.empty(torch.cuda.mem_get_info(policy.device)[1] // 10, dtype=torch.uint8, device=policy.device)
+                )
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    def _epochs(self, experience: Experience, iteration: int) -> dict[str, float]:
         ppo = self.reading.ppo
         self.models.policy.model.train(ppo.dropout)
         seen: dict[str, list[float]] = {}

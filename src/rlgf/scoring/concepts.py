@@ -2,11 +2,22 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rlgf.scoring.captions import Tokenizer
 from rlgf.scoring.java import JAVA
 
 KEPT_WORDS = 200_000  # whose lemmas are kept
+
+
+def concepts_in(cell: object) -> tuple[str, ...]:
+    """The concepts that a cell of the data holds: a list of texts, or one text as the only one. Others raise `ValueError`."""
+    concepts: Any = [cell] if isinstance(cell, str) else cell
+    if not isinstance(concepts, Sequence) or not concepts:
+        raise ValueError(f"{cell!r} holds no concepts: a list of texts is needed")
+    if not all(isinstance(concept, str) and concept.strip() for concept in concepts):
+        raise ValueError(f"{cell!r} holds something else than concepts: a list of texts is needed, none of them empty")
+    return tuple(concepts)
 
 
 class ConceptCoverage:

@@ -13,7 +13,7 @@ from pydantic import ConfigDict, ValidationError, validate_call
 from rlgf.errors import UserError, unknown
 from rlgf.scoring import captions, rouge
 from rlgf.scoring.bertscore import BertScore
-from rlgf.scoring.concepts import ConceptCoverage
+from rlgf.scoring.concepts import ConceptCoverage, concepts_in
 from rlgf.scoring.diversity import repetition
 from rlgf.types import Prompt, TextFunction
 
@@ -139,10 +139,13 @@ def concept_coverage(*, column: str = "concepts") -> TextFunction:
     coverage = ConceptCoverage(captions.shared_tokenizer())
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        concepts: list[tuple[str, ...]] = []
         for prompt in prompts:
-            if not prompt.columns.get(column):
-                raise ValueError(f"the prompt {prompt.text[:60]!r} has no concepts in a column '{column}'")
-        return coverage(texts, [prompt.columns[column] for prompt in prompts])
+            try:
+                concepts.append(concepts_in(prompt.columns.get(column)))
+            except ValueError as error:
+                raise ValueError(f"column '{column}' of the prompt {prompt.text[:60]!r}: {error}") from None
+        return coverage(texts, concepts)
 
     return function
 

@@ -181,7 +181,7 @@ def _by_maven(jar: Jar, file: BinaryIO, report: Callable[[str], None]) -> None:
             "`mvn` is not installed, which would fetch SPICE's jars from Maven Central: install Maven, or give --from the "
             "address of a Maven repository or a folder that has the jars."
         )
-    report(f"{jar.name}: fetched by Maven as {jar.coordinates}")
+    report(f"{jar.name}: asking Maven for {jar.coordinates}")
     with tempfile.TemporaryDirectory() as folder:
         wanted = [f"-Dartifact={jar.coordinates}", f"-DoutputDirectory={folder}"]
         command = [maven, "-B", "-q", "-Dstyle.color=never", f"{MAVEN_PLUGIN}:copy", *wanted]

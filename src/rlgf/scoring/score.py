@@ -107,8 +107,13 @@ def read_lines(source: str, keys: Sequence[str]) -> list[Line]:
         raise UserError(f"{where} cannot be read: {error.strerror or error}.") from None
     if not rows:
         raise UserError(f"{where} has no lines: give a file with a JSON object per line, with 'prediction' and 'references'.")
-    needs_references = any(key not in WITHOUT_REFERENCES for key in keys)
+    needs_references = bool(read_references(keys))
     return [_line(row, f"{where}, line {number}", needs_references, "concept_coverage" in keys) for number, row in rows]
+
+
+def read_references(keys: Sequence[str]) -> list[str]:
+    """Those of the metrics that compare with references."""
+    return [key for key in keys if key not in WITHOUT_REFERENCES]
 
 
 def _line(row: dict[str, Any], where: str, needs_references: bool, needs_concepts: bool) -> Line:
@@ -146,6 +151,29 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "something else")
 
 
+@dataclass(frozen=True)
+class Tools:
+    """What metrics are computed with; None where none of the asked ones needs it."""
+
+    tokenizer: captions.Tokenizer | None
+    spice: captions.Spice | None
+    rouge: rouge.Rouge | None
+    bert_score: bertscore.BertScore | None
+
+
+def tools(keys: Sequence[str], options: Options) -> Tools:
+    """What these metrics need; raises `UserError` where Java, jars, a package or a model is missing."""
+    asked = set(keys)
+    summarisation = [key for key in rouge.KEYS if key in asked]
+    embeddings = asked.intersection(bertscore.KEYS)
+    return Tools(
+        captions.shared_tokenizer() if asked & (ON_TOKENS | {"concept_coverage"}) else None,
+        captions.Spice() if "spice" in asked else None,
+        rouge.Rouge(options.stemming, summarisation) if summarisation else None,
+        bertscore.BertScore(options.bertscore_model, options.bertscore_layers) if embeddings else None,
+    )
+
+
 def score(
     lines: Sequence[Line], keys: Sequence[str], options: Options, report: Callable[[str], None] = lambda line: None
 ) -> Scores:
@@ -153,12 +181,8 @@ def score(
     texts = [line.prediction for line in lines]
     references = [line.references for line in lines]
     asked = set(keys)
-    summarisation = [key for key in rouge.KEYS if key in asked]
-    spice = captions.Spice() if "spice" in asked else None
-    tokenizer = captions.shared_tokenizer() if asked & (ON_TOKENS | {"concept_coverage"}) else None
-    rouge_n = rouge.Rouge(options.stemming, summarisation) if summarisation else None
-    embeddings = asked.intersection(bertscore.KEYS)
-    bert_score = bertscore.BertScore(options.bertscore_model, options.bertscore_layers) if embeddings else None
+    needed = tools(keys, options)
+    tokenizer, spice, bert_score = needed.tokenizer, needed.spice, needed.bert_score
     found = Scores()
 
     def keep(key: str, per_line: Sequence[float], corpus: float | None = None) -> None:
@@ -173,8 +197,8 @@ def score(
             f"CIDEr-D takes its document frequencies from the {len(lines)} scored lines; with fewer than {FEW_DOCUMENTS} it "
             "says little."
         )
-    if rouge_n is not None:
-        for key, values in rouge_n(texts, references).items():
+    if needed.rouge is not None:
+        for key, values in needed.rouge(texts, references).items():
             keep(key, values)
     if bert_score is not None:
         cut = bert_score.cut([*texts, *(text for group in references for text in group)])

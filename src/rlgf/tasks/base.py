@@ -4,10 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from rlgf.config import TaskConfig, check_keys
-from rlgf.errors import UserError
+from rlgf.config import TaskConfig, read_options
 from rlgf.preferences import Pairs
 from rlgf.types import Prompt, TextFunction
 
@@ -48,11 +45,4 @@ class TaskKind:
 
 def task_options(config: TaskConfig, kind: type) -> Any:
     """`task.options` as the task's own dataclass; unknown keys and wrong types are refused."""
-    where = f"task '{config.name}'"
-    check_keys(config.options, kind, where, "task.options.", list_all=True)
-    try:
-        return TypeAdapter(kind).validate_python(config.options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: task.options.{key} = {first.get('input')!r}: {first['msg']}.") from None
+    return read_options(config.options, kind, f"task '{config.name}'", "task.options.")
