@@ -16,7 +16,7 @@ from rlgf.forward import padded
 from rlgf.guides import FunctionGuide, ModelGuide, Request, Text
 from rlgf.metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.models import LanguageModel
-from rlgf.rewards import continuation_only, whole_text
+from rlgf.rewards import continuation_only, whole_text, with_what_it_reads
 from rlgf.rollout import Writing
 from rlgf.tasks import Task, embedded
 from rlgf.types import Decoding, Prompt
@@ -107,6 +107,19 @@ def test_a_whole_text_reward_reads_the_prompt_and_its_judge_can_read_without():
     assert alone is not None
     assert list(alone([Prompt("abc")], [" de"])) == [3.0]
     assert continuation_only(judge) is None
+
+
+def test_a_reward_is_handed_references_and_columns_where_it_asks_for_them():
+    def columns_too(prompts: Any, texts: Any, columns: Any) -> list[float]:
+        return [row["count"] for row in columns]
+
+    def all_of_it(prompts: Any, texts: Any, *, references: Any, columns: Any) -> list[float]:
+        return [len(group) + row["count"] for group, row in zip(references, columns)]
+
+    prompts = [Prompt("a", ("b", "c"), columns={"count": 1.0}), Prompt("d", columns={"count": 3.0})]
+    assert list(with_what_it_reads(columns_too)(prompts, ["", ""])) == [1.0, 3.0]
+    assert list(with_what_it_reads(all_of_it)(prompts, ["", ""])) == [3.0, 3.0]
+    assert with_what_it_reads(embedded.reward) is embedded.reward
 
 
 def request(prompt: str = "review of : plot =>", prefix: tuple[int, ...] = (), budget: int = 4, index: int = 0) -> Request:

@@ -1,6 +1,7 @@
 """Rewards: functions of (prompts, texts) to numbers, checked at the door."""
 
 import difflib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -85,7 +86,7 @@ def _build(
             )
         return task.reward
     if path.startswith("python:"):
-        return load_object(path, "reward")
+        return with_what_it_reads(load_object(path, "reward"))
     if path in TEXT_FUNCTIONS:
         return build_text_function(path, task.train, config.options.get(path))
     folder = made.get(path) or Path(path).expanduser()
@@ -100,6 +101,23 @@ def _build(
     else:
         judge = SequenceClassifier(place)
     return whole_text(judge) if task.whole_text else judge
+
+
+def with_what_it_reads(function: Callable[..., Any]) -> TextFunction:
+    """A function of `prompts` and `texts`, which may also take `references` and `columns` by name: those of each prompt."""
+    try:
+        named = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in callables have none
+        return function
+    readers: dict[str, Callable[[Prompt], Any]] = {"references": lambda p: p.references, "columns": lambda p: p.columns}
+    wanted = {name: read for name, read in readers.items() if name in named}
+    if not wanted:
+        return function
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
+        return function(prompts, texts, **{name: [read(prompt) for prompt in prompts] for name, read in wanted.items()})
+
+    return reward
 
 
 class WeightedSum:
