@@ -63,9 +63,19 @@ def test_the_line_holds_only_what_is_read(tiny_model: LanguageModel):
     batches = list(micro_batches(tiny_model.model, padded(TEXTS), torch.zeros(4, dtype=torch.int64), selected, 100))
     lines = batches[0].lines
     assert len(batches) == 1
-    assert lines.written.ids.tolist() == [[5, 9, 12, 40, 2]]
-    assert lines.written.positions.tolist() == [[0, 1, 2, 0, 1]]
+    assert lines.written.ids[:, :5].tolist() == [[5, 9, 12, 40, 2]]
+    assert lines.written.positions[:, :5].tolist() == [[0, 1, 2, 0, 1]]
     assert lines.asked.tolist() == [2, 3, 4]
+
+
+@pytest.mark.parametrize(("lengths", "filled"), [([3, 2], 16), ([16, 16], 32), ([16, 15], 32), ([16, 1], 32), ([32, 16], 48)])
+def test_what_fills_a_line_up_stands_where_nothing_is_read(lengths: list[int], filled: int):
+    line = packing.line_up(torch.arange(1, 2 * max(lengths) + 1).view(2, -1), torch.tensor(lengths), torch.device("cpu"))
+    tokens = sum(lengths)
+    assert line.ids.shape == line.positions.shape == (1, filled)
+    assert int(line.source.max()) < tokens
+    assert len(line.places) == filled
+    assert set(line.places[tokens:].tolist()) <= set(line.padding.tolist())
 
 
 def test_the_last_block_feeds_forward_asked_states_alone(tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
@@ -76,7 +86,7 @@ def test_the_last_block_feeds_forward_asked_states_alone(tiny_model: LanguageMod
     token_logits(tiny_model, asked(padded(TEXTS), ROWS, COLUMNS))
     for handle in handles:
         handle.remove()
-    assert set(seen[:-1]) <= {7 + 1 + 4 + 1}
+    assert set(seen[:-1]) <= {16}  # thirteen tokens, filled up
     assert seen[-1] == 7
 
 
