@@ -70,6 +70,21 @@ def test_a_cell_that_says_na_is_a_word_and_an_empty_one_no_reference(tmp_path: P
     assert [prompt.references for prompt in all_prompts(task)].count(("NA",)) == 9
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "rows.csv, split train, holds no rows"),
+        ("prompt,references\n", "rows.csv, split train, holds no rows"),
+        ('prompt,references\n"a,b\n', r"rows.csv' cannot be loaded \(.*EOF inside string.*\): mend the file"),
+    ],
+)
+def test_a_table_that_holds_nothing_or_is_broken_says_so(content: str, words: str, tmp_path: Path, tokenizer: Any):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        task_of(path, tokenizer)
+
+
 def test_a_folder_of_splits_is_taken_as_it_is(tmp_path: Path, tokenizer: Any):
     write(tmp_path / "train.jsonl", ROWS[:10])
     write(tmp_path / "dev.jsonl", ROWS[10:14])

@@ -135,10 +135,15 @@ def _loaded(builder: str, shown: str | None = None, **options: Any) -> Any:
     try:
         return datasets.load_dataset(builder, **options)
     except Exception as error:  # every backend has errors of its own; all mean that the data cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"data '{shown or builder}' cannot be loaded ({reason}): give a Hub name, a folder or a .jsonl[.gz] file."
-        ) from None
+        if "corresponds to no data" in str(error):
+            return []
+        first: BaseException = error
+        while first.__cause__ is not None:  # "an error occurred" says nothing; what it came from does
+            first = first.__cause__
+        reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
+        source = shown or builder
+        what_to_do = "mend the file" if Path(source).is_file() else "give a Hub name, a folder or a .jsonl[.gz] file"
+        raise UserError(f"data '{source}' cannot be loaded ({reason}): {what_to_do}.") from None
 
 
 def _as_rows(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
