@@ -100,7 +100,9 @@ def test_what_is_no_file_is_asked_of_the_datasets_library(monkeypatch: pytest.Mo
         asked.append((source, split))
         return ROWS
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, config=SimpleNamespace(HF_HUB_OFFLINE=True))
+    )
     assert read_rows("someone/reviews", "validation", ["text"]) == ROWS
     assert asked == [("someone/reviews", "validation")]
     with pytest.raises(UserError, match=r"someone/reviews \(validation\), row 1: there is no column 'title'"):
@@ -111,7 +113,9 @@ def test_a_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.Mon
     def load_dataset(source: str, split: str) -> list[dict[str, Any]]:
         raise RuntimeError("no such thing\nand twenty more lines")
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, config=SimpleNamespace(HF_HUB_OFFLINE=True))
+    )
     with pytest.raises(UserError) as caught:
         read_rows("someone/reviews", "train")
     assert str(caught.value) == (

@@ -12,12 +12,12 @@ from helpers import asked
 from rlgf.config import ModelConfig
 from rlgf.errors import UserError
 from rlgf.forward import group_by_length, padded, read_tokens, token_logits
+from rlgf.hub import hub_answers
 from rlgf.models import (
     LanguageModel,
     bundle,
     context_length,
     from_pretrained,
-    hub_answers,
     load_language_model,
     new_critic,
     new_language_model,
@@ -149,7 +149,7 @@ def test_a_hub_that_is_not_there_is_asked_once_and_then_left_alone(tmp_path: Pat
             return path
 
     hub_answers.cache_clear()
-    monkeypatch.setattr("rlgf.models.get_session", Nowhere)
+    monkeypatch.setattr("rlgf.hub.get_session", Nowhere)
     assert from_pretrained(Auto, str(tmp_path), "model") == str(tmp_path)
     assert not heads  # a folder needs no Hub
     from_pretrained(Auto, "gpt2", "model")

@@ -7,11 +7,12 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rlgf.errors import UserError
+from rlgf.hub import asking_if_it_answers
 from rlgf.randomness import Purpose, permutation
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}  # files that `datasets` reads, and its builders
@@ -132,8 +133,10 @@ def _load_dataset(source: str, split: str) -> list[dict[str, Any]]:
 def _loaded(builder: str, shown: str | None = None, **options: Any) -> Any:
     import datasets
 
+    local = builder in TABLES.values() or Path(builder).expanduser().exists()
     try:
-        return datasets.load_dataset(builder, **options)
+        with nullcontext() if local else asking_if_it_answers():
+            return datasets.load_dataset(builder, **options)
     except Exception as error:  # every backend has errors of its own; all mean that the data cannot be had
         if "corresponds to no data" in str(error):
             return []

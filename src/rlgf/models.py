@@ -4,13 +4,10 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
@@ -29,6 +26,7 @@ from rlgf import adapters, kernels, packing
 from rlgf.config import AdapterConfig, ModelConfig
 from rlgf.errors import UserError
 from rlgf.forward import MicroBatch, is_encoder_decoder, trunk_states
+from rlgf.hub import hub_answers
 from rlgf.tokens import Codec
 
 VALUE_HEAD = "value_head.safetensors"
@@ -268,16 +266,6 @@ def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
     except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once: where it cannot, its client tries each file for half a minute."""
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # no connection, offline mode: what was downloaded before is all there is
-        return False
-    return True
 
 
 class Critic(nn.Module):

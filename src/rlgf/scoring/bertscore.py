@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlgf.errors import UserError
+from rlgf.hub import asking_if_it_answers
 from rlgf.scoring.captions import plain
 from rlgf.scoring.extras import need
 
@@ -28,7 +29,8 @@ class BertScore:
             raise UserError(f"BERTScore knows no best layer of '{model}': say how many to use (`layers`, --bertscore-layers).")
         importlib.import_module("transformers").logging.disable_progress_bar()
         try:
-            self.scorer: Any = package.BERTScorer(model, num_layers=layers or known[model], batch_size=batch_size)
+            with asking_if_it_answers():
+                self.scorer: Any = package.BERTScorer(model, num_layers=layers or known[model], batch_size=batch_size)
         except AssertionError as error:
             raise UserError(f"BERTScore with {layers} layers: {str(error).removeprefix('Invalid num_layers: ')}.") from None
         except Exception as error:  # the Hub, the disk and the parser fail in ways of their own; all mean the same
