@@ -144,10 +144,7 @@ def commongen_without_kl() -> Config:
 
 
 def commongen_small() -> Config:
-    """CommonGen with an encoder–decoder of 4M parameters trained here: span corruption, SFT, then SPIDEr as the reward.
-
-    Texts are drawn at temperature 0.5 in training: what so small a model draws at 1 has little to do with what a search finds.
-    """
+    """CommonGen with an encoder–decoder of 4M parameters trained here: span corruption, SFT, then SPIDEr as the reward."""
     return Config(
         recipe="commongen-small",
         task=TaskConfig("commongen", None, max_new_tokens=20, min_new_tokens=5, options={"held_back": 1000}),
@@ -164,10 +161,9 @@ def commongen_small() -> Config:
         guide=GuideConfig(spec="sft", decoding=Decoding(top_k=50, top_p=0.92)),
         algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=10),
         ppo=PPOConfig(
-            iterations=25, texts_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=1.5e-5, gamma=1.0, lam=1.0,
+            iterations=25, texts_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=3e-5, gamma=1.0, lam=1.0,
             mle_coefficient=0.1, mle_batch=32,
         ),
-        decoding=Decoding(temperature=0.5),
         kl=KLConfig(coefficient=0.001),
         critic=CriticConfig(learning_rate=5e-4),
         evaluation=EvaluationConfig(
