@@ -1,4 +1,4 @@
-"""How time and memory grow: workload S with one of its numbers changed at a time (bench/README.md).
+"""How time and memory grow: workload S, one epoch of it, with one of its numbers changed at a time (bench/README.md).
 
     make bench-growth            # or: python -m bench.growth
 
@@ -40,7 +40,7 @@ def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, A
     from bench.worker_rlgf import build, set_up
 
     set_up(threads)
-    workload = replace(Workload(), **changes)
+    workload = replace(Workload(), epochs=1, **changes)
     make(workload, folder)
     trainer = build(workload, folder, 4)
     trainer.step(0)
