@@ -297,7 +297,9 @@ def evaluate(
     overrides: Overrides = None,
     policy: Policy = None,
     data: Data = None,
-    prompts: Annotated[int | None, typer.Option(help="Held-out prompts, from the test split.")] = None,
+    prompts: Annotated[
+        int | None, typer.Option(help="Held-out prompts, of the test split and of others that the task reports.")
+    ] = None,
     best_of: Annotated[
         int | None, typer.Option(help="Also write this many texts for each prompt and keep the one the reward likes best.")
     ] = None,

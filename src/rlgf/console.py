@@ -142,14 +142,13 @@ def print_metrics(metrics: Mapping[str, float]) -> None:
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:
-    """An evaluation, beside it the best of several texts where they were written, and who judged."""
-    rows = [[name, f"{value:.4g}"] for name, value in found["evaluation"].items()]
-    headings = ["metric", "value"]
+    """An evaluation, beside it those of further splits, the best of several texts where they were written, and who judged."""
+    columns: dict[str, Mapping[str, float]] = {"test": found["evaluation"], **found.get("evaluations", {})}
     if "best_of" in found:
-        best = found["best_of"]["evaluation"]
-        headings.append(f"best of {found['best_of']['samples']}")
-        rows = [[*row, f"{best[row[0]]:.4g}" if row[0] in best else "–"] for row in rows]
-    print_table(headings, rows)
+        columns[f"best of {found['best_of']['samples']}"] = found["best_of"]["evaluation"]
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(f"{column[name]:.4g}" if name in column else "–" for column in columns.values())] for name in names]
+    print_table(["metric", *columns], rows)
     if "judge" in found:
         report(f"win rate against the references, by {found['judge']}")
 

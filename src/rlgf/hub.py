@@ -3,6 +3,8 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
@@ -21,12 +23,11 @@ def hub_answers() -> bool:
 @contextmanager
 def asking_if_it_answers() -> Generator[None]:
     """Within it the Hub's clients take what was downloaded before, where it cannot be reached."""
-    import datasets  # takes a second, and not all who load this file need it
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    settings: Any = import_module("datasets").config  # it takes a second, and not all who load this file need it
+    before = constants.HF_HUB_OFFLINE, settings.HF_HUB_OFFLINE
     if not hub_answers():
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = settings.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, settings.HF_HUB_OFFLINE = before

@@ -12,9 +12,9 @@ from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
 from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import RunError, UserError, unknown
-from rlgf.evaluate import Judges, check_text_metrics, evaluate_policy
+from rlgf.evaluate import Judges, evaluate_policy
 from rlgf.experience import Models, Reading
-from rlgf.finals import check_finals, evaluate_baselines, extras, final_results
+from rlgf.finals import as_results, check_finals, evaluate_baselines, extras, final_prompts, final_results
 from rlgf.guides import Accounted, FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
@@ -532,18 +532,19 @@ def asking_guide(config: Config) -> Config:
 
 
 def evaluate_guide_at(config: Config, stages: Path, report: Report) -> dict[str, Any]:
-    """The config's guide by itself on the test split: `evaluation`, its metrics, and who judged."""
+    """The config's guide by itself, as `evaluate_policy_at` has a policy."""
     parts = prepare(override(asking_guide(config), [("evaluation.baselines", ["guide"])]), stages, report)
     row = evaluate_baselines(parts, stages, report)["guide"]
-    return {"evaluation": row["evaluation"], **({"judge": parts.judge.name} if parts.judge else {})}
+    measured = {key: row[key] for key in ("evaluation", "evaluations") if key in row}
+    return {**measured, **({"judge": parts.judge.name} if parts.judge else {})}
 
 
 def evaluate_policy_at(
     config: Config, policy: str | None, stages: Path, report: Report, zero_shot: bool = False
 ) -> dict[str, Any]:
-    """A policy on the test split: `evaluation`, its metrics, and `extras`. Nothing is trained for RL.
+    """A policy on the test split: `evaluation`, its metrics, `evaluations` of further splits that a task reports, and `extras`.
 
-    The policy is a folder or Hub name; None is the SFT stage, or with `zero_shot` the model before that.
+    Nothing is trained for RL. The policy is a folder or Hub name; None is the SFT stage, or with `zero_shot` the model before.
     """
     check(config)
     codec, _ = starting_codec(config, stages, report)
@@ -553,8 +554,7 @@ def evaluate_policy_at(
             "one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
         )
     task = prepare_prompts(config, codec.tokenizer, report)
-    prompts = task.test[: config.evaluation.final_prompts]
-    check_text_metrics(config.evaluation, prompts)
+    check_finals(task, config)
     start = sft_stage(config, stages, report)
     reference = load_language_model(str(start), config.runtime.device)
     language_model = load_language_model(policy, config.runtime.device) if policy else reference
@@ -569,5 +569,6 @@ def evaluate_policy_at(
         language_model, None, config.evaluation.decoding or config.decoding, config.task.max_new_tokens,
         config.task.min_new_tokens, config.seed, config.runtime.precision,
     )  # fmt: skip
-    metrics = evaluate_policy(writing, prompts, judges, config.evaluation.seed)[0]
-    return {"evaluation": metrics, **extras(config, writing, prompts, judges)}
+    splits = final_prompts(task, config)
+    found = {split: evaluate_policy(writing, part, judges, config.evaluation.seed)[0] for split, part in splits.items()}
+    return {**as_results(found), **extras(config, writing, splits["test"], judges)}
