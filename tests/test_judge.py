@@ -45,6 +45,8 @@ from test_pipeline import small
         ("Preferred: [B]", "B"),
         ("Preferred: A)", "A"),
         ("Preferred: (b)", "B"),
+        ("Preferred: <b>A</b>", "A"),
+        ("Preferred: <b>(A)</b>", "A"),
         ("Preferred: [A] or (B)", None),
         ("Preferred: (A) or (B)", None),
         ("Preferred: neither", None),

@@ -39,7 +39,8 @@ Comparison: <one-sentence comparison and explanation>
 Preferred: <(A) or (B)>"""
 PLACES = re.compile(r"\[(context|summary 1|summary 2)\]")
 SYSTEM = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<<\\SYS>>\s*(.*)", re.DOTALL)
-MARKED = re.compile(r"[(\[<]([AB])[)\]>]", re.IGNORECASE)
+MARKED = re.compile(r"[(\[]([ABab])[)\]]|<([AB])>")
+TAGS = re.compile(r"</?\w+>")
 BARE = re.compile(r"(?:[\w *_]*:)?[\s*_\"'`]*(?i:(?:summary|option|tl;?dr)\s+)?([AB])[\s*_\"'`.)]*")
 
 
@@ -121,10 +122,11 @@ def parse_choice(answer: str) -> str | None:
     lines = [line.strip() for line in answer.splitlines() if line.strip()]
     if not lines:
         return None
-    marked = {choice.upper() for choice in MARKED.findall(lines[-1])}
+    last = TAGS.sub("", lines[-1]) if "</" in lines[-1] else lines[-1]  # <b>A</b> is no choice of B
+    marked = {(round_one or angled).upper() for round_one, angled in MARKED.findall(last)}
     if marked:
         return marked.pop() if len(marked) == 1 else None
-    bare = BARE.fullmatch(lines[-1])
+    bare = BARE.fullmatch(last)
     return bare.group(1) if bare else None
 
 

@@ -30,11 +30,6 @@ def park(model: nn.Module, device: torch.device) -> None:
     model.to(HOST)
 
 
-def is_parked(model: nn.Module) -> bool:
-    """Whether a model rests in the host's memory when nobody reads with it."""
-    return model in _parked
-
-
 @contextmanager
 def awake(model: Any, optimizer: torch.optim.Optimizer | None = None) -> Generator[None]:
     """Within it a parked model, and what its optimizer remembers, are where they work; any other model stays as it is."""
