@@ -56,23 +56,9 @@ def continue_prefixes(
     Token `s` of row `i` is drawn by `uniforms[i, s]` ([rows, max(budgets)]), by inverting the cumulative distribution in the
     order of token ids; so neither the other rows nor the batch change what a row is given.
     """
-    with awake(language_model.model):
-        if decoding.beams > 1:
+    if decoding.beams > 1:
+        with awake(language_model.model):
             return _beam_search(language_model, prefixes, budgets, minimums, decoding.beams, precision, sources)
-        return _sample(language_model, prefixes, budgets, minimums, uniforms, decoding, precision, sources)
-
-
-def _sample(
-    language_model: LanguageModel,
-    prefixes: Sequence[Sequence[int]],
-    budgets: Sequence[int],
-    minimums: Sequence[int],
-    uniforms: NDArray[np.float64],
-    decoding: Decoding,
-    precision: str,
-    sources: Sequence[Sequence[int]] | None,
-) -> Continuations:
-    """The same without a search."""
     rows, most = len(prefixes), max(budgets, default=0)
     tokens = torch.zeros((rows, most), dtype=torch.int64)
     lengths = torch.zeros(rows, dtype=torch.int64)
@@ -81,32 +67,33 @@ def _sample(
     kept: dict[tuple[int, int], Tensor] = {}
     if sources is not None:
         prefixes = [[language_model.model.config.decoder_start_token_id, *prefix] for prefix in prefixes]
-    for batch in _decoding_batches(prefixes, budgets, _alone_in_length(language_model.model)):
-        members = [prefixes[i] for i in batch], None if sources is None else [sources[i] for i in batch]
-        decoder = _Decoder(language_model, *members, max(budgets[i] for i in batch), precision)
-        draws = torch.from_numpy(uniforms[batch])
-        budget = torch.tensor([budgets[i] for i in batch])
-        minimum = torch.tensor([minimums[i] for i in batch])
-        logits = decoder.prefill()
-        active = torch.tensor(batch)
-        for step in range(most):
-            forbidden = minimum > step
-            drawn = draw(logits, draws[:, step], forbidden, language_model.end_ids, decoding)
-            tokens[active, step] = drawn.tokens
-            log_probs[active, step], full_log_probs[active, step] = drawn.log_probs, drawn.full_log_probs
-            if drawn.support is not None:
-                parts = drawn.support.ids.split(drawn.support.counts.tolist())
-                kept.update({(row, step): part for row, part in zip(active.tolist(), parts)})
-            lengths[active] = step + 1
-            ended = torch.isin(drawn.tokens, torch.tensor(language_model.end_ids))
-            finished[active] = ended
-            stays = (~ended & (budget > step + 1)).nonzero().squeeze(1)
-            if len(stays) == 0:
-                break
-            if len(stays) < len(active):
-                decoder.keep(stays)
-                active, draws, budget, minimum = active[stays], draws[stays], budget[stays], minimum[stays]
-            logits = decoder.step(drawn.tokens[stays])
+    with awake(language_model.model):
+        for batch in _decoding_batches(prefixes, budgets, _alone_in_length(language_model.model)):
+            members = [prefixes[i] for i in batch], None if sources is None else [sources[i] for i in batch]
+            decoder = _Decoder(language_model, *members, max(budgets[i] for i in batch), precision)
+            draws = torch.from_numpy(uniforms[batch])
+            budget = torch.tensor([budgets[i] for i in batch])
+            minimum = torch.tensor([minimums[i] for i in batch])
+            logits = decoder.prefill()
+            active = torch.tensor(batch)
+            for step in range(most):
+                forbidden = minimum > step
+                drawn = draw(logits, draws[:, step], forbidden, language_model.end_ids, decoding)
+                tokens[active, step] = drawn.tokens
+                log_probs[active, step], full_log_probs[active, step] = drawn.log_probs, drawn.full_log_probs
+                if drawn.support is not None:
+                    parts = drawn.support.ids.split(drawn.support.counts.tolist())
+                    kept.update({(row, step): part for row, part in zip(active.tolist(), parts)})
+                lengths[active] = step + 1
+                ended = torch.isin(drawn.tokens, torch.tensor(language_model.end_ids))
+                finished[active] = ended
+                stays = (~ended & (budget > step + 1)).nonzero().squeeze(1)
+                if len(stays) == 0:
+                    break
+                if len(stays) < len(active):
+                    decoder.keep(stays)
+                    active, draws, budget, minimum = active[stays], draws[stays], budget[stays], minimum[stays]
+                logits = decoder.step(drawn.tokens[stays])
     support = _assemble(kept, rows, most) if decoding.truncates and decoding.samples else None
     return Continuations(tokens, lengths, finished, log_probs, full_log_probs, support)
 
