@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_what_fills_a_line_up_stands_where_nothing_is_read(lengths: list[int], f
     assert int(line.source.max()) < tokens
     assert len(line.places) == filled
     assert set(line.places[tokens:].tolist()) <= set(line.padding.tolist())
+
+
+def test_a_text_as_long_as_the_context_is_read_however_long_that_is(new_tiny_model: Callable[..., LanguageModel]):
+    model = new_tiny_model("gpt2", context=20)
+    ids = torch.arange(21).expand(3, -1)
+    selected = (torch.arange(21) == 20).expand(3, -1).clone()
+    (batch,) = micro_batches(model.model, ids, torch.ones(3, dtype=torch.int64), selected, 100)
+    logits, _ = token_logits(model, batch)
+    assert torch.allclose(logits[0], model.model(ids[:1, :20]).logits[0, 19], atol=1e-5)
 
 
 def test_the_last_block_feeds_forward_asked_states_alone(tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch):

@@ -71,13 +71,12 @@ def line_up(ids: Tensor, lengths: Tensor, device: torch.device) -> Line:
     within = torch.arange(width) < lengths[:, None]
     places, padding = (part.flatten().nonzero().squeeze(1) for part in (within, ~within))
     filling = -len(places) % ROUND  # tokens behind the last text; they stand where nothing is read
-    places = torch.cat([places, padding[:1].expand(filling)])
     source = starts[:, None] + torch.arange(width).clamp(max=(lengths - 1)[:, None])
     return Line(
         ids=torch.cat([ids[:, :longest][within[:, :longest]], ids[0, :1].expand(filling)])[None].to(device),
-        positions=(places % width)[None].to(device),
+        positions=torch.cat([places % width, places.new_zeros(filling)])[None].to(device),
         starts=starts,
-        places=places.to(device),
+        places=torch.cat([places, padding[:1].expand(filling)]).to(device),
         source=source.flatten().to(device),
         padding=padding.to(device),
         texts=texts,
