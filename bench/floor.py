@@ -171,6 +171,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def counted(trainer: Trainer, iteration: int) -> dict[str, Ledger]:
     """What each stage of an iteration does."""
     ledgers = {stage: Ledger() for stage in STAGES}
+    trainer.updater.lanes = None  # a ledger sees its own thread
     with ledgers["write"]:
         rollout = trainer.collect(iteration)
     with ledgers["appraise"]:

@@ -96,7 +96,7 @@ def test_what_cannot_be_offloaded_is_refused(changes: list[tuple[str, Any]], wor
         check(override(Config(), changes))
 
 
-@pytest.mark.parametrize(("room", "most", "found"), [(5000, 10**6, 4096), (10**9, 5000, 8192), (10**9, 10, 1024)])
+@pytest.mark.parametrize(("room", "most", "found"), [(5000, 10**6, 4096), (10**9, 5000, 8192), (10**9, 10, 2048)])
 def test_the_largest_micro_batch_that_fits_is_found(room: int, most: int, found: int):
     tried: list[int] = []
 
@@ -130,17 +130,17 @@ def test_a_rehearsal_reads_as_many_tokens_as_asked_and_leaves_nothing_behind(kin
 
 def test_a_budget_that_was_found_is_kept_for_the_rest_of_a_run():
     trainer, again = trainer_of(ppo()), trainer_of(ppo())
-    assert trainer.reading.token_budget == config_of().runtime.micro_batch_tokens == 1024
+    assert trainer.reading.token_budget == config_of().runtime.micro_batch_tokens == 2048
     trainer._read_in(4096)
     assert trainer.updater.reading.token_budget == trainer.judges.reading.token_budget == 4096
     assert trainer.state()["token_budget"] == 4096
-    assert again.reading.token_budget == 1024
+    assert again.reading.token_budget == 2048
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_offloaded_models_leave_room_and_a_budget_is_found():
     plain, resting = (trainer_of(d2lols(0.5, 0.5, 1), "cuda") for _ in range(2))
-    assert plain.reading.token_budget >= 1024
+    assert plain.reading.token_budget >= 2048
     models = resting.parts.models
     for module in (models.reference.model, *models.critics.values()):
         park(module, torch.device("cuda"))

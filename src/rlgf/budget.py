@@ -12,7 +12,7 @@ from rlgf.errors import UserError
 
 
 def most_that_fits(attempt: Callable[[int], None], most: int) -> int:
-    """The largest of 1,024, 2,048, 4,096, … tokens that `attempt` can work with, the first that reaches `most` being the last.
+    """The largest of 2,048, 4,096, 8,192, … tokens that `attempt` can work with, the first that reaches `most` being the last.
 
     `attempt` raises torch's out-of-memory error where it cannot.
     """

@@ -313,7 +313,7 @@ class RuntimeConfig:
     threads: int = 0  # 0: all cores (command line); the library never sets threads by itself
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    token_budget: int = 0  # tokens of one micro-batch; 0: 1,024, or for RL on a GPU the most that fits, found at the start
+    token_budget: int = 0  # tokens of one micro-batch; 0: 2,048, or for RL on a GPU the most that fits, found at the start
     offload: tuple[Literal["reference", "critic"], ...] = ()  # what rests in the host's memory while a GPU does other work
     kernels: Literal["auto", "plain"] = "auto"  # plain: models as transformers has them, texts as padded rows
     checkpoint_every: int = 10  # iterations; the last one is always kept
@@ -356,7 +356,7 @@ class Config:
         check_numbers(self)
 
 
-MICRO_BATCH_TOKENS = 1024  # where none are given: the logits of more leave a CPU's caches
+MICRO_BATCH_TOKENS = 2048  # where none are given: fewer cost a CPU more calls, more leave its caches
 
 FREE = (  # sections whose keys are not known here
     "task.options", "guide.options", "reward.weights", "reward.options", "evaluation.metric_options",

@@ -59,7 +59,7 @@ class _Product(torch.autograd.Function):
             for_weight = (rows.t() @ flat if ctx.layer.CONV else flat.t() @ rows).float()
             ctx.layer.in_bf16 = None  # an optimizer is about to change the weight, and a fused one does not count as a version
         if ctx.needs_input_grad[2]:
-            for_bias = flat.sum(0, dtype=torch.float32)
+            for_bias = flat.sum(0).float()  # summed in fp32 inside and rounded once, as autocast has it
         return for_states, for_weight, for_bias, None, None
 
 

@@ -1,9 +1,15 @@
 """The one place through which sums over a batch pass, so that several processes agree on every mean and every stop."""
 
+from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import float64, tensor
 
 from rlgf.ops import Moments
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return PartialState().num_processes > 1
 
 
 def total(value: float) -> float:

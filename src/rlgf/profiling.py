@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile
 
 from rlgf.data import write_atomically
@@ -24,7 +25,7 @@ def profiled(step: Callable[[], T], folder: Path) -> tuple[T, dict[str, float]]:
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as seen:
+    with profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)) as seen:
         result = step()
     seen.export_chrome_trace(str(folder / "trace.json"))
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"

@@ -5,6 +5,7 @@ switch in the texts of its author. No loss asks which algorithm it serves.
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from rlgf.config import CriticConfig, KLConfig, PPOConfig
 from rlgf.errors import RunError
 from rlgf.experience import Models, Reading, policy_log_probs
 from rlgf.forward import micro_batches, token_logits
+from rlgf.lanes import Lanes
 from rlgf.models import Critic
 from rlgf.offload import awake
 from rlgf.processes import total
@@ -41,6 +43,9 @@ class Updater:
         self.models, self.reading, self.kl, self.critic = models, reading, kl, critic
         self.targets, self.seed = targets, seed
         self.shares_trunk = critic.kind == "trunk"
+        # policy and critics learn side by side where they share nothing, the stream of dropout's draws included
+        apart = critic.kind == "separate" and models.policy.device.type == "cpu" and not reading.ppo.dropout
+        self.lanes = Lanes() if apart else None
         for language_model in (models.policy, models.reference):
             language_model.model.eval()  # no dropout, so that the first ratio is exactly 1
         for value in models.critics.values():
@@ -125,12 +130,14 @@ class Updater:
         """One optimizer step of everything on the texts `members`, after `done` steps of the same iteration."""
         learns = iteration >= self.critic.warmup_iterations
         step = iteration * self.steps_per_iteration + done
-        stats, policy_moved = self._policy_gradients(experience, members, step, learns)
+        policy = partial(self._policy_gradients, experience, members, step, learns)
+        critics = partial(self._critic_gradients, experience, members)
+        (stats, policy_moved), valued = self.lanes.run(policy, critics) if self.lanes else (policy(), critics())
         ratio_error = stats.pop("ratio_error")
         if done == 0:
             self._check_first_ratio(ratio_error)
             stats["first_ratio_error"] = ratio_error
-        stats |= self._critic_gradients(experience, members)
+        stats |= valued
         ppo = self.reading.ppo
         horizon = ppo.iterations * self.steps_per_iteration
         factor = learning_rate_factor(ppo.schedule, step, horizon)
@@ -296,9 +303,12 @@ def _descend(optimizer: torch.optim.Optimizer, learning_rate: float, max_norm: f
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         return 0.0
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(length)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    # a fused step divides gradients by this as it reads them: clipping takes no pass over memory of its own
+    optimizer.grad_scale = length / max_norm if norm > max_norm else None  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
     optimizer.zero_grad()
     return norm

@@ -42,9 +42,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     watched = held or validation
     if not any(prompt.references for prompt in test):
         remarks = {"test prompts have no references: validation is reported alone": len(test)}
-        return Task(
-            config.name, train, watched, validation, group=difficulty, remarks=remarks, demonstrations=demonstrations
-        )
+        return Task(config.name, train, watched, validation, group=difficulty, remarks=remarks, demonstrations=demonstrations)
     return Task(
         config.name, train, watched, test, finals={"validation": validation}, group=difficulty, demonstrations=demonstrations
     )
