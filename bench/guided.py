@@ -8,6 +8,8 @@ decoding (top-k 50, top-p .92), so its time is the policy's own. `generated`: it
 `cached`: PPO++'s rollins, which depend on prompt and trajectory alone, were written before the clock started; a guide
 elsewhere that is asked ahead costs the same (`make bench-prefetch`). AggreVaTeD's guide finishes what the policy has begun, so
 nothing can be written ahead.
+
+TRIL's PPO and PPO++ take their turns in processes of their own, in each round; PPO++ is compared with TRIL's PPO.
 """
 
 import argparse
@@ -22,7 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.iteration import ROOT, keep, processor, spread
+from bench import peers
+from bench.iteration import ROOT, Worker, keep, processor, spread
 from bench.worker import machine
 from bench.worker_rlgf import build, set_up
 from bench.workload import Workload
@@ -35,6 +38,7 @@ from rlgf.types import Decoding
 
 BETAS = (0.2, 0.6, 0.8, 1.0)
 PPO = "PPO"
+TRIL_BETAS = ("none", "0.2", "0.8")  # none: its PPO; each is a process of two gigabytes
 
 
 class Clocked:
@@ -88,6 +92,19 @@ def timed(one: Trainer, guide: Clocked, iteration: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def tril_workers(arguments: argparse.Namespace, folder: Path, iterations: int) -> dict[str, Worker]:
+    """TRIL's algorithms, each in a process of its own."""
+    python = peers.tril(arguments.environments.resolve())
+    told = ["--workload", "S", "--folder", str(folder), "--turns", str(iterations)]
+    names = {beta: f"TRIL's {PPO}" if beta == "none" else f"TRIL's PPO++ {beta}" for beta in TRIL_BETAS}
+    return {
+        name: Worker(
+            name, [python, "-m", "bench.worker_tril", *told, "--beta", beta], arguments.threads, folder / f"tril-{beta}.log"
+        )
+        for beta, name in names.items()
+    }
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All trainers in turn, round by round."""
     workload, folder = Workload(), arguments.work.resolve() / "S"
@@ -99,13 +116,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         kinds[f"PPO++ {beta}, cached"] = (ppo_pp(beta), True)
         kinds[f"AggreVaTeD {beta}"] = (aggrevated(beta), False)
     made = {name: trainer(workload, folder, algorithm, cached, iterations) for name, (algorithm, cached) in kinds.items()}
+    theirs = tril_workers(arguments, folder, iterations)
     rounds: list[dict[str, Any]] = []
     for iteration in range(iterations):
         names = list(made)
         at = iteration * len(names) // iterations
         rounds.append({name: timed(*made[name], iteration) for name in (*names[at:], *names[:at])})
+        rounds[-1] |= {name: worker.turn() for name, worker in theirs.items()}
         whole = ", ".join(f"{name} {rounds[-1][name]['seconds']:.2f}" for name in names)
         print(f"{'warm-up' if not iteration else f'round {iteration}'}: {whole}", flush=True)
+    for worker in theirs.values():
+        worker.close()
     rounds = rounds[1:]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -113,6 +134,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         | machine("rlgf", "torch", "transformers"),
         "rounds": arguments.rounds,
         "kinds": {name: summary(name, rounds) for name in made},
+        "tril": {name: peer_summary(name, rounds) for name in theirs},
         "iterations": rounds,
     }
 
@@ -130,6 +152,17 @@ def summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def peer_summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One of TRIL's in numbers: the ratios to TRIL's PPO and to PPO here within each round, and medians."""
+    return {
+        "ratio_to_trils_ppo": spread([row[name]["seconds"] / row[f"TRIL's {PPO}"]["seconds"] for row in rounds]),
+        "ratio_to_ppo": spread([row[name]["seconds"] / row[PPO]["seconds"] for row in rounds]),
+        **{clock: spread([row[name][clock] for row in rounds]) for clock in ("seconds", "cpu_seconds")},
+        "stages": {s: statistics.median([row[name]["stages"][s] for row in rounds]) for s in rounds[0][name]["stages"]},
+        "versions": peers.TRIL,
+    }
+
+
 def table(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [f"{'':<24}{'x PPO (min-max)':>20}{'CPU s':>8}{'guide CPU s':>13}{'trained tokens':>16}  seconds by stage"]
@@ -139,6 +172,11 @@ def table(result: dict[str, Any]) -> str:
         stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in kind["stages"].items())
         cpu, guide = kind["cpu_seconds"]["median"], kind["guide_cpu_seconds"]["median"]
         lines.append(f"{name:<24}{whole:>20}{cpu:>8.1f}{guide:>13.2f}{kind['tokens']['trained']:>16.0f}  {stages}")
+    for name, kind in result["tril"].items():
+        ratio, own = kind["ratio_to_ppo"], kind["ratio_to_trils_ppo"]["median"]
+        whole = f"{ratio['median']:.2f} ({ratio['min']:.2f}-{ratio['max']:.2f})"
+        stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in kind["stages"].items())
+        lines.append(f"{name:<24}{whole:>20}{kind['cpu_seconds']['median']:>8.1f}{'':>29}  {stages}; x TRIL's PPO {own:.2f}")
     return "\n".join(lines)
 
 
@@ -147,6 +185,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model and prompts")
+    parser.add_argument("--environments", type=Path, default=ROOT / "build", help="where TRIL's is, made if missing")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "guided.json")
     arguments = parser.parse_args()
     set_up(arguments.threads)

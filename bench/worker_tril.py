@@ -1,4 +1,4 @@
-"""The side of TRIL: `PPO.learn`, held up at the start of each of its iterations. Runs in TRIL's environment."""
+"""The side of TRIL: `PPO.learn` (with `--beta` `PPO_PP.learn`), held up before each iteration. Runs in TRIL's environment."""
 
 import contextlib
 import random
@@ -18,11 +18,11 @@ from bench.workload import Workload, read_prompts, reward
 
 # bitsandbytes prints what it misses to stdout, where the answers go
 with contextlib.redirect_stdout(sys.stderr):
-    from tril.algorithms import PPO, base_online
+    from tril.algorithms import PPO, PPO_PP, base_online
     from tril.base_reward import BaseReward
     from tril.base_task import BaseTask, Sample
     from tril.logging import Tracker
-    from tril.policies import LMActor, LMActorCritic
+    from tril.policies import LMActor
     from tril.rewards import RewardFunctionRegistry
     from tril.tasks import TaskRegistry
 
@@ -58,8 +58,8 @@ class PythonReward(BaseReward):
         return rewards
 
 
-class PausingPPO(PPO):
-    """TRIL's PPO on a plain CPU, an iteration of which begins when its turn comes."""
+class Pausing(PPO):
+    """An algorithm of TRIL on a plain CPU, an iteration of which begins when its turn comes."""
 
     turns: Turns
 
@@ -81,13 +81,23 @@ class PausingPPO(PPO):
         self.turns.end(self.agent.reward.mean)
 
 
+class PausingPPO(Pausing):
+    """TRIL's PPO."""
+
+
+class PausingPPOPlusPlus(Pausing, PPO_PP):
+    """TRIL's PPO++: its guide writes every text to the end, then the policy's turn decodes the beginning again."""
+
+    seed = 0  # which it reads and nobody sets
+
+
 @contextlib.contextmanager
 def no_gauge() -> Any:
     """TRIL's memory gauge reads CUDA's."""
     yield
 
 
-def settings(workload: Workload, folder: Path, iterations: int) -> dict[str, Any]:
+def settings(workload: Workload, folder: Path, iterations: int, beta: str) -> dict[str, Any]:
     """What TRIL reads from its YAML files, none of which are in the wheel."""
     model, own = str(folder / "model"), str(folder / "tril")
     lengths = {"max_prompt_len": workload.longest_prompt, "max_gen_len": workload.new_tokens}
@@ -105,6 +115,11 @@ def settings(workload: Workload, folder: Path, iterations: int) -> dict[str, Any
         "prompt_truncation_side": "left",
         **lengths,
     }
+    guided = beta != "none"
+    if guided:
+        # the reference is the guide, as the paper has it, with the paper's decoding
+        policy |= {"guide_model_name": model, "beta": float(beta), "alg_type": "ppo_pp"}
+        policy["guide_gen_kwargs"] = {**policy["gen_kwargs"], "top_k": 50, "top_p": 0.92}
     numbers = {
         "n_iters": iterations,
         "trajectories_per_update": workload.texts,
@@ -130,13 +145,13 @@ def settings(workload: Workload, folder: Path, iterations: int) -> dict[str, Any
     }
     return {
         "alg": {
-            "id": "ppo",
+            "id": "ppo_pp" if guided else "ppo",
             "build_reward": True,
             "args": numbers,
             "kl_div": {"kl_type": "fixedklcontroller", "coeff": workload.kl_coefficient, "kl_lr": 0.0},
             "optimizer": {"id": "adam", "args": {"lr": workload.learning_rate, "weight_decay": 0.0}},
             "tokenizer": {"model_name": own, "padding_side": "left", "truncation_side": "left", "pad_token_as_eos_token": True},
-            "policy": {"id": "actor_critic", "args": policy},
+            "policy": {"id": "multi_actor_critic" if guided else "actor_critic", "args": policy},
         },
         "task": {"id": "prompts", "args": {"folder": own}},
         "reward_fn": {"id": "python", "args": {}},
@@ -152,7 +167,7 @@ def settings(workload: Workload, folder: Path, iterations: int) -> dict[str, Any
     }
 
 
-def build(workload: Workload, folder: Path, turns: Turns, iterations: int) -> PausingPPO:
+def build(workload: Workload, folder: Path, turns: Turns, iterations: int, beta: str) -> Pausing:
     """An algorithm for the workload."""
     own = folder / "tril"
     own.mkdir(exist_ok=True)
@@ -163,19 +178,20 @@ def build(workload: Workload, folder: Path, turns: Turns, iterations: int) -> Pa
     RewardFunctionRegistry.add("python", PythonReward)
     for seed in (random.seed, numpy.random.seed, torch.manual_seed):
         seed(workload.seed)
-    found = settings(workload, folder, iterations)
+    found = settings(workload, folder, iterations, beta)
     tracker = Tracker(str(own), found, "bench", workload.name, is_main_process=True)
-    algorithm = PausingPPO(OmegaConf.create(found), Accelerator(cpu=True), tracker)
+    kind = PausingPPO if beta == "none" else PausingPPOPlusPlus
+    algorithm = kind(OmegaConf.create(found), Accelerator(cpu=True), tracker)
     algorithm.turns = turns
     torch.nn.init.zeros_(algorithm.agent.policy.critic.score.weight)  # as rlgf begins
     return algorithm
 
 
 def main() -> None:
-    asked = arguments(__doc__, precision=("fp32",))
+    asked = arguments(__doc__, precision=("fp32",), beta=("none", "0.2", "0.6", "0.8", "1.0"))
     torch.set_num_threads(asked.threads)
     turns = Turns()
-    algorithm = build(asked.workload, asked.folder, turns, asked.turns)
+    algorithm = build(asked.workload, asked.folder, turns, asked.turns, asked.beta)
     policy, pad = algorithm.agent.policy, algorithm.tokenizer.pad_token_id
     turns.count_optimizer_steps(policy=next(policy.actor.model.parameters()), critic=policy.critic.score.weight)
 
@@ -184,15 +200,16 @@ def main() -> None:
             written = generate(actor, *rest, **named)
             # an encoder–decoder's begin with the start token
             start = 1 if actor.model.config.is_encoder_decoder else named["input_ids"].shape[1]
-            turns.counts["tokens_generated"] += int((written["sequences"][:, start:] != pad).sum())
+            sequences = (written[0] if isinstance(written, tuple) else written)["sequences"]  # a rollout comes with a mask
+            turns.counts["tokens_generated"] += int((sequences[:, start:] != pad).sum())
             turns.stage("generate")
             return written
 
         return generated
 
     def forwarding(forward: Any) -> Any:
-        def forwarded(both: LMActorCritic, *rest: Any, actions: Tensor, **named: Any) -> Any:
-            # the loss takes in what is no pad token; all else is done with the parts of this, never with the whole
+        def forwarded(both: torch.nn.Module, *rest: Any, actions: Tensor, **named: Any) -> Any:
+            # PPO's loss takes in what is no pad token (PPO++'s not what the guide wrote); all else is done with the parts of this, never with the whole
             turns.counts["tokens_trained"] += int((actions != pad).sum())
             return forward(both, *rest, actions=actions, **named)
 
@@ -207,7 +224,7 @@ def main() -> None:
     with (
         replaced(base_online, "TorchTracemalloc", lambda _: no_gauge),
         replaced(LMActor, "generate", generating),
-        replaced(LMActorCritic, "forward", forwarding),
+        replaced(type(policy), "forward", forwarding),
     ):
         algorithm.learn()
 
