@@ -209,7 +209,7 @@ def main() -> None:
 
     def forwarding(forward: Any) -> Any:
         def forwarded(both: torch.nn.Module, *rest: Any, actions: Tensor, **named: Any) -> Any:
-            # PPO's loss takes in what is no pad token (PPO++'s not what the guide wrote); all else is done with the parts of this, never with the whole
+            # PPO's loss takes in what is no pad token; all else is done with the parts of this, never with the whole
             turns.counts["tokens_trained"] += int((actions != pad).sum())
             return forward(both, *rest, actions=actions, **named)
 

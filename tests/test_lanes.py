@@ -30,7 +30,8 @@ def test_each_of_two_tasks_has_half_of_the_threads(threads: int, halves: tuple[i
     torch.set_num_threads(threads)
     first, second = Lanes().run(where, where)
     assert first == (threading.current_thread().name, halves[0])
-    assert second[0].startswith("rlgf-lane") and second[1] == halves[1]
+    assert second[0].startswith("rlgf-lane")
+    assert second[1] == halves[1]
     assert torch.get_num_threads() == threads
 
 
