@@ -26,7 +26,6 @@ class Options:
     concepts_column: str = "concepts"
     references_column: str = "targets"  # a list; in the Hub's form of the data a single text, `target`, on a row of its own
     held_back: int = 0  # concept sets; 0: the validation split is evaluated on during training
-    sft_share: float = 1.0  # of the training prompts left; below 1 SFT reads these and reinforcement learning the others
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
@@ -35,57 +34,21 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     The Hub keeps the test split's references back; validation then stands in its place.
     """
     options: Options = task_options(config, Options)
-    held, demonstrations, train = _training(config, options)
-    validation, test = (_prompts(config, options, split, split == "test") for split in SPLITS[1:])
+    train, validation, test = (_prompts(config, options, split, split == "test") for split in SPLITS)
     # files have the easy prompts first, and an evaluation takes as many as it is told to from the beginning
     validation, test = ([prompts[i] for i in permutation(0, Purpose.TASK, 5, len(prompts))] for prompts in (validation, test))
-    watched = held or validation
-    if not any(prompt.references for prompt in test):
-        remarks = {"test prompts have no references: validation is reported alone": len(test)}
-        return Task(config.name, train, watched, validation, group=difficulty, remarks=remarks, demonstrations=demonstrations)
-    return Task(
-        config.name, train, watched, test, finals={"validation": validation}, group=difficulty, demonstrations=demonstrations
-    )
-
-
-def _training(config: TaskConfig, options: Options) -> tuple[list[Prompt], list[Prompt] | None, list[Prompt]]:
-    """Training prompts held back for evaluations, those for SFT (None: the last ones serve it too), and those to train on."""
-    held, demonstrations, train = list[Prompt](), None, _prompts(config, options, SPLITS[0])
+    watched = validation
     if options.held_back:
         if not 0 < options.held_back < len(train):
             raise UserError(f"task.options.held_back is {options.held_back}, but there are {len(train)} training prompts.")
-        held, train = _apart(train, options.held_back)
-    if options.sft_share != 1:
-        demonstrations, train = _apart(train, round(options.sft_share * len(train)))
-        if not demonstrations or not train:
-            raise UserError(f"task.options.sft_share {options.sft_share:g} leaves no prompts for SFT or none to train on.")
-    return held, demonstrations, train
-
-
-def _apart(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
-    """About `count` of the prompts, and the others; no reference is in both, though many belong to several concept sets."""
-    family = list(range(len(prompts)))  # of each prompt an earlier one that shares a reference, or itself
-
-    def head(place: int) -> int:
-        while family[place] != place:
-            family[place] = place = family[family[place]]
-        return place
-
-    first: dict[str, int] = {}
-    for place, prompt in enumerate(prompts):
-        for reference in prompt.references:
-            family[head(place)] = head(first.setdefault(reference.lower().rstrip(" ."), place))
-    families: dict[int, list[int]] = {}
-    for place in range(len(prompts)):
-        families.setdefault(head(place), []).append(place)
-    members, taken = list(families.values()), set[int]()
-    for number in permutation(0, Purpose.TASK, 3, len(members)).tolist():
-        if len(taken) + len(members[number]) <= count:
-            taken.update(members[number])
-    return (
-        [prompt for place, prompt in enumerate(prompts) if place in taken],
-        [prompt for place, prompt in enumerate(prompts) if place not in taken],
-    )
+        order = permutation(0, Purpose.TASK, 3, len(train))
+        held = set(order[: options.held_back].tolist())
+        watched = [prompt for place, prompt in enumerate(train) if place in held]
+        train = [prompt for place, prompt in enumerate(train) if place not in held]
+    if not any(prompt.references for prompt in test):
+        remarks = {"test prompts have no references: validation is reported alone": len(test)}
+        return Task(config.name, train, watched, validation, group=difficulty, remarks=remarks)
+    return Task(config.name, train, watched, test, finals={"validation": validation}, group=difficulty)
 
 
 def difficulty(prompt: Prompt) -> str:
@@ -136,9 +99,9 @@ def _source(config: TaskConfig) -> str:
 
 
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """The references that SFT reads, in a shuffled order, at most `most` (0: all)."""
-    _, demonstrations, train = _training(config, task_options(config, Options))
-    texts = [text for prompt in demonstrations or train for text in prompt.references]
+    """The training references in a shuffled order, at most `most` (0: all)."""
+    options: Options = task_options(config, Options)
+    texts = [text for prompt in _prompts(config, options, "train") for text in prompt.references]
     order = permutation(0, Purpose.TASK, 4, len(texts))
     return [texts[i] for i in (order[:most] if most else order)]
 
