@@ -2,12 +2,15 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.activations import NewGELUActivation
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from helpers import tiny_model
@@ -33,6 +36,12 @@ def with_gradients(module: nn.Module, states: Tensor) -> list[Tensor]:
     return [result.detach(), *gradients]
 
 
+def states_gradient(module: nn.Module, states: Tensor) -> list[Tensor]:
+    """The gradient of the states alone, of a module whose parameters have none."""
+    read = states.clone().requires_grad_(True)
+    return list(torch.autograd.grad(module(read).square().sum(), read))
+
+
 def largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
     """The largest difference, relative to the largest value of each tensor."""
     assert len(some) == len(others)
@@ -47,6 +56,25 @@ def test_gelu_is_that_of_transformers_with_its_gradient():
 def test_gelu_has_the_values_one_can_look_up():
     found = TanhGELU()(torch.tensor([0.0, 1.0, -1.0]))
     torch.testing.assert_close(found, torch.tensor([0.0, 0.841192, -0.158808]), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, T5LayerNorm])
+def test_a_norm_is_that_of_transformers_with_its_gradient(kind: Any):
+    torch.manual_seed(0)
+    plain = nn.Sequential(kind(6, eps=1e-2))
+    nn.init.normal_(plain[0].weight)
+    fast = copy.deepcopy(plain)
+    speed_up(fast)
+    speed_up(fast)  # twice does not matter
+    assert type(fast[0]).__name__ == f"Fast{kind.__name__}"
+    states = torch.randn(2, 5, 6) * torch.tensor([1e-3, 1.0])[:, None, None]
+    before = states.clone()
+    assert largest_difference(with_gradients(fast, states), with_gradients(plain, states)) < 1e-5
+    assert torch.equal(states, before)
+    assert torch.equal(fast(states.bfloat16()), plain(states.bfloat16()))  # left to transformers
+    assert torch.equal(copy.deepcopy(fast)(states), fast(states))
+    frozen, reference = (module.requires_grad_(False) for module in (fast, plain))
+    assert largest_difference(states_gradient(frozen, states), states_gradient(reference, states)) < 1e-5
 
 
 @pytest.mark.parametrize("grad", [True, False])
