@@ -18,7 +18,7 @@ from rlgf.models import new_language_model
 from rlgf.pipeline import evaluate_policy_at, silent, train
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rollout import Writing
-from rlgf.stages import train_tokenizer
+from rlgf.stages import base_model, train_tokenizer
 from rlgf.types import Decoding, Prompt
 from test_pipeline import SMALL, small
 
@@ -172,3 +172,9 @@ def test_baselines_that_cannot_be_are_refused(
         cli.main()
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_zero_shot_is_refused_where_only_the_policy_is_given(tmp_path: Path):
+    config = small(("policy", "somewhere"))
+    with pytest.raises(UserError, match="does not say which one that was"):
+        base_model(config, tmp_path, lambda line: None)

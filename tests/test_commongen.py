@@ -1,6 +1,7 @@
 """CommonGen, and what it needs of others: span corruption, a tokenizer with sentinels, sums of text metrics, further splits."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,16 +9,18 @@ from typing import Any
 import pytest
 
 from rlgf import stages
-from rlgf.config import Config, EvaluationConfig, ModelConfig, RewardConfig, SupervisedConfig, TaskConfig, override
+from rlgf.config import Config, EvaluationConfig, ModelConfig, PPOConfig, RewardConfig, SupervisedConfig, TaskConfig, override
 from rlgf.denoising import corrupt
 from rlgf.errors import UserError
 from rlgf.evaluate import Judges, check_text_metrics, text_metrics
+from rlgf.pipeline import prepare
 from rlgf.recipes import recipe
 from rlgf.report import columns_of, markdown
 from rlgf.rewards import WeightedSum, build_reward, score_parts
 from rlgf.scoring.concepts import concepts_in
 from rlgf.stages import SENTINELS, TargetExamples, corrupted, train_tokenizer
 from rlgf.tasks import Task, commongen
+from rlgf.trainer import Trainer
 from rlgf.types import Prompt
 
 ROWS = [
@@ -139,6 +142,30 @@ def test_an_encoder_decoder_learns_spans_then_every_target(tmp_path: Path, monke
     assert model.codec.texts([[]], [examples[1].ids[examples[1].start :]]) == ["The dog will catch the frisbee ."]
     spans = corrupted(["A dog catches a frisbee in the park."], model, 0)
     assert spans[0].ids[spans[0].start - 1] == spans[0].ids[-1] == model.end_id
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "d2lols"])
+@pytest.mark.parametrize(
+    "critic", [[], [("critic.kind", "trunk")], [("adapter.rank", 2), ("critic.kind", "adapter")],
+               [("adapter.rank", 2), ("critic.kind", "trunk")]],
+)  # fmt: skip
+def test_an_encoder_decoder_learns_with_every_kind_of_critic(
+    algorithm: str, critic: list[tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stages, "TOKENIZER_TEXTS", 10)
+    few = SupervisedConfig(steps=2, batch_size=2)
+    config = Config(
+        task=task_config(data(tmp_path)), lm=few, sft=few,
+        reward=RewardConfig(path="length_penalty", options={"length_penalty": {"maximum": 1}}),
+        model=ModelConfig(architecture="t5", layers=1, width=16, heads=2, context=64, vocabulary=300),
+        ppo=PPOConfig(iterations=1, texts_per_iteration=4, minibatch_size=2, epochs=1),
+    )  # fmt: skip
+    config = override(config, [("algorithm.name", algorithm), *critic])
+    trainer = Trainer(prepare(config, tmp_path / "stages", lambda line: None))
+    metrics, _ = trainer.step(0)
+    assert math.isfinite(metrics["policy_loss"])
+    assert metrics["critic_gradient_norm" if not critic or critic[-1][1] != "trunk" else "policy_gradient_norm"] > 0
+    assert math.isfinite(metrics["value_loss"])
 
 
 def test_span_corruption_needs_sentinels(tmp_path: Path):

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlgf import cli
+from rlgf import cli, preference_stage
+from rlgf.config import Config, PreferenceConfig, TaskConfig
 from rlgf.errors import UserError
 from rlgf.preferences import Columns, Pair, Pairs, agreement, choose_part, longer_rule, parts_of, read_pairs
 from rlgf.prompting import PromptReader
@@ -155,3 +156,17 @@ def test_a_reward_model_is_trained_on_dialogues_of_hh_by_one_command(
     assert 0 <= measured["accuracy"] <= 1
     assert 0 <= measured["longer_rule"] <= 1
     assert (tmp_path / "reward" / "adapter_config.json").is_file() == bool(rank)
+
+
+def test_the_prompts_of_pairs_are_made_as_the_tasks_are(tmp_path: Path, word_tokenizer: Any):
+    source = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"the plot {n}", "better": " is good", "worse": " is bad"} for n in range(6)]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"chosen_column": "better", "rejected_column": "worse", "suffix": "\n\nANSWER:", "train_split": "mine"}
+    config = Config(
+        task=TaskConfig("prompts", "elsewhere", options=own), preferences=PreferenceConfig(data=str(source), least_words=0)
+    )
+    pairs = preference_stage.preference_pairs(config, word_tokenizer, "reward")
+    (first, *_) = [*pairs.train, *pairs.test]
+    assert first.prompt.text.endswith("\n\nANSWER:")
+    assert (first.chosen, first.rejected) == (" is good", " is bad")

@@ -571,6 +571,7 @@ def _print_findings(findings: Sequence[Any]) -> None:
 @app.command("list")
 def list_() -> None:
     """What there is to choose from: recipes, tasks, algorithms, guides, metrics."""
+    from rlgf.scoring.functions import TEXT_FUNCTIONS
     from rlgf.scoring.score import ABOUT
     from rlgf.tasks import TASKS
 
@@ -588,6 +589,7 @@ def list_() -> None:
             "references": "the dataset's references; can begin texts (ppo_pp), not finish them",
             "python:module:name": "a function from requests to texts",
         },
+        "metrics as rewards": {name: (make.__doc__ or "").split("\n")[0] for name, make in TEXT_FUNCTIONS.items()},
         "metrics of rlgf score": ABOUT,
     }
     for name in algorithms.NAMES:

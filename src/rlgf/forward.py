@@ -138,8 +138,10 @@ def token_logits(reader: Reader, batch: MicroBatch, precision: str = "fp32") -> 
 
 
 def trunk_states(trunk: Reader, batch: MicroBatch, precision: str = "fp32") -> Tensor:
-    """The states before the tokens asked about by a model without a head, [asked, hidden]."""
+    """The states before the tokens asked about, [asked, hidden], as the model's head reads them, where it has one."""
     model = trunk.model
+    if is_encoder_decoder(model) and model.get_output_embeddings() is not None:  # T5's trunk is T5 itself, to transformers
+        return token_logits(trunk, batch, precision)[1]
     with trunk.active(), autocast(model.device, precision), reading(model, batch) as (inputs, pick):
         return pick(model(**inputs, use_cache=False).last_hidden_state)
 

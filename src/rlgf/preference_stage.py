@@ -32,7 +32,10 @@ def preference_pairs(config: Config, tokenizer: Any, role: Role) -> Pairs:
     check_preferences(config)
     least, data = config.preferences.least_words, config.preferences.data
     if data is not None:
-        pairs = prompts.preference_pairs(TaskConfig("prompts", data), tokenizer, least)
+        # the pairs' prompts are made as the task's are; what its dataset's parts are called says nothing of theirs
+        own = config.task.options if config.task.name == "prompts" else {}
+        options = {name: value for name, value in own.items() if name != "subset" and not name.endswith("_split")}
+        pairs = prompts.preference_pairs(TaskConfig("prompts", data, options=options), tokenizer, least)
     else:
         read = task_kind(config.task).preference_pairs
         assert read is not None

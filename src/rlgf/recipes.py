@@ -144,7 +144,7 @@ def commongen_without_kl() -> Config:
 
 
 def commongen_small() -> Config:
-    """CommonGen with an encoder–decoder of 4M parameters trained here: span corruption, SFT, then SPIDEr as the reward."""
+    """CommonGen with an encoder–decoder of 3M parameters trained here: span corruption, SFT, then SPIDEr as the reward."""
     return Config(
         recipe="commongen-small",
         task=TaskConfig("commongen", None, max_new_tokens=20, min_new_tokens=5, options={"held_back": 1000}),

@@ -24,7 +24,7 @@ COLUMNS = {
     "score_drawn": Column("reward, drawn", 3),
     "score_continuation": Column("reward, continuation alone", 3),
     "score_minus_reference": Column("reward − reference's", 3),
-    "bleu_4": Column("BLEU-4", 2, 100),
+    **{f"bleu_{order}": Column(f"BLEU-{order}", 2, 100) for order in (1, 2, 3, 4)},
     "cider_d": Column("CIDEr-D", 2, 10),
     "cider_d_easy": Column("CIDEr-D, easy", 2, 10),
     "cider_d_hard": Column("CIDEr-D, hard", 2, 10),
@@ -33,11 +33,15 @@ COLUMNS = {
     "rouge1": Column("ROUGE-1", 3),
     "rouge2": Column("ROUGE-2", 3),
     "rougeL": Column("ROUGE-L", 3),
+    "rougeLsum": Column("ROUGE-Lsum", 3),
+    "rouge_l": Column("ROUGE-L, captions", 3),
+    **{f"bertscore_{part}": Column(f"BERTScore {part}", 3) for part in ("precision", "recall", "f1")},
     "concept_coverage": Column("coverage", 3),
     "kl": Column("KL to SFT", 1),
     "perplexity": Column("perplexity", 1),
     "output_perplexity": Column("output-perplexity", 1),
-    "distinct_2": Column("distinct-2", 3),
+    **{f"distinct_{length}": Column(f"distinct-{length}", 3) for length in (1, 2, 3)},
+    "self_bleu": Column("self-BLEU", 3),
     "win_rate": Column("win rate", 3),
 }
 # Okabe and Ito's palette, told apart by people who see colours differently
@@ -131,7 +135,13 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
 
 
 def plot_curves(results: Mapping[str, Any], path: Path) -> None:
-    """Reward on validation prompts against texts used: the mean over seeds, and the band from the lowest to the highest."""
+    """Reward on validation prompts against texts used: the mean over seeds, and the band from the lowest to the highest.
+
+    Without evaluations during training there is nothing to draw, and no file.
+    """
+    if not any(any(row["curves"]) for row in results["rows"]):
+        path.unlink(missing_ok=True)
+        return
     import matplotlib
 
     matplotlib.use("Agg")
@@ -168,8 +178,7 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
     axes.set_title(f"{results['recipe']}: validation prompts, {len(results['seeds'])} seed(s), band from lowest to highest")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if number:  # runs without evaluations on the way have no curve
-        axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)

@@ -269,6 +269,8 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = from_pretrained(AutoModelForSequenceClassification, path, "language model", num_labels=1, dtype=torch.float32)
+        if model.config.is_encoder_decoder and not goes_on:
+            raise UserError(f"'{path}' is an encoder–decoder, and a reward model reads a text at once: give a causal model.")
         if hasattr(model, "score") and not goes_on:
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
         grown = _add_padding(model, tokenizer)

@@ -150,7 +150,12 @@ def train_tokenizer(texts: list[str], vocabulary: int, sentinels: Sequence[str] 
 
 
 def base_model(config: Config, stages: Path, report: Report) -> tuple[LanguageModel, Any]:
-    """The model before SFT and its fingerprint: loaded, or trained on raw text, or new."""
+    """The model before SFT and its fingerprint: loaded, or trained on raw text, or new. Of a given policy it is not known."""
+    if config.policy and not config.model.path:
+        raise UserError(
+            f"zero-shot is the model before SFT, and '{config.policy}' does not say which one that was: give model.path, or "
+            "leave zero_shot out of evaluation.baselines."
+        )
     return _base_model(config, config.task, config.model, config.seed, stages, report)
 
 

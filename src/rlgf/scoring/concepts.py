@@ -40,7 +40,7 @@ class ConceptCoverage:
 
     def _share(self, words: Sequence[str], concepts: Sequence[Sequence[str]]) -> float:
         said = {lemma for word in words for lemma in self.kept[word]}
-        return sum(all(self.kept[word] & said for word in concept) for concept in concepts) / len(concepts)
+        return sum(bool(concept) and all(self.kept[word] & said for word in concept) for concept in concepts) / len(concepts)
 
     def _learn(self, words: Iterable[str]) -> None:
         wanted = set(words)
