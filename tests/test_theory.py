@@ -20,14 +20,6 @@ STILL = 1e-30  # a learning rate that moves nothing
 STANDARD_ERRORS = 4.5  # of any coordinate; more refutes an expectation. The seeds are fixed
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 

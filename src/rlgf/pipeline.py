@@ -47,6 +47,7 @@ from rlgf.runs import RunDirectory, identity, require_space, require_writable
 from rlgf.stages import (
     Report,
     TargetExamples,
+    base_is_known,
     base_model,
     distil_stage,
     fingerprint,
@@ -373,7 +374,7 @@ def prepare_judge(config: Config, stages: Path, report: Report) -> PairJudge | N
 
 def general_model(config: Config, stages: Path, report: Report) -> LanguageModel | None:
     """The model before SFT, under which output-perplexity is measured; None where it is not wanted or there is none."""
-    if not config.evaluation.output_perplexity or (config.policy and not config.model.path):
+    if not config.evaluation.output_perplexity or not base_is_known(config):
         return None
     return base_model(config, stages, report)[0]
 

@@ -149,9 +149,14 @@ def train_tokenizer(texts: list[str], vocabulary: int, sentinels: Sequence[str] 
     )
 
 
+def base_is_known(config: Config) -> bool:
+    """Whether it is known which model was there before SFT: a policy that was given does not say."""
+    return not config.policy or bool(config.model.path)
+
+
 def base_model(config: Config, stages: Path, report: Report) -> tuple[LanguageModel, Any]:
     """The model before SFT and its fingerprint: loaded, or trained on raw text, or new. Of a given policy it is not known."""
-    if config.policy and not config.model.path:
+    if not base_is_known(config):
         raise UserError(
             f"zero-shot is the model before SFT, and '{config.policy}' does not say which one that was: give model.path, or "
             "leave zero_shot out of evaluation.baselines."
