@@ -13,7 +13,7 @@ LAYERS = """
     errors display types randomness schedules ops algorithms config budget hub data prompting preferences plugins tokens packing
     adapters kernels offload forward models supervised sampling guides ngram denoising scoring tasks reward_model rewards
     shaping judge processes rollout experience metrics evaluate best_of lanes update profiling runs tracking trainer stages
-    preference_stage recipes finals pipeline check report compare terminal console cli
+    preference_stage refusals recipes finals pipeline check report compare terminal console cli
 """
 """From what depends on nothing to what depends on all. A folder is one module; FOLDERS orders the files within it."""
 

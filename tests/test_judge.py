@@ -23,7 +23,7 @@ from rlgf.judge import (
     summary,
     win_rate,
 )
-from rlgf.pipeline import check
+from rlgf.refusals import check
 from rlgf.types import Prompt
 from test_pipeline import small
 

@@ -14,7 +14,7 @@ from rlgf.config import Config, override
 from rlgf.errors import UserError
 from rlgf.guides import ModelGuide
 from rlgf.offload import awake, park
-from rlgf.pipeline import check
+from rlgf.refusals import check
 from rlgf.trainer import Trainer
 from rlgf.types import Decoding
 

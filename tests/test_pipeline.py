@@ -9,14 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlgf import __main__ as entry
-from rlgf import adapters, cli
+from rlgf import cli
 from rlgf.check import check_reward
 from rlgf.config import Config, dump, override
 from rlgf.console import Watch, what_dominates
 from rlgf.errors import RunError, UserError
 from rlgf.pipeline import prepare, train
 from rlgf.recipes import quickstart
-from rlgf.reward_model import RewardModel
 from rlgf.runs import read_complete_lines
 from rlgf.tasks import Task
 from rlgf.trainer import Progress
@@ -436,28 +435,6 @@ def test_rewards_may_be_numbers_of_numpy_and_torch():
         assert score(lambda prompts, texts, values=values: values, [], ["a", "b"]) == [0.5, 1.0]
     with pytest.raises(RunError):
         score(lambda prompts, texts: [True, False], [], ["a", "b"])
-
-
-def test_with_adapters_policy_critic_reference_guide_and_reward_model_share_their_weights(tmp_path: Path, stages: Path):
-    plain = prepare(small(), stages)
-    prompts = plain.task.train[:24]
-    pairs = [{"prompt": p.text, "chosen": p.references[0], "rejected": p.references[0].split()[0]} for p in prompts]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    config = small(
-        ("algorithm.name", "aggrevated"), ("guide.spec", "sft"), ("adapter.rank", 2), ("critic.kind", "adapter"),
-        ("reward.path", "preferences"), ("preferences.data", str(tmp_path / "pairs.jsonl")), ("preferences.lora_rank", 2),
-        ("preferences.training.steps", 2), ("preferences.least_words", 0), ("preferences.training.batch_size", 4),
-    )  # fmt: skip
-    trainer = train(config, tmp_path / "run", stages)
-    models = trainer.parts.models
-    shared = models.policy.model
-    reward = trainer.parts.reward
-    assert isinstance(reward, RewardModel)
-    assert models.reference.model is shared is reward.model.trunk.owner is trainer.parts.guide.language_model.model
-    assert {critic.trunk.owner for critic in models.critics.values()} == {shared}
-    assert set(adapters.names(shared)) == {"policy", "reward", *(f"critic_{origin.name.lower()}" for origin in models.critics)}
-    for name in ("policy", *(f"critic-{origin.name.lower()}" for origin in models.critics)):
-        assert (tmp_path / "run" / name / "adapter_config.json").is_file()
 
 
 def test_a_profile_says_what_an_iteration_spends_its_time_on(tmp_path: Path, stages: Path):

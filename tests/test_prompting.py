@@ -56,14 +56,14 @@ def test_a_partial_turn_of_the_assistant_goes_on_and_is_not_closed(chatty: Any):
     (prompt,) = PromptReader(chatty)([BEGUN], ["row 1"])
     assert prompt is not None
     assert prompt.text.endswith("<|turn|>assistant\nIt was a")
-    assert Chat(chatty).reply(BEGUN, " great joy", "row 1") == " great joy"
+    assert Chat(chatty).reply(BEGUN, " great joy") == " great joy"
 
 
 def test_a_reply_stands_behind_the_prompt_as_the_template_writes_it(tokenizer: Any, chatty: Any):
-    assert Chat(chatty).reply(ASKED, "A joy.", "row 1") == "A joy."
+    assert Chat(chatty).reply(ASKED, "A joy.") == "A joy."
     brackets = Chat(tokenizer, BRACKETS)
     assert brackets.prompt(ASKED[1:], "row 1") == "[INST] How was the film? [/INST]"
-    assert brackets.reply(ASKED[1:], "  A joy. ", "row 1") == " A joy."
+    assert brackets.reply(ASKED[1:], "  A joy. ") == " A joy."
     assert brackets.whole([*ASKED[1:], {"role": "assistant", "content": "A joy."}], "row 1") == (
         "[INST] How was the film? [/INST] A joy. </s>"
     )
@@ -182,3 +182,32 @@ def test_a_conversation_is_never_cut_but_left_out_and_counted(chatty: Any):
 
 def test_texts_that_differ_in_case_and_white_space_are_the_same_post():
     assert normalised(" A post\n\nabout  it ") == normalised("a POST about it") == "a post about it"
+
+
+OPENED = (  # Zephyr's way: the line break behind the role belongs to the message, and the prompt ends without it
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_what_opens_a_reply_is_no_part_of_what_is_said(tokenizer: Any):
+    opened = Chat(tokenizer, OPENED)
+    assert opened.prompt(ASKED[1:], "row 1").endswith("<|assistant|>")
+    assert opened.reply(ASKED[1:], "A joy.") == "\nA joy."
+    assert opened.content(ASKED[1:], "\nA joy.") == "A joy."
+    assert opened.content(ASKED[1:], "\n\nA joy.") == "\nA joy."
+    assert opened.content(BEGUN, " great joy") == "It was a great joy"
+    assert Chat(tokenizer, TEMPLATE).content(ASKED, "\nA joy.") == "A joy."  # another model's opening
+    thinking = TEMPLATE.replace("\n{{ message['content'] }}", "\n<think></think>{{ message['content'] }}")
+    assert Chat(tokenizer, thinking).content(ASKED, "<think></think>A joy.") == "A joy."
+
+
+def test_a_separator_stands_before_responses_that_begin_with_no_white_space(tokenizer: Any):
+    reader = PromptReader(tokenizer, separator=" ", template=TEMPLATE)
+    plain, talk = reader(["How was it?", ASKED], ["row 1", "row 2"])
+    assert plain is not None
+    assert talk is not None
+    assert [reader.response(plain, text) for text in ("A joy.", " A joy.", "\nA joy.", "")] == [
+        " A joy.", " A joy.", "\nA joy.", ""
+    ]  # fmt: skip
+    assert reader.response(talk, "A joy.") == "A joy."

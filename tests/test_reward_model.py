@@ -22,6 +22,7 @@ from rlgf.evaluate import above_references
 from rlgf.models import load_language_model, new_critic, new_language_model
 from rlgf.ops import preference_loss
 from rlgf.preferences import Pair, Pairs
+from rlgf.prompting import Chat
 from rlgf.reward_model import (
     RewardModel,
     is_reward_model,
@@ -315,3 +316,13 @@ def test_on_the_policys_weights_it_scores_as_merged_into_its_own(start: Path, tm
     other = load_language_model(str(elsewhere)).fixed()
     assert load_reward_model(str(tmp_path / "reward"), backbone=other).classifier is not other.model  # not its base
     assert adapter_names(other.model) == []
+
+
+def test_a_reply_whose_opening_the_policy_wrote_is_not_opened_twice(start: Path):
+    reward = new_reward_model(str(start), PreferenceConfig(), 0)
+    opening = "{% if add_generation_prompt %}<assistant>{% endif %}"
+    reward.tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>\n{{ m.content }};{% endfor %}" + opening
+    prompt = Prompt("<user>\nthe plot?;<assistant>", messages=({"role": "user", "content": "the plot?"},))
+    written = Chat(reward.tokenizer).reply(prompt.messages or (), "great")
+    assert written == "\ngreat"
+    assert reward.tokenizer.decode(reward.encode([prompt], [written])[0]) == prompt.text + "\ngreat;"

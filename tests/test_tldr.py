@@ -155,7 +155,7 @@ def test_a_hub_dataset_has_splits_of_its_own_and_its_comparisons_beside_it(token
     def load_dataset(source: str) -> Any:
         if source == "someone/tldr":
             parts = {"train": NAMES[:6], "valid": NAMES[6:8], "test": NAMES[8:10]}
-            rows = {s: [{"prompt": f"{asked(n)}\nTL;DR:", "label": f" of {n}"} for n in names] for s, names in parts.items()}
+            rows = {s: [{"prompt": f"{asked(n)}\nTL;DR:", "label": f"of {n}"} for n in names] for s, names in parts.items()}
         else:
             sides = {"chosen": "TL;DR: a boat that was lost there", "rejected": "TL;DR: a boat that he did find"}
             parts = {"train": NAMES[10:18], "test": NAMES[18:]}

@@ -29,6 +29,15 @@ def names(model: Any) -> list[str]:
     return list(model.peft_config) if has_adapters(model) else []
 
 
+def free_name(model: Any, name: str) -> str:
+    """This name for one more adapter of a model, with a number behind it where it is taken."""
+    taken, number = names(model), 1
+    while name in taken:
+        number += 1
+        name = f"{name.removesuffix(f'_{number - 1}')}_{number}"
+    return name
+
+
 def is_adapter_folder(path: str) -> bool:
     """Whether a folder holds an adapter instead of a whole model."""
     return (Path(path).expanduser() / "adapter_config.json").is_file()
@@ -43,6 +52,12 @@ def base_of(path: str) -> str:
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base model: set its base_model_name_or_path.")
     return str(base)
+
+
+def rests_on(path: str, model: Any) -> bool:
+    """Whether a folder or Hub name is the base weights of a loaded model, or an adapter on them."""
+    base, mine = base_of(path) if is_adapter_folder(path) else path, str(model.config.name_or_path)
+    return bool(mine) and Path(base).expanduser().resolve() == Path(mine).expanduser().resolve()
 
 
 def classifies(path: str) -> bool:

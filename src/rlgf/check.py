@@ -25,6 +25,7 @@ from rlgf.plugins import load_object
 from rlgf.preference_stage import try_pairs
 from rlgf.preferences import Pairs, longer_rule
 from rlgf.randomness import Purpose, permutation
+from rlgf.refusals import check
 from rlgf.rewards import score
 from rlgf.stages import tokenizer_for
 from rlgf.tasks import Task, TextFunction, task_kind
@@ -53,7 +54,8 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     findings += check_prompts(task, tokenizer)
     if "preferences" in config.reward.names:  # which is not trained for this
         return [*findings, *check_pairs(try_pairs(config, stages, report))]
-    return findings + check_reward(task, pipeline.prepare_reward(config, task, stages, report))
+    made = pipeline.make_rewards(override(config, [("judge.spec", None)]), stages, report)
+    return findings + check_reward(task, pipeline.prepare_reward(config, task, made))
 
 
 def check_pairs(pairs: Pairs) -> list[Finding]:
@@ -73,7 +75,7 @@ def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: 
     changes: list[tuple[str, object]] = [("algorithm.name", "ppo_pp")]
     if task_kind(config.task).needs_data:
         changes.append(("task.data", config.task.data or "."))  # which is not read
-    pipeline.check(override(config, changes))
+    check(override(config, changes))
     if spec.startswith("server:"):
         return _check_server(config, prompt, prefix, stages, report)
     question = Question(prompt, prefix, config.task.max_new_tokens, 0)

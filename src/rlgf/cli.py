@@ -159,12 +159,12 @@ def train(
     )  # fmt: skip
     if profile:
         config = override(config, [("runtime.profile", True)])
-    from rlgf import console, pipeline
+    from rlgf import console, pipeline, refusals
     from rlgf.runs import RunDirectory
 
     console.set_up_machine(config)
     if dry_run:
-        console.print_plan(config, pipeline.check(config))
+        console.print_plan(config, refusals.check(config))
         return
     target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
     directory = RunDirectory(target, config)
@@ -208,9 +208,9 @@ def compare(
     except ValueError:
         raise UserError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
     from rlgf import compare as comparing
-    from rlgf import console, pipeline
+    from rlgf import console, refusals
 
-    pipeline.check(config)
+    refusals.check(config)
     console.set_up_machine(config)
     target = out or Path("runs") / config.recipe
     rows = comparing.entries(config, names, recipe_controls(config) if controls else {})
@@ -226,11 +226,11 @@ def compare(
 def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,
            out: Path | None, stages: Path | None) -> None:  # fmt: skip
     config = read_config(source, overrides, policy=policy, data=data, seed=seed)
-    from rlgf import console, pipeline
+    from rlgf import console, refusals
     from rlgf import stages as making
     from rlgf.runs import require_writable
 
-    pipeline.check(config)
+    refusals.check(config)
     console.set_up_machine(config)
     target = out or Path("runs") / f"{config.recipe}-{name}"
     shelf = stages or target.parent / "stages"

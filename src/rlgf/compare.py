@@ -13,8 +13,9 @@ from rlgf.config import Config, dump, override
 from rlgf.data import read_json, write_json
 from rlgf.errors import RunError, UserError
 from rlgf.finals import evaluate_baselines
-from rlgf.pipeline import Report, asking_guide, check, prepare, silent, train
+from rlgf.pipeline import Report, asking_guide, prepare, silent, train
 from rlgf.recipes import Control
+from rlgf.refusals import check
 from rlgf.report import write_report
 from rlgf.runs import RunDirectory, json_safe, read_complete_lines, require_writable
 from rlgf.stages import fingerprint

@@ -101,7 +101,7 @@ def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, 
 
     found: dict[str, dict[str, Any]] = {}
     if "zero_shot" in config.evaluation.baselines:
-        before = dataclasses.replace(writing, policy=base_model(config, stages, report)[0])
+        before = dataclasses.replace(writing, policy=base_model(config, stages, report, parts.models.reference))
         found["zero_shot"] = row("zero-shot", decoding.describe(), lambda p: evaluate_policy(before, p, judges, seed)[0])
     if "sft" in config.evaluation.baselines:
         found["sft"] = row("SFT", decoding.describe(), lambda p: evaluate_policy(writing, p, judges, seed)[0])

@@ -15,6 +15,7 @@ from rlgf.config import GuideConfig, JudgeConfig
 from rlgf.errors import RunError, UserError
 from rlgf.guides.base import Request
 from rlgf.guides.remote import RemoteGuide
+from rlgf.guides.server import parse_spec
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards import score
 from rlgf.types import Decoding, Prompt, TextFunction
@@ -170,6 +171,14 @@ def server_settings(config: JudgeConfig, template: str) -> GuideConfig:
         timeout_seconds=config.timeout_seconds, retries=config.retries, retry_seconds=config.retry_seconds,
         invalid_retries=0, on_failure="policy", max_requests=config.max_requests, offline=config.offline,
     )  # fmt: skip
+
+
+def judge_server(spec: str) -> tuple[str, str]:
+    """Model and address of a judge `server:MODEL@URL`."""
+    try:
+        return parse_spec(spec)
+    except UserError as error:
+        raise UserError(str(error).replace("guide", "judge")) from None
 
 
 def win_rate(judge: PairJudge, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:

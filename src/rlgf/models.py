@@ -146,31 +146,41 @@ def _context(config: Any) -> int:
     return int(getattr(config, "max_position_embeddings", 0) or 10**9)
 
 
-def load_language_model(path: str, device: str = "cpu", in_4bit: bool = False) -> LanguageModel:
+def load_language_model(
+    path: str, device: str = "cpu", in_4bit: bool = False, beside: LanguageModel | None = None, name: str = SFT
+) -> LanguageModel:
     """A causal model or an encoder–decoder from a Hub name or folder, in fp32; no remote code is run.
 
-    A folder with an adapter gives its base model reading with that adapter. `in_4bit` is for base weights that are not trained.
+    A folder with an adapter gives its base model reading with that adapter, called `name`. `in_4bit` is for base weights that
+    are not trained. Where `beside`, a model that is loaded and whose base weights are not trained, has the same ones, those
+    are shared.
     """
     adapted = adapters.is_adapter_folder(path)
+    if beside is not None and adapters.rests_on(path, beside.model):
+        tokenizer, own = load_tokenizer(path), None
+        if adapted:
+            adapters.load(beside.model, path, own := adapters.free_name(beside.model, name))
+        return replace(beside, adapter=own, tokenizer=tokenizer, end_ids=load_end_ids(path, tokenizer))
     base = adapters.base_of(path) if adapted else path
     auto = AutoModelForSeq2SeqLM if has_encoder(path) else AutoModelForCausalLM
-    options: dict[str, Any] = {"quantization_config": _four_bits(), "device_map": device} if in_4bit else {}
-    model = from_pretrained(auto, base, "language model", dtype=torch.float32, **options)
+    model = from_pretrained(auto, base, "language model", dtype=torch.float32, **(four_bits(device) if in_4bit else {}))
     loaded = bundle(model if in_4bit else model.to(device), load_tokenizer(path), path)
     if not adapted:
         return loaded
-    adapters.load(loaded.model, path, SFT)
-    return replace(loaded, adapter=SFT)
+    adapters.load(loaded.model, path, name)
+    return replace(loaded, adapter=name)
 
 
-def _four_bits() -> Any:
+def four_bits(device: str) -> dict[str, Any]:
+    """The options with which `from_pretrained` loads weights in 4 bits, as QLoRA has them (2305.14314)."""
     from importlib.util import find_spec
 
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
         raise UserError("adapter.load_in_4bit needs bitsandbytes: pip install 'rlgf[4bit]'.")
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config, "device_map": device}
 
 
 def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:

@@ -1,7 +1,7 @@
 """From a config to a finished run: check everything, make or reuse the stages, train, evaluate, save."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,18 @@ import torch
 from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
 from rlgf.config import Config, GuideConfig, override
-from rlgf.errors import RunError, UserError, unknown
+from rlgf.errors import UserError
 from rlgf.evaluate import Judges, evaluate_policy
 from rlgf.experience import Models, Reading
 from rlgf.finals import as_results, check_finals, evaluate_baselines, extras, final_prompts, final_results
-from rlgf.guides import Accounted, FunctionGuide, Guide, ModelGuide, ReferenceGuide, Request, ask
+from rlgf.guides import Accounted, FunctionGuide, Guide, ModelGuide, ReferenceGuide
 from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import TextModelGuide, guide_model_path
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import Server, parse_spec, reach
+from rlgf.guides.server import Server, reach
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
-from rlgf.judge import ChatJudge, PairJudge, RewardJudge, read_question, server_settings
+from rlgf.judge import ChatJudge, PairJudge, RewardJudge, judge_server, read_question, server_settings
 from rlgf.models import (
     POLICY_ADAPTER,
     VALUE_HEAD,
@@ -39,7 +39,16 @@ from rlgf.models import (
 )
 from rlgf.offload import park
 from rlgf.plugins import load_object
-from rlgf.preference_stage import check_preferences, preference_stage, try_pairs
+from rlgf.preference_stage import preference_stage, try_pairs
+from rlgf.refusals import (
+    cautions,
+    check,
+    check_lengths,
+    check_paths,
+    needs_guide,
+    probe_guide,
+    require_finisher,
+)
 from rlgf.reward_model import load_reward_model
 from rlgf.rewards import build_reward, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
@@ -52,123 +61,19 @@ from rlgf.stages import (
     distil_stage,
     fingerprint,
     guide_stage,
-    guide_task,
     reward_stage,
     sft_stage,
     tokenizer_for,
 )
 from rlgf.supervised import Example
 from rlgf.tasks import Task, TextFunction, task_kind
-from rlgf.tasks.base import task_options
 from rlgf.tokens import Codec
-from rlgf.tracking import check_trackers
 from rlgf.trainer import Parts, Progress, Trainer
-from rlgf.types import GUIDE, POLICY, Origin, Prompt
-
-JUDGES = ("preferences", "model:PATH", "server:MODEL@URL")
-GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
+from rlgf.types import Origin
 
 
 def silent(line: str) -> None:
     """A report nobody reads."""
-
-
-def check(config: Config) -> Algorithm:
-    """Everything that can be refused without loading data or models; returns the algorithm."""
-    algorithm = config.algorithm.build()
-    kind = task_kind(config.task)
-    task_options(config.task, kind.options)
-    if kind.needs_data and config.task.data is None:
-        raise UserError(f"task '{config.task.name}' needs data: give --data with a Hub name or a folder of .jsonl[.gz] files.")
-    if not kind.needs_data and config.task.data is not None:
-        raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
-    check_trackers(config.runtime.trackers)
-    _check_judges(config)
-    spec = config.guide.spec
-    if spec not in ("sft", "trained", "references", "human") and not spec.startswith(("model:", "run:", "server:", "python:")):
-        raise unknown("guide", spec, GUIDES)
-    if spec == "references":
-        _require_finisher(algorithm, False, "references")
-    if spec.startswith("server:"):
-        parse_spec(spec)
-        _require_finisher(algorithm, config.guide.continuation != "none", spec)
-    if spec.startswith("python:"):
-        _require_finisher(algorithm, FunctionGuide(load_object(spec, "guide")).capabilities.can_finish, spec)
-    if spec == "trained":
-        task_options(guide_task(config), kind.options)
-        if not (config.guide.sft.steps or config.guide.sft.epochs):
-            raise UserError("guide 'trained' has guide.sft.steps and guide.sft.epochs 0: set one, or choose another guide.")
-    try:
-        torch.device(config.runtime.device)
-    except RuntimeError:
-        raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
-    _check_offload(config)
-    if config.adapter.load_in_4bit and torch.device(config.runtime.device).type == "cpu":
-        raise UserError(  # bitsandbytes packs weights for inference there, and no gradient passes through them
-            "adapter.load_in_4bit needs a GPU, as bitsandbytes computes no gradients on a CPU: set runtime.device=cuda."
-        )
-    return algorithm
-
-
-def _check_offload(config: Config) -> None:
-    """Refuse to move what does not lie on a GPU by itself."""
-    offload, shared = config.runtime.offload, config.adapter.rank > 0
-    if offload and torch.device(config.runtime.device).type == "cpu":
-        raise UserError("runtime.offload frees a GPU's memory, and runtime.device is the CPU: leave it out.")
-    if "reference" in offload and shared:
-        raise UserError("with adapters the reference has no weights of its own to offload: leave it out of runtime.offload.")
-    if "critic" in offload and config.critic.kind != "separate":
-        raise UserError(
-            f"a critic of kind '{config.critic.kind}' reads with the policy's weights: leave it out of runtime.offload."
-        )
-
-
-def _check_judges(config: Config) -> None:
-    """Refuse a reward or a judge that is to be trained from nothing, and a judge that there is not."""
-    spec = config.judge.spec
-    if "preferences" in (*config.reward.names, spec):
-        check_preferences(config)
-    if spec is None:
-        return
-    if spec.startswith("server:"):
-        judge_server(spec)
-        read_question(config.judge.template)
-    elif spec != "preferences" and not spec.startswith("model:"):
-        raise unknown("judge", spec, JUDGES)
-
-
-def judge_server(spec: str) -> tuple[str, str]:
-    """Model and address of a judge `server:MODEL@URL`."""
-    try:
-        return parse_spec(spec)
-    except UserError as error:
-        raise UserError(str(error).replace("guide", "judge")) from None
-
-
-def cautions(algorithm: Algorithm) -> list[str]:
-    """What can be trained, but is known to leave something unlearnt. Source: algorithms.md, sections 2 and 3."""
-    found: list[str] = []
-    for phase in algorithm.phases:
-        if phase.rollin == POLICY and phase.beta == 1.0:
-            found.append("with beta = 1 V^g of the prompt is never fitted, though the first token needs it: choose beta < 1")
-        if phase.rollin == GUIDE and phase.beta == 1.0 and phase.switch == "paper":
-            found.append("with beta = 1 and switch 'paper' the first token is never trained: choose beta < 1 or 'uniform'")
-        if phase.rollin == POLICY and phase.switch == "paper":
-            found.append("with switch 'paper' the last token is never trained where the guide finishes: choose 'uniform'")
-    return found
-
-
-def needs_guide(algorithm: Algorithm) -> bool:
-    """Whether an algorithm ever asks a guide."""
-    return algorithm.asks_guide_to_begin or algorithm.asks_guide_to_finish
-
-
-def _require_finisher(algorithm: Algorithm, can_finish: bool, spec: str) -> None:
-    if algorithm.asks_guide_to_finish and not can_finish:
-        raise UserError(
-            f"guide '{spec}' cannot finish a prefix that another has written, which {algorithm.title} asks of it: "
-            "choose ppo_pp, or a guide that can."
-        )
 
 
 def prepare(config: Config, stages: Path, report: Report = silent, directory: RunDirectory | None = None) -> Parts:
@@ -183,26 +88,27 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     wanted = needs_guide(algorithm) or config.distil.texts > 0
     # Whatever can be refused without a model is refused before one is trained.
     codec, context = starting_codec(config, stages, report)
-    _check_paths(config, codec.tokenizer, context)
+    check_paths(config, codec.tokenizer, context)
     task = prepare_prompts(config, codec.tokenizer, report)
-    longest = _check_lengths(codec, context, task, config)
+    longest = check_lengths(codec, context, task, config)
     check_finals(task, config)
     if "preferences" in (*config.reward.names, config.judge.spec):
         try_pairs(config, stages, report)
-    reward = None if shares_backbone(config) else prepare_reward(config, task, stages, report)
-    judge = prepare_judge(config, stages, report)
+    made = make_rewards(config, stages, report)  # before other models need memory
+    reward = None if on_backbone(config, config.reward.names) else prepare_reward(config, task, made)
+    judge = None if on_backbone(config, judge_names(config)) else prepare_judge(config, made, stages, report)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     if reward is not None:
         probe_reward(reward, task.validation[:4])
     guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
-        _probe_guide(guide, algorithm, codec, task, config)
+        probe_guide(guide, algorithm, codec, task, config)
     start = str(sft_stage(config, stages, report))
     reference = load_language_model(start, config.runtime.device, config.adapter.load_in_4bit).fixed()
     if wanted and guide is None:
         guide = model_guide(config, reference, stages, report)
-        _probe_guide(guide, algorithm, codec, task, config)
+        probe_guide(guide, algorithm, codec, task, config)
     policy_path = start
     if config.distil.texts:
         assert guide is not None
@@ -215,12 +121,14 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
             )
     models = assemble(config, algorithm, reference, start, policy_path)
     if reward is None:
-        reward = prepare_reward(config, task, stages, report, models.policy)
+        reward = prepare_reward(config, task, made, models.policy)
         probe_reward(reward, task.validation[:4])
+    judge = judge or prepare_judge(config, made, stages, report, models.policy)
     targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, Accounted):
         guide.take_counts()  # what was asked until here belongs to no iteration
-    return Parts(config, algorithm, task, reward, models, guide, targets, general_model(config, stages, report), judge)
+    general = general_model(config, reference, stages, report)
+    return Parts(config, algorithm, task, reward, models, guide, targets, general, judge)
 
 
 @contextmanager
@@ -244,7 +152,7 @@ def assemble(config: Config, algorithm: Algorithm, reference: LanguageModel, sta
     critic = config.critic
     policy = (
         adapted_policy(config, reference, start, policy_path)
-        if config.adapter.rank or adapters.has_adapters(reference.model)
+        if config.adapter.rank or reference.adapter is not None
         else load_language_model(policy_path, config.runtime.device)
     )
 
@@ -310,23 +218,6 @@ def starting_end_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
     return (int(tokenizer.eos_token_id),) if path is None else load_end_ids(path, tokenizer)
 
 
-def _check_paths(config: Config, tokenizer: Any, context: int) -> None:
-    """Refuse models that are named but cannot serve, from their configs and tokenizers alone."""
-    path = guide_model_path(config.guide.spec)
-    if path is not None:
-        _check_guide_model(path, load_tokenizer(path), context_length(path), tokenizer, context)
-    if config.guide.spec == "trained" and config.guide.model.path is None:
-        _check_guide_model("trained", tokenizer, config.guide.model.context, tokenizer, context)
-    if config.critic.path is not None and config.critic.kind == "separate":
-        context_length(config.critic.path)
-
-
-def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer: Any, policy_context: int) -> None:
-    """A guide that speaks the policy's tokens must read as many; what another tokenizer makes of a text is seen when asked."""
-    if tokenizer.get_vocab() == policy_tokenizer.get_vocab() and context < policy_context:
-        raise UserError(f"guide '{name}' reads {context} tokens, the policy {policy_context}: choose a longer one.")
-
-
 def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
     """The task's prompts, and what became of rows that are none."""
     task = task_kind(config.task).build(config.task, tokenizer)
@@ -337,23 +228,36 @@ def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
     return task
 
 
-def shares_backbone(config: Config) -> bool:
-    """Whether the reward may be one more adapter on the policy's weights, which therefore come first."""
-    trained = "preferences" in config.reward.names and config.preferences.lora_rank > 0
-    return config.adapter.rank > 0 and (trained or any(adapters.is_adapter_folder(name) for name in config.reward.names))
+def on_backbone(config: Config, names: Sequence[str]) -> bool:
+    """Whether any of these reward models may be one more adapter on the policy's weights, which therefore come first."""
+    trained = "preferences" in names and config.preferences.lora_rank > 0
+    return config.adapter.rank > 0 and (trained or any(adapters.is_adapter_folder(name) for name in names))
 
 
-def prepare_reward(
-    config: Config, task: Task, stages: Path, report: Report, backbone: LanguageModel | None = None
-) -> TextFunction:
-    """The task's reward, trained here if need be."""
+def judge_names(config: Config) -> tuple[str, ...]:
+    """The reward model that judges, by the name it would have as a reward; none where nobody judges, or a chat model."""
+    spec = config.judge.spec or ""
+    return (spec.removeprefix("model:"),) if spec.startswith("model:") or spec == "preferences" else ()
+
+
+def make_rewards(config: Config, stages: Path, report: Report) -> dict[str, Path]:
+    """Train, or find again, the rewards that are stages, and the judge's, 'judge'; the folder of each."""
     make = {"ngram": reward_stage, "preferences": preference_stage}
     made = {name: make[name](config, stages, report) for name in config.reward.names if name in make}
+    if config.judge.spec == "preferences":
+        made["judge"] = preference_stage(config, stages, report, "judge")
+    return made
+
+
+def prepare_reward(config: Config, task: Task, made: Mapping[str, Path], backbone: LanguageModel | None = None) -> TextFunction:
+    """The task's reward; `made` has the stages of `make_rewards`."""
     return build_reward(config.reward, task, made, config.runtime.device, backbone)
 
 
-def prepare_judge(config: Config, stages: Path, report: Report) -> PairJudge | None:
-    """Who compares texts with references in final evaluations, if anybody does."""
+def prepare_judge(
+    config: Config, made: Mapping[str, Path], stages: Path, report: Report, backbone: LanguageModel | None = None
+) -> PairJudge | None:
+    """Who compares texts with references in final evaluations, if anybody does; `made` has the stages of `make_rewards`."""
     spec, judge = config.judge.spec, config.judge
     if spec is None:
         return None
@@ -365,18 +269,21 @@ def prepare_judge(config: Config, stages: Path, report: Report) -> PairJudge | N
         name = f"chat model {judge_server(spec)[0]}, order {judge.order}"
         return ChatJudge(guide, name, template, judge.order, judge.answer_tokens, judge.seed)
     if spec == "preferences":
-        folder = preference_stage(config, stages, report, "judge")
-        name = f"a second reward model, trained on other posts ({folder.name})"
-        return RewardJudge(load_reward_model(str(folder), config.runtime.device), name)
-    path = spec.removeprefix("model:")
-    return RewardJudge(load_reward_model(path, config.runtime.device), f"reward model {path}")
+        path, name = str(made["judge"]), f"a second reward model, trained on other posts ({made['judge'].name})"
+    else:
+        path = spec.removeprefix("model:")
+        name = f"reward model {path}"
+    return RewardJudge(load_reward_model(path, config.runtime.device, backbone=backbone), name)
 
 
-def general_model(config: Config, stages: Path, report: Report) -> LanguageModel | None:
-    """The model before SFT, under which output-perplexity is measured; None where it is not wanted or there is none."""
+def general_model(config: Config, reference: LanguageModel, stages: Path, report: Report) -> LanguageModel | None:
+    """The model before SFT, under which output-perplexity is measured; None where it is not wanted or there is none.
+
+    Where the reference is an adapter on its weights, or these weights themselves, it is no copy.
+    """
     if not config.evaluation.output_perplexity or not base_is_known(config):
         return None
-    return base_model(config, stages, report)[0]
+    return base_model(config, stages, report, reference).fixed()
 
 
 def plain_guide(
@@ -404,7 +311,7 @@ def plain_guide(
         guide = FunctionGuide(load_object(spec, "guide"))
     else:
         return None
-    _require_finisher(algorithm, guide.capabilities.can_finish, spec)
+    require_finisher(algorithm, guide.capabilities.can_finish, spec)
     return guide
 
 
@@ -426,7 +333,7 @@ def model_guide(config: Config, reference: LanguageModel, stages: Path, report: 
         return ModelGuide(reference, decoding, config.runtime.precision)
     path = str(guide_stage(config, stages, report)) if spec == "trained" else guide_model_path(spec)
     assert path is not None
-    model = load_language_model(path, config.runtime.device)
+    model = load_language_model(path, config.runtime.device, beside=reference, name="guide")
     same = model.tokenizer.get_vocab() == reference.tokenizer.get_vocab() and model.codec.alone == reference.codec.alone
     return (ModelGuide if same else TextModelGuide)(model.fixed(), decoding, config.runtime.precision)
 
@@ -443,48 +350,6 @@ def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Ta
     )
     lengths, starts = rollout.lengths.tolist(), rollout.prompt_lengths.tolist()
     return [Example(row[:length].tolist(), start) for row, length, start in zip(rollout.ids, lengths, starts)]
-
-
-def _check_lengths(codec: Codec, context: int, task: Task, config: Config) -> int:
-    """Refuse empty prompts and prompts that leave no room for a response; tokens of the longest with its response."""
-    room, longest = context if codec.alone else context - config.task.max_new_tokens, 0
-    for split in ("train", "validation", "test"):
-        prompts: Sequence[Prompt] = getattr(task, split)
-        if not prompts:
-            raise UserError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
-        for number, length in enumerate(map(len, codec.prompts(prompts)), 1):
-            if length == 0:
-                raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
-            longest = max(longest, length)
-            if length > room:
-                raise UserError(
-                    f"task '{task.name}', {split} prompt {number} has {length} tokens; with {config.task.max_new_tokens} new "
-                    f"ones it exceeds the model's context of {context}: shorten the prompts or task.max_new_tokens."
-                )
-    return longest + config.task.max_new_tokens
-
-
-def _probe_guide(guide: Guide, algorithm: Algorithm, codec: Codec, task: Task, config: Config) -> None:
-    """Try a guide on a few prompts before anything is trained: writing, and finishing where the algorithm asks for that.
-
-    A person is not tried: nobody likes to write for nothing.
-    """
-    if isinstance(guide, HumanGuide):
-        return
-    requests: list[Request] = []
-    for index, prompt in enumerate(task.validation[:2]):
-        ids = codec.prompt(prompt)
-        budget = config.task.max_new_tokens
-        requests.append(Request(prompt, ids, "", [], budget, config.task.min_new_tokens, index, config.seed))
-        if algorithm.asks_guide_to_finish and budget > 1:
-            begun = (codec.response(prompt.references[0]) if prompt.references else ids)[:1]
-            text = codec.texts([ids], [begun])[0]
-            minimum = max(0, config.task.min_new_tokens - 1)
-            requests.append(Request(prompt, ids, text, begun, budget - 1, minimum, index, config.seed))
-    try:
-        ask(guide, requests)
-    except RunError as error:
-        raise UserError(f"probe: {error}") from error.__cause__
 
 
 def disk_needed(parts: Parts) -> int:
@@ -557,14 +422,18 @@ def evaluate_policy_at(
     task = prepare_prompts(config, codec.tokenizer, report)
     check_finals(task, config)
     start = sft_stage(config, stages, report)
-    reference = load_language_model(str(start), config.runtime.device)
-    language_model = load_language_model(policy, config.runtime.device) if policy else reference
+    made, in_4bit, device = make_rewards(config, stages, report), config.adapter.load_in_4bit, config.runtime.device
+    reference = language_model = load_language_model(str(start), device, in_4bit).fixed()
+    if policy:
+        in_4bit = in_4bit and adapters.is_adapter_folder(policy)
+        language_model = load_language_model(policy, device, in_4bit, reference, POLICY_ADAPTER).fixed()
     if zero_shot:
-        language_model = base_model(config, stages, report)[0]
-    _check_lengths(language_model.codec, language_model.context, task, config)
-    reward = prepare_reward(config, task, stages, report)
+        language_model = base_model(config, stages, report, reference).fixed()
+    check_lengths(language_model.codec, language_model.context, task, config)
+    reward = prepare_reward(config, task, made, reference)
     reading = Reading(config.decoding, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision)
-    general, judge = general_model(config, stages, report), prepare_judge(config, stages, report)
+    general = general_model(config, reference, stages, report)
+    judge = prepare_judge(config, made, stages, report, reference)
     judges = Judges(task, reward, reference, general, reading, config.evaluation, judge)
     writing = Writing(
         language_model, None, config.evaluation.decoding or config.decoding, config.task.max_new_tokens,

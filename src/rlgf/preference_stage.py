@@ -7,9 +7,9 @@ from typing import Any, Literal
 from rlgf import adapters
 from rlgf.config import Config, TaskConfig, to_dict
 from rlgf.errors import UserError
-from rlgf.models import load_tokenizer
+from rlgf.models import has_encoder, load_tokenizer
 from rlgf.preferences import Pairs, choose_part
-from rlgf.reward_model import new_reward_model, train_reward_model
+from rlgf.reward_model import is_reward_model, new_reward_model, train_reward_model
 from rlgf.stages import Report, build_at, build_stage, sft_stage, source_fingerprint, task_source, tokenizer_for
 from rlgf.tasks import prompts, task_kind
 
@@ -58,7 +58,8 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
-        reward = new_reward_model(start, settings, seed, config.runtime.device)
+        in_4bit = config.adapter.load_in_4bit and settings.lora_rank > 0
+        reward = new_reward_model(start, settings, seed, config.runtime.device, in_4bit)
         pairs = preference_pairs(config, reward.tokenizer, role)
         if settings.training.texts:
             pairs = Pairs(pairs.train[: settings.training.texts], pairs.test, pairs.dropped)
@@ -76,6 +77,12 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
 
 def try_pairs(config: Config, stages: Path, report: Report) -> Pairs:
     """The pairs as they will be trained on, read before any model is made: data that cannot be used is refused here."""
-    path = config.preferences.path or config.policy
+    path = config.preferences.path or config.policy or config.model.path
+    reads_twice = has_encoder(path) and not is_reward_model(path) if path else config.model.architecture == "t5"
+    if reads_twice:
+        raise UserError(
+            f"the reward model would start from {path or 'the policy'}, an encoder–decoder, and it reads a text at once: give "
+            "preferences.path with a causal model."
+        )
     tokenizer = load_tokenizer(path) if path else tokenizer_for(config, config.task, config.model, stages, report)[0]
     return preference_pairs(config, tokenizer, "reward")

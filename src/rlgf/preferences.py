@@ -77,8 +77,7 @@ def read_pairs(
             dropped[f"pairs whose conversation has over {reader.limit} tokens"] += 1
             continue
         about = post(rows[number - 1]) if post else _asked(value)
-        replies = [_behind(prompt, text, reader, f"{where}, row {number}") for text in (chosen, rejected)]
-        pairs.append(Pair(prompt, replies[0], replies[1], normalised(about)))
+        pairs.append(Pair(prompt, reader.response(prompt, chosen), reader.response(prompt, rejected), normalised(about)))
     return pairs, dropped
 
 
@@ -133,10 +132,6 @@ def reply_text(value: Any, place: str) -> str:
 
 def _asked(prompt: Any) -> str:
     return "\n".join(str(message.get("content")) for message in prompt) if is_conversation(prompt) else str(prompt)
-
-
-def _behind(prompt: Prompt, text: str, reader: PromptReader, place: str) -> str:
-    return reader.chat.reply(prompt.messages, text, place) if prompt.messages else text
 
 
 def choose_part(pairs: Pairs, parts: int, part: int) -> Pairs:

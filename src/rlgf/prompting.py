@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -63,16 +64,25 @@ class Chat:
         """A conversation with its last turn closed."""
         return self._render(messages, where)
 
-    def reply(self, messages: Sequence[Message], text: str, where: str) -> str:
+    def reply(self, messages: Sequence[Message], text: str) -> str:
         """What an assistant's reply looks like behind `prompt(messages)`, without what closes the turn."""
         if messages[-1]["role"] == "assistant":
             return text
-        opening, trims = self._opening(where)
+        opening, trims = self._opening
         return opening + (text.strip() if trims else text)
 
-    def _opening(self, where: str) -> tuple[str, bool]:
+    def content(self, messages: Sequence[Message], reply: str) -> str:
+        """What the assistant's message says with such a reply: that without its opening, be it another template's."""
+        if messages[-1]["role"] == "assistant":
+            return messages[-1]["content"] + reply
+        opening = self._opening[0]
+        return reply.removeprefix(opening) if opening and reply.startswith(opening) else reply.lstrip()
+
+    @cached_property
+    def _opening(self) -> tuple[str, bool]:
         """What the template puts between the prompt and a reply, and whether it takes white space off the reply."""
         asked: list[Message] = [{"role": "user", "content": "?"}]
+        where = "a trial of the chat template"
         before, found = self.prompt(asked, where), list[str]()
         for text in (PROBE, f"  {PROBE}"):
             whole = self.whole([*asked, {"role": "assistant", "content": text}], where)
@@ -110,6 +120,7 @@ class PromptReader:
     truncation: Literal["right", "left"] = "right"  # which end is cut off
     suffix: str = ""
     template: str | None = None
+    separator: str = ""  # between a plain prompt and a response that begins with no white space
     cut: int = 0
     too_long: int = 0
     chat: Chat = field(init=False)
@@ -137,6 +148,10 @@ class PromptReader:
                 found[number] = shortened[prompt.text]
                 self.cut += 1
         return found
+
+    def response(self, prompt: Prompt, text: str) -> str:
+        """A response as it stands behind its prompt."""
+        return self.chat.reply(prompt.messages, text) if prompt.messages else separated(self.separator, text)
 
     def count(self, text: str) -> int:
         """Tokens of a text, with those that open and close it."""
@@ -186,6 +201,11 @@ class PromptReader:
             return list(range(len(body) + 1))
         offsets = self.tokenizer(body, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return sorted({0, len(body), *((end if self.truncation == "right" else start) for start, end in offsets)})
+
+
+def separated(separator: str, text: str) -> str:
+    """A response with a separator before it, unless it begins with white space itself or is empty."""
+    return text if not text or text[0].isspace() else separator + text
 
 
 def normalised(text: str) -> str:

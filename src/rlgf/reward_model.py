@@ -19,7 +19,7 @@ from rlgf import adapters
 from rlgf.config import PreferenceConfig
 from rlgf.errors import UserError
 from rlgf.forward import group_by_length, is_encoder_decoder, micro_batch, padded, trunk_states
-from rlgf.models import LanguageModel, Trunk, from_pretrained, load_tokenizer, speed_up
+from rlgf.models import LanguageModel, Trunk, four_bits, from_pretrained, load_tokenizer, speed_up
 from rlgf.ops import preference_loss
 from rlgf.packing import is_enabled
 from rlgf.preferences import Pair, Pairs, agreement, longer_rule
@@ -119,9 +119,10 @@ class RewardModel:
         assert prompt.messages is not None
         messages = list(prompt.messages)
         before = chat.prompt(messages, "the prompt")
+        said = chat.content(messages, text)
         if messages[-1]["role"] == "assistant":
-            text = messages.pop()["content"] + text
-        whole = chat.whole([*messages, {"role": "assistant", "content": text}], "the prompt")
+            messages.pop()
+        whole = chat.whole([*messages, {"role": "assistant", "content": said}], "the prompt")
         start = len(before) if whole.startswith(before) else 0
         return self._bare(whole[:start]), self._bare(whole[start:])
 
@@ -209,7 +210,7 @@ def load_reward_model(
 
     Adapters are put on the `backbone`, where they were trained for its base weights; otherwise merged into a copy of theirs.
     """
-    if backbone is not None and fits(path, str(backbone.model.config.name_or_path)):
+    if backbone is not None and adapters.is_adapter_folder(path) and adapters.rests_on(path, backbone.model):
         return _on_backbone(Path(path).expanduser(), backbone, token_budget, precision)
     if adapters.is_adapter_folder(path):
         tokenizer = load_tokenizer(path)
@@ -225,18 +226,12 @@ def load_reward_model(
     return reward
 
 
-def fits(path: str, base: str) -> bool:
-    """Whether a folder holds adapters for the model of another folder or Hub name."""
-    if not adapters.is_adapter_folder(path):
-        return False
-    return Path(adapters.base_of(path)).expanduser().resolve() == Path(base).expanduser().resolve()
-
-
 def _on_backbone(folder: Path, backbone: LanguageModel, token_budget: int, precision: str) -> RewardModel:
-    weight = adapters.load_layers(backbone.model, folder, REWARD_ADAPTER)["score.weight"]
+    name = adapters.free_name(backbone.model, REWARD_ADAPTER)
+    weight = adapters.load_layers(backbone.model, folder, name)["score.weight"]
     score = nn.Linear(weight.shape[1], 1, bias=False).to(backbone.device)
     score.load_state_dict({"weight": weight})
-    trunk = Trunk(backbone.model.base_model, REWARD_ADAPTER, backbone.model)
+    trunk = Trunk(backbone.model.base_model, name, backbone.model)
     model = Shared(trunk, score.requires_grad_(False))
     return RewardModel(model, load_tokenizer(str(folder)), str(folder), token_budget, precision)
 
@@ -258,8 +253,10 @@ def _load_adapters(folder: Path, vocabulary: int) -> Any:
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
-def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str = "cpu") -> RewardModel:
+def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str = "cpu", in_4bit: bool = False) -> RewardModel:
     """A reward model to be trained: a language model with a new head, or a reward model as it is, and adapters if asked for.
+
+    `in_4bit` is for weights that only adapters are trained on; the head stays whole.
 
     The head starts with standard deviation 1 / √(width + 1). Source: Huang et al. 2024 (2403.17031), detail on the reward head.
     """
@@ -268,7 +265,10 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
         raise UserError(f"model '{path}' has no end token, behind which a score could be read: set eos_token in its tokenizer.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = from_pretrained(AutoModelForSequenceClassification, path, "language model", num_labels=1, dtype=torch.float32)
+        options = four_bits(device) if in_4bit else {}
+        model = from_pretrained(
+            AutoModelForSequenceClassification, path, "language model", num_labels=1, dtype=torch.float32, **options
+        )
         if model.config.is_encoder_decoder and not goes_on:
             raise UserError(f"'{path}' is an encoder–decoder, and a reward model reads a text at once: give a causal model.")
         if hasattr(model, "score") and not goes_on:
@@ -277,7 +277,7 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
         model = speed_up(model)
         if config.lora_rank:
             model = _with_adapters(model, config)
-    return RewardModel(model.to(device), tokenizer, path, grown=grown)
+    return RewardModel(model if in_4bit else model.to(device), tokenizer, path, grown=grown)
 
 
 def _add_padding(model: Any, tokenizer: Any) -> bool:

@@ -11,8 +11,8 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -154,21 +154,31 @@ def base_is_known(config: Config) -> bool:
     return not config.policy or bool(config.model.path)
 
 
-def base_model(config: Config, stages: Path, report: Report) -> tuple[LanguageModel, Any]:
-    """The model before SFT and its fingerprint: loaded, or trained on raw text, or new. Of a given policy it is not known."""
+@dataclass(frozen=True)
+class Base:
+    """A model that supervised fine-tuning starts from, not loaded yet."""
+
+    mark: Any  # what identifies it
+    load: Callable[..., LanguageModel]  # given whether in 4 bits, and a loaded model whose base weights it may share
+
+
+def base_model(config: Config, stages: Path, report: Report, beside: LanguageModel | None = None) -> LanguageModel:
+    """The model before SFT: loaded, or trained on raw text, or new. Of a given policy it is not known.
+
+    Where it is the base weights of `beside`, it is these, without any adapter.
+    """
     if not base_is_known(config):
         raise UserError(
             f"zero-shot is the model before SFT, and '{config.policy}' does not say which one that was: give model.path, or "
             "leave zero_shot out of evaluation.baselines."
         )
-    return _base_model(config, config.task, config.model, config.seed, stages, report)
+    base = _base(config, config.model, config.seed, stages, report)
+    return base.load(config.adapter.load_in_4bit, beside)
 
 
-def _base_model(
-    config: Config, task: TaskConfig, shape: ModelConfig, run_seed: int, stages: Path, report: Report
-) -> tuple[LanguageModel, Any]:
+def _base(config: Config, shape: ModelConfig, run_seed: int, stages: Path, report: Report) -> Base:
     if shape.path:
-        return load_language_model(shape.path, config.runtime.device), source_fingerprint(shape.path)
+        return Base(source_fingerprint(shape.path), partial(load_language_model, shape.path, config.runtime.device))
     # A guide made here speaks the policy's tokens.
     if config.policy:
         tokenizer, token_mark = load_tokenizer(config.policy), source_fingerprint(config.policy)
@@ -176,10 +186,10 @@ def _base_model(
         tokenizer, token_mark = tokenizer_for(config, config.task, config.model, stages, report)
     seed = run_seed if config.lm.seed is None else config.lm.seed
     if not _asked_for(config.lm):
-        model = new_language_model(shape, tokenizer, seed)
-        return model, {"new": to_dict(shape), "tokenizer": token_mark, "seed": seed}
+        mark = {"new": to_dict(shape), "tokenizer": token_mark, "seed": seed}
+        return Base(mark, lambda *_: new_language_model(shape, tokenizer, seed))
     folder = lm_stage(config, stages, report, shape=shape)
-    return load_language_model(str(folder), config.runtime.device), folder.name
+    return Base(folder.name, partial(load_language_model, str(folder), config.runtime.device))
 
 
 def _asked_for(config: SupervisedConfig) -> bool:
@@ -317,13 +327,14 @@ def _sft(
 ) -> Path:  # fmt: skip
     # A guide is another model than the policy: it draws its weights and its batches from another seed.
     seed = (config.seed if training.seed is None else training.seed) + (1_000_003 if name == "guide" else 0)
-    model, mark = _base_model(config, task, shape, seed, stages, report)
+    base = _base(config, shape, seed, stages, report)
     ingredients = {
-        "base": mark, "sft": to_dict(training), "seed": seed, "task": task_source(task), "budget": task.max_new_tokens,
+        "base": base.mark, "sft": to_dict(training), "seed": seed, "task": task_source(task), "budget": task.max_new_tokens,
         **_adapter_ingredients(config),
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
+        model = base.load(config.adapter.load_in_4bit and config.adapter.in_sft)
         built = task_kind(task).build(task, model.tokenizer)
         if built.demonstrations is not None:
             built = dataclasses.replace(built, train=built.demonstrations)
@@ -381,7 +392,9 @@ def distil_stage(config: Config, start: str, write: Callable[[int], list[Example
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
-        model = with_adapter(config, load_language_model(start, config.runtime.device), seed)
+        adapted = config.adapter.in_sft or adapters.is_adapter_folder(start)
+        whole = load_language_model(start, config.runtime.device, config.adapter.load_in_4bit and adapted)
+        model = with_adapter(config, whole, seed)
         measured = fit(model, write(config.distil.texts), config.distil, seed, config.runtime.micro_batch_tokens, report)
         model.save(folder)
         return measured

@@ -12,7 +12,7 @@ from rlgf.config import TaskConfig
 from rlgf.data import held_out, read_splits
 from rlgf.errors import UserError
 from rlgf.preferences import Columns, Pairs, parts_of, read_pairs, reply_text
-from rlgf.prompting import PromptReader, is_conversation, read_template
+from rlgf.prompting import PromptReader, is_conversation, read_template, separated
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskKind, task_options
 from rlgf.types import Prompt
@@ -38,6 +38,7 @@ class Options:
     prompt_tokens: int = 0  # most tokens of a prompt; 0: no limit
     truncation: Literal["right", "left"] = "right"  # which end of a longer one is cut off
     suffix: str = ""  # ends every plain prompt, and is never cut off
+    separator: str = ""  # between a plain prompt and a response that begins with no white space: " " for most models
     chat_template: str | None = None  # Jinja, or a file that holds it; None: the tokenizer's own
     whole_text: bool = False  # whether a classifier as reward reads the prompt too (a reward model always does)
 
@@ -82,7 +83,7 @@ def prompt_reader(options: Options, tokenizer: Any) -> PromptReader:
     if options.prompt_tokens < 0:
         raise UserError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be 0 (no limit) or more.")
     template = read_template(options.chat_template)
-    return PromptReader(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template)
+    return PromptReader(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator)
 
 
 def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pairs:
@@ -203,10 +204,7 @@ def _prompts(rows: Sequence[Row], reader: PromptReader) -> list[Prompt]:
 
 
 def _with_texts(prompt: Prompt, row: Row, reader: PromptReader) -> Prompt:
-    def behind(text: str) -> str:
-        return reader.chat.reply(prompt.messages, text, row.place) if prompt.messages else text
-
-    references, targets = tuple(map(behind, row.references)), tuple(map(behind, row.targets))
+    references, targets = (tuple(reader.response(prompt, text) for text in texts) for texts in (row.references, row.targets))
     return Prompt(prompt.text, references, targets, prompt.ids, row.columns, prompt.messages)
 
 
@@ -215,14 +213,14 @@ def raw_texts(config: TaskConfig, most: int) -> list[str]:
     options: Options = task_options(config, Options)
     rows = split_rows(config, options, {})["train"]
     order = permutation(0, Purpose.TASK, 1, len(rows))
-    return [_raw(rows[place], options.suffix) for place in (order[:most] if most else order)]
+    return [_raw(rows[place], options) for place in (order[:most] if most else order)]
 
 
-def _raw(row: Row, suffix: str) -> str:
+def _raw(row: Row, options: Options) -> str:
     target = row.targets[0] if row.targets else ""
     if is_conversation(row.prompt):
         return "\n".join([*(str(message.get("content")) for message in row.prompt), target])
-    return str(row.prompt).removesuffix(suffix) + suffix + target
+    return str(row.prompt).removesuffix(options.suffix) + options.suffix + separated(options.separator, target)
 
 
 KIND = TaskKind(build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True)

@@ -23,6 +23,7 @@ from rlgf.types import Prompt
 ENDING = "TL;DR:"  # of every prompt, never cut off
 POSTS, COMPARISONS, MORE_TEXT = "sft_posts", "comparisons", "tldrhq_train"  # files of the folder
 MARK = 80  # letters and digits: no two of the 3,194 posts of the folder share as many, but for versions of one
+OF_HUB = {"completion_column": "label", "suffix": f"\n{ENDING}", "separator": " "}  # how CarperAI's dataset is read
 SHARED = "posts with a summary that are left to the reward models"
 
 
@@ -41,10 +42,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     """Posts as prompts, their authors' summaries as references and targets."""
     options: Options = task_options(config, Options)
     if not _is_folder(config):
-        own = {
-            "completion_column": "label", "prompt_tokens": options.prompt_tokens, "suffix": f"\n{ENDING}",
-            "validation_split": "valid",
-        }  # fmt: skip
+        own = {**OF_HUB, "prompt_tokens": options.prompt_tokens, "validation_split": "valid"}
         return prompts.build(TaskConfig(config.name, _source(config), config.max_new_tokens, options=own), tokenizer)
     reader = PromptReader(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
     parts = {name: _prompts(rows, reader, str(config.data)) for name, rows in _shares(config, options).items()}
@@ -174,9 +172,7 @@ def raw_texts(config: TaskConfig, most: int) -> list[str]:
     are trained on without; and whatever else the folder holds. None of validation or test, none of the held-out pairs."""
     options: Options = task_options(config, Options)
     if not _is_folder(config):
-        return prompts.raw_texts(
-            TaskConfig(config.name, _source(config), options={"completion_column": "label", "suffix": f"\n{ENDING}"}), most
-        )
+        return prompts.raw_texts(TaskConfig(config.name, _source(config), options=OF_HUB), most)
     shares = _shares(config, options)
     texts = [f"{asked(row)}\n\n{ENDING}{_summary(row['reference'])}" for name in ("sft", "train") for row in shares[name]]
     out = _held_posts(config)

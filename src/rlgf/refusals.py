@@ -1,0 +1,190 @@
+"""What must be true of a config, its prompts and its guide before anything is trained, and what to change where it is not."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlgf.algorithms import Algorithm
+from rlgf.config import Config
+from rlgf.errors import RunError, UserError, unknown
+from rlgf.guides import FunctionGuide, Guide, Request, ask
+from rlgf.guides.human import HumanGuide
+from rlgf.guides.local import guide_model_path
+from rlgf.guides.server import parse_spec
+from rlgf.judge import judge_server, read_question
+from rlgf.models import context_length, load_tokenizer
+from rlgf.plugins import load_object
+from rlgf.preference_stage import check_preferences
+from rlgf.stages import guide_task
+from rlgf.tasks import Task, task_kind
+from rlgf.tasks.base import task_options
+from rlgf.tokens import Codec
+from rlgf.tracking import check_trackers
+from rlgf.types import GUIDE, POLICY, Prompt
+
+JUDGES = ("preferences", "model:PATH", "server:MODEL@URL")
+GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
+
+
+def check(config: Config) -> Algorithm:
+    """Everything that can be refused without loading data or models; returns the algorithm."""
+    algorithm = config.algorithm.build()
+    kind = task_kind(config.task)
+    task_options(config.task, kind.options)
+    if kind.needs_data and config.task.data is None:
+        raise UserError(f"task '{config.task.name}' needs data: give --data with a Hub name or a folder of .jsonl[.gz] files.")
+    if not kind.needs_data and config.task.data is not None:
+        raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
+    check_trackers(config.runtime.trackers)
+    _check_judges(config)
+    spec = config.guide.spec
+    if spec not in ("sft", "trained", "references", "human") and not spec.startswith(("model:", "run:", "server:", "python:")):
+        raise unknown("guide", spec, GUIDES)
+    if spec == "references":
+        require_finisher(algorithm, False, "references")
+    if spec.startswith("server:"):
+        parse_spec(spec)
+        require_finisher(algorithm, config.guide.continuation != "none", spec)
+    if spec.startswith("python:"):
+        require_finisher(algorithm, FunctionGuide(load_object(spec, "guide")).capabilities.can_finish, spec)
+    if spec == "trained":
+        task_options(guide_task(config), kind.options)
+        if not (config.guide.sft.steps or config.guide.sft.epochs):
+            raise UserError("guide 'trained' has guide.sft.steps and guide.sft.epochs 0: set one, or choose another guide.")
+    try:
+        torch.device(config.runtime.device)
+    except RuntimeError:
+        raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
+    _check_offload(config)
+    _check_base(config)
+    if config.adapter.load_in_4bit and torch.device(config.runtime.device).type == "cpu":
+        raise UserError(  # bitsandbytes packs weights for inference there, and no gradient passes through them
+            "adapter.load_in_4bit needs a GPU, as bitsandbytes computes no gradients on a CPU: set runtime.device=cuda."
+        )
+    return algorithm
+
+
+def _check_base(config: Config) -> None:
+    """Refuse to train adapters on weights that are drawn at random and stored nowhere."""
+    shapes = [("model", config.model)] if not config.policy else []
+    shapes += [("guide.model", config.guide.model)] if config.guide.spec == "trained" else []
+    for name, shape in shapes:
+        if config.adapter.in_sft and not shape.path and not (config.lm.steps or config.lm.epochs):
+            raise UserError(
+                f"adapter.in_sft trains an adapter on a model that is there, and {name} is a new one: give {name}.path, or set "
+                "lm.steps."
+            )
+
+
+def _check_offload(config: Config) -> None:
+    """Refuse to move what does not lie on a GPU by itself."""
+    offload, shared = config.runtime.offload, config.adapter.rank > 0
+    if offload and torch.device(config.runtime.device).type == "cpu":
+        raise UserError("runtime.offload frees a GPU's memory, and runtime.device is the CPU: leave it out.")
+    if "reference" in offload and shared:
+        raise UserError("with adapters the reference has no weights of its own to offload: leave it out of runtime.offload.")
+    if "critic" in offload and config.critic.kind != "separate":
+        raise UserError(
+            f"a critic of kind '{config.critic.kind}' reads with the policy's weights: leave it out of runtime.offload."
+        )
+
+
+def _check_judges(config: Config) -> None:
+    """Refuse a reward or a judge that is to be trained from nothing, and a judge that there is not."""
+    spec = config.judge.spec
+    if "preferences" in (*config.reward.names, spec):
+        check_preferences(config)
+    if spec is None:
+        return
+    if spec.startswith("server:"):
+        judge_server(spec)
+        read_question(config.judge.template)
+    elif spec != "preferences" and not spec.startswith("model:"):
+        raise unknown("judge", spec, JUDGES)
+
+
+def cautions(algorithm: Algorithm) -> list[str]:
+    """What can be trained, but is known to leave something unlearnt. Source: algorithms.md, sections 2 and 3."""
+    found: list[str] = []
+    for phase in algorithm.phases:
+        if phase.rollin == POLICY and phase.beta == 1.0:
+            found.append("with beta = 1 V^g of the prompt is never fitted, though the first token needs it: choose beta < 1")
+        if phase.rollin == GUIDE and phase.beta == 1.0 and phase.switch == "paper":
+            found.append("with beta = 1 and switch 'paper' the first token is never trained: choose beta < 1 or 'uniform'")
+        if phase.rollin == POLICY and phase.switch == "paper":
+            found.append("with switch 'paper' the last token is never trained where the guide finishes: choose 'uniform'")
+    return found
+
+
+def needs_guide(algorithm: Algorithm) -> bool:
+    """Whether an algorithm ever asks a guide."""
+    return algorithm.asks_guide_to_begin or algorithm.asks_guide_to_finish
+
+
+def require_finisher(algorithm: Algorithm, can_finish: bool, spec: str) -> None:
+    """Refuse a guide that an algorithm asks for what it cannot do."""
+    if algorithm.asks_guide_to_finish and not can_finish:
+        raise UserError(
+            f"guide '{spec}' cannot finish a prefix that another has written, which {algorithm.title} asks of it: "
+            "choose ppo_pp, or a guide that can."
+        )
+
+
+def check_paths(config: Config, tokenizer: Any, context: int) -> None:
+    """Refuse models that are named but cannot serve, from their configs and tokenizers alone."""
+    path = guide_model_path(config.guide.spec)
+    if path is not None:
+        _check_guide_model(path, load_tokenizer(path), context_length(path), tokenizer, context)
+    if config.guide.spec == "trained" and config.guide.model.path is None:
+        _check_guide_model("trained", tokenizer, config.guide.model.context, tokenizer, context)
+    if config.critic.path is not None and config.critic.kind == "separate":
+        context_length(config.critic.path)
+
+
+def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer: Any, policy_context: int) -> None:
+    """A guide that speaks the policy's tokens must read as many; what another tokenizer makes of a text is seen when asked."""
+    if tokenizer.get_vocab() == policy_tokenizer.get_vocab() and context < policy_context:
+        raise UserError(f"guide '{name}' reads {context} tokens, the policy {policy_context}: choose a longer one.")
+
+
+def check_lengths(codec: Codec, context: int, task: Task, config: Config) -> int:
+    """Refuse empty prompts and prompts that leave no room for a response; tokens of the longest with its response."""
+    room, longest = context if codec.alone else context - config.task.max_new_tokens, 0
+    for split in ("train", "validation", "test"):
+        prompts: Sequence[Prompt] = getattr(task, split)
+        if not prompts:
+            raise UserError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
+        for number, length in enumerate(map(len, codec.prompts(prompts)), 1):
+            if length == 0:
+                raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
+            longest = max(longest, length)
+            if length > room:
+                raise UserError(
+                    f"task '{task.name}', {split} prompt {number} has {length} tokens; with {config.task.max_new_tokens} new "
+                    f"ones it exceeds the model's context of {context}: shorten the prompts or task.max_new_tokens."
+                )
+    return longest + config.task.max_new_tokens
+
+
+def probe_guide(guide: Guide, algorithm: Algorithm, codec: Codec, task: Task, config: Config) -> None:
+    """Try a guide on a few prompts before anything is trained: writing, and finishing where the algorithm asks for that.
+
+    A person is not tried: nobody likes to write for nothing.
+    """
+    if isinstance(guide, HumanGuide):
+        return
+    requests: list[Request] = []
+    for index, prompt in enumerate(task.validation[:2]):
+        ids = codec.prompt(prompt)
+        budget = config.task.max_new_tokens
+        requests.append(Request(prompt, ids, "", [], budget, config.task.min_new_tokens, index, config.seed))
+        if algorithm.asks_guide_to_finish and budget > 1:
+            begun = (codec.response(prompt.references[0]) if prompt.references else ids)[:1]
+            text = codec.texts([ids], [begun])[0]
+            minimum = max(0, config.task.min_new_tokens - 1)
+            requests.append(Request(prompt, ids, text, begun, budget - 1, minimum, index, config.seed))
+    try:
+        ask(guide, requests)
+    except RunError as error:
+        raise UserError(f"probe: {error}") from error.__cause__
