@@ -69,6 +69,7 @@ def test_with_adapters_all_models_share_their_weights(tmp_path: Path, monkeypatc
     found = evaluate_policy_at(config, str(tmp_path / "run" / "policy"), tmp_path / "stages", silent)
     assert len(loads.options) == 1  # for all of them
     results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert found["output_perplexity_model"] == results["output_perplexity_model"] == str(tmp_path / "base")
     assert found["evaluation"] == pytest.approx(results["evaluation"], rel=1e-4, abs=1e-4, nan_ok=True)
     loads.options.clear()
     again = prepare(override(config, [("guide.spec", f"model:{tmp_path / 'run' / 'policy'}")]), tmp_path / "stages")

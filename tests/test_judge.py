@@ -1,5 +1,6 @@
 """Win rates: the question, the order, what an answer says, and the arithmetic."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from rlgf.judge import (
     summary,
     win_rate,
 )
+from rlgf.pipeline import prepare
+from rlgf.recipes import recipe
 from rlgf.refusals import check
 from rlgf.types import Prompt
 from test_pipeline import small
@@ -215,3 +218,14 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
     table = (tmp_path / "table.md").read_text()
     assert "by the words' judge; 0 answers could not be read" in table
     assert "win rate" in table
+
+
+def test_a_judge_without_anything_to_compare_with_is_refused_before_any_work(tmp_path: Path):
+    rows = "".join(json.dumps({"prompt": f"about film {number}:"}) + "\n" for number in range(20))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    config = override(recipe("prompts"), [
+        ("task.data", str(tmp_path / "rows.jsonl")), ("judge.spec", f"model:{tmp_path}"), ("lm.steps", 0), ("sft.epochs", 0.0),
+        ("reward.path", "repetition_penalty"), ("model.vocabulary", 300),
+    ])  # fmt: skip
+    with pytest.raises(UserError, match=r"no test prompt of task 'prompts' has one: leave out --judge"):
+        prepare(config, tmp_path / "stages")

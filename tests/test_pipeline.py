@@ -1,8 +1,11 @@
 """From a config to a finished run, and everything that must be refused before any work is done."""
 
+import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 import torch
@@ -12,13 +15,13 @@ from rlgf import __main__ as entry
 from rlgf import cli
 from rlgf.check import check_reward
 from rlgf.config import Config, dump, override
-from rlgf.console import Watch, what_dominates
+from rlgf.console import Watch, print_plan, what_dominates
 from rlgf.errors import RunError, UserError
 from rlgf.pipeline import prepare, train
 from rlgf.recipes import quickstart
 from rlgf.runs import read_complete_lines
 from rlgf.tasks import Task
-from rlgf.trainer import Progress
+from rlgf.trainer import Progress, Trainer
 from rlgf.types import Prompt
 
 SMALL = [
@@ -461,3 +464,36 @@ def test_targets_that_score_nothing_are_told_to_be_noisy_demonstrations_or_a_mis
     found = check_reward(Task("t", prompts, prompts, prompts), lambda prompts, texts: [0.0] * len(texts))
     warned = "targets (0.000) do not outscore empty texts (0.000): expected of noisy demonstrations"
     assert any(finding.level == "warning" and finding.text.startswith(warned) for finding in found)
+
+
+def test_a_plan_knows_the_size_of_an_encoder_decoder_and_of_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    def told(*changes: tuple[str, object]) -> dict[str, str]:
+        config = small(("algorithm.name", "ppo"), *changes)
+        print_plan(config, config.algorithm.build())
+        lines = [line.strip().split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+        return {line[0]: line[1] for line in lines if len(line) == 2}
+
+    wide = ("model.width", 256), ("model.layers", 4), ("model.vocabulary", 8192)
+    assert "unknown" not in told(("model.architecture", "t5"))["parameters"]
+    whole, adapted = (
+        told(*wide, ("critic.kind", kind), ("adapter.rank", rank))["memory"] for kind, rank in (("trunk", 0), ("adapter", 2))
+    )
+    assert megabytes(whole) - megabytes(adapted) == pytest.approx(4 * 4 * 5.3, abs=2)  # gradients, moments and a reference
+
+
+def megabytes(line: str) -> int:
+    return int(line.removeprefix("about ").partition(" MB")[0].replace(",", ""))
+
+
+def test_references_are_scored_beside_the_models_too(tmp_path: Path, stages: Path):
+    threads = list[int]()
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        threads.append(get_ident())
+        return [float(len(text)) for text in texts]
+
+    trainer = Trainer(dataclasses.replace(prepare(small(("reward.minus_reference", True)), stages), reward=reward))
+    rollout = trainer.collect(0)
+    trainer.appraise(rollout, 0)
+    assert len(threads) == 2  # the texts, and their references
+    assert get_ident() not in threads

@@ -137,7 +137,7 @@ def _write_results(
         "evaluation_prompts": config.evaluation.final_prompts,
         "rows": table,
         "machine": first["machine"],
-        **({"judge": first["judge"]} if "judge" in first else {}),
+        **{key: first[key] for key in ("judge", "output_perplexity_model") if key in first},
         "seconds_of_this_call": seconds,
     }
     write_json(out / "results.json", json_safe(results))

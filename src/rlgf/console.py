@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from rlgf import adapters
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
 from rlgf.display import visible
@@ -214,10 +215,8 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
     size, known = _parameters(config)
     critics = " and ".join("V^π" if origin == POLICY else "V^g" for origin in algorithm.critics)
     steps = ppo.epochs * -(-ppo.texts_per_iteration // ppo.minibatch_size)
-    trained = 1 + (len(algorithm.critics) if config.critic.kind == "separate" else 0)
-    frozen = 1 + (needs_guide(algorithm) and config.guide.spec != "references") + bool(config.evaluation.output_perplexity)
     vocabulary = config.model.vocabulary or 0
-    memory = 4 * (4 * trained + frozen) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
+    memory = _weights(config, algorithm) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
     lines = {
         "data": task.data or "made by the task",
         "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",
@@ -237,17 +236,29 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
         out.print(Text(f"  warning: {caution}"), soft_wrap=True)
 
 
+def _weights(config: Config, algorithm: Algorithm) -> float:
+    """Bytes for each parameter of the policy: its models, and gradients and moments of those that are trained whole."""
+    spec, whole = config.guide.spec, 4.0
+    critics = len(algorithm.critics) if config.critic.kind == "separate" else 0
+    own_guide = needs_guide(algorithm) and (spec == "trained" or spec.startswith(("model:", "run:")))
+    if config.adapter.rank:  # one copy for policy, reference and the model before SFT; adapters are small
+        return (0.5 if config.adapter.load_in_4bit else whole) + 4 * whole * critics + whole * own_guide
+    return 4 * whole * (1 + critics) + whole * (1 + own_guide + bool(config.evaluation.output_perplexity))
+
+
 def _parameters(config: Config) -> tuple[int, bool]:
     """Parameters of the policy, from its shape alone."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     path = config.policy or config.model.path
     try:
         if path:
-            wanted: Any = from_pretrained(AutoConfig, path, "model config")
+            base = adapters.base_of(path) if adapters.is_adapter_folder(path) else path
+            wanted: Any = from_pretrained(AutoConfig, base, "model config")
         else:
             wanted = shape_config(config.model, config.model.vocabulary or 64)
         with torch.device("meta"):
-            return count_parameters(AutoModelForCausalLM.from_config(wanted)), True
+            auto = AutoModelForSeq2SeqLM if wanted.is_encoder_decoder else AutoModelForCausalLM
+            return count_parameters(auto.from_config(wanted)), True
     except (UserError, OSError, ValueError):
         return 0, False

@@ -11,6 +11,7 @@ import torch
 
 from rlgf.best_of import evaluate_best_of
 from rlgf.config import Config
+from rlgf.errors import UserError
 from rlgf.evaluate import Judges, check_text_metrics, evaluate_guide, evaluate_policy
 from rlgf.experience import Reading
 from rlgf.guides import ModelGuide
@@ -58,7 +59,14 @@ def final_prompts(task: Task, config: Config) -> dict[str, Sequence[Prompt]]:
 
 def check_finals(task: Task, config: Config) -> None:
     """Refuse, before anything is trained, a final evaluation that could not be made."""
-    check_text_metrics(config.evaluation, [prompt for part in final_prompts(task, config).values() for prompt in part])
+    splits = final_prompts(task, config)
+    check_text_metrics(config.evaluation, [prompt for part in splits.values() for prompt in part])
+    for split, prompts in splits.items():
+        if config.judge.spec and not any(prompt.references for prompt in prompts):
+            raise UserError(
+                f"the judge compares texts with references, and no {split} prompt of task '{task.name}' has one: leave out "
+                "--judge, or give held-out prompts references."
+            )
 
 
 def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
@@ -70,6 +78,8 @@ def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 def extras(config: Config, writing: Writing, prompts: Sequence[Prompt], judges: Judges) -> dict[str, Any]:
     """What a final evaluation may say besides its metrics: who judged, and what the best of several texts come to."""
     found: dict[str, Any] = {"judge": judges.judge.name} if judges.judge else {}
+    if judges.general is not None:
+        found["output_perplexity_model"] = config.model.path or "a model trained here on the task's raw text"
     samples = config.evaluation.best_of
     if samples:
         writing = dataclasses.replace(writing, decoding=sampling(config))

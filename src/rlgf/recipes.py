@@ -84,7 +84,9 @@ def imdb() -> Config:
         kl=KLConfig(coefficient=0.001),
         critic=CriticConfig(learning_rate=1e-6, initial_value=0.5),
         decoding=Decoding(top_k=50),
-        evaluation=EvaluationConfig(every=10, prompts=128, final_prompts=5000),
+        evaluation=EvaluationConfig(
+            every=10, prompts=128, final_prompts=5000, baselines=("zero_shot", "sft", "guide"),
+        ),
     )  # fmt: skip
 
 
@@ -200,7 +202,10 @@ def tldr() -> Config:
         kl=KLConfig(coefficient=0.002),
         critic=CriticConfig(kind="adapter", learning_rate=1e-5, value_coefficient=0.2),
         adapter=AdapterConfig(rank=8, alpha=64.0, dropout=0.1),
-        evaluation=EvaluationConfig(every=10, prompts=128, final_prompts=6_550, decoding=Decoding(greedy=True), best_of=8),
+        evaluation=EvaluationConfig(
+            every=10, prompts=128, final_prompts=6_550, decoding=Decoding(greedy=True), best_of=8,
+            metrics=("rouge1", "rouge2", "rougeL"), baselines=("zero_shot", "sft", "guide"),
+        ),
     )  # fmt: skip
 
 

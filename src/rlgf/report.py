@@ -118,11 +118,13 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def judged(results: Mapping[str, Any]) -> str:
-    """Who compared texts with references, and what could not be read of the answers."""
+    """Under which model output-perplexity was measured; who compared texts with references, and what could not be read."""
+    general = results.get("output_perplexity_model")
+    under = f" Output-perplexity: under the model before SFT, {general}." if general else ""
     if "judge" not in results:
-        return ""
+        return under
     values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
-    return (
+    return under + (
         f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
         f"{sum(values):.0f} answers could not be read and are left out."
     )

@@ -17,7 +17,7 @@ from rlgf.models import LanguageModel, from_pretrained, load_tokenizer
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
 from rlgf.reward_model import RewardModel, Shared, is_reward_model, load_reward_model
-from rlgf.scoring.functions import TEXT_FUNCTIONS, build_text_function
+from rlgf.scoring.functions import TEXT_FUNCTIONS, Sum, build_text_function
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
 
@@ -120,39 +120,31 @@ def with_what_it_reads(function: Callable[..., Any]) -> TextFunction:
     return reward
 
 
-class WeightedSum:
-    """Several rewards, each times its weight, added."""
-
-    def __init__(self, terms: Mapping[str, tuple[float, TextFunction]]) -> None:
-        self.terms = terms
+class WeightedSum(Sum):
+    """Several rewards, each times its weight, added; each is checked by itself."""
 
     def parts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
         """What each reward says by itself, without its weight."""
         return {name: score(reward, prompts, texts) for name, (_, reward) in self.terms.items()}
 
-    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
-        """The sum of what they said."""
-        weights = [weight for weight, _ in self.terms.values()]
-        return [math.fsum(w * value for w, value in zip(weights, values)) for values in zip(*parts.values())]
-
-    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        """The sum for each text."""
-        return self.total(self.parts(prompts, texts))
-
 
 def score_parts(
     reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str]
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """The reward of each text, and of a weighted sum what each of its terms says."""
-    if not isinstance(reward, WeightedSum):
-        return score(reward, prompts, texts), {}
-    parts = reward.parts(prompts, texts)
-    return reward.total(parts), parts
+    """The reward of each text, and, of a sum, what each of its terms says."""
+    parts: dict[str, list[float]] = {}
+
+    def total(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        assert isinstance(reward, Sum)
+        parts.update(reward.parts(prompts, texts))
+        return reward.total(parts)
+
+    return score(total if isinstance(reward, Sum) else reward, prompts, texts), parts
 
 
 def shares_weights(reward: TextFunction) -> bool:
     """Whether a reward reads with the policy's own weights, on which one adapter can be on at a time."""
-    terms = [term for _, term in reward.terms.values()] if isinstance(reward, WeightedSum) else [reward]
+    terms = [term for _, term in reward.terms.values()] if isinstance(reward, Sum) else [reward]
     return any(isinstance(term, RewardModel) and isinstance(term.model, Shared) for term in terms)
 
 

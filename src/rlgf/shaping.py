@@ -53,9 +53,10 @@ class RewardShaper:
 
     def shape(self, scores: Sequence[float], prompts: Sequence[Prompt], finished: Sequence[bool]) -> list[float]:
         """Minus the reference's score, normalised, clipped, minus the penalty for texts that were cut off; in this order."""
+        self.prepare(prompts)
         values = list(scores)
         if self.config.minus_reference:
-            values = [value - baseline for value, baseline in zip(values, self._reference_scores(prompts))]
+            values = [value - self._baselines[id(prompt)][1] for value, prompt in zip(values, prompts)]
         if self.config.normalise:
             for value in values:
                 self.running.add(value)
@@ -65,12 +66,12 @@ class RewardShaper:
         penalty = self.config.missing_end_penalty
         return [value - (0.0 if ended else penalty) for value, ended in zip(values, finished)]
 
-    def _reference_scores(self, prompts: Sequence[Prompt]) -> list[float]:
-        """The score of each prompt's first reference."""
+    def prepare(self, prompts: Sequence[Prompt]) -> None:
+        """Ask for the scores of the prompts' first references, where they are wanted and not known."""
         new = list({id(prompt): prompt for prompt in prompts if id(prompt) not in self._baselines}.values())
-        scores = score(self.reward, new, [prompt.references[0] for prompt in new]) if new else []
-        self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(new, scores)}  # kept alive, so ids are unique
-        return [self._baselines[id(prompt)][1] for prompt in prompts]
+        if self.config.minus_reference and new:
+            scores = score(self.reward, new, [prompt.references[0] for prompt in new])
+            self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(new, scores)}  # kept: ids stay unique
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold."""

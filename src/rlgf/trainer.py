@@ -125,7 +125,7 @@ class Trainer:
         shares, parts = self.shares(iteration), self.parts
         self._warm_start_critic(iteration)
         with ThreadPoolExecutor(1) as beside:
-            scoring = beside.submit(score_parts, parts.reward, rollout.prompts, rollout.texts)
+            scoring = beside.submit(self._score, rollout)
             if shares_weights(parts.reward):
                 wait([scoring])
             measured = measure(rollout, shares, parts.models, self.reading)
@@ -136,6 +136,11 @@ class Trainer:
         )
         means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
         return dataclasses.replace(experience, stats={**experience.stats, **means})
+
+    def _score(self, rollout: Rollout) -> tuple[list[float], dict[str, list[float]]]:
+        """Everything that is asked of the reward in an iteration."""
+        self.shaper.prepare(rollout.prompts)
+        return score_parts(self.parts.reward, rollout.prompts, rollout.texts)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Learn from an experience; the policy and the critics change in place."""

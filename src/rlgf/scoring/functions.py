@@ -5,6 +5,7 @@ on its prompt and on nothing else in the batch. All are on coco-caption's scale,
 """
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,26 @@ def build_text_function(
         raise UserError(f"option '{first['loc'][0]}' of '{name}' is {first['input']!r}: {first['msg']}.") from None
 
 
+class Sum:
+    """Several functions, each times its weight, added."""
+
+    def __init__(self, terms: Mapping[str, tuple[float, TextFunction]]) -> None:
+        self.terms = terms
+
+    def parts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
+        """What each function says by itself, without its weight."""
+        return {name: list(function(prompts, texts)) for name, (_, function) in self.terms.items()}
+
+    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """The sum of what they said."""
+        weights = [weight for weight, _ in self.terms.values()]
+        return [math.fsum(w * value for w, value in zip(weights, values)) for values in zip(*parts.values())]
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The sum for each text."""
+        return self.total(self.parts(prompts, texts))
+
+
 def of_references(measure: Measure) -> TextFunction:
     """A measure of texts and references as a function of prompts and texts; a prompt without references is an error."""
 
@@ -90,13 +111,7 @@ def spice() -> TextFunction:
 
 def spider(*, train_prompts: Sequence[Any], cider_coefficient: float = 1.0, spice_coefficient: float = 1.0) -> TextFunction:
     """SPIDEr: CIDEr-D and SPICE, each times its coefficient, added."""
-    scorer, cider = captions.Spice(), cider_measure(train_prompts)
-
-    def measure(texts: list[str], references: list[Sequence[str]]) -> list[float]:
-        pairs = zip(cider(texts, references), scorer(texts, references))
-        return [cider_coefficient * one + spice_coefficient * other for one, other in pairs]
-
-    return of_tokens(measure)
+    return Sum({"cider_d": (cider_coefficient, cider_d(train_prompts=train_prompts)), "spice": (spice_coefficient, spice())})
 
 
 def bleu(*, key: str) -> TextFunction:
