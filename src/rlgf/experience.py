@@ -7,6 +7,7 @@ that token's advantage.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from rlgf import ops, packing
 from rlgf.algorithms import Share
 from rlgf.config import PPOConfig
 from rlgf.forward import MicroBatch, is_encoder_decoder, micro_batches, token_logits, trunk_states
+from rlgf.lanes import Lanes
 from rlgf.models import Critic, LanguageModel
 from rlgf.offload import awake
 from rlgf.processes import total_moments
@@ -138,21 +140,31 @@ class Measured:
     values: Mapping[Origin, Tensor]  # by each critic, of the texts it finished or has a weight on
 
 
-def measure(rollout: Rollout, shares: Sequence[Share], models: Models, reading: Reading) -> Measured:
-    """Read a rollout with policy (where asked for), reference and critics; needs no reward, so it may run beside scoring."""
+def measure(
+    rollout: Rollout, shares: Sequence[Share], models: Models, reading: Reading, lanes: Lanes | None = None
+) -> Measured:
+    """Read a rollout with policy (where asked for), reference and critics; needs no reward, so it may run beside scoring.
+
+    With `lanes` reference and critics read at the same time.
+    """
     sweep, seen = Sweep(rollout, reading), list[Tensor]()
     old, full = rollout.log_probs, rollout.full_log_probs
     if reading.ppo.old_log_probs == "recompute":
         old, full, seen = sweep.recompute(models.policy)
     if reading.ppo.ratio_support == "full":
         old = full
-    reference = sweep.full_log_probs(rollout.by_policy, models.reference)
-    values: dict[Origin, Tensor] = {}
-    for origin, critic in models.critics.items():
-        concerned = (rollout.finisher == origin) | (_row_weights(rollout, shares, origin) != 0)
-        if bool(concerned.any()):
-            selected = rollout.written & concerned[:, None]
-            values[origin] = sweep.values(selected, critic, models.policy, seen)
+
+    def by_critics() -> dict[Origin, Tensor]:
+        values: dict[Origin, Tensor] = {}
+        for origin, critic in models.critics.items():
+            concerned = (rollout.finisher == origin) | (_row_weights(rollout, shares, origin) != 0)
+            if bool(concerned.any()):
+                selected = rollout.written & concerned[:, None]
+                values[origin] = sweep.values(selected, critic, models.policy, seen)
+        return values
+
+    by_reference = partial(sweep.full_log_probs, rollout.by_policy, models.reference)
+    reference, values = lanes.run(by_reference, by_critics) if lanes else (by_reference(), by_critics())
     return Measured(old, reference, ops.kl_k1(full, reference) * rollout.by_policy, values)
 
 

@@ -5,7 +5,7 @@ won, every part does what it did before.
 """
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from rlgf.lanes import loans
+
 LEAST_PRODUCT = 2**22  # multiplications of a product from which on the other library is asked: below, the way there costs more
+LEAST_LENT = 2**21  # elements of a weight from which on its gradient may be left to another lane
 
 
 @cache
@@ -56,11 +59,20 @@ class _Product(torch.autograd.Function):
             for_states = product(gradient, weight if ctx.layer.CONV else weight.t()).to(ctx.read_as)
         flat, rows = gradient.flatten(0, -2), states.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            for_weight = (rows.t() @ flat if ctx.layer.CONV else flat.t() @ rows).float()
+            lent = loans() if weight.numel() >= LEAST_LENT else None
+            if lent is None:
+                for_weight = _for_weight(flat, rows, ctx.layer.CONV)
+            else:
+                lent.lend(ctx.layer.weight, partial(_for_weight, flat, rows, ctx.layer.CONV))
             ctx.layer.in_bf16 = None  # an optimizer is about to change the weight, and a fused one does not count as a version
         if ctx.needs_input_grad[2]:
             for_bias = flat.sum(0).float()  # summed in fp32 inside and rounded once, as autocast has it
         return for_states, for_weight, for_bias, None, None
+
+
+def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
+    """The gradient of a weight, of that of the product [rows, out] and of what was multiplied [rows, in]."""
+    return (states.t() @ gradient if conv else gradient.t() @ states).float()
 
 
 def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:

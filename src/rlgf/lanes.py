@@ -1,19 +1,79 @@
 """Two tasks at the same time on a CPU, each with half of its cores.
 
 A model of a few million parameters cannot keep all cores busy: between its products lies work that one core does. Two models
-that share nothing fill each other's gaps.
+that share nothing fill each other's gaps. What the first one lends out, the second one does when it is done with its own.
 """
 
+import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch import Tensor, nn
 
 from rlgf.processes import several
 
 S = TypeVar("S")
 T = TypeVar("T")
+
+
+class Loans:
+    """Gradients of parameters that nobody waits for, computed by whoever has the time, always in the order they were lent in.
+
+    At most one waits and one is being computed, so that little is kept in memory.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[nn.Parameter, Callable[[], Tensor]]] = deque()
+        self._computing, self._news, self._closed = threading.Lock(), threading.Condition(), False
+        self._sums: dict[nn.Parameter, Tensor] = {}
+
+    def lend(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+        """Let somebody compute a gradient of a parameter; it is added to its own by `settle`."""
+        self.work()
+        with self._news:
+            self._waiting.append((parameter, compute))
+            self._news.notify()
+
+    def work(self) -> None:
+        """Compute what waits."""
+        with self._computing:  # whoever comes second waits, so that sums have one order
+            while self._waiting:
+                parameter, compute = self._waiting.popleft()
+                gradient = compute()
+                known = self._sums.get(parameter)
+                self._sums[parameter] = gradient if known is None else known.add_(gradient)
+
+    def work_until_closed(self) -> None:
+        """Compute whatever is lent until nothing more will be."""
+        while True:
+            self.work()
+            with self._news:
+                if not self._waiting and not self._closed:
+                    self._news.wait()
+                if not self._waiting and self._closed:
+                    return
+
+    def close(self) -> None:
+        """Nothing more will be lent."""
+        with self._news:
+            self._closed = True
+            self._news.notify()
+
+    def settle(self) -> None:
+        """Add the gradients to those that the parameters have."""
+        for parameter, gradient in self._sums.items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+_mine = threading.local()
+
+
+def loans() -> Loans | None:
+    """To whom the task of this thread may lend gradients; None where nobody is beside it."""
+    return getattr(_mine, "loans", None)
 
 
 class Lanes:
@@ -30,16 +90,26 @@ class Lanes:
         threads = torch.get_num_threads()
         if threads < 2 or several():
             return first(), second()
+        lent = Loans()
 
         def beside() -> T:
             torch.set_num_threads(threads // 2)
-            return second()
+            result = second()
+            lent.work_until_closed()
+            return result
 
         waiting = self._beside.submit(beside)
         try:
             torch.set_num_threads(threads - threads // 2)
+            # with an odd number of threads it would matter who computes a gradient
+            _mine.loans = lent if threads % 2 == 0 else None
             result = first()
+            lent.work()
         finally:
+            _mine.loans = None
+            lent.close()
             waiting.exception()  # the other one ends before anybody goes on
             torch.set_num_threads(threads)
-        return result, waiting.result()
+        beside_result = waiting.result()
+        lent.settle()
+        return result, beside_result

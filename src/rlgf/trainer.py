@@ -128,7 +128,7 @@ class Trainer:
             scoring = beside.submit(self._score, rollout)
             if shares_weights(parts.reward):
                 wait([scoring])
-            measured = measure(rollout, shares, parts.models, self.reading)
+            measured = measure(rollout, shares, parts.models, self.reading, self.updater.lanes)
             scores, terms = scoring.result()
         rewards = self.shaper.shape(scores, rollout.prompts, rollout.finished.tolist())
         experience = appraise(

@@ -128,26 +128,24 @@ class Updater:
 
     def _step(self, experience: Experience, members: Tensor, iteration: int, done: int) -> dict[str, float]:
         """One optimizer step of everything on the texts `members`, after `done` steps of the same iteration."""
-        learns = iteration >= self.critic.warmup_iterations
+        learns, ppo = iteration >= self.critic.warmup_iterations, self.reading.ppo
         step = iteration * self.steps_per_iteration + done
+        factor = learning_rate_factor(ppo.schedule, step, ppo.iterations * self.steps_per_iteration)
         policy = partial(self._policy_gradients, experience, members, step, learns)
-        critics = partial(self._critic_gradients, experience, members)
+        critic_rate = self.critic.learning_rate * factor
+
+        def critics() -> dict[str, float]:
+            gradients = self._critic_gradients(experience, members)
+            return gradients | self._descend_critics(critic_rate) if done else gradients  # nobody moves before the first check
+
         (stats, policy_moved), valued = self.lanes.run(policy, critics) if self.lanes else (policy(), critics())
         ratio_error = stats.pop("ratio_error")
         if done == 0:
             self._check_first_ratio(ratio_error)
-            stats["first_ratio_error"] = ratio_error
-        stats |= valued
-        ppo = self.reading.ppo
-        horizon = ppo.iterations * self.steps_per_iteration
-        factor = learning_rate_factor(ppo.schedule, step, horizon)
+            valued |= {"first_ratio_error": ratio_error, **self._descend_critics(critic_rate)}
         if policy_moved:
             stats["policy_gradient_norm"] = _descend(self.policy_optimizer, ppo.learning_rate * factor, ppo.max_gradient_norm)
-        for optimizer in self.critic_optimizers.values():
-            norm = _descend(optimizer, self.critic.learning_rate * factor, ppo.max_gradient_norm)
-            stats["critic_gradient_norm"] = max(norm, stats.get("critic_gradient_norm", 0.0))
-        stats["learning_rate"] = ppo.learning_rate * factor
-        return stats
+        return {**stats, **valued, "learning_rate": ppo.learning_rate * factor}
 
     def _check_first_ratio(self, error: float) -> None:
         if self.reading.ppo.check_first_ratio and error > FIRST_RATIO_TOLERANCE:
@@ -242,6 +240,11 @@ class Updater:
                 loss = self._value_loss(experience, members[local], columns, values, weights[batch.places], sums)
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return sums
+
+    def _descend_critics(self, learning_rate: float) -> dict[str, float]:
+        """A step of each critic with an optimizer of its own; the largest norm of their gradients."""
+        norms = [_descend(o, learning_rate, self.reading.ppo.max_gradient_norm) for o in self.critic_optimizers.values()]
+        return {"critic_gradient_norm": max(norms)} if norms else {}
 
     def _value_loss(
         self,
