@@ -5,7 +5,9 @@ won, every part does what it did before.
 """
 
 import math
+import platform
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,24 +23,41 @@ LEAST_LENT = 2**21  # elements of a weight from which on its gradient may be lef
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN multiplies matrices faster than the default library: with AVX-512, by a tenth on AMD's processors."""
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    """Whether oneDNN multiplies matrices in fp32 faster than the default library: with AVX-512 on AMD's processors, by a tenth.
+
+    That library is Intel's: on Intel's processors it is the faster one, and layers that need no Python backward beside it.
+    """
+    able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return able and not made_by_intel()
+
+
+@cache
+def made_by_intel() -> bool:
+    """Whether the processor is Intel's, as far as the system says."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = platform.processor()
+    return "GenuineIntel" in told
 
 
 @cache
 def multiplies_bf16() -> bool:
     """Whether the processor has instructions for bf16; without them such products are far slower than those of fp32."""
     known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(ask is not None and ask() for ask in known)
+    return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in known)
 
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by oneDNN."""
+    """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by the library that is the faster one."""
+    if states.dtype == torch.float32 and not prefers_onednn():
+        return nn.functional.linear(states, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):
-    """The same with a gradient. That of the weight is left to the default library, which is the faster one there.
+    """The same with a gradient. That of the weight is left to the default library, which is the faster one there; that of a
+    large weight is lent out where another lane may have the time.
 
     Where `used` is the weight in bf16, all products are in bf16, as autocast has them, and the gradients of parameters in fp32.
     """
@@ -76,14 +95,18 @@ def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
 
 
 def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
-    """In which precision oneDNN is to multiply; None: the product is small, or is neither in fp32 nor in autocast's bf16."""
+    """In which precision `_Product` is to multiply.
+
+    None, as it is anyway: where nothing is won, and where it is neither in fp32 nor in autocast's bf16.
+    """
     multiplications = states.numel() * weight.numel() // states.shape[-1]
     if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < LEAST_PRODUCT:
         return None
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
-    return states.dtype if states.dtype == torch.float32 else None
+    lends = loans() is not None and weight.numel() >= LEAST_LENT
+    return states.dtype if states.dtype == torch.float32 and (prefers_onednn() or lends) else None
 
 
 class _Fast(nn.Module):
@@ -93,7 +116,7 @@ class _Fast(nn.Module):
     in_bf16: tuple[int, Tensor] | None = None  # the version of the weight that was cast, and what came of it
 
     def multiply(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The layer's result by oneDNN, None where that is not to be asked."""
+        """The layer's result by `_Product`, None where that is not to be asked."""
         way = _way(states, weight)
         if way is None:
             return None
@@ -111,7 +134,7 @@ class _Fast(nn.Module):
 
 
 class FastLinear(nn.Linear, _Fast):
-    """`nn.Linear` by oneDNN where that is faster."""
+    """`nn.Linear`, faster where it can be."""
 
     CONV = False
 
@@ -122,7 +145,7 @@ class FastLinear(nn.Linear, _Fast):
 
 
 class FastConv1D(Conv1D, _Fast):
-    """GPT-2's linear layer, its weight the other way round, by oneDNN where that is faster."""
+    """GPT-2's linear layer, its weight the other way round, faster where it can be."""
 
     CONV = True
 
@@ -216,5 +239,5 @@ def speed_up(model: nn.Module) -> None:
                 setattr(module, name, TanhGELU())
             elif type(child).__name__ in RMS_NORMS and hasattr(child, "variance_epsilon"):
                 child.__class__ = _with_fast_norm(type(child))
-            elif prefers_onednn() and type(child) in REPLACEMENTS:
+            elif type(child) in REPLACEMENTS:
                 child.__class__ = REPLACEMENTS[type(child)]
