@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from helpers import config_of, tiny_trainer
-from rlgf import lanes
+from rlgf import kernels, lanes
 from rlgf.algorithms import d2lols, ppo
-from rlgf.lanes import Lanes
+from rlgf.experience import measure
+from rlgf.lanes import Lanes, Loans, loans
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +75,120 @@ def test_side_by_side_learns_what_one_after_the_other_does(algorithm: Any):
 @pytest.mark.parametrize("change", [{"critic__kind": "trunk"}, {"ppo__dropout": True}])
 def test_who_shares_a_trunk_or_the_draws_of_dropout_learns_one_after_the_other(change: dict[str, Any]):
     assert tiny_trainer(ppo(), config_of(**change)).updater.lanes is None
+
+
+def test_what_is_lent_is_computed_by_the_lane_that_is_done_and_summed_in_its_order():
+    parameter, other = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    other.grad = torch.ones(2)
+    computed, begun = list[tuple[str, int]](), threading.Event()
+
+    def gradient(value: float) -> torch.Tensor:
+        computed.append((threading.current_thread().name, torch.get_num_threads()))
+        begun.set()
+        return torch.full((2,), value)
+
+    def first() -> int:
+        lent = loans()
+        assert lent is not None
+        lent.lend(parameter, lambda: gradient(1e8))
+        assert begun.wait(20)  # by the other lane, which has nothing to do
+        for value in (1.0, -1e8):
+            lent.lend(parameter, lambda value=value: gradient(value))
+        lent.lend(other, lambda: gradient(3.0))
+        assert parameter.grad is None
+        return 1
+
+    assert Lanes().run(first, lambda: 2) == (1, 2)
+    assert loans() is None
+    assert computed[0][0].startswith("rlgf-lane")
+    assert {threads for _, threads in computed} == {1}
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [0.0, 0.0]  # (1e8 + 1) − 1e8 in fp32: the order in which they were lent
+    assert other.grad.tolist() == [4.0, 4.0]
+
+
+def test_a_busy_lane_leaves_what_is_lent_to_the_one_that_lends():
+    parameter, finished = torch.nn.Parameter(torch.zeros(1)), threading.Event()
+    computed: list[str] = []
+
+    def gradient() -> torch.Tensor:
+        computed.append(threading.current_thread().name)
+        return torch.ones(1)
+
+    def first() -> None:
+        lent = loans()
+        assert lent is not None
+        for _ in range(Loans.MOST + 1):
+            assert not computed
+            lent.lend(parameter, gradient)
+        assert computed == [threading.current_thread().name] * Loans.MOST  # before more would wait
+        finished.set()
+
+    Lanes().run(first, lambda: finished.wait(20))
+    assert len(computed) == 3
+    assert parameter.grad is not None
+    assert parameter.grad.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("where", ["first", "second", "lent"])
+def test_an_error_while_something_is_lent_leaves_no_lane_waiting(where: str):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+
+    def fail() -> torch.Tensor:
+        raise RuntimeError("here")
+
+    def first() -> None:
+        lent = loans()
+        assert lent is not None
+        lent.lend(parameter, fail if where == "lent" else lambda: torch.ones(1))
+        if where == "first":
+            fail()
+
+    runs = Lanes()
+    with pytest.raises(RuntimeError, match="here"):
+        runs.run(first, fail if where == "second" else lambda: None)
+    assert parameter.grad is None
+    assert loans() is None
+    assert runs.run(lambda: 1, lambda: 2) == (1, 2)
+
+
+def test_nothing_is_lent_where_it_would_matter_who_computes_or_nobody_is_beside():
+    assert loans() is None
+    torch.set_num_threads(3)
+    assert Lanes().run(loans, loans) == (None, None)
+    torch.set_num_threads(1)
+    assert Lanes().run(loans, loans) == (None, None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_lent_gradient_is_the_one_that_is_not(precision: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
+
+    def learnt(least: int) -> list[torch.Tensor]:
+        monkeypatch.setattr(kernels, "LEAST_LENT", least)
+        trainer = tiny_trainer(ppo(), config_of(runtime__precision=precision, ppo__old_log_probs="recompute"))
+        for iteration in range(2):
+            trainer.step(iteration)
+        return [value.detach().clone() for value in trainer.parts.models.policy.parameters()]
+
+    lent, own = learnt(0), learnt(2**40)
+    seen = list[int]()
+    plain = Loans.lend
+    monkeypatch.setattr(Loans, "lend", lambda self, *rest: (seen.append(1), plain(self, *rest))[1])
+    again = learnt(0)
+    assert seen  # every layer's, here
+    for one, other, third in zip(lent, own, again):
+        assert torch.equal(one, third)
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_reference_and_critic_read_side_by_side_what_they_read_one_after_the_other():
+    trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
+    assert trainer.updater.lanes is not None
+    rollout, parts = trainer.collect(0), trainer.parts
+    apart = measure(rollout, trainer.shares(0), parts.models, trainer.reading)
+    beside = measure(rollout, trainer.shares(0), parts.models, trainer.reading, trainer.updater.lanes)
+    torch.testing.assert_close(beside.reference_log_probs, apart.reference_log_probs)
+    assert beside.values.keys() == apart.values.keys()
+    for origin, values in apart.values.items():
+        torch.testing.assert_close(beside.values[origin], values)

@@ -22,8 +22,10 @@ T = TypeVar("T")
 class Loans:
     """Gradients of parameters that nobody waits for, computed by whoever has the time, always in the order they were lent in.
 
-    At most one waits and one is being computed, so that little is kept in memory.
+    Few wait at a time, so that little is kept in memory.
     """
+
+    MOST = 2
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[nn.Parameter, Callable[[], Tensor]]] = deque()
@@ -32,7 +34,8 @@ class Loans:
 
     def lend(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
         """Let somebody compute a gradient of a parameter; it is added to its own by `settle`."""
-        self.work()
+        if len(self._waiting) >= self.MOST:
+            self.work()
         with self._news:
             self._waiting.append((parameter, compute))
             self._news.notify()
