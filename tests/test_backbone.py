@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 
 from rlgf import adapters, models, reward_model
-from rlgf.config import Config, override
+from rlgf.config import AdapterConfig, Config, ModelConfig, override
 from rlgf.errors import UserError
 from rlgf.guides import ModelGuide
+from rlgf.models import load_language_model, new_language_model
 from rlgf.pipeline import evaluate_policy_at, prepare, silent, train
+from rlgf.preference_stage import preference_stage
 from rlgf.reward_model import RewardModel
+from rlgf.stages import train_tokenizer
 from test_pipeline import small
 
 
@@ -103,3 +106,123 @@ def test_a_reward_model_of_an_encoder_decoder_is_refused_before_any_work(tmp_pat
     with pytest.raises(UserError, match=r"start from the policy, an encoder–decoder.*give preferences\.path"):
         prepare(config, tmp_path / "stages")
     assert not list((tmp_path / "stages").glob("*sft*"))
+
+
+def an_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """An adapter of PEFT's own on a model, as another tool would save it: without a generation config."""
+    import peft
+
+    model: Any = load_language_model(str(base)).model
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True, **settings)).save_pretrained(
+        folder
+    )
+    load_language_model(str(base)).tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A small model of the embedded task's words, with two end tokens."""
+    model = prepare(small(), tmp_path / "stages").models.policy
+    model.model.generation_config.eos_token_id = [model.end_id, 7]
+    model.save(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_no_dropout_of_an_adapter_is_on_before_somebody_trains(base: Path, tmp_path: Path):
+    folder = an_adapter(base, tmp_path / "peft", lora_dropout=0.5)
+    model = load_language_model(str(base)).model
+    adapters.add(model, "new", AdapterConfig(rank=2, dropout=0.5), 0)
+    adapters.load(model, str(folder), "loaded")
+    adapters.copy_of(model, "new", "copied")
+    assert not [name for name, module in model.named_modules() if module.training]
+
+
+def test_an_adapter_beside_its_base_has_the_ends_that_it_has_alone(base: Path, tmp_path: Path):
+    folder = an_adapter(base, tmp_path / "peft")
+    alone, below = load_language_model(str(folder)), load_language_model(str(base))
+    beside = load_language_model(str(folder), beside=below)
+    assert beside.model is below.model
+    assert len(alone.end_ids) == 2
+    assert beside.end_ids == alone.end_ids == below.end_ids
+
+
+def test_an_adapter_that_brings_more_than_layers_has_a_model_of_its_own(base: Path, tmp_path: Path):
+    folder = an_adapter(base, tmp_path / "peft", modules_to_save=["ln_f"])
+    below = load_language_model(str(base))
+    assert load_language_model(str(folder), beside=below).model is not below.model
+    assert adapters.names(below.model) == []
+    changes = ("policy", str(folder)), ("adapter.rank", 2), ("critic.kind", "adapter")
+    with pytest.raises(UserError, match="not LoRA layers .* alone"):
+        prepare(small(*changes), tmp_path / "stages")
+
+
+def test_a_moved_run_finds_the_base_of_its_adapters(tmp_path: Path):
+    (tmp_path / "run" / "stages").mkdir(parents=True)
+    model = prepare(small(), tmp_path / "stages").models.policy
+    model.save(tmp_path / "run" / "stages" / "lm-1")
+    an_adapter(tmp_path / "run" / "stages" / "lm-1", tmp_path / "run" / "policy")
+    file = tmp_path / "run" / "policy" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(tmp_path / "run/stages/lm-1")}))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert adapters.base_of(str(tmp_path / "moved" / "policy")) == str(tmp_path / "moved" / "stages" / "lm-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([("policy", "{adapter}")], "critic.kind=separate is a whole model"),
+        ([("adapter.rank", 2), ("adapter.in_sft", True), ("model.path", "{base}"), ("guide.spec", "sft")], "critic.kind=separate is a whole model"),
+        ([("policy", "{adapter}"), ("critic.kind", "trunk"), ("critic.path", "{base}")], "holds no value_head"),
+        ([("critic.kind", "adapter"), ("adapter.rank", 2), ("critic.path", "{base}")], "holds no adapter"),
+        ([("reward.path", "{adapter}")], "holds an adapter of a language model"),
+        ([("judge.spec", "model:{adapter}")], "holds an adapter of a language model"),
+        ([("judge.spec", "model:{base}/nothing")], "no reward model can be loaded"),
+        ([("reward.weights", {"task": 1.0, "{base}/nothing": 1.0})], "no reward model can be loaded"),
+        ([("evaluation.best_of", 100_000)], "choose at most"),
+        ([("adapter.rank", 2), ("distil.texts", 4), ("distil.steps", 1)], "a distilled policy is a whole model"),
+        ([("policy", "{base}"), ("model.path", "{other}"), ("evaluation.output_perplexity", True)], "has another vocabulary"),
+    ],
+)  # fmt: skip
+def test_what_could_only_fail_later_is_refused_before_any_work(
+    changes: list[tuple[str, Any]], words: str, base: Path, tmp_path: Path
+):
+    folder = an_adapter(base, tmp_path / "peft")
+    new_language_model(ModelConfig(layers=1, width=8, heads=1), train_tokenizer(["other words"] * 9, 260), 0).save(
+        tmp_path / "other"
+    )
+    filled = {"{adapter}": str(folder), "{base}": str(base), "{other}": str(tmp_path / "other")}
+
+    def fill(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {fill(name): number for name, number in value.items()}
+        for name, path in filled.items():
+            value = value.replace(name, path) if isinstance(value, str) else value
+        return value
+
+    with pytest.raises(UserError, match=words):
+        prepare(small(*((name, fill(value)) for name, value in changes)), tmp_path / "work")
+    assert not list((tmp_path / "work").glob("*"))
+
+
+def test_targets_that_a_model_has_not_are_an_error_with_a_name(base: Path):
+    with pytest.raises(UserError, match=r"adapter\.targets are \['nowhere'\]"):
+        adapters.add(load_language_model(str(base)).model, "new", AdapterConfig(rank=2, targets=("nowhere",)), 0)
+
+
+def test_heads_are_not_taken_for_policies(tmp_path: Path):
+    config = on_adapters(tmp_path)
+    train(config, tmp_path / "run", tmp_path / "stages")
+    reward = next((tmp_path / "stages").glob("reward-*"))
+    for folder in (next((tmp_path / "run").glob("critic-*")), reward):
+        with pytest.raises(UserError, match="adapter of a critic or a reward model"):
+            load_language_model(str(folder))
+
+
+def test_a_reward_model_made_in_four_bits_is_another_one(tmp_path: Path):
+    def made(in_4bit: bool) -> str:
+        return preference_stage(on_adapters(tmp_path, ("adapter.load_in_4bit", in_4bit)), tmp_path / "stages", silent).name
+
+    with pytest.MonkeyPatch.context() as patch:
+        Loads(patch, tmp_path / "base")
+        assert made(True) != made(False)

@@ -224,7 +224,8 @@ def test_a_judge_without_anything_to_compare_with_is_refused_before_any_work(tmp
     rows = "".join(json.dumps({"prompt": f"about film {number}:"}) + "\n" for number in range(20))
     (tmp_path / "rows.jsonl").write_text(rows)
     config = override(recipe("prompts"), [
-        ("task.data", str(tmp_path / "rows.jsonl")), ("judge.spec", f"model:{tmp_path}"), ("lm.steps", 0), ("sft.epochs", 0.0),
+        ("task.data", str(tmp_path / "rows.jsonl")), ("judge.spec", "server:chat@http://127.0.0.1:9/v1"),
+        ("lm.steps", 0), ("sft.epochs", 0.0),
         ("reward.path", "repetition_penalty"), ("model.vocabulary", 300),
     ])  # fmt: skip
     with pytest.raises(UserError, match=r"no test prompt of task 'prompts' has one: leave out --judge"):

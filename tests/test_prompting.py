@@ -198,6 +198,7 @@ def test_what_opens_a_reply_is_no_part_of_what_is_said(tokenizer: Any):
     assert opened.content(ASKED[1:], "\n\nA joy.") == "\nA joy."
     assert opened.content(BEGUN, " great joy") == "It was a great joy"
     assert Chat(tokenizer, TEMPLATE).content(ASKED, "\nA joy.") == "A joy."  # another model's opening
+    assert Chat(tokenizer, TEMPLATE).content(ASKED, "    indented") == "    indented"
     thinking = TEMPLATE.replace("\n{{ message['content'] }}", "\n<think></think>{{ message['content'] }}")
     assert Chat(tokenizer, thinking).content(ASKED, "<think></think>A joy.") == "A joy."
 
@@ -211,3 +212,11 @@ def test_a_separator_stands_before_responses_that_begin_with_no_white_space(toke
         " A joy.", " A joy.", "\nA joy.", ""
     ]  # fmt: skip
     assert reader.response(talk, "A joy.") == "A joy."
+    (open_ended,) = reader(["How was it?\n"], ["row 1"])
+    assert open_ended is not None
+    assert reader.response(open_ended, "A joy.") == "A joy."
+
+
+def test_a_template_that_wants_a_system_message_gets_one_in_trials(tokenizer: Any):
+    strict = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('say how to behave') }}{% endif %}" + OPENED
+    assert Chat(tokenizer, strict).reply(ASKED, "A joy.") == "\nA joy."

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -48,10 +49,23 @@ def base_of(path: str) -> str:
     need()
     from peft import PeftConfig
 
-    base = PeftConfig.from_pretrained(str(Path(path).expanduser())).base_model_name_or_path
+    folder = Path(path).expanduser()
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise UserError(f"{path}/adapter_config.json names no base model: set its base_model_name_or_path.")
+    if Path(base).is_absolute() and not Path(base).exists():  # a run was moved: its stages may have been, too
+        near = (place / Path(base).name for parent in folder.resolve().parents[:4] for place in (parent, parent / "stages"))
+        return str(next((place for place in near if place.is_dir()), base))
     return str(base)
+
+
+def has_layers_alone(path: str) -> bool:
+    """Whether the adapter in a folder is LoRA layers and nothing else, such as a head or embeddings of its own."""
+    file = Path(path).expanduser() / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    with safe_open(file, "pt") as kept:
+        return all(".lora_" in key for key in kept.keys())  # noqa: SIM118  # it is no mapping
 
 
 def rests_on(path: str, model: Any) -> bool:
@@ -89,9 +103,11 @@ def add(model: Any, name: str, config: AdapterConfig, seed: int) -> None:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), _meaning_several():
         torch.manual_seed(seed)
-        model.add_adapter(lora, name)
-    _forget_layers(model)
-    model.requires_grad_(False)
+        try:
+            model.add_adapter(lora, name)
+        except ValueError as error:
+            raise UserError(f"adapter.targets are {list(config.targets)}, which peft refuses ({error}): name others.") from None
+    _at_rest(model)
 
 
 @contextmanager
@@ -111,9 +127,8 @@ def _add_with(model: Any, name: str, settings: Any, values: Mapping[str, Tensor]
     settings.inference_mode = False
     with _meaning_several():
         model.add_adapter(settings, name)
-    _forget_layers(model)
     load_weights(model, name, values)
-    model.requires_grad_(False)
+    _at_rest(model)
 
 
 def load(model: Any, folder: str, name: str) -> None:
@@ -121,8 +136,13 @@ def load(model: Any, folder: str, name: str) -> None:
     need()
     with _meaning_several():
         model.load_adapter(str(Path(folder).expanduser()), adapter_name=name)
+    _at_rest(model)
+
+
+def _at_rest(model: Any) -> None:
+    """Nothing trained and no dropout until somebody asks for it; peft makes new parts as for training."""
     _forget_layers(model)
-    model.requires_grad_(False)
+    model.requires_grad_(False).eval()
 
 
 def load_layers(model: Any, folder: Path, name: str) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from rlgf.preference_stage import try_pairs
 from rlgf.preferences import Pairs, longer_rule
 from rlgf.randomness import Purpose, permutation
 from rlgf.refusals import check
-from rlgf.rewards import score
+from rlgf.rewards import check_names, score
 from rlgf.stages import tokenizer_for
 from rlgf.tasks import Task, TextFunction, task_kind
 from rlgf.tokens import Codec, decode
@@ -52,6 +52,7 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in task.notes.items()]
     findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.remarks.items()]
     findings += check_prompts(task, tokenizer)
+    check_names(config.reward.names)
     if "preferences" in config.reward.names:  # which is not trained for this
         return [*findings, *check_pairs(try_pairs(config, stages, report))]
     made = pipeline.make_rewards(override(config, [("judge.spec", None)]), stages, report)

@@ -156,8 +156,12 @@ def load_language_model(
     are shared.
     """
     adapted = adapters.is_adapter_folder(path)
-    if beside is not None and adapters.rests_on(path, beside.model):
+    if adapted:
+        refuse_other_heads(path)
+    shares = beside is not None and adapters.rests_on(path, beside.model)
+    if beside is not None and shares and (not adapted or adapters.has_layers_alone(path)):
         tokenizer, own = load_tokenizer(path), None
+        _check_vocabulary(tokenizer, beside.vocabulary, path)
         if adapted:
             adapters.load(beside.model, path, own := adapters.free_name(beside.model, name))
         return replace(beside, adapter=own, tokenizer=tokenizer, end_ids=load_end_ids(path, tokenizer))
@@ -169,6 +173,20 @@ def load_language_model(
         return loaded
     adapters.load(loaded.model, path, name)
     return replace(loaded, adapter=name)
+
+
+def refuse_other_heads(folder: str) -> None:
+    """Refuse the adapter of a critic or a reward model where one of a language model is wanted."""
+    if (Path(folder).expanduser() / VALUE_HEAD).is_file() or adapters.classifies(folder):
+        raise UserError(
+            f"{folder} holds the adapter of a critic or a reward model, which would lose its head in a language model: give "
+            "the folder of a policy."
+        )
+
+
+def _check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:
+    if len(tokenizer) > vocabulary:
+        raise UserError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
 
 
 def four_bits(device: str) -> dict[str, Any]:
@@ -186,8 +204,7 @@ def four_bits(device: str) -> dict[str, Any]:
 def bundle(model: Any, tokenizer: Any, name: str) -> LanguageModel:
     """Model and tokenizer with end tokens and context length worked out; raises where one is missing."""
     vocabulary = int(model.config.vocab_size)
-    if len(tokenizer) > vocabulary:
-        raise UserError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
+    _check_vocabulary(tokenizer, vocabulary, name)
     ends = _end_ids(tokenizer, model.generation_config, model.config, name)
     return LanguageModel(speed_up(model), tokenizer, ends, _context(model.config), vocabulary)
 
@@ -196,7 +213,7 @@ def load_end_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
     """The end tokens of a model, from its configs alone: what `load_language_model` will find."""
     config = _config(path)
     try:
-        generation: Any = GenerationConfig.from_pretrained(path)
+        generation: Any = GenerationConfig.from_pretrained(adapters.base_of(path) if adapters.is_adapter_folder(path) else path)
     except OSError:  # none is saved with it
         generation = None
     return _end_ids(tokenizer, generation, config, path)

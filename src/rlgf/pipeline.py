@@ -25,7 +25,6 @@ from rlgf.guides.tokenizing import Tokens, reach_by_tokens
 from rlgf.judge import ChatJudge, PairJudge, RewardJudge, judge_server, read_question, server_settings
 from rlgf.models import (
     POLICY_ADAPTER,
-    VALUE_HEAD,
     Critic,
     LanguageModel,
     context_length,
@@ -35,6 +34,7 @@ from rlgf.models import (
     load_tokenizer,
     new_adapter_critic,
     new_critic,
+    refuse_other_heads,
     use_kernels,
 )
 from rlgf.offload import park
@@ -43,8 +43,10 @@ from rlgf.preference_stage import preference_stage, try_pairs
 from rlgf.refusals import (
     cautions,
     check,
+    check_base,
     check_lengths,
     check_paths,
+    judge_names,
     needs_guide,
     probe_guide,
     require_finisher,
@@ -94,11 +96,11 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     check_finals(task, config)
     if "preferences" in (*config.reward.names, config.judge.spec):
         try_pairs(config, stages, report)
+    if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
+        raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     made = make_rewards(config, stages, report)  # before other models need memory
     reward = None if on_backbone(config, config.reward.names) else prepare_reward(config, task, made)
     judge = None if on_backbone(config, judge_names(config)) else prepare_judge(config, made, stages, report)
-    if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
-        raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     if reward is not None:
         probe_reward(reward, task.validation[:4])
     guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
@@ -191,11 +193,7 @@ def merge(folder: str, out: Path) -> None:
     """Write the model that an adapter makes of its base as a whole model of its own."""
     if not adapters.is_adapter_folder(folder):
         raise UserError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
-    if (Path(folder) / VALUE_HEAD).is_file() or adapters.classifies(folder):
-        raise UserError(
-            f"{folder} holds the adapter of a critic or a reward model, which would lose its head in a language model: give "
-            "the folder of a policy."
-        )
+    refuse_other_heads(folder)
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose another --out.")
     base = load_language_model(adapters.base_of(folder))
@@ -232,12 +230,6 @@ def on_backbone(config: Config, names: Sequence[str]) -> bool:
     """Whether any of these reward models may be one more adapter on the policy's weights, which therefore come first."""
     trained = "preferences" in names and config.preferences.lora_rank > 0
     return config.adapter.rank > 0 and (trained or any(adapters.is_adapter_folder(name) for name in names))
-
-
-def judge_names(config: Config) -> tuple[str, ...]:
-    """The reward model that judges, by the name it would have as a reward; none where nobody judges, or a chat model."""
-    spec = config.judge.spec or ""
-    return (spec.removeprefix("model:"),) if spec.startswith("model:") or spec == "preferences" else ()
 
 
 def make_rewards(config: Config, stages: Path, report: Report) -> dict[str, Path]:
@@ -419,6 +411,7 @@ def evaluate_policy_at(
             f"the policy '{policy}' has another vocabulary than the model that its texts are compared with (KL needs the same "
             "one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
         )
+    check_base(config, codec.tokenizer)
     task = prepare_prompts(config, codec.tokenizer, report)
     check_finals(task, config)
     start = sft_stage(config, stages, report)

@@ -51,14 +51,15 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
     if adapters.is_adapter_folder(start):  # an adapter of its own, on the weights that SFT's is on
         start = adapters.base_of(start)
     seed = (config.seed if settings.training.seed is None else settings.training.seed) + (1_000_003 if role == "judge" else 0)
+    in_4bit = config.adapter.load_in_4bit and settings.lora_rank > 0
     ingredients: Mapping[str, Any] = {
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
         "preferences": to_dict(settings), "pairs": source_fingerprint(settings.data), "task": task_source(config.task),
         "role": role if config.judge.spec == "preferences" else "alone", "seed": seed,
+        **({"in_4bit": True} if in_4bit else {}),
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
-        in_4bit = config.adapter.load_in_4bit and settings.lora_rank > 0
         reward = new_reward_model(start, settings, seed, config.runtime.device, in_4bit)
         pairs = preference_pairs(config, reward.tokenizer, role)
         if settings.training.texts:

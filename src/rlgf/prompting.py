@@ -72,17 +72,21 @@ class Chat:
         return opening + (text.strip() if trims else text)
 
     def content(self, messages: Sequence[Message], reply: str) -> str:
-        """What the assistant's message says with such a reply: that without its opening, be it another template's."""
+        """What the assistant's message says with such a reply: that without its opening, or the line ends of another's."""
         if messages[-1]["role"] == "assistant":
             return messages[-1]["content"] + reply
         opening = self._opening[0]
-        return reply.removeprefix(opening) if opening and reply.startswith(opening) else reply.lstrip()
+        return reply.removeprefix(opening) if opening and reply.startswith(opening) else reply.lstrip("\n")
 
     @cached_property
     def _opening(self) -> tuple[str, bool]:
         """What the template puts between the prompt and a reply, and whether it takes white space off the reply."""
         asked: list[Message] = [{"role": "user", "content": "?"}]
         where = "a trial of the chat template"
+        try:
+            self.prompt(asked, where)
+        except UserError:  # some want to be told how to behave
+            asked = [{"role": "system", "content": "?"}, *asked]
         before, found = self.prompt(asked, where), list[str]()
         for text in (PROBE, f"  {PROBE}"):
             whole = self.whole([*asked, {"role": "assistant", "content": text}], where)
@@ -151,7 +155,9 @@ class PromptReader:
 
     def response(self, prompt: Prompt, text: str) -> str:
         """A response as it stands behind its prompt."""
-        return self.chat.reply(prompt.messages, text) if prompt.messages else separated(self.separator, text)
+        if prompt.messages:
+            return self.chat.reply(prompt.messages, text)
+        return text if prompt.text[-1:].isspace() else separated(self.separator, text)
 
     def count(self, text: str) -> int:
         """Tokens of a text, with those that open and close it."""

@@ -1,11 +1,14 @@
 """What must be true of a config, its prompts and its guide before anything is trained, and what to change where it is not."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlgf import adapters
 from rlgf.algorithms import Algorithm
+from rlgf.best_of import MOST
 from rlgf.config import Config
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.guides import FunctionGuide, Guide, Request, ask
@@ -13,9 +16,10 @@ from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import guide_model_path
 from rlgf.guides.server import parse_spec
 from rlgf.judge import judge_server, read_question
-from rlgf.models import context_length, load_tokenizer
+from rlgf.models import VALUE_HEAD, context_length, four_bits, load_tokenizer, refuse_other_heads
 from rlgf.plugins import load_object
 from rlgf.preference_stage import check_preferences
+from rlgf.rewards import check_names
 from rlgf.stages import guide_task
 from rlgf.tasks import Task, task_kind
 from rlgf.tasks.base import task_options
@@ -57,16 +61,26 @@ def check(config: Config) -> Algorithm:
     except RuntimeError:
         raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
     _check_offload(config)
-    _check_base(config)
+    _check_adapters(config)
+    if config.evaluation.best_of > MOST:
+        raise UserError(f"evaluation.best_of is {config.evaluation.best_of}: choose at most {MOST:,}.")
     if config.adapter.load_in_4bit and torch.device(config.runtime.device).type == "cpu":
         raise UserError(  # bitsandbytes packs weights for inference there, and no gradient passes through them
             "adapter.load_in_4bit needs a GPU, as bitsandbytes computes no gradients on a CPU: set runtime.device=cuda."
         )
+    if config.adapter.load_in_4bit:
+        four_bits(config.runtime.device)
     return algorithm
 
 
-def _check_base(config: Config) -> None:
-    """Refuse to train adapters on weights that are drawn at random and stored nowhere."""
+def _check_adapters(config: Config) -> None:
+    """Refuse adapters without their library, on weights that are stored nowhere, and beside a policy that is trained whole."""
+    pairs = "preferences" in (*config.reward.names, config.judge.spec) and config.preferences.lora_rank > 0
+    if config.adapter.rank or pairs:
+        adapters.need()
+    given = config.policy is not None and adapters.is_adapter_folder(config.policy)
+    if config.distil.texts and config.adapter.rank and not config.adapter.in_sft and not given:
+        raise UserError("a distilled policy is a whole model here, and adapters share one: set adapter.in_sft=true.")
     shapes = [("model", config.model)] if not config.policy else []
     shapes += [("guide.model", config.guide.model)] if config.guide.spec == "trained" else []
     for name, shape in shapes:
@@ -138,8 +152,59 @@ def check_paths(config: Config, tokenizer: Any, context: int) -> None:
         _check_guide_model(path, load_tokenizer(path), context_length(path), tokenizer, context)
     if config.guide.spec == "trained" and config.guide.model.path is None:
         _check_guide_model("trained", tokenizer, config.guide.model.context, tokenizer, context)
-    if config.critic.path is not None and config.critic.kind == "separate":
-        context_length(config.critic.path)
+    check_names((*config.reward.names, *judge_names(config)))
+    check_base(config, tokenizer)
+    _check_critic(config)
+    policy = config.policy
+    if policy is not None and adapters.is_adapter_folder(policy):
+        refuse_other_heads(policy)
+        if not adapters.has_layers_alone(policy):
+            raise UserError(
+                f"the adapter in {policy} is not LoRA layers in adapter_model.safetensors alone (but has a head of its own, say) "
+                "and cannot be trained on here: make it a whole model with `rlgf merge`, and give that."
+            )
+
+
+def judge_names(config: Config) -> tuple[str, ...]:
+    """The reward model that judges, by the name it would have as a reward; none where nobody judges, or a chat model."""
+    spec = config.judge.spec or ""
+    return (spec.removeprefix("model:"),) if spec.startswith("model:") or spec == "preferences" else ()
+
+
+def check_base(config: Config, tokenizer: Any) -> None:
+    """Refuse to read the policy's tokens with a model before SFT that has others."""
+    wanted = config.evaluation.output_perplexity or "zero_shot" in config.evaluation.baselines
+    path = config.model.path
+    if not (wanted and config.policy and path):
+        return
+    known = load_tokenizer(path).get_vocab()
+    if not tokenizer.get_vocab().items() <= known.items():
+        raise UserError(
+            f"model.path '{path}', the model before SFT, has another vocabulary than the policy '{config.policy}': give the "
+            "policy's own base, or set evaluation.output_perplexity=false and leave zero_shot out of evaluation.baselines."
+        )
+
+
+def _check_critic(config: Config) -> None:
+    """Refuse critics that cannot begin as they are asked to."""
+    critic, policy = config.critic, config.policy
+    if critic.path is not None:
+        folder = Path(critic.path).expanduser()
+        if critic.kind == "separate":
+            context_length(critic.path)
+        elif critic.kind == "adapter" and not adapters.is_adapter_folder(critic.path):
+            raise UserError(
+                f"critic.path '{critic.path}' holds no adapter, which critic.kind=adapter needs: use critic.kind=separate."
+            )
+        elif critic.kind == "trunk" and not (folder / VALUE_HEAD).is_file():
+            raise UserError(f"critic.path '{critic.path}' holds no {VALUE_HEAD}: give the folder of a critic.")
+        return
+    trained = not policy and config.adapter.in_sft and bool(config.sft.steps or config.sft.epochs)
+    if critic.kind == "separate" and (trained or (policy is not None and adapters.is_adapter_folder(policy))):
+        raise UserError(
+            "critic.kind=separate is a whole model that begins as the policy, and the policy is an adapter: set "
+            "critic.kind=adapter or trunk, or name a whole model with critic.path."
+        )
 
 
 def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer: Any, policy_context: int) -> None:

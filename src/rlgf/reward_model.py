@@ -197,7 +197,7 @@ def _behind(rows: Sequence[Sequence[int]], lengths: Tensor) -> tuple[Tensor, Ten
 def is_reward_model(path: str) -> bool:
     """Whether a Hub name or folder holds a sequence classifier of one label, or adapters for one, from its config alone."""
     if adapters.is_adapter_folder(path):
-        return True
+        return adapters.classifies(path)
     config = from_pretrained(AutoConfig, path, "reward model")
     classifies = any("SequenceClassification" in str(name) for name in config.architectures or [])
     return classifies and int(config.num_labels) == 1
@@ -210,6 +210,8 @@ def load_reward_model(
 
     Adapters are put on the `backbone`, where they were trained for its base weights; otherwise merged into a copy of theirs.
     """
+    if adapters.is_adapter_folder(path) and not adapters.classifies(path):
+        raise UserError(f"'{path}' holds an adapter of a language model: give the folder of a reward model.")
     if backbone is not None and adapters.is_adapter_folder(path) and adapters.rests_on(path, backbone.model):
         return _on_backbone(Path(path).expanduser(), backbone, token_budget, precision)
     if adapters.is_adapter_folder(path):
@@ -312,7 +314,11 @@ def _with_adapters(model: Any, config: PreferenceConfig) -> Any:
         target_modules=list(config.lora_modules) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
-    return get_peft_model(model, lora)
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        modules = list(config.lora_modules)
+        raise UserError(f"preferences.lora_modules are {modules}, which peft refuses ({error}): name others.") from None
 
 
 def train_reward_model(

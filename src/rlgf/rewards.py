@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from rlgf import adapters
 from rlgf.config import RewardConfig
 from rlgf.errors import RunError, UserError, unknown
 from rlgf.models import LanguageModel, from_pretrained, load_tokenizer
@@ -67,6 +68,7 @@ def build_reward(
     `made` has the folders of the stages that 'ngram' and 'preferences' stand for, where they are asked for; a reward model
     that is an adapter goes onto the weights of `backbone`, where it was trained for them.
     """
+    check_names(config.names)
     load = partial(load_reward_model, device=device, backbone=backbone)
     if config.weights:
         parts = {name: (weight, _build(name, config, task, made, load)) for name, weight in config.weights.items()}
@@ -90,17 +92,27 @@ def _build(
     if path in TEXT_FUNCTIONS:
         return build_text_function(path, task.train, config.options.get(path))
     folder = made.get(path) or Path(path).expanduser()
-    if path not in made and not folder.exists() and difflib.get_close_matches(path, TEXT_FUNCTIONS, n=1, cutoff=0.8):
-        raise unknown("reward", path, TEXT_FUNCTIONS)
     judge: TextFunction
     place = str(made.get(path, path))
     if (folder / "ngram.json").is_file():
         judge = NgramClassifier.load(folder)
-    elif is_reward_model(place):
+    elif adapters.is_adapter_folder(place) or is_reward_model(place):
         return load(place)
     else:
         judge = SequenceClassifier(place)
     return whole_text(judge) if task.whole_text else judge
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse rewards that there are not, from their configs alone; those that are trained here come later."""
+    for name in names:
+        if name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS or name.startswith("python:"):
+            continue
+        folder = Path(name).expanduser()
+        if not folder.exists() and difflib.get_close_matches(name, TEXT_FUNCTIONS, n=1, cutoff=0.8):
+            raise unknown("reward", name, TEXT_FUNCTIONS)
+        if not (folder / "ngram.json").is_file() and not is_reward_model(name) and adapters.is_adapter_folder(name):
+            raise UserError(f"'{name}' holds an adapter of a language model: give the folder of a reward model.")
 
 
 def with_what_it_reads(function: Callable[..., Any]) -> TextFunction:

@@ -383,18 +383,18 @@ def reward_stage(config: Config, stages: Path, report: Report, at: Path | None =
 def distil_stage(config: Config, start: str, write: Callable[[int], list[Example]], stages: Path, report: Report) -> Path:
     """The policy fine-tuned on `distil.texts` texts that the guide writes (`write`)."""
     seed = config.seed if config.distil.seed is None else config.distil.seed
+    in_4bit = config.adapter.load_in_4bit and (config.adapter.in_sft or adapters.is_adapter_folder(start))
     ingredients = {
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
         "guide": guide_writing(config.guide),
         "guide_files": source_fingerprint(guide_model_path(config.guide.spec) or without_address(config.guide.spec)),
         "distil": to_dict(config.distil), "seed": seed, "texts_seed": config.seed, "task": task_source(config.task),
         "budget": [config.task.min_new_tokens, config.task.max_new_tokens], **_adapter_ingredients(config),
+        **({"in_4bit": True} if in_4bit else {}),
     }  # fmt: skip
 
     def build(folder: Path) -> dict[str, float]:
-        adapted = config.adapter.in_sft or adapters.is_adapter_folder(start)
-        whole = load_language_model(start, config.runtime.device, config.adapter.load_in_4bit and adapted)
-        model = with_adapter(config, whole, seed)
+        model = with_adapter(config, load_language_model(start, config.runtime.device, in_4bit), seed)
         measured = fit(model, write(config.distil.texts), config.distil, seed, config.runtime.micro_batch_tokens, report)
         model.save(folder)
         return measured
