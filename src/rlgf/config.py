@@ -96,7 +96,7 @@ class PreferenceConfig:
     """A reward model trained here on pairs of responses of which people preferred one (reward.path: 'preferences')."""
 
     data: str | None = None  # pairs as a Hub name, folder or file; None: the task's own
-    path: str | None = None  # where it starts, a Hub name or folder; None: the policy's starting point
+    path: str | None = None  # a whole model to start from, Hub name or folder; None: the policy's starting point
     training: SupervisedConfig = SupervisedConfig(epochs=1.0, learning_rate=1e-5)  # texts: pairs at most
     lora_rank: int = 0  # of LoRA adapters; 0: all weights are trained
     lora_alpha: int = 32

@@ -23,6 +23,11 @@ def check_preferences(config: Config) -> None:
         raise UserError(
             f"task '{config.task.name}' has no preference pairs: give preferences.data with a file, folder or Hub name."
         )
+    start = config.preferences.path
+    if start is not None and adapters.is_adapter_folder(start):
+        raise UserError(
+            f"preferences.path '{start}' holds adapters, and a reward model starts from a whole model: give the one they are on."
+        )
     if not (training.steps or training.epochs):
         raise UserError("preferences.training.steps and preferences.training.epochs are 0: set one of them.")
 
