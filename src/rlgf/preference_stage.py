@@ -26,7 +26,7 @@ def check_preferences(config: Config) -> None:
     start = config.preferences.path
     if start is not None and adapters.is_adapter_folder(start):
         raise UserError(
-            f"preferences.path '{start}' holds adapters, and a reward model starts from a whole model: give the one they are on."
+            f"preferences.path '{start}' holds adapters, and a reward model starts from a whole model: give the one below them."
         )
     if not (training.steps or training.epochs):
         raise UserError("preferences.training.steps and preferences.training.epochs are 0: set one of them.")
