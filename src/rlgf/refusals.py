@@ -160,8 +160,8 @@ def check_paths(config: Config, tokenizer: Any, context: int) -> None:
         refuse_other_heads(policy)
         if not adapters.has_layers_alone(policy):
             raise UserError(
-                f"the adapter in {policy} is not only LoRA layers in adapter_model.safetensors and cannot be trained on here: make "
-                "it a whole model with `rlgf merge`, and give that."
+                f"the adapter in {policy} is not only LoRA layers in adapter_model.safetensors and cannot be trained on "
+                "here: make it a whole model with `rlgf merge`, and give that."
             )
 
 
