@@ -245,7 +245,7 @@ def test_the_thousand_recorded_answers_of_a_judge_give_640_to_360(shared_data: P
     with FaultServer(writer=answer) as server:
         spec = f"server:fault-model@{server.url}"
         config = override(tldr_small(), [("judge", {"spec": spec, "order": order})])
-        judge = prepare_judge(config, tmp_path, lambda line: None)
+        judge = prepare_judge(config, {}, tmp_path, lambda line: None)
         assert judge is not None
         found = win_rate(judge, prompts, [row["openai_ppo_1b"] for row in rows])
         asked = server.asked
@@ -272,7 +272,7 @@ def test_a_chat_judge_counts_what_it_cannot_read_and_asks_again_where_the_server
         config = override(
             tldr_small(), [("judge", {"spec": f"server:fault-model@{server.url}", "retry_seconds": 0.0, "answer_tokens": 99})]
         )
-        judge = prepare_judge(config, tmp_path, lambda line: None)
+        judge = prepare_judge(config, {}, tmp_path, lambda line: None)
         assert judge is not None
         assert judge.name == "chat model fault-model, order random"
         found = win_rate(judge, prompts, texts)
