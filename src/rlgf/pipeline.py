@@ -257,7 +257,11 @@ def prepare_judge(
         template = read_question(judge.template)
         settings = server_settings(judge, template)
         cache = AnswerCache(Path(judge.cache) if judge.cache else stages / "judge-answers.sqlite")
-        guide = RemoteGuide(Server(spec, settings, "none", report), settings, cache, report)
+
+        def tell(line: str) -> None:  # who asks a server calls itself the guide
+            report(line.replace("guide:", "judge:", 1))
+
+        guide = RemoteGuide(Server(spec, settings, "none", tell), settings, cache, tell)
         name = f"chat model {judge_server(spec)[0]}, order {judge.order}"
         return ChatJudge(guide, name, template, judge.order, judge.answer_tokens, judge.seed)
     if spec == "preferences":
