@@ -375,6 +375,12 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
     return Critic(Trunk(model), int(model.config.hidden_size), initial_value).with_head_of(path).to(policy.device)
 
 
+def require_critic_adapter(path: str) -> None:
+    """Refuse a `critic.path` that holds no adapter where one is needed."""
+    if not adapters.is_adapter_folder(path):
+        raise UserError(f"critic.path '{path}' holds no adapter, which critic.kind=adapter needs: use critic.kind=separate.")
+
+
 def new_adapter_critic(
     name: str, policy: LanguageModel, initial_value: float, config: AdapterConfig, seed: int, path: str | None = None
 ) -> Critic:
@@ -383,10 +389,7 @@ def new_adapter_critic(
     A new one begins as the adapter that SFT left, where there is one.
     """
     if path is not None:
-        if not adapters.is_adapter_folder(path):
-            raise UserError(
-                f"critic.path '{path}' holds no adapter, which critic.kind=adapter needs: use critic.kind=separate."
-            )
+        require_critic_adapter(path)
         adapters.load(policy.model, path, name)
     elif SFT in adapters.names(policy.model):
         adapters.copy_of(policy.model, SFT, name)

@@ -179,8 +179,6 @@ def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_
     """The policy as a new adapter on the reference's weights; it begins as what SFT (or a distillation) left."""
     model = reference.model
     if policy_path != start:
-        if not adapters.is_adapter_folder(policy_path):
-            raise UserError("a distilled policy is a whole model here, and adapters share one: set adapter.in_sft=true.")
         adapters.load(model, policy_path, POLICY_ADAPTER)
     elif reference.adapter is not None:
         adapters.copy_of(model, reference.adapter, POLICY_ADAPTER)

@@ -16,7 +16,7 @@ from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import guide_model_path
 from rlgf.guides.server import parse_spec
 from rlgf.judge import judge_server, read_question
-from rlgf.models import VALUE_HEAD, context_length, four_bits, load_tokenizer, refuse_other_heads
+from rlgf.models import VALUE_HEAD, context_length, four_bits, load_tokenizer, refuse_other_heads, require_critic_adapter
 from rlgf.plugins import load_object
 from rlgf.preference_stage import check_preferences
 from rlgf.rewards import check_names
@@ -192,10 +192,8 @@ def _check_critic(config: Config) -> None:
         folder = Path(critic.path).expanduser()
         if critic.kind == "separate":
             context_length(critic.path)
-        elif critic.kind == "adapter" and not adapters.is_adapter_folder(critic.path):
-            raise UserError(
-                f"critic.path '{critic.path}' holds no adapter, which critic.kind=adapter needs: use critic.kind=separate."
-            )
+        elif critic.kind == "adapter":
+            require_critic_adapter(critic.path)
         elif critic.kind == "trunk" and not (folder / VALUE_HEAD).is_file():
             raise UserError(f"critic.path '{critic.path}' holds no {VALUE_HEAD}: give the folder of a critic.")
         return

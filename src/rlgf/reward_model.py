@@ -203,6 +203,12 @@ def is_reward_model(path: str) -> bool:
     return classifies and int(config.num_labels) == 1
 
 
+def refuse_language_models(path: str) -> None:
+    """Refuse an adapter that has no head of a reward model: one would be drawn at random."""
+    if adapters.is_adapter_folder(path) and not adapters.classifies(path):
+        raise UserError(f"'{path}' holds an adapter of a language model: give the folder of a reward model.")
+
+
 def load_reward_model(
     path: str, device: str = "cpu", token_budget: int = 2048, precision: str = "fp32", backbone: LanguageModel | None = None
 ) -> RewardModel:
@@ -210,8 +216,7 @@ def load_reward_model(
 
     Adapters are put on the `backbone`, where they were trained for its base weights; otherwise merged into a copy of theirs.
     """
-    if adapters.is_adapter_folder(path) and not adapters.classifies(path):
-        raise UserError(f"'{path}' holds an adapter of a language model: give the folder of a reward model.")
+    refuse_language_models(path)
     if backbone is not None and adapters.is_adapter_folder(path) and adapters.rests_on(path, backbone.model):
         return _on_backbone(Path(path).expanduser(), backbone, token_budget, precision)
     if adapters.is_adapter_folder(path):

@@ -17,7 +17,7 @@ from rlgf.errors import RunError, UserError, unknown
 from rlgf.models import LanguageModel, from_pretrained, load_tokenizer
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
-from rlgf.reward_model import RewardModel, Shared, is_reward_model, load_reward_model
+from rlgf.reward_model import RewardModel, Shared, is_reward_model, load_reward_model, refuse_language_models
 from rlgf.scoring.functions import TEXT_FUNCTIONS, Sum, build_text_function
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
@@ -111,8 +111,9 @@ def check_names(names: Sequence[str]) -> None:
         folder = Path(name).expanduser()
         if not folder.exists() and difflib.get_close_matches(name, TEXT_FUNCTIONS, n=1, cutoff=0.8):
             raise unknown("reward", name, TEXT_FUNCTIONS)
-        if not (folder / "ngram.json").is_file() and not is_reward_model(name) and adapters.is_adapter_folder(name):
-            raise UserError(f"'{name}' holds an adapter of a language model: give the folder of a reward model.")
+        refuse_language_models(name)
+        if not (folder / "ngram.json").is_file():
+            is_reward_model(name)  # which reads its config
 
 
 def with_what_it_reads(function: Callable[..., Any]) -> TextFunction:
