@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -244,16 +245,36 @@ class Terminal:
         """Read on until these words are shown."""
         end = time.monotonic() + 60
         while words not in self.shown:
-            assert time.monotonic() < end, self.shown
+            if not select.select([self.ours], [], [], max(0.0, end - time.monotonic()))[0]:
+                os.kill(self.process, signal.SIGKILL)
+                pytest.fail(f"{words!r} is not shown, but {self.shown!r}")
             self.shown += os.read(self.ours, 4096).decode()
         self.shown = self.shown.partition(words)[2]
 
     def type(self, line: str) -> None:
         os.write(self.ours, line.encode() + b"\n")
 
-    def leave(self, how: int) -> int:
-        os.kill(self.process, how)
-        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+    def interrupt(self) -> int:
+        """Press Ctrl-C and wait for the end: once more where nothing comes of it, as a person does.
+
+        `input` of CPython loses one that comes between its last look at signals and its read (3 of 3,000 here).
+        """
+        for _ in range(4):
+            os.kill(self.process, signal.SIGINT)
+            if (code := self.ended(15)) is not None:
+                return code
+        os.kill(self.process, signal.SIGKILL)
+        pytest.fail(f"four interrupts did not end it: {self.shown!r}")
+
+    def ended(self, seconds: float) -> int | None:
+        """The exit code; none where it has not ended within these seconds."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            process, status = os.waitpid(self.process, os.WNOHANG)
+            if process:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.02)
+        return None
 
 
 def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages: Path) -> None:
@@ -278,12 +299,13 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
     terminal.until("[1/2]")
     terminal.type("superb cast superb cast")
     terminal.until("[2/2]")
-    assert terminal.leave(signal.SIGINT) == 130
+    terminal.until("> ")
+    assert terminal.interrupt() == 130
     terminal = Terminal(command)
     terminal.until("[1/1]")  # three of four were answered
     terminal.type("fine music")
     terminal.until("results.json")
-    os.waitpid(terminal.process, 0)
+    assert terminal.ended(60) == 0
     texts = [row["guide_text"] for row in read_complete_lines(tmp_path / "run" / "rollouts.jsonl")]
     assert texts == [" great plot", "", " superb cast superb cast", " fine music"]
 
