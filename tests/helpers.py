@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
-from rlgf import experience
+from rlgf import experience, packing
 from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
@@ -157,6 +158,17 @@ def asked(ids: Tensor, rows: Tensor, columns: Tensor) -> MicroBatch:
     batch = micro_batch(model, torch.arange(len(ids)), ids, torch.zeros(len(ids), dtype=torch.int64), selected)
     assert (batch.rows.tolist(), batch.columns.tolist()) == (rows.tolist(), columns.tolist()), "name them in order"
     return batch
+
+
+WAYS_TO_ATTEND = ("texts", "rows", "kernel")
+
+
+def let_it_attend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let lines be attended to text by text, by products of rows, or by torch's kernel."""
+    if way == "kernel":
+        monkeypatch.setattr(packing, "LONGEST", 0)
+    elif way == "rows":
+        torch.set_num_threads(16)  # more than there are heads
 
 
 # --- settings and measuring -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration, T5Model
 
+from helpers import WAYS_TO_ATTEND, let_it_attend
 from rlgf import packing
 from rlgf.forward import micro_batches, padded, read_tokens, token_logits, trunk_states
 from rlgf.models import LanguageModel, Trunk, bundle
@@ -107,11 +108,16 @@ def whole(model: Any, source: Sequence[int], response: Sequence[int]) -> Any:
     return model(input_ids=torch.tensor([source]), decoder_input_ids=decoder)
 
 
-def test_the_forward_pass_is_that_of_the_model_with_gradients(model: LanguageModel):
+@pytest.mark.parametrize("way", WAYS_TO_ATTEND)
+@pytest.mark.parametrize("begun", [0, 1])  # tokens of a response that nobody asks about
+def test_the_forward_pass_is_that_of_the_model_with_gradients(
+    model: LanguageModel, begun: int, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    let_it_attend(way, monkeypatch)
     responses = [[6, 7, 8], [9], [10, 11, 12, 13, 14], [15, 16], [1, 2]]
     ids = padded([[*source, *response] for source, response in zip(SOURCES, responses)])
     starts = torch.tensor([len(source) for source in SOURCES])
-    selected = (torch.arange(ids.shape[1]) >= starts[:, None]) & (ids > 0)
+    selected = (torch.arange(ids.shape[1]) >= starts[:, None] + begun) & (ids > 0)
     mine, theirs = copy.deepcopy(model.model), copy.deepcopy(model.model)
     theirs.set_attn_implementation("sdpa")
     loss = torch.zeros(())
@@ -120,8 +126,8 @@ def test_the_forward_pass_is_that_of_the_model_with_gradients(model: LanguageMod
         loss = loss - logits.log_softmax(1).gather(1, ids[batch.places][:, None]).sum()
     other = torch.zeros(())
     for source, response in zip(SOURCES, responses):
-        logits = whole(theirs, source, response).logits[0]
-        other = other - logits.log_softmax(1).gather(1, torch.tensor(response)[:, None]).sum()
+        logits = whole(theirs, source, response).logits[0, begun:]
+        other = other - logits.log_softmax(1).gather(1, torch.tensor(response[begun:], dtype=torch.int64)[:, None]).sum()
     assert float(loss.detach()) == pytest.approx(float(other.detach()), rel=1e-5)
     loss.backward()
     other.backward()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers import asked
+from helpers import WAYS_TO_ATTEND, asked, let_it_attend
 from rlgf import packing
 from rlgf.forward import micro_batches, padded, token_logits, trunk_states
 from rlgf.models import LanguageModel, load_language_model
@@ -31,7 +31,11 @@ def test_both_architectures_are_read_as_lines(tiny_model: LanguageModel):
     assert not packing.is_enabled(plain(tiny_model).model)
 
 
-def test_logits_states_and_gradients_equal_those_of_padded_rows(tiny_model: LanguageModel):
+@pytest.mark.parametrize("way", WAYS_TO_ATTEND)
+def test_logits_states_and_gradients_equal_those_of_padded_rows(
+    tiny_model: LanguageModel, way: str, monkeypatch: pytest.MonkeyPatch
+):
+    let_it_attend(way, monkeypatch)
     results = []
     mine = LanguageModel(
         copy.deepcopy(tiny_model.model), tiny_model.tokenizer, tiny_model.end_ids, tiny_model.context, tiny_model.vocabulary

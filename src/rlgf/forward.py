@@ -48,7 +48,8 @@ class MicroBatch:
         written, read = packing.line_up(self.written, self.lengths, self.device), None
         if self.source is not None and self.source_lengths is not None:
             read = packing.line_up(self.source, self.source_lengths, self.device)
-        return packing.Lines(written, read, (written.starts[self.rows] + self.states).to(self.device))
+        first = (self.lengths - 1).clamp(min=0).scatter_reduce(0, self.rows, self.states, "amin")
+        return packing.Lines(written, read, (written.starts[self.rows] + self.states).to(self.device), first.tolist())
 
 
 def micro_batches(model: Any, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int) -> Iterator[MicroBatch]:
@@ -168,8 +169,8 @@ def reading(model: Any, batch: MicroBatch) -> Generator[tuple[dict[str, Tensor],
         inputs = {"input_ids": lines.written.ids, "position_ids": lines.written.positions}
         if lines.read is not None:
             inputs = {"input_ids": lines.read.ids, "decoder_input_ids": lines.written.ids}
-        with packing.packed(lines), packing.last_block_on(model, lines.asked):
-            yield inputs, lambda hidden: packing.take(hidden[0], lines.asked)
+        with packing.packed(model, lines):
+            yield inputs, lambda hidden: packing.take(hidden.squeeze(0), lines.asked)
         return
     inputs, places = {"input_ids": batch.written}, (batch.rows.to(batch.device), batch.states.to(batch.device))
     if batch.source is not None and batch.source_lengths is not None:

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from rlgf.lanes import loans
 
 LEAST_PRODUCT = 2**22  # multiplications of a product from which on the other library is asked: below, the way there costs more
-LEAST_LENT = 2**21  # elements of a weight from which on its gradient may be left to another lane
+LEAST_LENT = 300_000_000  # multiplications of a gradient from which on another lane may compute it: below, its way costs more
 
 
 @cache
@@ -56,8 +56,8 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 class _Product(torch.autograd.Function):
-    """The same with a gradient. That of the weight is left to the default library, which is the faster one there; that of a
-    large weight is lent out where another lane may have the time.
+    """The same with a gradient. That of the weight is left to the default library, which is the faster one there, and where it
+    takes long lent out: another lane may have the time.
 
     Where `used` is the weight in bf16, all products are in bf16, as autocast has them, and the gradients of parameters in fp32.
     """
@@ -78,7 +78,7 @@ class _Product(torch.autograd.Function):
             for_states = product(gradient, weight if ctx.layer.CONV else weight.t()).to(ctx.read_as)
         flat, rows = gradient.flatten(0, -2), states.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            lent = loans() if weight.numel() >= LEAST_LENT else None
+            lent = loans() if _multiplications(states, weight) >= LEAST_LENT else None
             if lent is None:
                 for_weight = _for_weight(flat, rows, ctx.layer.CONV)
             else:
@@ -94,18 +94,22 @@ def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
     return (states.t() @ gradient if conv else gradient.t() @ states).float()
 
 
+def _multiplications(states: Tensor, weight: Tensor) -> int:
+    return states.numel() * weight.numel() // states.shape[-1]
+
+
 def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
     """In which precision `_Product` is to multiply.
 
     None, as it is anyway: where nothing is won, and where it is neither in fp32 nor in autocast's bf16.
     """
-    multiplications = states.numel() * weight.numel() // states.shape[-1]
+    multiplications = _multiplications(states, weight)
     if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < LEAST_PRODUCT:
         return None
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
-    lends = loans() is not None and weight.numel() >= LEAST_LENT
+    lends = multiplications >= LEAST_LENT and loans() is not None and torch.is_grad_enabled()
     return states.dtype if states.dtype == torch.float32 and (prefers_onednn() or lends) else None
 
 

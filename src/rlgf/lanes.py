@@ -20,44 +20,41 @@ T = TypeVar("T")
 
 
 class Loans:
-    """Gradients of parameters that nobody waits for, computed by whoever has the time, always in the order they were lent in.
+    """Gradients of parameters that nobody waits for, computed by whoever has the time.
 
-    Few wait at a time, so that little is kept in memory.
+    Those of one parameter are summed in the order they were lent in. Few wait at a time, so that little is kept in memory.
     """
 
-    MOST = 2
+    MOST = 6
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[nn.Parameter, Callable[[], Tensor]]] = deque()
-        self._computing, self._news, self._closed = threading.Lock(), threading.Condition(), False
+        self._computing: set[nn.Parameter] = set()
         self._sums: dict[nn.Parameter, Tensor] = {}
+        self._news, self._closed = threading.Condition(), False
 
     def lend(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
         """Let somebody compute a gradient of a parameter; it is added to its own by `settle`."""
-        if len(self._waiting) >= self.MOST:
-            self.work()
+        while len(self._waiting) >= self.MOST and self._compute_one():
+            pass
         with self._news:
             self._waiting.append((parameter, compute))
             self._news.notify()
 
     def work(self) -> None:
         """Compute what waits."""
-        with self._computing:  # whoever comes second waits, so that sums have one order
-            while self._waiting:
-                parameter, compute = self._waiting.popleft()
-                gradient = compute()
-                known = self._sums.get(parameter)
-                self._sums[parameter] = gradient if known is None else known.add_(gradient)
+        while self._compute_one():
+            pass
 
     def work_until_closed(self) -> None:
         """Compute whatever is lent until nothing more will be."""
         while True:
             self.work()
             with self._news:
-                if not self._waiting and not self._closed:
-                    self._news.wait()
-                if not self._waiting and self._closed:
+                if self._closed and not self._waiting:
                     return
+                if self._next() is None:
+                    self._news.wait()
 
     def close(self) -> None:
         """Nothing more will be lent."""
@@ -69,6 +66,29 @@ class Loans:
         """Add the gradients to those that the parameters have."""
         for parameter, gradient in self._sums.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    def _next(self) -> int | None:
+        """Which of those waiting is to be computed next: two of one parameter never at the same time."""
+        return next((i for i, (parameter, _) in enumerate(self._waiting) if parameter not in self._computing), None)
+
+    def _compute_one(self) -> bool:
+        """Compute the first of those waiting; False where there is none."""
+        with self._news:
+            place = self._next()
+            if place is None:
+                return False
+            parameter, compute = self._waiting[place]
+            del self._waiting[place]
+            self._computing.add(parameter)
+        try:
+            gradient = compute()
+            known = self._sums.get(parameter)
+            self._sums[parameter] = gradient if known is None else known.add_(gradient)
+        finally:
+            with self._news:
+                self._computing.discard(parameter)
+                self._news.notify()
+        return True
 
 
 _mine = threading.local()

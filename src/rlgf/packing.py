@@ -6,10 +6,10 @@ and lines the result up again. Outside it, it is plain SDPA. Models that do not 
 positions in a way of their own, are read as padded rows instead.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -32,11 +32,13 @@ class Line:
     ids: Tensor  # int64 [1, tokens]
     positions: Tensor  # int64 [1, tokens], each token's place within its text
     starts: Tensor  # int64 [texts], where in the line each text begins
+    lengths: list[int]  # the tokens of each text
     places: Tensor  # int64 [tokens], where each token stands among texts × width
     source: Tensor  # int64 [texts × width], which token of the line each place of a row reads; padding reads the text's last
     padding: Tensor  # int64 [padding], the places of rows behind their texts
     texts: int
     width: int
+    idle: list[int]  # of each text the first tokens, in whose states nothing is asked; attention makes nothing of these
 
     @cached_property
     def ahead(self) -> Tensor:
@@ -49,6 +51,31 @@ class Line:
         mask = torch.zeros(self.texts * self.width, device=self.ids.device)
         return mask.index_fill_(0, self.padding, -torch.inf).view(self.texts, 1, self.width)
 
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The line in parts: of each text the idle tokens and the others; and what fills it up."""
+        parts = [size for idle, length in zip(self.idle, self.lengths) for size in (idle, length - idle)]
+        return [*parts, self.ids.shape[1] - sum(parts)]
+
+    def texts_of(self, line: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
+        """The texts of a line whose tokens are along `dim`, each without what is idle."""
+        return line.split(self.sizes, dim)[1:-1:2]
+
+    def line_of_texts(self, texts: list[Tensor]) -> Tensor:
+        """The inverse, as attention returns it, [1, tokens, heads, size]; zero where no text is."""
+        heads, _, size = texts[0].shape
+        zeros = texts[0].new_zeros(max(self.sizes[::2]), heads, size)
+        parts = [part for idle, text in zip(self.idle, texts) for part in (zeros[:idle], text.transpose(0, 1))]
+        return torch.cat([*parts, zeros[: self.sizes[-1]]])[None]
+
+    def rows_of(self, line: Tensor) -> Tensor:
+        """A line [heads, tokens, size] as rows [heads × texts, width, size]."""
+        return line.index_select(1, self.source).view(-1, self.width, line.shape[2])
+
+    def line_of_rows(self, rows: Tensor) -> Tensor:
+        """The inverse, as attention returns it, [1, tokens, heads, size]."""
+        return rows.view(-1, self.texts * self.width, rows.shape[2]).transpose(0, 1).index_select(0, self.places)[None]
+
 
 @dataclass(frozen=True)
 class Lines:
@@ -57,9 +84,23 @@ class Lines:
     written: Line
     read: Line | None
     asked: Tensor  # int64 [asked], the tokens of the written line in whose states something is asked for
+    idle: list[int]  # of each written text the tokens before the first of these
+
+    @cached_property
+    def last(self) -> Line:
+        """The written line as the last block has to work at it."""
+        return replace(self.written, idle=self.idle)
 
 
-_lines: ContextVar[Lines | None] = ContextVar("lines", default=None)
+@dataclass(frozen=True)
+class _Reading:
+    """Lines that a model is reading, and the parts of its last block."""
+
+    lines: Lines
+    last: frozenset[nn.Module]
+
+
+_reading: ContextVar[_Reading | None] = ContextVar("reading", default=None)
 
 
 def line_up(ids: Tensor, lengths: Tensor, device: torch.device) -> Line:
@@ -76,22 +117,14 @@ def line_up(ids: Tensor, lengths: Tensor, device: torch.device) -> Line:
         ids=torch.cat([ids[:, :longest][within[:, :longest]], ids[0, :1].expand(filling)])[None].to(device),
         positions=torch.cat([places % width, places.new_zeros(filling)])[None].to(device),
         starts=starts,
+        lengths=lengths.tolist(),
         places=torch.cat([places, padding[:1].expand(filling)]).to(device),
         source=source.flatten().to(device),
         padding=padding.to(device),
         texts=texts,
         width=width,
+        idle=[0] * texts,
     )
-
-
-@contextmanager
-def packed(lines: Lines) -> Generator[None]:
-    """Within it, attention of models on this implementation reads `lines` as its texts."""
-    token = _lines.set(lines)
-    try:
-        yield
-    finally:
-        _lines.reset(token)
 
 
 class _Take(torch.autograd.Function):
@@ -134,76 +167,118 @@ def take(table: Tensor, numbers: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention of every text of a line, by batched products over rows whose width suits the processor.
+    """Attention within the texts of a line by batched products, which keeps its weights for the backward pass.
 
-    Rows are read from the line as they are multiplied: a padding column of a row holds what its text's last token holds, is
-    hidden from all queries, and what padding queries would write is never read.
+    Text by text, `apart`, nothing is padded and what a text needs stays in the cache; few operations each, for each passes the
+    interpreter's lock to the lane beside it and back. Otherwise all at once, as rows: a padding column holds what its text's
+    last token holds, is hidden from all queries, and what padding queries would write is never read.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, hidden: Tensor, asking: Line, asked: Line,
-        scale: float,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: Line, asked: Line,
+        scale: float, apart: bool,
     ) -> Tensor:  # fmt: skip
-        q, k, v = _as_rows(query, asking), _as_rows(key, asked), _as_rows(value, asked)
-        scores = torch.baddbmm(hidden.to(q.dtype), q, k.transpose(1, 2), alpha=scale)
-        if bias is not None:
-            scores.view(-1, asking.texts, asking.width, asked.width).add_(bias[:, None])
-        weights = torch.softmax(scores, 2, out=scores)
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.asking, ctx.asked, ctx.scale = asking, asked, scale
-        return _as_line(torch.bmm(weights, v), asking)
+        q, k, v = (part[0] for part in (query, key, value))
+        if not apart:
+            q, k, v = asking.rows_of(q), asked.rows_of(k), asked.rows_of(v)
+        hidden = (_corners if apart else _of_rows)(asking, asked, causal, bias, query[0])
+        own, keys, values = _parts(q, asking, apart), _parts(k.transpose(1, 2), asked, apart, 2), _parts(v, asked, apart)
+        kept: list[Tensor] = []
+        for ours, theirs, mask in zip(own, keys, hidden):
+            if mask is None:
+                scores = torch.bmm(ours, theirs).mul_(scale)
+            else:
+                scores = torch.baddbmm(mask, ours, theirs, alpha=scale)
+            kept.append(torch.softmax(scores, 2, out=scores))
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.asking, ctx.asked, ctx.scale, ctx.apart = asking, asked, scale, apart
+        return _line([torch.bmm(weights, part) for weights, part in zip(kept, values)], asking, apart)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, weights = ctx.saved_tensors
-        asking, asked = ctx.asking, ctx.asked
-        upstream = _as_rows(gradients[0].transpose(1, 2), asking)
-        upstream.view(-1, asking.texts * asking.width, upstream.shape[2]).index_fill_(1, asking.padding, 0.0)
-        for_value = torch.bmm(weights.transpose(1, 2), upstream)
-        for_weights = torch.bmm(upstream, v.transpose(1, 2))
-        for_scores = torch.ops.aten._softmax_backward_data(for_weights, weights, 2, weights.dtype)
-        for_query = torch.baddbmm(q, for_scores, k, beta=0, alpha=ctx.scale)
-        for_key = torch.baddbmm(k, for_scores.transpose(1, 2), q, beta=0, alpha=ctx.scale)
-        for_bias = None
-        if ctx.needs_input_grad[3]:
-            for_bias = for_scores.view(-1, asking.texts, asking.width, asked.width).sum(1)
-        rows = (for_query, asking), (for_key, asked), (for_value, asked)
-        return *(_as_line(part, line).transpose(1, 2) for part, line in rows), for_bias, None, None, None, None
+        q, k, v, *kept = ctx.saved_tensors
+        asking, asked, apart = ctx.asking, ctx.asked, ctx.apart
+        gradient = gradients[0][0].transpose(0, 1)
+        if not apart:
+            gradient = asking.rows_of(gradient)
+            gradient.view(-1, asking.texts * asking.width, gradient.shape[2]).index_fill_(1, asking.padding, 0.0)
+        own, keys, values = _parts(q, asking, apart), _parts(k, asked, apart), _parts(v.transpose(1, 2), asked, apart, 2)
+        upstream = _parts(gradient, asking, apart)
+        for_value = [torch.bmm(weights.transpose(1, 2), part) for weights, part in zip(kept, upstream)]
+        for_weights = (torch.bmm(part, theirs) for part, theirs in zip(upstream, values))
+        softmax = torch.ops.aten._softmax_backward_data
+        for_scores = [softmax(part, weights, 2, weights.dtype) for part, weights in zip(for_weights, kept)]
+        for_bias = _for_bias(for_scores, asking, asked, apart) if ctx.needs_input_grad[3] else None
+        for_scores = [part.mul_(ctx.scale) for part in for_scores]
+        for_query = [torch.bmm(part, theirs) for part, theirs in zip(for_scores, keys)]
+        for_key = [torch.bmm(part.transpose(1, 2), ours) for part, ours in zip(for_scores, own)]
+        parts = (for_query, asking), (for_key, asked), (for_value, asked)
+        return *(_line(part, line, apart).transpose(1, 2) for part, line in parts), for_bias, None, None, None, None, None
 
 
-def _as_rows(states: Tensor, line: Line) -> Tensor:
-    """[1, heads, tokens, size] of a line as [heads × texts, width, size] of its rows."""
-    return states[0].index_select(1, line.source).view(-1, line.width, states.shape[3])
+def _parts(states: Tensor, line: Line, apart: bool, dim: int = 1) -> Sequence[Tensor]:
+    """What is multiplied at once: the texts of a line whose tokens are along `dim`, or all rows."""
+    return line.texts_of(states, dim) if apart else [states]
 
 
-def _as_line(rows: Tensor, line: Line) -> Tensor:
-    """The inverse of `_as_rows`, as attention returns it, [1, tokens, heads, size]."""
-    return rows.view(-1, line.texts * line.width, rows.shape[2]).transpose(0, 1).index_select(0, line.places)[None]
+def _line(parts: list[Tensor], line: Line, apart: bool) -> Tensor:
+    """The inverse, as attention returns it, [1, tokens, heads, size]."""
+    return line.line_of_texts(parts) if apart else line.line_of_rows(parts[0])
+
+
+def _corners(asking: Line, asked: Line, causal: bool, bias: Tensor | None, query: Tensor) -> list[Tensor | None]:
+    """What is added to the scores of each text: −∞ where it must not look, and a bias."""
+    if not causal and bias is None:
+        return [None] * asking.texts
+    whole = asking.ahead.to(query.dtype) if causal else query.new_zeros(())
+    whole = whole if bias is None else bias + whole
+    spans = zip(asking.idle, asking.lengths, asked.lengths)
+    return [whole[..., idle:length, :seen] for idle, length, seen in spans]
+
+
+def _of_rows(asking: Line, asked: Line, causal: bool, bias: Tensor | None, query: Tensor) -> list[Tensor]:
+    """The same for all rows, in a shape that goes with [heads × texts, width, width]."""
+    hidden = asking.ahead if causal else asked.beyond
+    if bias is not None:
+        hidden = (bias[:, None] + hidden).expand(-1, asking.texts, -1, -1).reshape(-1, asking.width, asked.width)
+    elif not causal:
+        hidden = hidden.repeat(query.shape[0], 1, 1)
+    return [hidden.to(query.dtype)]
+
+
+def _for_bias(for_scores: list[Tensor], asking: Line, asked: Line, apart: bool) -> Tensor:
+    """The gradient of a bias [heads, width, width], from that of the scores."""
+    if not apart:
+        return for_scores[0].view(-1, asking.texts, asking.width, asked.width).sum(1)
+    gradient = for_scores[0].new_zeros(for_scores[0].shape[0], asking.width, asked.width)
+    for part, idle, length in zip(for_scores, asking.idle, asking.lengths):
+        gradient[:, idle:length, : part.shape[2]] += part
+    return gradient
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-    lines = _lines.get()
-    if lines is None:
+    reading = _reading.get()
+    if reading is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    asking, asked, causal = _who_asks_whom(module, lines)
+    asking, asked, causal = _who_asks_whom(module, reading.lines)
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = options.get("scaling")
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     bias: Tensor | None = options.get("position_bias") if asking is asked else None
     bias = None if bias is None else bias[0]
-    hidden = asking.ahead if causal else asked.beyond.repeat(query.shape[1], 1, 1)
     if query.device.type == "cpu" and max(asking.width, asked.width) <= LONGEST:
-        attended: Tensor = _Attention.apply(query, key, value, bias, hidden, asking, asked, scale)
+        # in fp32, with a head or more for each thread; in bf16 products of odd sizes take twice as long
+        apart = query.dtype == torch.float32 and torch.get_num_threads() <= query.shape[1]
+        asking = reading.lines.last if apart and module in reading.last else asking
+        attended: Tensor = _Attention.apply(query, key, value, bias, causal, asking, asked, scale, apart)
         return attended, None
-    q, k, v = _as_rows(query, asking), _as_rows(key, asked), _as_rows(value, asked)
+    q, k, v = (line.rows_of(part[0]) for part, line in ((query, asking), (key, asked), (value, asked)))
     whole = causal and bias is None  # then no mask is needed, and the fastest of kernels can be used
-    if bias is not None:
-        hidden = hidden + bias[:, None].expand(-1, asking.texts, -1, -1).reshape(-1, asking.width, asked.width)
-    mask = None if whole else hidden.expand(q.shape[0], -1, -1)[None].to(q.dtype)
+    mask = None if whole else _of_rows(asking, asked, causal, bias, query[0])[0].expand(q.shape[0], -1, -1)[None]
     rows = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, is_causal=whole)
-    return _as_line(rows[0], asking), None
+    return asking.line_of_rows(rows[0]), None
 
 
 def _who_asks_whom(module: nn.Module, lines: Lines) -> tuple[Line, Line, bool]:
@@ -214,7 +289,7 @@ def _who_asks_whom(module: nn.Module, lines: Lines) -> tuple[Line, Line, bool]:
 
 
 def _mask(*arguments: Any, **options: Any) -> Tensor | None:
-    return None if _lines.get() is not None else sdpa_mask(*arguments, **options)
+    return None if _reading.get() is not None else sdpa_mask(*arguments, **options)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attend)
@@ -226,9 +301,9 @@ def _with_bias_of_rows(kind: type) -> type:
     """An attention class with relative positions whose bias, within `packed`, is that of a row instead of that of the line."""
 
     def compute_bias(self: Any, query_length: int, key_length: int, *arguments: Any, **options: Any) -> Tensor:
-        lines = _lines.get()
-        if lines is not None:
-            query_length = key_length = _who_asks_whom(self, lines)[0].width
+        reading = _reading.get()
+        if reading is not None:
+            query_length = key_length = _who_asks_whom(self, reading.lines)[0].width
         return kind.compute_bias(self, query_length, key_length, *arguments, **options)  # pyright: ignore
 
     return type(kind.__name__, (kind,), {"compute_bias": compute_bias, "__module__": kind.__module__})
@@ -261,32 +336,33 @@ FEED_FORWARD = ("mlp", "DenseReluDense")  # what transformers' models call that 
 
 
 @contextmanager
-def last_block_on(model: Any, asked: Tensor) -> Generator[None]:
-    """Within it, the feed-forward part of the last block works on the asked tokens of the line alone.
+def packed(model: Any, lines: Lines) -> Generator[None]:
+    """Within it a model on this implementation reads `lines` as its texts.
 
-    No later token reads what it makes of the others: only the head follows, and it is asked for these. Where the last block
-    has no such part, nothing changes.
+    In its last block attention and the feed-forward part work for the asked tokens alone: no later token reads what is made of
+    the others, for only the head follows, and it is asked for these.
     """
     decoder = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
     block = lists[0][-1] if len(lists) == 1 and len(lists[0]) else nn.Identity()
     parts = [module for name, module in block.named_modules() if name.split(".")[-1] in FEED_FORWARD]
-    if len(parts) != 1:
-        yield
-        return
 
     def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         sizes.append(arguments[0].shape[1])
-        return (take(arguments[0][0], asked)[None], *arguments[1:])
+        return (take(arguments[0].squeeze(0), lines.asked)[None], *arguments[1:])
 
     def spread(module: nn.Module, arguments: Any, output: Any) -> Any:
-        laid: Tensor = _Lay.apply(output[0], asked, sizes.pop())
+        laid: Tensor = _Lay.apply(output.squeeze(0), lines.asked, sizes.pop())
         return laid[None]
 
     sizes: list[int] = []
-    handles = [parts[0].register_forward_pre_hook(select), parts[0].register_forward_hook(spread)]
+    handles: list[Any] = []
+    if len(parts) == 1:
+        handles = [parts[0].register_forward_pre_hook(select), parts[0].register_forward_hook(spread)]
+    token = _reading.set(_Reading(lines, frozenset(block.modules())))
     try:
         yield
     finally:
+        _reading.reset(token)
         for handle in handles:
             handle.remove()
