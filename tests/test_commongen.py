@@ -18,6 +18,7 @@ from rlgf.recipes import recipe
 from rlgf.report import columns_of, markdown
 from rlgf.rewards import WeightedSum, build_reward, score_parts
 from rlgf.scoring.concepts import concepts_in
+from rlgf.scoring.functions import Sum
 from rlgf.stages import SENTINELS, TargetExamples, corrupted, train_tokenizer
 from rlgf.tasks import Task, commongen
 from rlgf.trainer import Trainer
@@ -185,10 +186,48 @@ def test_rewards_are_added_with_their_weights_and_each_is_known():
     config = RewardConfig(weights=weights, options={"length_penalty": {"maximum": 2}, "repetition_penalty": {"order": 1}})
     reward = build_reward(config, task(), {})
     assert isinstance(reward, WeightedSum)
-    scores, parts = score_parts(reward, task().train, ["a b c d", "a a", ""])
-    assert parts == {"length_penalty": [-2.0, 0.0, 0.0], "repetition_penalty": [0.0, -0.5, 0.0]}
-    assert scores == [-1.0, -1.0, 0.0]
-    assert score_parts(lambda prompts, texts: [1.0] * len(texts), task().train, ["a"] * 3) == ([1.0] * 3, {})
+    texts = ["a b c d", "a a", ""]
+    first, second = score_parts(reward, [(task().train, texts), (task().train[:1], ["a a"])])
+    assert first[1] == {"length_penalty": [-2.0, 0.0, 0.0], "repetition_penalty": [0.0, -0.5, 0.0]}
+    assert first[0] == reward(task().train, texts) == [-1.0, -1.0, 0.0]
+    assert second == ([-1.0], {"length_penalty": [0.0], "repetition_penalty": [-0.5]})
+    (alone,) = score_parts(lambda prompts, texts: [1.0] * len(texts), [(task().train, ["a"] * 3)])
+    assert alone == ([1.0] * 3, {})
+
+
+def test_the_terms_of_a_sum_within_a_sum_are_known_too():
+    inner = Sum(
+        {"one": (1.0, lambda prompts, texts: [1.0] * len(texts)), "two": (0.5, lambda prompts, texts: [4.0] * len(texts))}
+    )
+    reward = WeightedSum({"both": (2.0, inner), "three": (1.0, lambda prompts, texts: [0.25] * len(texts))})
+    ((values, parts),) = score_parts(reward, [(task().train[:1], ["a"])])
+    assert values == reward(task().train[:1], ["a"]) == [6.25]
+    assert parts == {"both": [3.0], "both/one": [1.0], "both/two": [4.0], "three": [0.25]}
+
+
+def test_what_reads_with_the_policys_weights_is_asked_first_and_the_rest_when_they_are_free(monkeypatch: pytest.MonkeyPatch):
+    events: list[str] = []
+
+    def term(name: str) -> Any:
+        def reward(prompts: Any, texts: Any) -> list[float]:
+            events.append(name)
+            return [1.0] * len(texts)
+
+        reward.shares = name.startswith("own")  # pyright: ignore[reportFunctionMemberAccess]
+        return reward
+
+    monkeypatch.setattr("rlgf.rewards.shares_weights", lambda reward: getattr(reward, "shares", False))
+    batches = [(task().train[:1], ["a"])] * 2
+    reward = WeightedSum({name: (1.0, term(name)) for name in ("slow", "own", "slower")})
+    score_parts(reward, batches, lambda: events.append("free"))
+    assert events[:3] == ["own", "own", "free"]
+    assert [event for event in events if event != "free"][2:] == ["slow", "slow", "slower", "slower"]
+    events.clear()
+    score_parts(term("own"), batches, lambda: events.append("free"))
+    assert events == ["own", "own", "free"]
+    events.clear()
+    score_parts(term("slow"), batches, lambda: events.append("free"))
+    assert events[0] == "free"
 
 
 def test_a_text_metric_that_there_is_not_is_refused():

@@ -45,7 +45,7 @@ def overridden(*assignments: str) -> Config:
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(key: str, nearest: str) -> None:
-    with pytest.raises(UserError, match=f"command line: unknown key '{key}': did you mean '({nearest})'"):
+    with pytest.raises(UserError, match=f"override: unknown key '{key}': did you mean '({nearest})'"):
         override(Config(), [(key, 1)])
 
 
@@ -97,7 +97,7 @@ def test_all_keys_lists_sections_and_leaves() -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment: str) -> None:
-    with pytest.raises(UserError, match=f"command line: .*{assignment.split('=')[0]}"):
+    with pytest.raises(UserError, match=f"override: .*{assignment.split('=')[0]}"):
         overridden(assignment)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rlgf import hub
 from rlgf.data import read_json, read_jsonl, read_rows, write_atomically, write_json
 from rlgf.errors import UserError
 
@@ -116,12 +117,18 @@ def test_a_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.Mon
     monkeypatch.setitem(
         sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, config=SimpleNamespace(HF_HUB_OFFLINE=True))
     )
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
     with pytest.raises(UserError) as caught:
         read_rows("someone/reviews", "train")
     assert str(caught.value) == (
         "data 'someone/reviews', split 'train' cannot be loaded (no such thing): "
-        "give a Hub name, a folder or a .jsonl[.gz] file."
+        "give a Hub name, a folder, or a file (.jsonl[.gz], .csv, .tsv, .parquet or .json)."
     )
+    monkeypatch.setattr(hub, "hub_answers", lambda: False)
+    with pytest.raises(UserError, match="there is no such file or folder, and the Hugging Face Hub does not answer"):
+        read_rows("someone/reviews", "train")
+    with pytest.raises(UserError, match=r"rows\.csv.* cannot be loaded \(there is no such file or folder\)"):
+        read_rows("rows.csv", "train")
 
 
 def test_a_file_is_written_whole_with_its_folders(tmp_path: Path) -> None:

@@ -220,6 +220,15 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "win rate" in table
 
 
+def test_a_judge_on_a_server_is_asked_before_anything_is_trained(tmp_path: Path):
+    spec = "server:chat@http://127.0.0.1:9/v1"
+    changes = [("judge.spec", spec), ("judge.retries", 0)]
+    with pytest.raises(UserError, match="probe: the judge"):
+        prepare(small(*changes), tmp_path / "stages")
+    assert not list((tmp_path / "stages").glob("sft*"))
+    assert prepare(small(*changes, ("judge.offline", True)), tmp_path / "stages").judge is not None
+
+
 def test_a_judge_without_anything_to_compare_with_is_refused_before_any_work(tmp_path: Path):
     rows = "".join(json.dumps({"prompt": f"about film {number}:"}) + "\n" for number in range(20))
     (tmp_path / "rows.jsonl").write_text(rows)

@@ -1,5 +1,6 @@
 """Prompts from texts and conversations: chat templates by hand, and what truncation keeps."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlgf.errors import UserError
+from rlgf.judge import question
 from rlgf.prompting import Chat, PromptReader, is_conversation, normalised, read_template
+from rlgf.scoring.functions import build_text_function
 from rlgf.stages import train_tokenizer
 
 TEMPLATE = (
@@ -201,6 +204,34 @@ def test_what_opens_a_reply_is_no_part_of_what_is_said(tokenizer: Any):
     assert Chat(tokenizer, TEMPLATE).content(ASKED, "    indented") == "    indented"
     thinking = TEMPLATE.replace("\n{{ message['content'] }}", "\n<think></think>{{ message['content'] }}")
     assert Chat(tokenizer, thinking).content(ASKED, "<think></think>A joy.") == "A joy."
+
+
+def test_what_every_reply_begins_with_is_known_and_not_read_as_text(tokenizer: Any):
+    thinking = TEMPLATE.replace("\n{{ message['content'] }}", "\n<think></think>{{ message['content'] }}")
+    (prompt,) = PromptReader(tokenizer, template=thinking)([ASKED], ["row 1"])
+    assert prompt is not None
+    written = Chat(tokenizer, thinking).reply(ASKED, "one two three")
+    assert written == prompt.opening + "one two three" != "one two three"
+    assert prompt.said(written) == prompt.said("one two three") == "one two three"
+    with_reference = dataclasses.replace(prompt, references=(written,))
+    for name, options, value in (
+        ("rouge1", {}, 1.0), ("length_penalty", {"maximum": 3}, 0.0), ("repetition_penalty", {"order": 1}, 0.0),
+    ):  # fmt: skip
+        function = build_text_function(name, options=options)
+        assert function([with_reference] * 2, [written, "one two three"]) == [value] * 2, name
+    asked = question("[context]|[summary 1]|[summary 2]", prompt, written, "four")[1]
+    assert asked.endswith("|one two three|four")
+    (going_on,) = PromptReader(tokenizer, template=thinking)([BEGUN], ["row 1"])
+    assert going_on is not None
+    assert going_on.opening == ""
+
+
+def test_what_else_a_message_holds_reaches_the_template(tokenizer: Any):
+    named = TEMPLATE.replace("{{ message['content'] }}", "{{ message.get('name', 'nobody') }}: {{ message['content'] }}")
+    talk = [{"role": "user", "content": "How?", "name": "Ann"}, {"role": "assistant", "content": "Well.", "name": None}]
+    (prompt,) = PromptReader(tokenizer, template=named)([[*talk, {"role": "user", "content": "Why?"}]], ["row 1"])
+    assert prompt is not None
+    assert [words in prompt.text for words in ("Ann: How?", "nobody: Well.", "nobody: Why?")] == [True] * 3
 
 
 def test_a_separator_stands_before_responses_that_begin_with_no_white_space(tokenizer: Any):

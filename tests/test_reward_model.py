@@ -1,5 +1,6 @@
 """Reward models: what is scored and where, the loss by hand, learning, adapters, and what is saved."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -326,3 +327,5 @@ def test_a_reply_whose_opening_the_policy_wrote_is_not_opened_twice(start: Path)
     written = Chat(reward.tokenizer).reply(prompt.messages or (), "great")
     assert written == "\ngreat"
     assert reward.tokenizer.decode(reward.encode([prompt], [written])[0]) == prompt.text + "\ngreat;"
+    other = dataclasses.replace(prompt, opening="<think></think>\n")  # that of a policy with another template
+    assert reward.encode([other], ["<think></think>\ngreat"]) == reward.encode([prompt], [written])

@@ -261,7 +261,7 @@ def test_functions_are_pure_and_finite(shared_data: Path, concept_sets: dict[int
         assert [function([prompt], [text])[0] for prompt, text in zip(asked, texts)] == values[name], name
         assert function(asked[::-1], texts[::-1]) == values[name][::-1], name
     assert values["spider"] == pytest.approx([a + b for a, b in zip(values["cider_d"], values["spice"])], abs=1e-12)
-    _, parts = score_parts(build_text_function("spider", prompts), asked, texts)
+    ((_, parts),) = score_parts(build_text_function("spider", prompts), [(asked, texts)])
     assert parts == {name: values[name] for name in ("cider_d", "spice")}
     half = build_text_function("spider", prompts, {"cider_coefficient": 0.5, "spice_coefficient": 0.5})
     assert half(asked, texts) == pytest.approx([value / 2 for value in values["spider"]], abs=1e-12)

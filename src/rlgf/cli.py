@@ -19,6 +19,7 @@ from rlgf.errors import RunError, UserError, unknown
 from rlgf.recipes import RECIPES, recipe
 from rlgf.recipes import controls as recipe_controls
 
+COMMAND_LINE = "command line"  # where a mistake was made, for its error
 BASELINES = ("zero_shot", "sft", "guide")
 INTERRUPTED = 130  # what typer makes of Ctrl-C
 
@@ -51,6 +52,7 @@ GuideSpec = Annotated[
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Answers of a guide outside this process from the cache alone.")]
 Seed = Annotated[int | None, typer.Option(help="All randomness follows from it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")]
 Iterations = Annotated[int | None, typer.Option(help="Iterations of writing and learning.")]
 Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
 Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")]
@@ -98,7 +100,7 @@ def read_config(
     if alpha is not None:
         changes.append(alpha_change(name, alpha))
     changes += [parse_assignment(text) for text in overrides or []]
-    return override(config, changes)
+    return override(config, changes, COMMAND_LINE)
 
 
 def from_yaml(path: Path) -> Config:
@@ -150,7 +152,7 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also say where the time of an iteration goes: RUN/profile/ has a chrome trace.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """One run: make or reuse the stages, train, evaluate. Continues from its last checkpoint."""
     config = read_config(
@@ -158,8 +160,8 @@ def train(
         iterations=iterations, seed=seed, offline=offline,
     )  # fmt: skip
     if profile:
-        config = override(config, [("runtime.profile", True)])
-    from rlgf import console, pipeline, refusals
+        config = override(config, [("runtime.profile", True)], COMMAND_LINE)
+    from rlgf import console, pipeline, refusals, terminal
     from rlgf.runs import RunDirectory
 
     console.set_up_machine(config)
@@ -173,7 +175,7 @@ def train(
     else:
         watch = console.Watch(may_draw=config.guide.spec != "human")
         try:
-            pipeline.train(config, target, stages, console.report, watch)
+            pipeline.train(config, target, stages, terminal.once(), watch)
         except KeyboardInterrupt:
             raise InterruptedRunError(directory.outlook(config)) from None
         finally:
@@ -191,6 +193,7 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own, sharing the cores.")] = 1,
     controls: Annotated[bool, typer.Option(help="Whether the recipe's control runs are made too.")] = True,
+    dry_run: DryRun = False,
     guide: GuideSpec = None,
     policy: Policy = None,
     data: Data = None,
@@ -208,15 +211,21 @@ def compare(
     except ValueError:
         raise UserError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
     from rlgf import compare as comparing
-    from rlgf import console, refusals
+    from rlgf import console, refusals, terminal
 
     refusals.check(config)
     console.set_up_machine(config)
     target = out or Path("runs") / config.recipe
     rows = comparing.entries(config, names, recipe_controls(config) if controls else {})
+    if dry_run:
+        for row in rows:
+            planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
+            console.print_plan(planned, refusals.check(planned))
+        console.report(f"{len(rows)} rows with {len(numbers)} seeds each, {jobs} at a time, and the baselines, in {target}")
+        return
     watch = console.Watch(may_draw=config.guide.spec != "human")
     try:
-        results = comparing.compare(config, rows, numbers, target, jobs, console.report, watch)
+        results = comparing.compare(config, rows, numbers, target, jobs, terminal.once(), watch)
     finally:
         watch.close()
     console.print_comparison(results)
@@ -287,6 +296,7 @@ def merge(
     """Write the model that an adapter makes of its base weights, as a whole model of its own."""
     from rlgf import console, pipeline
 
+    console.quiet()
     pipeline.merge(str(folder), out)
     console.report(f"{out} is ready")
 
@@ -328,26 +338,27 @@ def evaluate(
         raise UserError(f"{run_or_recipe} is neither a run (it has no config.yaml) nor a recipe: see `rlgf list`.")
     config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=data)
     if prompts is not None:
-        config = override(config, [("evaluation.final_prompts", prompts)])
+        config = override(config, [("evaluation.final_prompts", prompts)], COMMAND_LINE)
     if best_of is not None:
-        config = override(config, [("evaluation.best_of", best_of)])
+        config = override(config, [("evaluation.best_of", best_of)], COMMAND_LINE)
     if judge is not None:
-        config = override(config, [("judge.spec", judge)])
+        config = override(config, [("judge.spec", judge)], COMMAND_LINE)
     chosen = policy or (str(folder / "policy") if is_run and baseline is None else None)
     if is_run and chosen and policy is None and not (folder / "policy").is_dir():
         raise UserError(
             f"{folder} has no policy/ yet: finish the run with `rlgf train {folder / 'config.yaml'} --out {folder}`."
         )
-    from rlgf import console, pipeline
+    from rlgf import console, pipeline, terminal
 
     if json_out:
         _check_writable(json_out)
     console.set_up_machine(config)
     shelf = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
+    report = terminal.once()
     if baseline == "guide":
-        found = pipeline.evaluate_guide_at(config, shelf, console.report)
+        found = pipeline.evaluate_guide_at(config, shelf, report)
     else:
-        found = pipeline.evaluate_policy_at(config, chosen, shelf, console.report, zero_shot=baseline == "zero_shot")
+        found = pipeline.evaluate_policy_at(config, chosen, shelf, report, zero_shot=baseline == "zero_shot")
     values = {**found["evaluation"], **{key: value for key, value in found.items() if key != "evaluation"}}
     _deliver(values, json_out, lambda: console.print_evaluation(found))
 
@@ -493,7 +504,7 @@ def show(
         changes += [("algorithm.beta_guide", beta), ("algorithm.beta_policy", beta)]
     if alpha is not None:
         changes.append(alpha_change(what, alpha))
-    config = override(Config(), changes)
+    config = override(Config(), changes, COMMAND_LINE)
     from rlgf import console
     from rlgf.randomness import Purpose, uniforms
 

@@ -570,7 +570,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "command line") -> Config:
+def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "override") -> Config:
     """The config with dotted keys replaced: `override(config, [("ppo.epochs", 4)])`."""
     values = to_dict(config)
     valid = set(all_keys(Config))

@@ -221,6 +221,7 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
         "data": task.data or "made by the task",
         "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",
         "parameters": f"{size:,}" if known else "unknown until it is loaded",
+        "adapters": _adapters(config),
         "critics": f"{critics} ({config.critic.kind})",
         "guide": guide,
         "reward": " + ".join(f"{weight:g} {name}" for name, weight in config.reward.weights.items()) or config.reward.path,
@@ -231,9 +232,18 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
     for name, value in lines.items():
-        out.print(Text(f"  {name:12}{value}"), soft_wrap=True)
+        if value:
+            out.print(Text(f"  {name:12}{value}"), soft_wrap=True)
     for caution in cautions(algorithm):
         out.print(Text(f"  warning: {caution}"), soft_wrap=True)
+
+
+def _adapters(config: Config) -> str:
+    adapter = config.adapter
+    if not adapter.rank:
+        return ""
+    trained, bits = "SFT and policy" if adapter.in_sft else "policy", ", base weights in 4 bits" if adapter.load_in_4bit else ""
+    return f"{trained}, rank {adapter.rank}, alpha {adapter.alpha:g}{bits}"
 
 
 def _weights(config: Config, algorithm: Algorithm) -> float:

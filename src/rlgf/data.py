@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from rlgf.errors import UserError
-from rlgf.hub import asking_if_it_answers
+from rlgf.hub import asking_if_it_answers, why_not
 from rlgf.randomness import Purpose, permutation
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".json": "json"}  # files that `datasets` reads, and its builders
+KINDS = ".jsonl[.gz], .csv, .tsv, .parquet or .json"
 
 
 def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -133,7 +134,7 @@ def _load_dataset(source: str, split: str) -> list[dict[str, Any]]:
 def _loaded(builder: str, shown: str | None = None, **options: Any) -> Any:
     import datasets
 
-    local = builder in TABLES.values() or Path(builder).expanduser().exists()
+    local, source = builder in TABLES.values() or Path(builder).expanduser().exists(), shown or builder
     try:
         with nullcontext() if local else asking_if_it_answers():
             return datasets.load_dataset(builder, **options)
@@ -143,9 +144,8 @@ def _loaded(builder: str, shown: str | None = None, **options: Any) -> Any:
         first: BaseException = error
         while first.__cause__ is not None:  # "an error occurred" says nothing; what it came from does
             first = first.__cause__
-        reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
-        source = shown or builder
-        what_to_do = "mend the file" if Path(source).is_file() else "give a Hub name, a folder or a .jsonl[.gz] file"
+        reason = why_not(builder, first) if not local else str(first).strip().partition("\n")[0] or type(first).__name__
+        what_to_do = "mend the file" if Path(source).is_file() else f"give a Hub name, a folder, or a file ({KINDS})"
         raise UserError(f"data '{source}' cannot be loaded ({reason}): {what_to_do}.") from None
 
 

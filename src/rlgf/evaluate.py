@@ -22,6 +22,7 @@ from rlgf.rewards import continuation_only, score
 from rlgf.rollout import Writing, collect
 from rlgf.scoring.concepts import concepts_in
 from rlgf.scoring.diversity import distinct
+from rlgf.scoring.functions import said, said_references
 from rlgf.scoring.score import Line, Options, choose, read_references, tools
 from rlgf.scoring.score import score as score_lines
 from rlgf.tasks import Task, TextFunction
@@ -87,7 +88,7 @@ def measured(rollout: Rollout, scores: Sequence[float], judges: Judges) -> dict[
         "score_standard_error": standard_error(values),
         "length": float(rollout.written.sum(1).double().mean()),
         "finished": float(rollout.finished.double().mean()),
-        "distinct_2": distinct(rollout.texts),
+        "distinct_2": distinct(said(prompts, rollout.texts)),
         "texts": float(len(scores)),
     }
     if judges.task.pass_mark is not None:
@@ -132,7 +133,7 @@ def check_text_metrics(config: EvaluationConfig, prompts: Sequence[Prompt]) -> N
 
 def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
     """A text as `rlgf score` takes it, with what these metrics read of its prompt."""
-    references = tuple(reference for reference in prompt.references if reference.strip())
+    text, references = prompt.said(text), tuple(said_references(prompt))
     comparing = read_references(keys)
     if comparing and not references:
         raise UserError(

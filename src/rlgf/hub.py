@@ -1,13 +1,17 @@
 """Whether the Hugging Face Hub can be reached, so that nothing tries for half a minute where it cannot."""
 
+import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
+
+FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".txt")  # what no name on the Hub ends with
 
 
 @cache
@@ -18,6 +22,21 @@ def hub_answers() -> bool:
     except Exception:  # no connection, offline mode: what was downloaded before is all there is
         return False
     return True
+
+
+def is_local_name(name: str) -> bool:
+    """Whether a name can only be that of a file or folder: on the Hub it is NAME or OWNER/NAME."""
+    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(FILES)
+
+
+def why_not(name: str, error: BaseException) -> str:
+    """Why nothing could be loaded by a name of the Hub or this machine, in one line."""
+    if not Path(name).expanduser().exists():
+        if is_local_name(name):
+            return "there is no such file or folder"
+        if not hub_answers():
+            return "there is no such file or folder, and the Hugging Face Hub does not answer"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 @contextmanager

@@ -133,7 +133,7 @@ def parse_choice(answer: str) -> str | None:
 
 def question(template: str, prompt: Prompt, first: str, second: str) -> tuple[str | None, str]:
     """The system message of a template, if it has one, and the question with a prompt and two texts in their places."""
-    context = prompt.text
+    context, first, second = prompt.text, prompt.said(first), prompt.said(second)
     if prompt.messages:
         context = "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
     parts = {"context": context.strip(), "summary 1": first.strip(), "summary 2": second.strip()}
@@ -179,6 +179,17 @@ def judge_server(spec: str) -> tuple[str, str]:
         return parse_spec(spec)
     except UserError as error:
         raise UserError(str(error).replace("guide", "judge")) from None
+
+
+def probe_judge(judge: PairJudge | None, prompts: Sequence[Prompt]) -> None:
+    """Ask a chat model one question before anything is trained; `UserError` where it does not answer."""
+    known = next((prompt for prompt in prompts if prompt.references), None)
+    if not isinstance(judge, ChatJudge) or judge.guide.config.offline or known is None:
+        return
+    try:
+        judge.compare([known], [known.references[0]], [known.references[-1]])
+    except RunError as error:
+        raise UserError(f"probe: {error}") from error.__cause__
 
 
 def win_rate(judge: PairJudge, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:

@@ -26,7 +26,7 @@ from rlgf import adapters, kernels, packing
 from rlgf.config import AdapterConfig, ModelConfig
 from rlgf.errors import UserError
 from rlgf.forward import MicroBatch, is_encoder_decoder, trunk_states
-from rlgf.hub import hub_answers
+from rlgf.hub import hub_answers, why_not
 from rlgf.tokens import Codec
 
 VALUE_HEAD = "value_head.safetensors"
@@ -291,7 +291,7 @@ def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
     try:
         return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
     except Exception as error:  # the Hub, the disk and the config parser fail in ways of their own; all mean the same
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = why_not(path, error)
         raise UserError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
 
 

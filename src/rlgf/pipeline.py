@@ -22,7 +22,7 @@ from rlgf.guides.local import TextModelGuide, guide_model_path
 from rlgf.guides.remote import RemoteGuide
 from rlgf.guides.server import Server, reach
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
-from rlgf.judge import ChatJudge, PairJudge, RewardJudge, judge_server, read_question, server_settings
+from rlgf.judge import ChatJudge, PairJudge, RewardJudge, judge_server, probe_judge, read_question, server_settings
 from rlgf.models import (
     POLICY_ADAPTER,
     Critic,
@@ -103,6 +103,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     judge = None if on_backbone(config, judge_names(config)) else prepare_judge(config, made, stages, report)
     if reward is not None:
         probe_reward(reward, task.validation[:4])
+    probe_judge(judge, task.test)
     guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
         probe_guide(guide, algorithm, codec, task, config)
@@ -190,7 +191,9 @@ def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_
 def merge(folder: str, out: Path) -> None:
     """Write the model that an adapter makes of its base as a whole model of its own."""
     if not adapters.is_adapter_folder(folder):
-        raise UserError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
+        inside = Path(folder) / "policy"
+        hint = f"give {inside}" if adapters.is_adapter_folder(str(inside)) else "there is nothing to merge"
+        raise UserError(f"{folder} holds no adapter (no adapter_config.json): {hint}.")
     refuse_other_heads(folder)
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose another --out.")
@@ -227,7 +230,8 @@ def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
 def on_backbone(config: Config, names: Sequence[str]) -> bool:
     """Whether any of these reward models may be one more adapter on the policy's weights, which therefore come first."""
     trained = "preferences" in names and config.preferences.lora_rank > 0
-    return config.adapter.rank > 0 and (trained or any(adapters.is_adapter_folder(name) for name in names))
+    adapted = config.adapter.rank > 0 or (config.policy is not None and adapters.is_adapter_folder(config.policy))
+    return adapted and (trained or any(adapters.is_adapter_folder(name) for name in names))
 
 
 def make_rewards(config: Config, stages: Path, report: Report) -> dict[str, Path]:

@@ -26,7 +26,7 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
             raise UserError(
                 f"{where}: message {number} must have a 'role' and a 'content' that are texts, but is {str(message)[:80]!r}."
             )
-        messages.append({"role": role, "content": content})
+        messages.append({name: part for name, part in message.items() if part is not None})  # a name, what a tool is called
     return tuple(messages)
 
 
@@ -68,18 +68,22 @@ class Chat:
         """What an assistant's reply looks like behind `prompt(messages)`, without what closes the turn."""
         if messages[-1]["role"] == "assistant":
             return text
-        opening, trims = self._opening
+        opening, trims = self._replies
         return opening + (text.strip() if trims else text)
+
+    def opening(self, messages: Sequence[Message]) -> str:
+        """What `reply` puts before every text."""
+        return "" if messages[-1]["role"] == "assistant" else self._replies[0]
 
     def content(self, messages: Sequence[Message], reply: str) -> str:
         """What the assistant's message says with such a reply: that without its opening, or the line ends of another's."""
         if messages[-1]["role"] == "assistant":
             return messages[-1]["content"] + reply
-        opening = self._opening[0]
+        opening = self.opening(messages)
         return reply.removeprefix(opening) if opening and reply.startswith(opening) else reply.lstrip("\n")
 
     @cached_property
-    def _opening(self) -> tuple[str, bool]:
+    def _replies(self) -> tuple[str, bool]:
         """What the template puts between the prompt and a reply, and whether it takes white space off the reply."""
         asked: list[Message] = [{"role": "user", "content": "?"}]
         where = "a trial of the chat template"
@@ -178,7 +182,7 @@ class PromptReader:
         if self.limit and len(ids) > self.limit:
             self.too_long += 1
             return None
-        return Prompt(text, ids=ids, messages=messages)
+        return Prompt(text, ids=ids, messages=messages, opening=self.chat.opening(messages))
 
     def _shortened(self, text: str) -> str:
         """The longest part of a text, from its beginning or up to its end, that fits together with the suffix."""

@@ -167,6 +167,7 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
             texts, scores = [0, *texts], [levels["sft"], *scores]
         axes.plot(
             texts, [statistics.fmean(at) for at in scores], label=row["title"], color=colour, marker=marker, markersize=4,
+            linewidth=max(1.2, 4.0 - 0.4 * number),  # what is drawn later is thinner, so that curves on each other are seen
             linestyle="--" if row["key"] not in ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols") else "-",
         )  # fmt: skip
         axes.fill_between(texts, [min(at) for at in scores], [max(at) for at in scores], color=colour, alpha=0.12, lw=0)
@@ -177,10 +178,14 @@ def plot_curves(results: Mapping[str, Any], path: Path) -> None:
                       textcoords="offset points", ha="right", fontsize=9, color="#555555")  # fmt: skip
     axes.set_xlabel("texts written in training")
     axes.set_ylabel("pass rate" if quantity == "pass_rate" else "reward")
-    axes.set_title(f"{results['recipe']}: validation prompts, {len(results['seeds'])} seed(s), band from lowest to highest")
+    axes.set_title(f"{results['recipe']}: validation prompts, {_seeds(results['seeds'])}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, metadata={"Software": None})
     pyplot.close(figure)
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"{len(seeds)} seeds, band from lowest to highest" if len(seeds) > 1 else "one seed"

@@ -119,7 +119,7 @@ class RewardModel:
         assert prompt.messages is not None
         messages = list(prompt.messages)
         before = chat.prompt(messages, "the prompt")
-        said = chat.content(messages, text)
+        said = chat.content(messages, prompt.said(text))
         if messages[-1]["role"] == "assistant":
             messages.pop()
         whole = chat.whole([*messages, {"role": "assistant", "content": said}], "the prompt")

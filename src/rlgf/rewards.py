@@ -136,29 +136,50 @@ def with_what_it_reads(function: Callable[..., Any]) -> TextFunction:
 class WeightedSum(Sum):
     """Several rewards, each times its weight, added; each is checked by itself."""
 
-    def parts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
-        """What each reward says by itself, without its weight."""
-        return {name: score(reward, prompts, texts) for name, (_, reward) in self.terms.items()}
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """The sum for each text."""
+        return self.total({name: score(reward, prompts, texts) for name, (_, reward) in self.terms.items()})
+
+
+Batch = tuple[Sequence[Prompt], Sequence[str]]
+
+
+def nothing() -> None:
+    """What is to be done where nothing is."""
 
 
 def score_parts(
-    reward: TextFunction, prompts: Sequence[Prompt], texts: Sequence[str]
-) -> tuple[list[float], dict[str, list[float]]]:
-    """The reward of each text, and, of a sum, what each of its terms says."""
-    parts: dict[str, list[float]] = {}
+    reward: TextFunction, batches: Sequence[Batch], when_read: Callable[[], None] = nothing
+) -> list[tuple[list[float], dict[str, list[float]]]]:
+    """For each batch the reward of its texts, and, of a sum, what each of its terms says, `TERM/TERM` where that is a sum too.
 
-    def total(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        assert isinstance(reward, Sum)
-        parts.update(reward.parts(prompts, texts))
-        return reward.total(parts)
-
-    return score(total if isinstance(reward, Sum) else reward, prompts, texts), parts
+    What reads with the policy's own weights comes first; once that is done, `when_read` is called.
+    """
+    if not isinstance(reward, Sum):
+        if not shares_weights(reward):
+            when_read()
+        found = [(score(reward, *batch), dict[str, list[float]]()) for batch in batches]
+        when_read()
+        return found
+    terms: list[dict[str, list[float]]] = [{} for _ in batches]
+    parts: list[dict[str, list[float]]] = [{} for _ in batches]
+    own = [name for name, (_, term) in reward.terms.items() if shares_weights(term)]
+    for name in [*own, *(name for name in reward.terms if name not in own)]:
+        if name not in own:
+            when_read()
+        for place, (values, inner) in enumerate(score_parts(reward.terms[name][1], batches)):
+            terms[place][name] = values
+            parts[place] |= {name: values, **{f"{name}/{part}": said for part, said in inner.items()}}
+    when_read()
+    totals = [reward.total({name: said[name] for name in reward.terms}) for said in terms]
+    return [(score(lambda *_, total=total: total, *batch), said) for total, batch, said in zip(totals, batches, parts)]
 
 
 def shares_weights(reward: TextFunction) -> bool:
     """Whether a reward reads with the policy's own weights, on which one adapter can be on at a time."""
-    terms = [term for _, term in reward.terms.values()] if isinstance(reward, Sum) else [reward]
-    return any(isinstance(term, RewardModel) and isinstance(term.model, Shared) for term in terms)
+    if isinstance(reward, Sum):
+        return any(shares_weights(term) for _, term in reward.terms.values())
+    return isinstance(reward, RewardModel) and isinstance(reward.model, Shared)
 
 
 def whole_text(judge: TextFunction) -> TextFunction:

@@ -53,7 +53,9 @@ class RewardShaper:
 
     def shape(self, scores: Sequence[float], prompts: Sequence[Prompt], finished: Sequence[bool]) -> list[float]:
         """Minus the reference's score, normalised, clipped, minus the penalty for texts that were cut off; in this order."""
-        self.prepare(prompts)
+        new = self.unknown(prompts)
+        if new:
+            self.learn(new, score(self.reward, new, [prompt.references[0] for prompt in new]))
         values = list(scores)
         if self.config.minus_reference:
             values = [value - self._baselines[id(prompt)][1] for value, prompt in zip(values, prompts)]
@@ -66,12 +68,15 @@ class RewardShaper:
         penalty = self.config.missing_end_penalty
         return [value - (0.0 if ended else penalty) for value, ended in zip(values, finished)]
 
-    def prepare(self, prompts: Sequence[Prompt]) -> None:
-        """Ask for the scores of the prompts' first references, where they are wanted and not known."""
-        new = list({id(prompt): prompt for prompt in prompts if id(prompt) not in self._baselines}.values())
-        if self.config.minus_reference and new:
-            scores = score(self.reward, new, [prompt.references[0] for prompt in new])
-            self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(new, scores)}  # kept: ids stay unique
+    def unknown(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """The prompts of which the score of the first reference is wanted and not known, each once."""
+        if not self.config.minus_reference:
+            return []
+        return list({id(prompt): prompt for prompt in prompts if id(prompt) not in self._baselines}.values())
+
+    def learn(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
+        """Take in the scores of first references."""
+        self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(prompts, scores)}  # kept: ids stay unique
 
     def state(self) -> dict[str, float]:
         """What a checkpoint must hold."""

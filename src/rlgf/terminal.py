@@ -4,7 +4,7 @@ Nothing here takes long to import, so that commands without a model, and errors,
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,19 @@ log = Console(stderr=True, highlight=False)
 def report(line: str) -> None:
     """A line about what is happening, to standard error."""
     log.print(Text(line), soft_wrap=True)
+
+
+def once() -> Callable[[str], None]:
+    """`report`, which says of each stage but once that it is used again."""
+    said: set[str] = set()
+
+    def tell(line: str) -> None:
+        if line not in said:
+            report(line)
+        if ": reusing " in line:
+            said.add(line)
+
+    return tell
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -4,9 +4,10 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from threading import Event
 from typing import Any
 
 from rlgf.algorithms import Algorithm, Share
@@ -22,7 +23,7 @@ from rlgf.judge import PairJudge
 from rlgf.models import LanguageModel
 from rlgf.profiling import profiled
 from rlgf.randomness import Purpose, uniforms
-from rlgf.rewards import score_parts, shares_weights
+from rlgf.rewards import Batch, score_parts
 from rlgf.rollout import Writing, choose_prompts, collect, rollin_requests
 from rlgf.runs import RunDirectory, rollout_rows
 from rlgf.shaping import KLController, RewardShaper
@@ -121,13 +122,13 @@ class Trainer:
         return self.parts.algorithm.plan(iteration, float(uniforms(self.config.seed, Purpose.PHASE_COIN, iteration, 1)[0]))
 
     def appraise(self, rollout: Rollout, iteration: int) -> Experience:
-        """Score the texts and, beside that, measure them with the models; before that, if the reward shares their weights."""
+        """Score the texts and, beside that, measure them with the models, once no reward reads with their weights."""
         shares, parts = self.shares(iteration), self.parts
         self._warm_start_critic(iteration)
         with ThreadPoolExecutor(1) as beside:
-            scoring = beside.submit(self._score, rollout)
-            if shares_weights(parts.reward):
-                wait([scoring])
+            free = Event()
+            scoring = beside.submit(self._score, rollout, free)
+            free.wait()
             measured = measure(rollout, shares, parts.models, self.reading, self.updater.lanes)
             scores, terms = scoring.result()
         rewards = self.shaper.shape(scores, rollout.prompts, rollout.finished.tolist())
@@ -137,10 +138,17 @@ class Trainer:
         means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
         return dataclasses.replace(experience, stats={**experience.stats, **means})
 
-    def _score(self, rollout: Rollout) -> tuple[list[float], dict[str, list[float]]]:
-        """Everything that is asked of the reward in an iteration."""
-        self.shaper.prepare(rollout.prompts)
-        return score_parts(self.parts.reward, rollout.prompts, rollout.texts)
+    def _score(self, rollout: Rollout, free: Event) -> tuple[list[float], dict[str, list[float]]]:
+        """Everything that is asked of the reward in an iteration; `free` is set once the models' weights are."""
+        new = self.shaper.unknown(rollout.prompts)
+        batches: list[Batch] = [(rollout.prompts, rollout.texts), (new, [prompt.references[0] for prompt in new])]
+        try:
+            found, *baselines = score_parts(self.parts.reward, batches if new else batches[:1], free.set)
+        finally:
+            free.set()
+        for values, _ in baselines:
+            self.shaper.learn(new, values)
+        return found
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Learn from an experience; the policy and the critics change in place."""

@@ -25,8 +25,8 @@ class Origin(IntEnum):
 POLICY, GUIDE = Origin.POLICY, Origin.GUIDE
 
 
-Message = Mapping[str, str]
-"""One turn of a conversation: `role` and `content`."""
+Message = Mapping[str, Any]
+"""One turn of a conversation: `role` and `content`, which are texts, and whatever else a chat template reads."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,8 @@ class Prompt:
 
     `ids` is set where a task fixes the exact tokens of the prompt; otherwise `text` is encoded. `references` are the
     dataset's own continuations; those that may be imitated (SFT, the MLE term) are listed in `targets`. Where the prompt is a
-    conversation, `messages` are its turns and `text` what the policy's chat template makes of them.
+    conversation, `messages` are its turns, `text` what the policy's chat template makes of them, and `opening` what that puts
+    before every reply, which the policy therefore writes (`<think></think>`, say).
     """
 
     text: str
@@ -44,6 +45,11 @@ class Prompt:
     ids: tuple[int, ...] | None = None
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     messages: tuple[Message, ...] | None = None
+    opening: str = ""
+
+    def said(self, text: str) -> str:
+        """What a text says that continues the prompt: the text without what every reply begins with."""
+        return text.removeprefix(self.opening)
 
 
 TextFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]

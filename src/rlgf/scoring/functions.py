@@ -56,10 +56,6 @@ class Sum:
     def __init__(self, terms: Mapping[str, tuple[float, TextFunction]]) -> None:
         self.terms = terms
 
-    def parts(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, list[float]]:
-        """What each function says by itself, without its weight."""
-        return {name: list(function(prompts, texts)) for name, (_, function) in self.terms.items()}
-
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
         """The sum of what they said."""
         weights = [weight for weight, _ in self.terms.values()]
@@ -67,7 +63,17 @@ class Sum:
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """The sum for each text."""
-        return self.total(self.parts(prompts, texts))
+        return self.total({name: list(function(prompts, texts)) for name, (_, function) in self.terms.items()})
+
+
+def said(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[str]:
+    """Texts without what a chat template opens every reply with."""
+    return [prompt.said(text) for prompt, text in zip(prompts, texts)]
+
+
+def said_references(prompt: Prompt) -> list[str]:
+    """The references of a prompt that say something, likewise."""
+    return [said for reference in prompt.references if (said := prompt.said(reference)).strip()]
 
 
 def of_references(measure: Measure) -> TextFunction:
@@ -76,11 +82,11 @@ def of_references(measure: Measure) -> TextFunction:
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         references: list[Sequence[str]] = []
         for prompt in prompts:
-            group = [reference for reference in prompt.references if reference.strip()]
+            group = said_references(prompt)
             if not group:
                 raise ValueError(f"the prompt {prompt.text[:60]!r} has no references to compare a text with")
             references.append(group)
-        return measure(list(texts), references) if texts else []
+        return measure(said(prompts, texts), references) if texts else []
 
     return function
 
@@ -93,7 +99,7 @@ def of_tokens(measure: Measure) -> TextFunction:
 
 def cider_measure(train_prompts: Sequence[Prompt]) -> Measure:
     """CIDEr-D on tokens, with the document frequencies of these prompts' references."""
-    documents = [prompt.references for prompt in train_prompts if prompt.references]
+    documents = [group for prompt in train_prompts if (group := [prompt.said(text) for text in prompt.references])]
     if not documents:
         raise UserError("CIDEr-D needs training prompts with references, from which its document frequencies come.")
     return captions.CiderD(captions.shared_tokenizer().groups(documents))
@@ -160,7 +166,7 @@ def concept_coverage(*, column: str = "concepts") -> TextFunction:
                 concepts.append(concepts_in(prompt.columns.get(column)))
             except ValueError as error:
                 raise ValueError(f"column '{column}' of the prompt {prompt.text[:60]!r}: {error}") from None
-        return coverage(texts, concepts)
+        return coverage(said(prompts, texts), concepts)
 
     return function
 
@@ -171,7 +177,7 @@ def length_penalty(*, maximum: int, minimum: int = 0) -> TextFunction:
         raise UserError(f"'length_penalty' has minimum {minimum} and maximum {maximum}: they must be 0 or more, and in order.")
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        lengths = [len(text.split()) for text in texts]
+        lengths = [len(text.split()) for text in said(prompts, texts)]
         return [0.0 - max(length - maximum, minimum - length, 0) for length in lengths]
 
     return function
@@ -183,7 +189,7 @@ def repetition_penalty(*, order: int = 3) -> TextFunction:
         raise UserError(f"'repetition_penalty' has order {order}, but must have at least 1.")
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-        return [0.0 - repetition(text, order) for text in texts]
+        return [0.0 - repetition(text, order) for text in said(prompts, texts)]
 
     return function
 
