@@ -16,6 +16,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from rlgf.lanes import loans
+from rlgf.scripting import without_python
 
 LEAST_PRODUCT = 2**22  # multiplications of a product from which on the other library is asked: below, the way there costs more
 LEAST_LENT = 300_000_000  # multiplications of a gradient from which on another lane may compute it: below, its way costs more
@@ -170,27 +171,44 @@ class TanhGELU(nn.Module):
         return result
 
 
+SCALE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715
+PIECE = 2**15  # elements of which what a few operations make stays in a core's cache
+
+
+@without_python
+def _gelu_and_slope(
+    states: Tensor, scale: float = SCALE, cubic: float = SCALE * CUBE, piece: int = PIECE
+) -> tuple[Tensor, Tensor]:
+    """GELU of `states` [rows, width] and its derivative."""
+    result, slope = torch.empty_like(states), torch.empty_like(states)
+    linear, one = torch.full((), scale, dtype=states.dtype), torch.ones((), dtype=states.dtype)
+    rows = max(1, piece // states.size(1))
+    for start in range(0, states.size(0), rows):
+        part, value, derivative = states[start : start + rows], result[start : start + rows], slope[start : start + rows]
+        gate = torch.addcmul(linear, part, part, value=cubic).mul_(part).sigmoid_()
+        torch.mul(part, gate, out=value)
+        torch.addcmul(linear, part, part, value=3 * cubic, out=derivative)
+        derivative.mul_(value)  # x σ · d(2u)/dx
+        torch.lerp(derivative, one, gate, out=derivative)  # σ + (1 − σ) x σ · d(2u)/dx
+    return result, slope
+
+
 class _TanhGELU(torch.autograd.Function):
     """Keeps the derivative instead of the argument, so that the backward pass is one product."""
 
-    SCALE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715
-
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
-        cubic = _TanhGELU.CUBE * _TanhGELU.SCALE
-        linear = states.new_tensor(_TanhGELU.SCALE)
-        gate = torch.addcmul(linear, states, states, value=cubic).mul_(states).sigmoid_()
         if not ctx.needs_input_grad[0]:
+            gate = torch.addcmul(states.new_tensor(SCALE), states, states, value=SCALE * CUBE).mul_(states).sigmoid_()
             return gate.mul_(states)
-        result = states * gate
-        slope = torch.addcmul(linear, states, states, value=3 * cubic).mul_(result)  # x σ · d(2u)/dx
-        ctx.save_for_backward(torch.lerp(slope, slope.new_ones(()), gate, out=slope))  # σ + (1 − σ) x σ · d(2u)/dx
-        return result
+        result, slope = _gelu_and_slope(states.reshape(-1, states.shape[-1]))
+        ctx.save_for_backward(slope.view(states.shape))
+        return result.view(states.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (slope,) = ctx.saved_tensors
-        return gradients[0] * slope
+        return slope.mul_(gradients[0])  # in place: memory is what such an operation waits for
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -19,6 +19,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlgf.scripting import without_python
+
 NAME = "rlgf"
 ROUND = 16  # rows are as wide, and lines as long, as a multiple of this: products of odd sizes take twice as long, and
 # buffers of ever new sizes leave holes in memory (S: 1.4 GB against 1.0)
@@ -61,12 +63,13 @@ class Line:
         """The texts of a line whose tokens are along `dim`, each without what is idle."""
         return line.split(self.sizes, dim)[1:-1:2]
 
-    def line_of_texts(self, texts: list[Tensor]) -> Tensor:
-        """The inverse, as attention returns it, [1, tokens, heads, size]; zero where no text is."""
-        heads, _, size = texts[0].shape
-        zeros = texts[0].new_zeros(max(self.sizes[::2]), heads, size)
-        parts = [part for idle, text in zip(self.idle, texts) for part in (zeros[:idle], text.transpose(0, 1))]
-        return torch.cat([*parts, zeros[: self.sizes[-1]]])[None]
+    def empty(self, texts: Tensor, size: int) -> Tensor:
+        """A line [tokens, heads, size] to be filled with what is made of `texts` [heads, ...]; zero where none is."""
+        line = texts.new_empty(self.ids.shape[1], texts.shape[0], size)
+        for part in line.split(self.sizes)[::2]:
+            if part.shape[0]:
+                part.zero_()
+        return line
 
     def rows_of(self, line: Tensor) -> Tensor:
         """A line [heads, tokens, size] as rows [heads × texts, width, size]."""
@@ -184,16 +187,10 @@ class _Attention(torch.autograd.Function):
             q, k, v = asking.rows_of(q), asked.rows_of(k), asked.rows_of(v)
         hidden = (_corners if apart else _of_rows)(asking, asked, causal, bias, query[0])
         own, keys, values = _parts(q, asking, apart), _parts(k.transpose(1, 2), asked, apart, 2), _parts(v, asked, apart)
-        kept: list[Tensor] = []
-        for ours, theirs, mask in zip(own, keys, hidden):
-            if mask is None:
-                scores = torch.bmm(ours, theirs).mul_(scale)
-            else:
-                scores = torch.baddbmm(mask, ours, theirs, alpha=scale)
-            kept.append(torch.softmax(scores, 2, out=scores))
+        kept = _weights(list(own), list(keys), hidden, scale)
         ctx.save_for_backward(q, k, v, *kept)
         ctx.asking, ctx.asked, ctx.scale, ctx.apart = asking, asked, scale, apart
-        return _line([torch.bmm(weights, part) for weights, part in zip(kept, values)], asking, apart)
+        return _products(kept, values, asking, apart)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -205,16 +202,13 @@ class _Attention(torch.autograd.Function):
             gradient.view(-1, asking.texts * asking.width, gradient.shape[2]).index_fill_(1, asking.padding, 0.0)
         own, keys, values = _parts(q, asking, apart), _parts(k, asked, apart), _parts(v.transpose(1, 2), asked, apart, 2)
         upstream = _parts(gradient, asking, apart)
-        for_value = [torch.bmm(weights.transpose(1, 2), part) for weights, part in zip(kept, upstream)]
-        for_weights = (torch.bmm(part, theirs) for part, theirs in zip(upstream, values))
-        softmax = torch.ops.aten._softmax_backward_data
-        for_scores = [softmax(part, weights, 2, weights.dtype) for part, weights in zip(for_weights, kept)]
+        for_scores = _for_scores(list(upstream), list(values), kept)
         for_bias = _for_bias(for_scores, asking, asked, apart) if ctx.needs_input_grad[3] else None
-        for_scores = [part.mul_(ctx.scale) for part in for_scores]
-        for_query = [torch.bmm(part, theirs) for part, theirs in zip(for_scores, keys)]
-        for_key = [torch.bmm(part.transpose(1, 2), ours) for part, ours in zip(for_scores, own)]
-        parts = (for_query, asking), (for_key, asked), (for_value, asked)
-        return *(_line(part, line, apart).transpose(1, 2) for part, line in parts), for_bias, None, None, None, None, None
+        for_query = _products(for_scores, keys, asking, apart, ctx.scale)
+        for_key = _products([part.transpose(1, 2) for part in for_scores], own, asked, apart, ctx.scale)
+        for_value = _products([weights.transpose(1, 2) for weights in kept], upstream, asked, apart)
+        lines = (part.transpose(1, 2) for part in (for_query, for_key, for_value))
+        return *lines, for_bias, None, None, None, None, None
 
 
 def _parts(states: Tensor, line: Line, apart: bool, dim: int = 1) -> Sequence[Tensor]:
@@ -222,15 +216,49 @@ def _parts(states: Tensor, line: Line, apart: bool, dim: int = 1) -> Sequence[Te
     return line.texts_of(states, dim) if apart else [states]
 
 
-def _line(parts: list[Tensor], line: Line, apart: bool) -> Tensor:
-    """The inverse, as attention returns it, [1, tokens, heads, size]."""
-    return line.line_of_texts(parts) if apart else line.line_of_rows(parts[0])
+def _products(left: Sequence[Tensor], right: Sequence[Tensor], line: Line, apart: bool, scale: float = 1.0) -> Tensor:
+    """`scale` times the products of such parts, as attention returns them, [1, tokens, heads, size]."""
+    if not apart:
+        return line.line_of_rows(torch.baddbmm(left[0].new_zeros(()), left[0], right[0], beta=0, alpha=scale))
+    made = line.empty(left[0], right[0].shape[2])
+    _multiply_into(list(line.texts_of(made.transpose(0, 1))), list(left), list(right), scale)
+    return made[None]
 
 
-def _corners(asking: Line, asked: Line, causal: bool, bias: Tensor | None, query: Tensor) -> list[Tensor | None]:
-    """What is added to the scores of each text: −∞ where it must not look, and a bias."""
+@without_python
+def _weights(own: list[Tensor], keys: list[Tensor], hidden: list[Tensor], scale: float) -> list[Tensor]:
+    """The weights with which queries attend; `hidden` is empty or what is added to the scores of each part."""
+    weights: list[Tensor] = []
+    for place in range(len(own)):
+        if len(hidden) > 0:
+            scores = torch.baddbmm(hidden[place], own[place], keys[place], alpha=scale)
+        else:
+            scores = torch.bmm(own[place], keys[place]).mul_(scale)
+        weights.append(torch.softmax(scores, 2, None, out=scores))
+    return weights
+
+
+@without_python
+def _for_scores(upstream: list[Tensor], values: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    """The gradient of the scores."""
+    gradients: list[Tensor] = []
+    for place in range(len(weights)):
+        for_weights = torch.bmm(upstream[place], values[place])
+        gradients.append(torch.ops.aten._softmax_backward_data(for_weights, weights[place], 2, weights[place].dtype))
+    return gradients
+
+
+@without_python
+def _multiply_into(places: list[Tensor], left: list[Tensor], right: list[Tensor], scale: float) -> None:
+    """`scale` times products, each where it belongs."""
+    for place in range(len(places)):
+        torch.baddbmm(places[place], left[place], right[place], beta=0.0, alpha=scale, out=places[place])
+
+
+def _corners(asking: Line, asked: Line, causal: bool, bias: Tensor | None, query: Tensor) -> list[Tensor]:
+    """What is added to the scores of each text: −∞ where it must not look, and a bias; empty: nothing."""
     if not causal and bias is None:
-        return [None] * asking.texts
+        return []
     whole = asking.ahead.to(query.dtype) if causal else query.new_zeros(())
     whole = whole if bias is None else bias + whole
     spans = zip(asking.idle, asking.lengths, asked.lengths)
@@ -271,6 +299,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     if query.device.type == "cpu" and max(asking.width, asked.width) <= LONGEST:
         # in fp32, with a head or more for each thread; in bf16 products of odd sizes take twice as long
         apart = query.dtype == torch.float32 and torch.get_num_threads() <= query.shape[1]
+        apart = apart and not torch.is_autocast_enabled("cpu")
         asking = reading.lines.last if apart and module in reading.last else asking
         attended: Tensor = _Attention.apply(query, key, value, bias, causal, asking, asked, scale, apart)
         return attended, None
