@@ -1,7 +1,9 @@
 """What training with adapters holds in memory, beside training whole models: bytes of weights, of optimizers, and the peak.
 
-One iteration of AggreVaTeD on a GPT-2-shaped model: policy, critics, reference, guide, and a reward model of preferences.
-With whole models each is a copy of its own (guide and reference are one); with adapters there is one copy of the base weights.
+One iteration of AggreVaTeD on a GPT-2-shaped model and an evaluation: policy, critics, reference, guide, a reward model of
+preferences, a second one that judges, and the model before SFT for output-perplexity. With whole models each is a copy of its
+own (guide, reference and, as no SFT comes between them, the model before it are one); with adapters there is one copy of the
+base weights.
 Each way is a process of its own, so that its peak is its own.
 """
 
@@ -27,6 +29,7 @@ from rlgf.config import (
     Config,
     CriticConfig,
     EvaluationConfig,
+    ModelConfig,
     PPOConfig,
     PreferenceConfig,
     RuntimeConfig,
@@ -34,8 +37,9 @@ from rlgf.config import (
 )
 from rlgf.data import write_json
 from rlgf.guides import ModelGuide
+from rlgf.judge import RewardJudge
 from rlgf.models import load_language_model
-from rlgf.reward_model import RewardModel, load_reward_model, new_reward_model
+from rlgf.reward_model import load_reward_model, new_reward_model
 from rlgf.tasks import Task
 from rlgf.trainer import Parts, Trainer
 from rlgf.types import Decoding, Prompt
@@ -58,31 +62,35 @@ def trainer_of(folder: Path, shared: bool) -> Trainer:
         ppo=PPOConfig(iterations=1, texts_per_iteration=SHAPE.texts, epochs=1, minibatch_size=SHAPE.minibatch_texts),
         critic=CriticConfig(kind="adapter" if shared else "separate"),
         adapter=AdapterConfig(rank=RANK if shared else 0),
-        evaluation=EvaluationConfig(every=0),
+        evaluation=EvaluationConfig(every=0, output_perplexity=True),
         runtime=RuntimeConfig(trackers=()),
+        model=ModelConfig(path=str(folder / "model")),
+        policy=str(folder / "model"),
     )
     start = str(folder / "model")
     reference = load_language_model(start).fixed()
     algorithm = aggrevated(0.8)
     models = pipeline.assemble(config, algorithm, reference, start, start)
-    reward = load_reward_model(str(folder / "reward"), backbone=models.policy if shared else None)
-    prompts = [Prompt(text="", ids=tuple(ids)) for ids in read_prompts(folder)]
+    backbone = models.policy if shared else None
+    reward, judge = (load_reward_model(str(folder / name), backbone=backbone) for name in ("reward", "judge"))
+    general = pipeline.general_model(config, reference, folder, lambda line: None)
+    prompts = [Prompt(text="", ids=tuple(ids), references=("one two three",)) for ids in read_prompts(folder)]
     task = Task("S", prompts, prompts, prompts, reward)
     guide = ModelGuide(reference, Decoding(top_p=0.92))
-    return Trainer(Parts(config, algorithm, task, reward, models, guide, [], None))
+    return Trainer(Parts(config, algorithm, task, reward, models, guide, [], general, RewardJudge(judge, "another one")))
 
 
 def measure(folder: Path, shared: bool) -> dict[str, Any]:
     """What one iteration holds."""
     loaded = peak_rss_mb()
     trainer = trainer_of(folder, shared)
-    models, reward = trainer.parts.models, trainer.parts.reward
-    assert isinstance(reward, RewardModel)
+    models, reward, judge, general = (getattr(trainer.parts, name) for name in ("models", "reward", "judge", "general"))
+    scorers = [scorer.model.trunk.model if shared else scorer.model for scorer in (reward, judge.reward)]
     trunks = [critic.trunk.model for critic in models.critics.values() if critic.trunk]
-    scorer = reward.model.trunk.model if shared else reward.model
-    all_models = [models.policy.model, models.reference.model, scorer, *trunks]
+    all_models = [models.policy.model, models.reference.model, general.model, *scorers, *trunks]
     weights = megabytes(itertools.chain.from_iterable(model.parameters() for model in all_models))
     metrics, _ = trainer.step(0)
+    trainer.evaluate(trainer.parts.task.test, final=True)
     optimizers = [trainer.updater.policy_optimizer, *trainer.updater.critic_optimizers.values()]
     moments = (v for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v))
     return {
@@ -104,7 +112,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make(SHAPE, folder)
-        new_reward_model(str(folder / "model"), PreferenceConfig(lora_rank=RANK), 0).save(folder / "reward")
+        for seed, name in enumerate(("reward", "judge")):
+            new_reward_model(str(folder / "model"), PreferenceConfig(lora_rank=RANK), seed).save(folder / name)
         base = megabytes(load_language_model(str(folder / "model")).model.parameters())
         found: dict[str, Any] = {}
         for way in ("whole", "adapters"):
