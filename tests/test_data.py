@@ -131,6 +131,22 @@ def test_a_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.Mon
         read_rows("rows.csv", "train")
 
 
+@pytest.mark.parametrize("name", ["./rows", "~/rows", "/rows", "a/b/c", "rows.csv", "data/rows.jsonl.gz"])
+def test_a_name_that_the_hub_cannot_have_is_a_file(name: str) -> None:
+    assert hub.is_local_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["imdb", "stanfordnlp/imdb", "hf://datasets/stanfordnlp/imdb", "https://example.org/a/rows.csv"]
+)
+def test_other_names_may_be_the_hubs(name: str) -> None:
+    assert not hub.is_local_name(name)
+
+
+def test_no_name_is_too_odd_to_be_looked_for() -> None:
+    assert not any(hub.is_there(name) for name in ("~nobody-of-that-name/rows", "x" * 300 + ".jsonl"))
+
+
 def test_a_file_is_written_whole_with_its_folders(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folders" / "a.txt"
     write_atomically(path, "größer")

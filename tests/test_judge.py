@@ -24,7 +24,7 @@ from rlgf.judge import (
     summary,
     win_rate,
 )
-from rlgf.pipeline import prepare
+from rlgf.pipeline import evaluate_policy_at, prepare
 from rlgf.recipes import recipe
 from rlgf.refusals import check
 from rlgf.types import Prompt
@@ -227,6 +227,9 @@ def test_a_judge_on_a_server_is_asked_before_anything_is_trained(tmp_path: Path)
         prepare(small(*changes), tmp_path / "stages")
     assert not list((tmp_path / "stages").glob("sft*"))
     assert prepare(small(*changes, ("judge.offline", True)), tmp_path / "stages").judge is not None
+    with pytest.raises(UserError, match="probe: the judge"):
+        evaluate_policy_at(small(*changes), None, tmp_path / "others", lambda line: None)
+    assert not list((tmp_path / "others").glob("sft*"))
 
 
 def test_a_judge_without_anything_to_compare_with_is_refused_before_any_work(tmp_path: Path):

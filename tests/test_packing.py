@@ -56,6 +56,21 @@ def test_logits_states_and_gradients_equal_those_of_padded_rows(
         assert torch.allclose(gradient, other_gradients[name], atol=1e-5 * max(scale, 1e-3)), name
 
 
+def test_bf16_is_read_and_learnt_from_whatever_precision_positions_leave(tiny_model: LanguageModel):
+    results = []
+    mine = LanguageModel(
+        copy.deepcopy(tiny_model.model), tiny_model.tokenizer, tiny_model.end_ids, tiny_model.context, tiny_model.vocabulary
+    )
+    for language_model, precision in ((mine, "bf16"), (plain(tiny_model), "fp32")):
+        language_model.model.requires_grad_(True)
+        logits, _ = token_logits(language_model, asked(padded(TEXTS), ROWS, COLUMNS), precision)
+        loss = -logits.log_softmax(1)[torch.arange(7), padded(TEXTS)[ROWS, COLUMNS]].mean()
+        loss.backward()
+        norm = torch.stack([value.grad.norm() for value in language_model.model.parameters()]).norm()
+        results.append((float(loss.detach()), float(norm)))
+    assert results[0] == pytest.approx(results[1], rel=0.02)
+
+
 def test_a_trunk_is_read_alike(tiny_model: LanguageModel):
     other = plain(tiny_model)
     mine, theirs = (trunk_states(m.trunk(), asked(padded(TEXTS), ROWS, COLUMNS)) for m in (tiny_model, other))

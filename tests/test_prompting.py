@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlgf.errors import UserError
 from rlgf.judge import question
-from rlgf.prompting import Chat, PromptReader, is_conversation, normalised, read_template
+from rlgf.prompting import Chat, PromptReader, is_conversation, messages_of, normalised, read_template
 from rlgf.scoring.functions import build_text_function
 from rlgf.stages import train_tokenizer
 
@@ -224,6 +224,26 @@ def test_what_every_reply_begins_with_is_known_and_not_read_as_text(tokenizer: A
     (going_on,) = PromptReader(tokenizer, template=thinking)([BEGUN], ["row 1"])
     assert going_on is not None
     assert going_on.opening == ""
+
+
+def test_an_opening_of_special_tokens_is_known_as_it_is_decoded(tokenizer: Any):
+    end = tokenizer.eos_token
+    opening = TEMPLATE.replace("\n{{ message['content'] }}", "\n" + end + "final{{ message['content'] }}")
+    (prompt,) = PromptReader(tokenizer, template=opening)([ASKED], ["row 1"])
+    assert prompt is not None
+    assert end in prompt.opening
+    written = tokenizer(prompt.opening + "A joy.", add_special_tokens=False)["input_ids"]
+    assert prompt.said(tokenizer.decode(written, skip_special_tokens=True)).strip() == "A joy."
+    assert prompt.said(prompt.opening + "A joy.") == "A joy."
+
+
+def test_calls_of_tools_and_texts_in_parts_are_messages():
+    calls = [{"function": {"name": "look_up", "arguments": {}}}]
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
+    found = messages_of([{"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": parts}], "row 1")
+    assert found == ({"role": "assistant", "tool_calls": calls, "content": ""}, {"role": "tool", "content": "one two"})
+    with pytest.raises(UserError, match="row 1: message 1 must have"):
+        messages_of([{"role": "user", "content": [{"type": "image"}]}], "row 1")
 
 
 def test_what_else_a_message_holds_reaches_the_template(tokenizer: Any):

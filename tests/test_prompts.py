@@ -328,3 +328,14 @@ def test_parts_of_a_split_in_parquet_files_are_read_as_a_hub_dataset_is(tmp_path
     task = task_of(tmp_path / "data", tokenizer)
     assert [prompt.columns["goal"] for prompt in task.train] == list(range(12))
     assert len(task.validation) + len(task.test) == 8
+
+
+def test_what_a_template_opens_replies_with_is_known_of_every_prompt(tmp_path: Path, tokenizer: Any):
+    opens = "{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    thinking = CHAT.replace("{{ m.content }}", opens + "{{ m.content }}")
+    rows = [{"prompt": [said("user", f"ask {n}")], "completion": [said("assistant", f"say {n}")]} for n in range(20)]
+    task = task_of(write(tmp_path / "rows.jsonl", rows), tokenizer, chat_template=thinking)
+    for prompt in task.train:
+        assert prompt.opening == "<think></think>"
+        assert prompt.references[0].startswith("<think></think>say ")
+        assert prompt.said(prompt.references[0]).startswith("say ")

@@ -166,7 +166,7 @@ def train(
 
     console.set_up_machine(config)
     if dry_run:
-        console.print_plan(config, refusals.check(config))
+        console.print_plan(config, refusals.check_to_train(config))
         return
     target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
     directory = RunDirectory(target, config)
@@ -213,14 +213,14 @@ def compare(
     from rlgf import compare as comparing
     from rlgf import console, refusals, terminal
 
-    refusals.check(config)
+    refusals.check_to_train(config)
     console.set_up_machine(config)
     target = out or Path("runs") / config.recipe
     rows = comparing.entries(config, names, recipe_controls(config) if controls else {})
     if dry_run:
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
-            console.print_plan(planned, refusals.check(planned))
+            console.print_plan(planned, refusals.check_to_train(planned))
         console.report(f"{len(rows)} rows with {len(numbers)} seeds each, {jobs} at a time, and the baselines, in {target}")
         return
     watch = console.Watch(may_draw=config.guide.spec != "human")

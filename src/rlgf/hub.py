@@ -25,13 +25,21 @@ def hub_answers() -> bool:
 
 
 def is_local_name(name: str) -> bool:
-    """Whether a name can only be that of a file or folder: on the Hub it is NAME or OWNER/NAME."""
-    return name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(FILES)
+    """Whether a name can only be that of a file or folder: on the Hub it is NAME or OWNER/NAME, elsewhere an address."""
+    return "://" not in name and (name.startswith((".", "~", os.sep)) or name.count("/") > 1 or name.endswith(FILES))
+
+
+def is_there(name: str) -> bool:
+    """Whether there is a file or folder of that name."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError):  # too long a name, nobody's home
+        return False
 
 
 def why_not(name: str, error: BaseException) -> str:
     """Why nothing could be loaded by a name of the Hub or this machine, in one line."""
-    if not Path(name).expanduser().exists():
+    if not is_there(name):
         if is_local_name(name):
             return "there is no such file or folder"
         if not hub_answers():

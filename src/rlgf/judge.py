@@ -181,11 +181,9 @@ def judge_server(spec: str) -> tuple[str, str]:
         raise UserError(str(error).replace("guide", "judge")) from None
 
 
-def probe_judge(judge: PairJudge | None, prompts: Sequence[Prompt]) -> None:
-    """Ask a chat model one question before anything is trained; `UserError` where it does not answer."""
-    known = next((prompt for prompt in prompts if prompt.references), None)
-    if not isinstance(judge, ChatJudge) or judge.guide.config.offline or known is None:
-        return
+def probe_judge(judge: ChatJudge, prompts: Sequence[Prompt]) -> None:
+    """Ask a chat model one question about a reference of one of the prompts; `UserError` where it does not answer."""
+    known = next(prompt for prompt in prompts if prompt.references)
     try:
         judge.compare([known], [known.references[0]], [known.references[-1]])
     except RunError as error:

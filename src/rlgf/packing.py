@@ -290,6 +290,7 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     if reading is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     asking, asked, causal = _who_asks_whom(module, reading.lines)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions leave these in fp32
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = options.get("scaling")

@@ -10,7 +10,7 @@ import torch
 
 from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
-from rlgf.config import Config, GuideConfig, override
+from rlgf.config import Config, GuideConfig, JudgeConfig, override
 from rlgf.errors import UserError
 from rlgf.evaluate import Judges, evaluate_policy
 from rlgf.experience import Models, Reading
@@ -46,6 +46,7 @@ from rlgf.refusals import (
     check_base,
     check_lengths,
     check_paths,
+    check_to_train,
     judge_names,
     needs_guide,
     probe_guide,
@@ -83,7 +84,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
 
     In `directory` is kept what a guide is paid for texts to distil, so that its limits count them.
     """
-    algorithm = check(config)
+    algorithm = check_to_train(config)
     use_kernels(config.runtime.kernels)
     for warning in cautions(algorithm):
         report(f"warning: {warning}")
@@ -96,6 +97,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     check_finals(task, config)
     if "preferences" in (*config.reward.names, config.judge.spec):
         try_pairs(config, stages, report)
+    probe_chat_judge(config, task, stages, report)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     made = make_rewards(config, stages, report)  # before other models need memory
@@ -103,7 +105,6 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     judge = None if on_backbone(config, judge_names(config)) else prepare_judge(config, made, stages, report)
     if reward is not None:
         probe_reward(reward, task.validation[:4])
-    probe_judge(judge, task.test)
     guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
         probe_guide(guide, algorithm, codec, task, config)
@@ -256,22 +257,33 @@ def prepare_judge(
     if spec is None:
         return None
     if spec.startswith("server:"):
-        template = read_question(judge.template)
-        settings = server_settings(judge, template)
-        cache = AnswerCache(Path(judge.cache) if judge.cache else stages / "judge-answers.sqlite")
-
-        def tell(line: str) -> None:  # who asks a server calls itself the guide
-            report(line.replace("guide:", "judge:", 1))
-
-        guide = RemoteGuide(Server(spec, settings, "none", tell), settings, cache, tell)
-        name = f"chat model {judge_server(spec)[0]}, order {judge.order}"
-        return ChatJudge(guide, name, template, judge.order, judge.answer_tokens, judge.seed)
+        return chat_judge(spec, judge, stages, report)
     if spec == "preferences":
         path, name = str(made["judge"]), f"a second reward model, trained on other posts ({made['judge'].name})"
     else:
         path = spec.removeprefix("model:")
         name = f"reward model {path}"
     return RewardJudge(load_reward_model(path, config.runtime.device, backbone=backbone), name)
+
+
+def chat_judge(spec: str, judge: JudgeConfig, stages: Path, report: Report) -> ChatJudge:
+    """The judge `server:MODEL@URL`; its answers are kept beside the stages, or where `judge.cache` says."""
+    template = read_question(judge.template)
+    settings = server_settings(judge, template)
+    cache = AnswerCache(Path(judge.cache) if judge.cache else stages / "judge-answers.sqlite")
+
+    def tell(line: str) -> None:  # who asks a server calls itself the guide
+        report(line.replace("guide:", "judge:", 1))
+
+    guide = RemoteGuide(Server(spec, settings, "none", tell), settings, cache, tell)
+    return ChatJudge(guide, f"chat model {judge_server(spec)[0]}, order {judge.order}", template, judge.order,
+                     judge.answer_tokens, judge.seed)  # fmt: skip
+
+
+def probe_chat_judge(config: Config, task: Task, stages: Path, report: Report) -> None:
+    """Ask a judge on a server one question before anything is trained; it counts towards no limit but its own."""
+    if (config.judge.spec or "").startswith("server:") and not config.judge.offline:
+        probe_judge(chat_judge(config.judge.spec or "", config.judge, stages, report), task.test)
 
 
 def general_model(config: Config, reference: LanguageModel, stages: Path, report: Report) -> LanguageModel | None:
@@ -420,6 +432,7 @@ def evaluate_policy_at(
     check_base(config, codec.tokenizer)
     task = prepare_prompts(config, codec.tokenizer, report)
     check_finals(task, config)
+    probe_chat_judge(config, task, stages, report)
     start = sft_stage(config, stages, report)
     made, in_4bit, device = make_rewards(config, stages, report), config.adapter.load_in_4bit, config.runtime.device
     reference = language_model = load_language_model(str(start), device, in_4bit).fixed()

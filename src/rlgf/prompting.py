@@ -21,13 +21,28 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
     """The messages of a conversation, checked: each has a role and a text."""
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
-        role, content = message.get("role"), message.get("content")
+        role, content = message.get("role"), _content(message)
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(
                 f"{where}: message {number} must have a 'role' and a 'content' that are texts, but is {str(message)[:80]!r}."
             )
-        messages.append({name: part for name, part in message.items() if part is not None})  # a name, what a tool is called
+        known = {name: part for name, part in message.items() if part is not None}  # a name, the calls of tools
+        messages.append({**known, "content": content})
     return tuple(messages)
+
+
+def _content(message: Mapping[str, Any]) -> Any:
+    """The text of a message: that of its parts, and none where it only calls tools."""
+    content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return ""
+    if isinstance(content, list):
+        parts = cast("list[Any]", content)
+        if all(
+            isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+        ):
+            return "".join(part["text"] for part in parts)
+    return content
 
 
 def read_template(value: str | None) -> str | None:
@@ -182,7 +197,10 @@ class PromptReader:
         if self.limit and len(ids) > self.limit:
             self.too_long += 1
             return None
-        return Prompt(text, ids=ids, messages=messages, opening=self.chat.opening(messages))
+        opening = self.chat.opening(messages)
+        read = self.tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else []
+        bare = str(self.tokenizer.decode(read, skip_special_tokens=True)) if opening else ""
+        return Prompt(text, ids=ids, messages=messages, opening=opening, opening_without_marks=bare)
 
     def _shortened(self, text: str) -> str:
         """The longest part of a text, from its beginning or up to its end, that fits together with the suffix."""

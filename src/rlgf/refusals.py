@@ -15,7 +15,7 @@ from rlgf.guides import FunctionGuide, Guide, Request, ask
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import guide_model_path
 from rlgf.guides.server import parse_spec
-from rlgf.hub import is_local_name
+from rlgf.hub import is_local_name, is_there
 from rlgf.judge import judge_server, read_question
 from rlgf.models import VALUE_HEAD, context_length, four_bits, load_tokenizer, refuse_other_heads, require_critic_adapter
 from rlgf.plugins import load_object
@@ -41,7 +41,6 @@ def check(config: Config) -> Algorithm:
         raise UserError(f"task '{config.task.name}' needs data: give --data with a Hub name or a folder of .jsonl[.gz] files.")
     if not kind.needs_data and config.task.data is not None:
         raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
-    _check_files(config)
     check_trackers(config.runtime.trackers)
     _check_judges(config)
     spec = config.guide.spec
@@ -75,18 +74,22 @@ def check(config: Config) -> Algorithm:
     return algorithm
 
 
-def _check_files(config: Config) -> None:
-    """Refuse what can only be a file or folder of this machine, and is not there."""
-    judge, guide = config.judge.spec or "", guide_model_path(config.guide.spec) if config.guide.spec else None
+def check_to_train(config: Config) -> Algorithm:
+    """The same, and what only training needs: refuse what can only be a file or folder of this machine, and is not there."""
+    algorithm = check(config)
+    judge = config.judge.spec or ""
+    guide = guide_model_path(config.guide.spec) if needs_guide(algorithm) or config.distil.texts else None
+    pairs = config.preferences.data if "preferences" in (*config.reward.names, judge) else None
     named = [
-        ("task.data", config.task.data), ("preferences.data", config.preferences.data), ("policy", config.policy),
+        ("task.data", config.task.data), ("preferences.data", pairs), ("policy", config.policy),
         ("model.path", config.model.path), ("critic.path", config.critic.path), ("guide.spec", guide),
         ("judge.spec", judge.removeprefix("model:") if judge.startswith("model:") else None),
         *(("reward.path", name) for name in config.reward.names if not name.startswith("python:")),
     ]  # fmt: skip
     for field, name in named:
-        if name and is_local_name(name) and not Path(name).expanduser().exists():
+        if name and is_local_name(name) and not is_there(name):
             raise UserError(f"{field} names '{name}', but there is no such file or folder: mend the name.")
+    return algorithm
 
 
 def _check_adapters(config: Config) -> None:

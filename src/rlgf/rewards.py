@@ -18,7 +18,7 @@ from rlgf.models import LanguageModel, from_pretrained, load_tokenizer
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
 from rlgf.reward_model import RewardModel, Shared, is_reward_model, load_reward_model, refuse_language_models
-from rlgf.scoring.functions import TEXT_FUNCTIONS, Sum, build_text_function
+from rlgf.scoring.functions import TEXT_FUNCTIONS, Sum, build_text_function, said
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
 
@@ -100,7 +100,7 @@ def _build(
         return load(place)
     else:
         judge = SequenceClassifier(place)
-    return whole_text(judge) if task.whole_text else judge
+    return whole_text(judge) if task.whole_text else lambda prompts, texts: judge(prompts, said(prompts, texts))
 
 
 def check_names(names: Sequence[str]) -> None:

@@ -46,10 +46,11 @@ class Prompt:
     columns: Mapping[str, Any] = field(default_factory=dict[str, Any])
     messages: tuple[Message, ...] | None = None
     opening: str = ""
+    opening_without_marks: str = ""  # the same as a tokenizer gives it back that leaves out special tokens
 
     def said(self, text: str) -> str:
         """What a text says that continues the prompt: the text without what every reply begins with."""
-        return text.removeprefix(self.opening)
+        return text.removeprefix(self.opening if text.startswith(self.opening) else self.opening_without_marks)
 
 
 TextFunction = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]

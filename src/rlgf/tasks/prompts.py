@@ -5,7 +5,7 @@ JSON lines, CSV, Parquet, a folder of these or a Hub dataset; prompts are plain 
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from rlgf.config import TaskConfig
@@ -205,7 +205,7 @@ def _prompts(rows: Sequence[Row], reader: PromptReader) -> list[Prompt]:
 
 def _with_texts(prompt: Prompt, row: Row, reader: PromptReader) -> Prompt:
     references, targets = (tuple(reader.response(prompt, text) for text in texts) for texts in (row.references, row.targets))
-    return Prompt(prompt.text, references, targets, prompt.ids, row.columns, prompt.messages)
+    return replace(prompt, references=references, targets=targets, columns=row.columns)
 
 
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
