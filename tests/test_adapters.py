@@ -92,7 +92,9 @@ def test_an_adapter_is_saved_loaded_and_merged_as_transformers_reads_it(tmp_path
     theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
     logits = theirs(input_ids=torch.tensor([[5, 9, 12, 7]])).logits[0]
     assert torch.allclose(logits[[0, 2]], says(policy)[:2], atol=1e-5)
-    pipeline.merge(str(tmp_path / "policy"), tmp_path / "whole")
+    pipeline.merge(str(tmp_path), tmp_path / "whole")  # as of a run
+    with pytest.raises(UserError, match="there is no folder"):
+        pipeline.merge(str(tmp_path / "nothing"), tmp_path / "another")
     whole = load_language_model(str(tmp_path / "whole"))
     assert not adapters.has_adapters(whole.model)
     assert torch.allclose(says(whole), says(policy), atol=1e-5)

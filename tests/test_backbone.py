@@ -1,18 +1,21 @@
 """One copy of the base weights for all that reads with them, in training and in evaluation, whole or in 4 bits."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlgf import adapters, models, reward_model
+from rlgf import adapters, models, refusals, reward_model
 from rlgf.config import AdapterConfig, Config, ModelConfig, override
 from rlgf.errors import UserError
 from rlgf.guides import ModelGuide
 from rlgf.models import load_language_model, new_language_model
 from rlgf.pipeline import evaluate_policy_at, prepare, silent, train
 from rlgf.preference_stage import preference_stage
+from rlgf.recipes import recipe
+from rlgf.refusals import check_to_train
 from rlgf.reward_model import RewardModel
 from rlgf.stages import train_tokenizer
 from test_pipeline import small
@@ -230,3 +233,25 @@ def test_a_reward_model_made_in_four_bits_is_another_one(tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         Loads(patch, tmp_path / "base")
         assert made(True) != made(False)
+
+
+def test_a_reward_that_nobody_named_and_a_person_who_is_not_there_are_refused_from_the_config(monkeypatch: pytest.MonkeyPatch):
+    rows = override(recipe("prompts"), [("task.data", str(Path(__file__)))])
+    with pytest.raises(UserError, match="task 'prompts' has no rule of its own"):
+        check_to_train(rows)
+    asked = small(("guide.spec", "human"), ("algorithm.name", "ppo_pp"))
+    monkeypatch.setattr(refusals, "nobody_types", lambda: True)
+    with pytest.raises(UserError, match="asked at a terminal, and there is none"):
+        check_to_train(asked)
+    check_to_train(override(asked, [("algorithm.name", "ppo")]))  # who asks nobody needs nobody
+
+
+def test_nobody_types_into_the_null_device_but_a_file_may_hold_what_somebody_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "answers").write_text("one\n")
+    for path, expected in ((os.devnull, True), (str(tmp_path / "answers"), False)):
+        with open(path) as file:
+            monkeypatch.setattr("sys.stdin", file)
+            assert refusals.nobody_types() == expected
+    assert refusals.nobody_types()  # closed

@@ -176,7 +176,9 @@ def merged(model: Any, folder: str) -> Any:
     need()
     from peft import PeftModel
 
-    whole: Any = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
+        whole: Any = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
     return whole.merge_and_unload()
 
 

@@ -220,8 +220,8 @@ def compare(
     if dry_run:
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
-            console.print_plan(planned, refusals.check_to_train(planned))
-        console.report(f"{len(rows)} rows with {len(numbers)} seeds each, {jobs} at a time, and the baselines, in {target}")
+            console.print_plan(planned, refusals.check_to_train(planned), row.title)
+        console.report(f"{len(rows)} rows, each with seeds {seeds}, {jobs} at a time, and the baselines, in {target}")
         return
     watch = console.Watch(may_draw=config.guide.spec != "human")
     try:
@@ -335,7 +335,8 @@ def evaluate(
     folder = Path(run_or_recipe)
     is_run = (folder / "config.yaml").is_file()
     if not is_run and run_or_recipe not in RECIPES and not folder.is_file():
-        raise UserError(f"{run_or_recipe} is neither a run (it has no config.yaml) nor a recipe: see `rlgf list`.")
+        hint = f"give one of those in {folder / 'runs'}" if (folder / "runs").is_dir() else "see `rlgf list`"
+        raise UserError(f"{run_or_recipe} is neither a run (it has no config.yaml) nor a recipe: {hint}.")
     config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=data)
     if prompts is not None:
         config = override(config, [("evaluation.final_prompts", prompts)], COMMAND_LINE)
@@ -553,7 +554,7 @@ def check_task(
     homes = {"embedded": "quickstart"}  # a task's name stands for the recipe with its numbers
     source = "prompts" if name.startswith("python:") else homes.get(name, name)
     if source not in RECIPES and not Path(source).is_file():
-        raise unknown("task or recipe", name, [*RECIPES, *homes, "imdb"])
+        raise unknown("task or recipe", name, [*RECIPES, *homes])
     named = [f"task.name={name}"] if name.startswith("python:") else []
     config = read_config(source, [*named, *(overrides or [])], data=data)
     if policy:

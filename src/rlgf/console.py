@@ -203,10 +203,10 @@ def print_algorithm(algorithm: Algorithm, iterations: int, coins: Sequence[float
     out.print(Text("  █ all texts of the iteration   ▄ a part   · none", style="dim"))
 
 
-def print_plan(config: Config, algorithm: Algorithm) -> None:
-    """What a run would do: phases, models, texts and tokens, memory."""
+def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
+    """What a run would do: phases, models, texts and tokens, memory. In a comparison it has a title."""
     ppo, task = config.ppo, config.task
-    out.print(Text(f"{config.recipe}: {algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
+    out.print(Text(f"{config.recipe}: {title or algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
     for number, line in enumerate(describe_phases(algorithm)):
         out.print(Text(f"  phase {number}: {line}"))
     guide = config.guide.spec if needs_guide(algorithm) or config.distil.texts else "not asked"
@@ -228,7 +228,8 @@ def print_plan(config: Config, algorithm: Algorithm) -> None:
         "sampling": config.decoding.describe(),
         "iterations": f"{ppo.iterations} of {ppo.texts_per_iteration} texts; {steps} optimizer steps each",
         "tokens": f"at most {ppo.texts_per_iteration * task.max_new_tokens:,} written in an iteration",
-        "in all": f"{ppo.iterations * ppo.texts_per_iteration:,} texts",
+        "distilled": f"{config.distil.texts:,} texts by the guide, before that" if config.distil.texts else "",
+        "in all": f"{ppo.iterations * ppo.texts_per_iteration + config.distil.texts:,} texts",
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
     for name, value in lines.items():

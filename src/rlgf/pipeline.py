@@ -53,7 +53,7 @@ from rlgf.refusals import (
     require_finisher,
 )
 from rlgf.reward_model import load_reward_model
-from rlgf.rewards import build_reward, probe_reward
+from rlgf.rewards import build_reward, check_names, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
 from rlgf.runs import RunDirectory, identity, require_space, require_writable
 from rlgf.stages import (
@@ -191,10 +191,12 @@ def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_
 
 def merge(folder: str, out: Path) -> None:
     """Write the model that an adapter makes of its base as a whole model of its own."""
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}: give that of a run, or of an adapter.")
+    if adapters.is_adapter_folder(str(Path(folder) / "policy")):  # a run
+        folder = str(Path(folder) / "policy")
     if not adapters.is_adapter_folder(folder):
-        inside = Path(folder) / "policy"
-        hint = f"give {inside}" if adapters.is_adapter_folder(str(inside)) else "there is nothing to merge"
-        raise UserError(f"{folder} holds no adapter (no adapter_config.json): {hint}.")
+        raise UserError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
     refuse_other_heads(folder)
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose another --out.")
@@ -430,6 +432,7 @@ def evaluate_policy_at(
             "one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
         )
     check_base(config, codec.tokenizer)
+    check_names((*config.reward.names, *judge_names(config)))
     task = prepare_prompts(config, codec.tokenizer, report)
     check_finals(task, config)
     probe_chat_judge(config, task, stages, report)

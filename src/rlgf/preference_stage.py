@@ -73,6 +73,12 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
             report(f"{role}: {count:,} {reason}, left out")
         measured = train_reward_model(reward, pairs, settings, seed, config.runtime.micro_batch_tokens, report)
         reward.save(folder)
+        accuracy = measured["accuracy"]
+        if accuracy - 2 * measured["accuracy_standard_error"] < 0.5:
+            report(
+                f"warning: {role}: an accuracy of {accuracy:.2f} on held-out pairs may be chance: give more pairs, or train "
+                "longer (preferences.training.epochs, preferences.training.learning_rate)."
+            )
         return measured | {f"left out: {reason}": count for reason, count in pairs.dropped.items()}
 
     name = "judge" if role == "judge" else "reward"

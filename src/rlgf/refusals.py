@@ -1,5 +1,8 @@
 """What must be true of a config, its prompts and its guide before anything is trained, and what to change where it is not."""
 
+import os
+import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from rlgf.judge import judge_server, read_question
 from rlgf.models import VALUE_HEAD, context_length, four_bits, load_tokenizer, refuse_other_heads, require_critic_adapter
 from rlgf.plugins import load_object
 from rlgf.preference_stage import check_preferences
-from rlgf.rewards import check_names
+from rlgf.rewards import check_names, no_rule
 from rlgf.stages import guide_task
 from rlgf.tasks import Task, task_kind
 from rlgf.tasks.base import task_options
@@ -77,6 +80,10 @@ def check(config: Config) -> Algorithm:
 def check_to_train(config: Config) -> Algorithm:
     """The same, and what only training needs: refuse what can only be a file or folder of this machine, and is not there."""
     algorithm = check(config)
+    if "task" in config.reward.names and not task_kind(config.task).has_rule:
+        raise no_rule(config.task.name)
+    if config.guide.spec == "human" and needs_guide(algorithm) and not config.guide.offline and nobody_types():
+        raise UserError("the guide 'human' is asked at a terminal, and there is none: run the same command in one.")
     judge = config.judge.spec or ""
     guide = guide_model_path(config.guide.spec) if needs_guide(algorithm) or config.distil.texts else None
     pairs = config.preferences.data if "preferences" in (*config.reward.names, judge) else None
@@ -90,6 +97,14 @@ def check_to_train(config: Config) -> Algorithm:
         if name and is_local_name(name) and not is_there(name):
             raise UserError(f"{field} names '{name}', but there is no such file or folder: mend the name.")
     return algorithm
+
+
+def nobody_types() -> bool:
+    """Whether standard input is closed or the null device; a file or a pipe may hold what somebody wrote."""
+    try:
+        return not sys.stdin.isatty() and stat.S_ISCHR(os.fstat(sys.stdin.fileno()).st_mode)
+    except (AttributeError, OSError, ValueError):
+        return True
 
 
 def _check_adapters(config: Config) -> None:

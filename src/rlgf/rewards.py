@@ -82,10 +82,7 @@ def _build(
     """One reward by name; for a whole-text task a model is given prompt and continuation together."""
     if path == "task":
         if task.reward is None:
-            raise UserError(
-                f"task '{task.name}' has no rule of its own: set reward.path to 'ngram', 'preferences', a metric, a classifier "
-                "or a reward model, or 'python:module:name'."
-            )
+            raise no_rule(task.name)
         return task.reward
     if path.startswith("python:"):
         return with_what_it_reads(load_object(path, "reward"))
@@ -101,6 +98,14 @@ def _build(
     else:
         judge = SequenceClassifier(place)
     return whole_text(judge) if task.whole_text else lambda prompts, texts: judge(prompts, said(prompts, texts))
+
+
+def no_rule(task: str) -> UserError:
+    """The error for a task whose reward somebody has to name."""
+    return UserError(
+        f"task '{task}' has no rule of its own: set reward.path to 'ngram', 'preferences', a metric, a classifier or a reward "
+        "model, or 'python:module:name'."
+    )
 
 
 def check_names(names: Sequence[str]) -> None:

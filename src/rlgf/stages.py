@@ -367,7 +367,10 @@ def reward_stage(config: Config, stages: Path, report: Report, at: Path | None =
     """The small n-gram sentiment classifier, trained on the task's labelled texts."""
     labelled = task_kind(config.task).labelled_texts
     if labelled is None:
-        raise UserError(f"task '{config.task.name}' has no labelled texts to train a sentiment reward on.")
+        raise UserError(
+            f"task '{config.task.name}' has no labelled texts to train a sentiment reward on; from pairs a reward model is "
+            "trained: set reward.path=preferences."
+        )
     task = config.task
     ingredients = {"epochs": config.reward.epochs, "seed": config.reward.seed, "task": task_source(task)}
 

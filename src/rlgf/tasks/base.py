@@ -40,6 +40,7 @@ class TaskKind:
     )
     labelled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None  # for a sentiment reward
     needs_data: bool = False
+    has_rule: bool = True  # whether its texts may be scored by a rule of its own, `reward.path=task`
     instruction: str | None = None  # tells a guide that chats what to do with '{text}'; None: a plain one
 
 

@@ -107,6 +107,6 @@ def raw_texts(config: TaskConfig, most: int) -> list[str]:
 
 
 KIND = TaskKind(
-    build, Options, raw_texts=raw_texts, needs_data=True,
+    build, Options, raw_texts=raw_texts, needs_data=True, has_rule=False,
     instruction="{text}\n\nAnswer with the sentence only: one plain sentence that uses all of these words.",
 )  # fmt: skip

@@ -146,4 +146,6 @@ INSTRUCTION = (
     "introduction, no quotation marks, and repeat nothing of it.\n\n{text}"
 )
 
-KIND = TaskKind(build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts, needs_data=True, instruction=INSTRUCTION)
+KIND = TaskKind(
+    build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts, needs_data=True, has_rule=False, instruction=INSTRUCTION
+)  # fmt: skip

@@ -223,4 +223,4 @@ def _raw(row: Row, options: Options) -> str:
     return str(row.prompt).removesuffix(options.suffix) + options.suffix + separated(options.separator, target)
 
 
-KIND = TaskKind(build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True)
+KIND = TaskKind(build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_rule=False)

@@ -189,5 +189,6 @@ INSTRUCTION = (
 )
 
 KIND = TaskKind(
-    build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, instruction=INSTRUCTION
+    build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_rule=False,
+    instruction=INSTRUCTION,
 )  # fmt: skip
