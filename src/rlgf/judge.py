@@ -6,7 +6,7 @@ seed and row, or every row is asked both ways.
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -14,8 +14,9 @@ from typing import Literal, Protocol
 from rlgf.config import GuideConfig, JudgeConfig
 from rlgf.errors import RunError, UserError
 from rlgf.guides.base import Request
+from rlgf.guides.cache import AnswerCache
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import parse_spec
+from rlgf.guides.server import Server, parse_spec
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards import score
 from rlgf.types import Decoding, Prompt, TextFunction
@@ -181,11 +182,30 @@ def judge_server(spec: str) -> tuple[str, str]:
         raise UserError(str(error).replace("guide", "judge")) from None
 
 
-def probe_judge(judge: ChatJudge, prompts: Sequence[Prompt]) -> None:
-    """Ask a chat model one question about a reference of one of the prompts; `UserError` where it does not answer."""
+def chat_judge(config: JudgeConfig, stages: Path, report: Callable[[str], None]) -> ChatJudge:
+    """The judge `server:MODEL@URL`; its answers are kept beside the stages, or where `judge.cache` says."""
+    spec, template = config.spec or "", read_question(config.template)
+    settings = server_settings(config, template)
+    cache = AnswerCache(Path(config.cache) if config.cache else stages / "judge-answers.sqlite")
+
+    def tell(line: str) -> None:  # who asks a server calls itself the guide
+        report(line.replace("guide:", "judge:", 1))
+
+    guide = RemoteGuide(Server(spec, settings, "none", tell), settings, cache, tell)
+    name = f"chat model {judge_server(spec)[0]}, order {config.order}"
+    return ChatJudge(guide, name, template, config.order, config.answer_tokens, config.seed)
+
+
+def probe_judge(config: JudgeConfig, prompts: Sequence[Prompt], stages: Path, report: Callable[[str], None]) -> None:
+    """Ask a judge on a server one question before anything is trained, by a `ChatJudge` whose requests count nowhere else.
+
+    `UserError` where it does not answer. One of the prompts must have a reference.
+    """
+    if not (config.spec or "").startswith("server:") or config.offline:
+        return
     known = next(prompt for prompt in prompts if prompt.references)
     try:
-        judge.compare([known], [known.references[0]], [known.references[-1]])
+        chat_judge(config, stages, report).compare([known], [known.references[0]], [known.references[-1]])
     except RunError as error:
         raise UserError(f"probe: {error}") from error.__cause__
 

@@ -10,7 +10,7 @@ import torch
 
 from rlgf import adapters
 from rlgf.algorithms import Algorithm, guide_alone
-from rlgf.config import Config, GuideConfig, JudgeConfig, override
+from rlgf.config import Config, GuideConfig, override
 from rlgf.errors import UserError
 from rlgf.evaluate import Judges, evaluate_policy
 from rlgf.experience import Models, Reading
@@ -20,9 +20,9 @@ from rlgf.guides.cache import AnswerCache
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import TextModelGuide, guide_model_path
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import Server, reach
+from rlgf.guides.server import reach
 from rlgf.guides.tokenizing import Tokens, reach_by_tokens
-from rlgf.judge import ChatJudge, PairJudge, RewardJudge, judge_server, probe_judge, read_question, server_settings
+from rlgf.judge import PairJudge, RewardJudge, chat_judge, probe_judge
 from rlgf.models import (
     POLICY_ADAPTER,
     Critic,
@@ -97,7 +97,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     check_finals(task, config)
     if "preferences" in (*config.reward.names, config.judge.spec):
         try_pairs(config, stages, report)
-    probe_chat_judge(config, task, stages, report)
+    probe_judge(config.judge, task.test, stages, report)
     if config.reward.minus_reference and not all(prompt.references for prompt in task.train):
         raise UserError(f"reward.minus_reference needs a reference for every prompt, which task '{task.name}' has not.")
     made = make_rewards(config, stages, report)  # before other models need memory
@@ -255,37 +255,17 @@ def prepare_judge(
     config: Config, made: Mapping[str, Path], stages: Path, report: Report, backbone: LanguageModel | None = None
 ) -> PairJudge | None:
     """Who compares texts with references in final evaluations, if anybody does; `made` has the stages of `make_rewards`."""
-    spec, judge = config.judge.spec, config.judge
+    spec = config.judge.spec
     if spec is None:
         return None
     if spec.startswith("server:"):
-        return chat_judge(spec, judge, stages, report)
+        return chat_judge(config.judge, stages, report)
     if spec == "preferences":
         path, name = str(made["judge"]), f"a second reward model, trained on other posts ({made['judge'].name})"
     else:
         path = spec.removeprefix("model:")
         name = f"reward model {path}"
     return RewardJudge(load_reward_model(path, config.runtime.device, backbone=backbone), name)
-
-
-def chat_judge(spec: str, judge: JudgeConfig, stages: Path, report: Report) -> ChatJudge:
-    """The judge `server:MODEL@URL`; its answers are kept beside the stages, or where `judge.cache` says."""
-    template = read_question(judge.template)
-    settings = server_settings(judge, template)
-    cache = AnswerCache(Path(judge.cache) if judge.cache else stages / "judge-answers.sqlite")
-
-    def tell(line: str) -> None:  # who asks a server calls itself the guide
-        report(line.replace("guide:", "judge:", 1))
-
-    guide = RemoteGuide(Server(spec, settings, "none", tell), settings, cache, tell)
-    return ChatJudge(guide, f"chat model {judge_server(spec)[0]}, order {judge.order}", template, judge.order,
-                     judge.answer_tokens, judge.seed)  # fmt: skip
-
-
-def probe_chat_judge(config: Config, task: Task, stages: Path, report: Report) -> None:
-    """Ask a judge on a server one question before anything is trained; it counts towards no limit but its own."""
-    if (config.judge.spec or "").startswith("server:") and not config.judge.offline:
-        probe_judge(chat_judge(config.judge.spec or "", config.judge, stages, report), task.test)
 
 
 def general_model(config: Config, reference: LanguageModel, stages: Path, report: Report) -> LanguageModel | None:
@@ -435,7 +415,7 @@ def evaluate_policy_at(
     check_names((*config.reward.names, *judge_names(config)))
     task = prepare_prompts(config, codec.tokenizer, report)
     check_finals(task, config)
-    probe_chat_judge(config, task, stages, report)
+    probe_judge(config.judge, task.test, stages, report)
     start = sft_stage(config, stages, report)
     made, in_4bit, device = make_rewards(config, stages, report), config.adapter.load_in_4bit, config.runtime.device
     reference = language_model = load_language_model(str(start), device, in_4bit).fixed()

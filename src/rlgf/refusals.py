@@ -84,13 +84,12 @@ def check_to_train(config: Config) -> Algorithm:
         raise no_rule(config.task.name)
     if config.guide.spec == "human" and needs_guide(algorithm) and not config.guide.offline and nobody_types():
         raise UserError("the guide 'human' is asked at a terminal, and there is none: run the same command in one.")
-    judge = config.judge.spec or ""
     guide = guide_model_path(config.guide.spec) if needs_guide(algorithm) or config.distil.texts else None
-    pairs = config.preferences.data if "preferences" in (*config.reward.names, judge) else None
+    pairs = config.preferences.data if "preferences" in (*config.reward.names, config.judge.spec) else None
     named = [
         ("task.data", config.task.data), ("preferences.data", pairs), ("policy", config.policy),
         ("model.path", config.model.path), ("critic.path", config.critic.path), ("guide.spec", guide),
-        ("judge.spec", judge.removeprefix("model:") if judge.startswith("model:") else None),
+        *(("judge.spec", name) for name in judge_names(config)),
         *(("reward.path", name) for name in config.reward.names if not name.startswith("python:")),
     ]  # fmt: skip
     for field, name in named:
