@@ -77,8 +77,25 @@ def test_concept_sets_are_held_back_from_training_for_evaluations(tmp_path: Path
     assert len(task.validation) == 1
     assert task.validation[0] not in task.train
     assert len(task.finals["validation"]) == 3
+    assert not task.remarks
     with pytest.raises(UserError, match="held_back is 3, but there are 3"):
         commongen.build(task_config(data(tmp_path), held_back=3), None)
+
+
+def test_no_sentence_of_concept_sets_held_back_is_trained_on(tmp_path: Path):
+    shared = ROWS[0]["targets"][0]
+    source = data(tmp_path, [*ROWS, *({"concepts": [f"word{i}", "dog"], "targets": [shared]} for i in range(3))])
+    config = task_config(source, held_back=2)  # of six, four of which share a sentence: at least one of those stays behind
+    task = commongen.build(config, None)
+    held = {text for prompt in task.validation for text in prompt.references}
+    trained = {text for prompt in task.train for text in prompt.references}
+    assert trained
+    assert trained.isdisjoint(held)
+    assert set(commongen.raw_texts(config, 0)) == trained
+    left_out = 6 - len(task.train) - len(task.validation)
+    assert task.remarks == {"training prompts share a sentence with those held back, and are left out": left_out}
+    with pytest.raises(UserError, match="held_back is 1: every other training prompt shares a sentence with them"):
+        commongen.build(task_config(data(tmp_path, [ROWS[0]] * 3), held_back=1), None)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,10 @@ HARD = 4  # concepts from which on a prompt counts as hard
 
 @dataclass(frozen=True)
 class Options:
-    """Where rows are, and which concept sets of the training split are held back for evaluations during training."""
+    """Where rows are, and how many concept sets of the training split are held back for evaluations during training.
+
+    Sentences of concept sets that are held back occur under other sets too; those sets are left out of training.
+    """
 
     concepts_column: str = "concepts"
     references_column: str = "targets"  # a list; in the Hub's form of the data a single text, `target`, on a row of its own
@@ -37,23 +40,36 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     train, validation, test = (_prompts(config, options, split, split == "test") for split in SPLITS)
     # files have the easy prompts first, and an evaluation takes as many as it is told to from the beginning
     validation, test = ([prompts[i] for i in permutation(0, Purpose.TASK, 5, len(prompts))] for prompts in (validation, test))
+    remarks: dict[str, int] = {}
     watched = validation
     if options.held_back:
-        if not 0 < options.held_back < len(train):
-            raise UserError(f"task.options.held_back is {options.held_back}, but there are {len(train)} training prompts.")
-        order = permutation(0, Purpose.TASK, 3, len(train))
-        held = set(order[: options.held_back].tolist())
-        watched = [prompt for place, prompt in enumerate(train) if place in held]
-        train = [prompt for place, prompt in enumerate(train) if place not in held]
+        every = len(train)
+        train, watched = _hold_back(train, options.held_back)
+        if left_out := every - len(train) - len(watched):
+            remarks["training prompts share a sentence with those held back, and are left out"] = left_out
     if not any(prompt.references for prompt in test):
-        remarks = {"test prompts have no references: validation is reported alone": len(test)}
+        remarks["test prompts have no references: validation is reported alone"] = len(test)
         return Task(config.name, train, watched, validation, group=difficulty, remarks=remarks)
-    return Task(config.name, train, watched, test, finals={"validation": validation}, group=difficulty)
+    return Task(config.name, train, watched, test, finals={"validation": validation}, group=difficulty, remarks=remarks)
 
 
 def difficulty(prompt: Prompt) -> str:
     """How hard a prompt is: 'easy' with three concepts, 'hard' with more."""
     return "hard" if len(prompt.columns["concepts"]) >= HARD else "easy"
+
+
+def _hold_back(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that stay for training, and `count` that are held back, without a sentence in common."""
+    if not 0 < count < len(prompts):
+        raise UserError(f"task.options.held_back is {count}, but there are {len(prompts)} training prompts.")
+    held = set(permutation(0, Purpose.TASK, 3, len(prompts))[:count].tolist())
+    watched = [prompt for place, prompt in enumerate(prompts) if place in held]
+    sentences = {text for prompt in watched for text in prompt.references}
+    rest = [prompt for place, prompt in enumerate(prompts) if place not in held]
+    train = [prompt for prompt in rest if sentences.isdisjoint(prompt.references)]
+    if not train:
+        raise UserError(f"task.options.held_back is {count}: every other training prompt shares a sentence with them.")
+    return train, watched
 
 
 def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = False) -> list[Prompt]:
@@ -99,9 +115,12 @@ def _source(config: TaskConfig) -> str:
 
 
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """The training references in a shuffled order, at most `most` (0: all)."""
+    """The training references in a shuffled order, at most `most` (0: all), without those held back."""
     options: Options = task_options(config, Options)
-    texts = [text for prompt in _prompts(config, options, "train") for text in prompt.references]
+    prompts = _prompts(config, options, "train")
+    if options.held_back:
+        prompts, _ = _hold_back(prompts, options.held_back)
+    texts = [text for prompt in prompts for text in prompt.references]
     order = permutation(0, Purpose.TASK, 4, len(texts))
     return [texts[i] for i in (order[:most] if most else order)]
 
