@@ -34,7 +34,7 @@ commongen-small: setup  ## an encoder–decoder on CommonGen: span corruption, S
 
 results:  ## keep the small files of a comparison under docs/results: make results NAME=imdb-small
 	mkdir -p docs/results/$(NAME)
-	cd runs/$(NAME) && cp -r --parents $$(ls -d results.json table.md curves.png baselines stages/*/stage.json \
+	cd runs/$(NAME) && cp -r --parents $$(ls -d results.json table.md texts.md *.png baselines stages/*/stage.json \
 	  runs/*/config.yaml runs/*/metrics.jsonl runs/*/results.json 2>/dev/null) ../../docs/results/$(NAME)/
 
 test: setup  ## the fast suite: no network, under a minute

@@ -15,11 +15,11 @@ from rlgf.errors import UserError
 from rlgf.evaluate import Judges, check_text_metrics, text_metrics
 from rlgf.pipeline import prepare
 from rlgf.recipes import recipe
-from rlgf.report import columns_of, markdown
 from rlgf.rewards import WeightedSum, build_reward, score_parts
 from rlgf.scoring.concepts import concepts_in
 from rlgf.scoring.functions import Sum
 from rlgf.stages import SENTINELS, TargetExamples, corrupted, train_tokenizer
+from rlgf.tables import columns_of, markdown
 from rlgf.tasks import Task, commongen
 from rlgf.trainer import Trainer
 from rlgf.types import Prompt

@@ -1,4 +1,4 @@
-"""The command line: `rlgf train | compare | sft | lm | reward | evaluate | score | write | show | check | fetch | list`.
+"""The command line: `rlgf train`, `compare`, `evaluate`, `score` and more (`rlgf --help`).
 
 Libraries that take seconds to import are imported inside the commands, so that `--help` and a mistyped key answer at once.
 """
@@ -193,6 +193,10 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own, sharing the cores.")] = 1,
     controls: Annotated[bool, typer.Option(help="Whether the recipe's control runs are made too.")] = True,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="Every algorithm again with each value of a setting, as kl.coefficient=0,0.01; may be repeated."),
+    ] = None,
     dry_run: DryRun = False,
     guide: GuideSpec = None,
     policy: Policy = None,
@@ -212,11 +216,13 @@ def compare(
         raise UserError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
     from rlgf import compare as comparing
     from rlgf import console, refusals, terminal
+    from rlgf.report import written_in
 
     refusals.check_to_train(config)
     console.set_up_machine(config)
     target = out or Path("runs") / config.recipe
-    rows = comparing.entries(config, names, recipe_controls(config) if controls else {})
+    varied = comparing.read_varied(config, vary or [])
+    rows = comparing.entries(config, names, recipe_controls(config) if controls else {}, varied)
     if dry_run:
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
@@ -229,7 +235,27 @@ def compare(
     finally:
         watch.close()
     console.print_comparison(results)
-    console.report(f"{target}: table.md, results.json, curves.png, runs/ ({results['seconds_of_this_call']:.0f} s)")
+    console.report(f"{target}: {', '.join(written_in(target))}, results.json, runs/ ({results['seconds_of_this_call']:.0f} s)")
+
+
+@app.command()
+def report(
+    comparison: Annotated[Path, typer.Argument(help="A comparison's folder, with its results.json.", metavar="DIR")],
+    out: Annotated[Path | None, typer.Option(help="Where to write instead of there.", metavar="DIR")] = None,
+) -> None:
+    """Draw a comparison's tables, figures and texts side by side again, from its results.json alone."""
+    from rlgf import terminal
+    from rlgf.data import read_json
+    from rlgf.report import write_report
+
+    path = comparison / "results.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the folder of a finished `rlgf compare`.")
+    results = read_json(path)
+    if "rows" not in results:
+        raise UserError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
+    target = out or comparison
+    terminal.report(f"{target}: {', '.join(write_report(results, target))}")
 
 
 def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlgf.config import Config, dump, override
+from rlgf.config import Config, all_keys, dump, override, parse_assignment, to_dict
 from rlgf.data import read_json, write_json
 from rlgf.errors import RunError, UserError
 from rlgf.finals import evaluate_baselines
@@ -29,16 +29,53 @@ class Entry:
     key: str
     title: str
     changes: Mapping[str, Any]
+    algorithm: str | None = None  # whose row this is; None: a control's
+    varied: Mapping[str, float] | None = None  # the setting in which it differs from the algorithm's own row
 
 
-def entries(config: Config, algorithms: Sequence[str], controls: Mapping[str, Control]) -> list[Entry]:
-    """The algorithms asked for, then the recipe's controls."""
+def entries(
+    config: Config,
+    algorithms: Sequence[str],
+    controls: Mapping[str, Control],
+    varied: Mapping[str, Sequence[float]] | None = None,
+) -> list[Entry]:
+    """The algorithms asked for, each again with every value of every varied setting, then the recipe's controls."""
     found: list[Entry] = []
     for name in algorithms:
         title = override(config, [("algorithm.name", name)]).algorithm.build().title
-        found.append(Entry(name, title, {"algorithm.name": name}))
+        found.append(Entry(name, title, {"algorithm.name": name}, name))
+        for setting, values in (varied or {}).items():
+            for value in dict.fromkeys(values):
+                if value != numeric(config, setting):  # that is the algorithm's own row
+                    key, changes = f"{name}-{setting}={value:g}", {"algorithm.name": name, setting: value}
+                    found.append(Entry(key, f"{title}, {setting} {value:g}", changes, name, {setting: value}))
     for key, control in controls.items():
         found.append(Entry(key, control.title, {"algorithm.name": "ppo", **control.changes}))
+    return found
+
+
+def numeric(config: Config, setting: str) -> float:
+    """The number that a setting has; whatever is none is refused."""
+    value: Any = to_dict(override(config, [(setting, 0)] if setting not in all_keys(Config) else [], "--vary"))
+    for part in setting.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"--vary {setting}: it is {value!r}, and only numbers can be varied.")
+    return value
+
+
+def read_varied(config: Config, assignments: Sequence[str]) -> dict[str, list[float]]:
+    """`["kl.coefficient=0,.001,.01"]` as settings with the values that each takes, one setting at a time."""
+    found: dict[str, list[float]] = {}
+    for text in assignments:
+        setting, _, listed = text.partition("=")
+        own = numeric(config, setting)
+        values = [parse_assignment(f"{setting}={value.strip()}")[1] for value in listed.split(",") if value.strip()]
+        if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+            raise UserError(f"--vary {text}: give numbers with commas between them, as in {setting}={own:g},{2 * own or 1:g}.")
+        for value in values:
+            override(config, [(setting, value)], "--vary")
+        found[setting] = [*found.get(setting, []), *values]
     return found
 
 
@@ -51,7 +88,7 @@ def compare(
     report: Report = silent,
     watch: Callable[[Progress], None] = lambda progress: None,
 ) -> dict[str, Any]:
-    """Run or reuse every row with every seed under `out`, then write `results.json`, `table.md` and `curves.png` there."""
+    """Run or reuse every row with every seed under `out`, then write `results.json` and its report there."""
     if not rows or not seeds:
         raise UserError("nothing to compare: give at least one algorithm and one seed.")
     if (out / "config.yaml").exists():
@@ -125,10 +162,11 @@ def _write_results(
     table: list[dict[str, Any]] = []
     for key in baselines[0]:
         table += _rows(key, [baseline[key] for baseline in baselines], [])
+    settings = dict.fromkeys(setting for row in rows for setting in row.varied or {})
     for row in rows:
         results = [read_json(folders[row.key, seed] / "results.json") for seed in seeds]
         curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in seeds]
-        table += _rows(row.key, [{**result, "title": row.title} for result in results], curves)
+        table += _rows(row.key, [{**result, "title": row.title} for result in results], curves, row)
     first = read_json(folders[rows[0].key, seeds[0]] / "results.json")
     results = {
         "recipe": config.recipe,
@@ -136,6 +174,7 @@ def _write_results(
         "task": config.task.name,
         "evaluation_prompts": config.evaluation.final_prompts,
         "rows": table,
+        **({"varied": {setting: numeric(config, setting) for setting in settings}} if settings else {}),
         "machine": first["machine"],
         **{key: first[key] for key in ("judge", "output_perplexity_model") if key in first},
         "seconds_of_this_call": seconds,
@@ -146,10 +185,12 @@ def _write_results(
 
 
 def _rows(
-    key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]
+    key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]], entry: Entry | None = None
 ) -> list[dict[str, Any]]:
     """The row of one policy, and, where there was one, that of the best of its texts."""
     rows = [_row(key, results, curves)]
+    if entry is not None and entry.algorithm:
+        rows[0] |= {"algorithm": entry.algorithm, **({"varied": dict(entry.varied)} if entry.varied else {})}
     if all("best_of" in result for result in results):
         title = f"{results[0]['title']}, best of {results[0]['best_of']['samples']}"
         best = [{"texts_used": result["texts_used"], **result["best_of"], "title": title} for result in results]
@@ -158,12 +199,12 @@ def _rows(
 
 
 def _row(key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
-    splits = results[0].get("evaluations", {})
+    splits, first = results[0].get("evaluations", {}), results[0]
     return {
         "key": key,
-        "title": results[0]["title"],
-        "decoding": results[0]["decoding"],
-        "texts_used": results[0]["texts_used"],
+        "title": first["title"],
+        "decoding": first["decoding"],
+        "texts_used": first["texts_used"],
         "metrics": _columns([result["evaluation"] for result in results]),
         **(
             {"splits": {split: _columns([result["evaluations"][split] for result in results]) for split in splits}}
@@ -172,6 +213,7 @@ def _row(key: str, results: Sequence[Mapping[str, Any]], curves: Sequence[Sequen
         ),
         "training_seconds": [result.get("training_seconds") for result in results],
         "curves": [list(curve) for curve in curves],
+        **({"examples": first["examples"]} if "examples" in first else {}),
     }
 
 

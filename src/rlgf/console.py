@@ -22,7 +22,7 @@ from rlgf.display import visible
 from rlgf.errors import UserError
 from rlgf.models import count_parameters, from_pretrained, shape_config, use_kernels
 from rlgf.refusals import cautions, needs_guide
-from rlgf.report import table_rows
+from rlgf.tables import table_rows
 from rlgf.terminal import log, out, print_table, report
 from rlgf.trainer import Progress as Step
 from rlgf.types import GUIDE, POLICY

@@ -17,13 +17,19 @@ from rlgf.experience import Reading
 from rlgf.guides import ModelGuide
 from rlgf.rollout import Writing
 from rlgf.runs import RunDirectory, read_complete_lines, rollout_rows
-from rlgf.stages import (
-    Report,
-    base_model,
-)
+from rlgf.stages import Report, base_model
 from rlgf.tasks import Task
 from rlgf.trainer import Parts, Trainer
-from rlgf.types import Decoding, Prompt
+from rlgf.types import Decoding, Prompt, Rollout
+
+Evaluated = tuple[dict[str, float], Rollout, list[float]]  # metrics, texts, scores
+EXAMPLES = 8  # texts of the test split that results keep, to be read side by side
+
+
+def examples(rollout: Rollout, scores: Sequence[float]) -> list[dict[str, Any]]:
+    """The first texts of a final evaluation, as results keep them."""
+    shown = zip(rollout.prompts[:EXAMPLES], rollout.texts, scores)
+    return [{"prompt": prompt.text, "text": text, "score": value} for prompt, text, value in shown]
 
 
 def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
@@ -31,12 +37,14 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
     config, codec = trainer.config, trainer.parts.models.policy.codec
     judges = dataclasses.replace(trainer.judges, final=config.evaluation, judge=trainer.parts.judge)
     found: dict[str, dict[str, float]] = {}
+    shown: list[dict[str, Any]] = []
     splits = final_prompts(trainer.parts.task, config)
     for split, prompts in splits.items():
         found[split], rollout, scores = trainer.evaluate(prompts, final=True)
         path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{split}.jsonl")
         path.unlink(missing_ok=True)
         directory.log(path.name, rollout_rows(rollout, scores, config.ppo.iterations, codec))
+        shown = shown or examples(rollout, scores)
     return {
         "algorithm": config.algorithm.name,
         "title": trainer.parts.algorithm.title,
@@ -45,6 +53,7 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
         "texts_used": config.ppo.iterations * config.ppo.texts_per_iteration + config.distil.texts,
         "decoding": (config.evaluation.decoding or config.decoding).describe(),
         **as_results(found),
+        "examples": shown,
         **extras(config, trainer.writing, splits["test"], judges),
         "token_budget": trainer.reading.token_budget,
         "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
@@ -105,20 +114,21 @@ def evaluate_baselines(parts: Parts, stages: Path, report: Report) -> dict[str, 
         config.seed, config.runtime.precision,
     )  # fmt: skip
 
-    def row(title: str, how: str, evaluate: Callable[[Sequence[Prompt]], dict[str, float]]) -> dict[str, Any]:
+    def row(title: str, how: str, evaluate: Callable[[Sequence[Prompt]], Evaluated]) -> dict[str, Any]:
         found = {split: evaluate(prompts) for split, prompts in final_prompts(parts.task, config).items()}
-        return {"title": title, "decoding": how, **as_results(found), "texts_used": 0}
+        metrics = as_results({split: measured for split, (measured, _, _) in found.items()})
+        return {"title": title, "decoding": how, **metrics, "examples": examples(*found["test"][1:]), "texts_used": 0}
 
     found: dict[str, dict[str, Any]] = {}
     if "zero_shot" in config.evaluation.baselines:
         before = dataclasses.replace(writing, policy=base_model(config, stages, report, parts.models.reference))
-        found["zero_shot"] = row("zero-shot", decoding.describe(), lambda p: evaluate_policy(before, p, judges, seed)[0])
+        found["zero_shot"] = row("zero-shot", decoding.describe(), lambda p: evaluate_policy(before, p, judges, seed))
     if "sft" in config.evaluation.baselines:
-        found["sft"] = row("SFT", decoding.describe(), lambda p: evaluate_policy(writing, p, judges, seed)[0])
+        found["sft"] = row("SFT", decoding.describe(), lambda p: evaluate_policy(writing, p, judges, seed))
         found["sft"] |= extras(config, writing, final_prompts(parts.task, config)["test"], judges)
     if "guide" in config.evaluation.baselines and parts.guide is not None:
         how = config.guide.decoding.describe() if isinstance(parts.guide, ModelGuide) else "its own"
-        found["guide"] = row("guide", how, lambda p: evaluate_guide(writing, p, judges, seed)[0])
+        found["guide"] = row("guide", how, lambda p: evaluate_guide(writing, p, judges, seed))
     return found
 
 

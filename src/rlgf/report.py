@@ -1,191 +1,46 @@
-"""Tables and plots of a comparison."""
+"""What a comparison leaves for people: its tables, its figures, and texts of all its policies side by side."""
 
-import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlgf import figures
 from rlgf.data import write_atomically
+from rlgf.display import visible
+from rlgf.tables import markdown
 
 
-@dataclass(frozen=True)
-class Column:
-    """How a metric is shown: its heading, digits, and what it is multiplied by, as the field's tables do."""
-
-    title: str
-    digits: int
-    scale: float = 1.0
-
-
-COLUMNS = {
-    "pass_rate": Column("pass rate", 3),
-    "score": Column("reward", 3),
-    "score_drawn": Column("reward, drawn", 3),
-    "score_continuation": Column("reward, continuation alone", 3),
-    "score_minus_reference": Column("reward − reference's", 3),
-    **{f"bleu_{order}": Column(f"BLEU-{order}", 2, 100) for order in (1, 2, 3, 4)},
-    "cider_d": Column("CIDEr-D", 2, 10),
-    "cider_d_easy": Column("CIDEr-D, easy", 2, 10),
-    "cider_d_hard": Column("CIDEr-D, hard", 2, 10),
-    "spice": Column("SPICE", 2, 100),
-    "meteor": Column("METEOR", 3),
-    "rouge1": Column("ROUGE-1", 3),
-    "rouge2": Column("ROUGE-2", 3),
-    "rougeL": Column("ROUGE-L", 3),
-    "rougeLsum": Column("ROUGE-Lsum", 3),
-    "rouge_l": Column("ROUGE-L, captions", 3),
-    **{f"bertscore_{part}": Column(f"BERTScore {part}", 3) for part in ("precision", "recall", "f1")},
-    "concept_coverage": Column("coverage", 3),
-    "kl": Column("KL to SFT", 1),
-    "perplexity": Column("perplexity", 1),
-    "output_perplexity": Column("output-perplexity", 1),
-    **{f"distinct_{length}": Column(f"distinct-{length}", 3) for length in (1, 2, 3)},
-    "self_bleu": Column("self-BLEU", 3),
-    "win_rate": Column("win rate", 3),
-}
-# Okabe and Ito's palette, told apart by people who see colours differently
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPX*"
-
-
-def mean_and_spread(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
-    """'mean ± population sd' of what was measured; a dash where nothing was."""
-    known = [value * scale for value in values if value is not None]
-    if not known:
-        return "–"
-    mean = f"{statistics.fmean(known):.{digits}f}"
-    return f"{mean} ± {statistics.pstdev(known):.{digits}f}" if len(known) > 1 else mean
-
-
-def metrics_of(row: Mapping[str, Any], split: str) -> Mapping[str, list[float | None]]:
-    """A row's metrics on a split, a value for each seed."""
-    return row["metrics"] if split == "test" else row.get("splits", {}).get(split, {})
-
-
-def splits_of(results: Mapping[str, Any]) -> list[str]:
-    """The splits that were reported on, 'test' first."""
-    return ["test", *dict.fromkeys(split for row in results["rows"] for split in row.get("splits", {}))]
-
-
-def columns_of(results: Mapping[str, Any], split: str = "test") -> list[str]:
-    """The columns that some row has; a pass/fail reward is not shown twice, nor a group that is the whole split."""
-    found = [name for name in COLUMNS if any(name in metrics_of(row, split) for row in results["rows"])]
-    found = [name for name in found if not (name == "score" and "pass_rate" in found)]
-    alone = [name for name in found if name.startswith("cider_d_")]
-    return [name for name in found if not (name in alone and len(alone) == 1)]
-
-
-def table_rows(results: Mapping[str, Any], split: str = "test") -> tuple[list[str], list[list[str]]]:
-    """Headings and cells of the comparison's table for a split."""
-    names = columns_of(results, split)
-    headings = ["", *(COLUMNS[name].title for name in names), "texts used"]
-    rows: list[list[str]] = []
-    for row in results["rows"]:
-        metrics = metrics_of(row, split)
-        cells = [mean_and_spread(metrics.get(name, []), COLUMNS[name].digits, COLUMNS[name].scale) for name in names]
-        rows.append([row["title"], *cells, f"{row['texts_used']:,}"])
-    return headings, rows
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The tables with what they were measured on."""
-    lines: list[str] = []
-    splits = splits_of(results)
-    for split in splits:
-        headings, rows = table_rows(results, split)
-        lines += [f"**{split}**", ""] if len(splits) > 1 else []
-        lines += ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-        lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
-    seeds, machine = results["seeds"], results["machine"]
-    spread = f"mean ± population sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    decodings = sorted({f"{row['title']}: {row['decoding']}" for row in results["rows"]})
-    texts = {split: next(iter(metrics_of(results["rows"][0], split).get("texts", [None]))) for split in splits}
-    counted = [f"{count:,.0f} prompts of {split}" for split, count in texts.items() if count]
-    lines += [
-        f"Recipe `{results['recipe']}`; {spread}; {' and '.join(counted)} for each figure. "
-        "KL is exact: summed over every state of a text and the whole vocabulary, averaged over texts. "
-        "Texts used: written in training, guide texts of a distillation included.",
-        "",
-        f"Sampling: {'; '.join(decodings)}." + judged(results),
-        "",
-        f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
-        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"rlgf {machine['rlgf']}.",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def judged(results: Mapping[str, Any]) -> str:
-    """Under which model output-perplexity was measured; who compared texts with references, and what could not be read."""
-    general = results.get("output_perplexity_model")
-    under = f" Output-perplexity: under the model before SFT, {general}." if general else ""
-    if "judge" not in results:
-        return under
-    values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
-    return under + (
-        f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
-        f"{sum(values):.0f} answers could not be read and are left out."
-    )
-
-
-def write_report(results: Mapping[str, Any], out: Path) -> None:
-    """`table.md` and `curves.png`."""
+def write_report(results: Mapping[str, Any], out: Path) -> list[str]:
+    """`table.md`, `texts.md` and the figures that there is something to show in; the names of what was written."""
     write_atomically(out / "table.md", markdown(results))
-    plot_curves(results, out / "curves.png")
+    if texts := side_by_side(results):
+        write_atomically(out / "texts.md", texts)
+    else:
+        (out / "texts.md").unlink(missing_ok=True)
+    figures.draw(results, out)
+    return written_in(out)
 
 
-def plot_curves(results: Mapping[str, Any], path: Path) -> None:
-    """Reward on validation prompts against texts used: the mean over seeds, and the band from the lowest to the highest.
+def written_in(out: Path) -> list[str]:
+    """Which files of a report a folder has."""
+    return [name for name in ("table.md", "texts.md", *figures.FIGURES) if (out / name).is_file()]
 
-    Without evaluations during training there is nothing to draw, and no file.
+
+def side_by_side(results: Mapping[str, Any]) -> str | None:
+    """The first prompts of the test split, each with every policy's text and its reward: the paper's figures 6 to 8.
+
+    Texts stand in indented blocks, a line each, where Markdown and HTML mean nothing.
     """
-    if not any(any(row["curves"]) for row in results["rows"]):
-        path.unlink(missing_ok=True)
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    quantity = "pass_rate" if "pass_rate" in columns_of(results) else "score"
-    figure, axes = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
-    levels = {row["key"]: row["metrics"][quantity] for row in results["rows"] if not row["curves"]}
-    number = 0
-    for row in results["rows"]:
-        if not any(row["curves"]):
-            continue
-        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-        number += 1
-        points = [list(points) for points in zip(*row["curves"])]
-        texts = [at[0]["texts"] for at in points]
-        scores = [[point[quantity] for point in at] for at in points]
-        before = row["texts_used"] - texts[-1]  # texts of a distillation
-        texts = [before + count for count in texts]
-        if before == 0 and levels.get("sft"):  # everything else starts as the SFT model
-            texts, scores = [0, *texts], [levels["sft"], *scores]
-        axes.plot(
-            texts, [statistics.fmean(at) for at in scores], label=row["title"], color=colour, marker=marker, markersize=4,
-            linewidth=max(1.2, 4.0 - 0.4 * number),  # what is drawn later is thinner, so that curves on each other are seen
-            linestyle="--" if row["key"] not in ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols") else "-",
-        )  # fmt: skip
-        axes.fill_between(texts, [min(at) for at in scores], [max(at) for at in scores], color=colour, alpha=0.12, lw=0)
-    if "guide" in levels:
-        level = statistics.fmean(levels["guide"])
-        axes.axhline(level, color="#555555", linestyle=":", lw=1.2)
-        axes.annotate("guide", (1.0, level), xycoords=("axes fraction", "data"), xytext=(-4, 3),
-                      textcoords="offset points", ha="right", fontsize=9, color="#555555")  # fmt: skip
-    axes.set_xlabel("texts written in training")
-    axes.set_ylabel("pass rate" if quantity == "pass_rate" else "reward")
-    axes.set_title(f"{results['recipe']}: validation prompts, {_seeds(results['seeds'])}")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    pyplot.close(figure)
-
-
-def _seeds(seeds: Sequence[int]) -> str:
-    return f"{len(seeds)} seeds, band from lowest to highest" if len(seeds) > 1 else "one seed"
+    rows = [row for row in results["rows"] if row.get("examples")]
+    if not rows:
+        return None
+    wide = max(len("prompt"), *(len(row["title"]) for row in rows))
+    lines = [
+        f"Recipe `{results['recipe']}`, seed {results['seeds'][0]}: the first prompts of the final evaluation, with rewards."
+    ]
+    for place, first in enumerate(rows[0]["examples"]):
+        lines += ["", "---", "", f"    {'prompt':{wide}}           {visible(first['prompt'])}"]
+        for row in rows:
+            example = row["examples"][place]
+            lines.append(f"    {row['title']:{wide}}  {example['score']:7.3f}  {visible(example['text'])}")
+    return "\n".join([*lines, ""])
