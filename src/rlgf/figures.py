@@ -80,7 +80,7 @@ def tradeoff(results: Results) -> Any | None:
         axes.invert_xaxis()
         axes.set_xlabel(f"{COLUMNS[cost].title} (lower is further right)")
         axes.set_ylabel(COLUMNS[quantity].title)
-    panels[0].legend(frameon=False, fontsize=9)
+    _legend_below(figure, panels[0])
     figure.suptitle(f"{results['recipe']}: validation prompts, a point for each evaluation; dashes: SFT on test", fontsize=11)
     return figure
 
@@ -136,7 +136,7 @@ def sensitivity(results: Results) -> Any | None:
             axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
             axes.set_xlabel(setting)
             axes.set_ylabel(COLUMNS[quantity].title)
-    panels[0].legend(frameon=False, fontsize=9)
+    _legend_below(figure, panels[0])
     figure.suptitle(f"{results['recipe']}: test prompts, mean and sd over seeds", fontsize=11)
     return figure
 
@@ -170,6 +170,12 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
         axes.grid(alpha=0.25)
         axes.set_axisbelow(True)
     return figure, found
+
+
+def _legend_below(figure: Any, axes: Any) -> None:
+    """One legend for all panels, outside them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def _seeds(seeds: Sequence[int]) -> str:
