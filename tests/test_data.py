@@ -63,6 +63,12 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
             read_rows(str(tmp_path / name), "train")
 
 
+def test_a_file_whose_name_says_nothing_is_refused_with_the_names_that_do(tmp_path: Path) -> None:
+    path = file_with(tmp_path / "a.txt", "hello\n")
+    with pytest.raises(UserError, match=r"line 1: not valid JSON .* how their names end \(\.jsonl\[\.gz\], \.csv"):
+        read_rows(str(path), "train")
+
+
 def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
     path = file_with(tmp_path / "a.jsonl", LINES + "[1, 2]\n")
     with pytest.raises(UserError, match="line 3: expected an object, found list"):

@@ -337,7 +337,8 @@ def evaluate(
         int | None, typer.Option(help="Held-out prompts, of the test split and of others that the task reports.")
     ] = None,
     best_of: Annotated[
-        int | None, typer.Option(help="Also write this many texts for each prompt and keep the one the reward likes best.")
+        int | None,
+        typer.Option(min=1, help="Also write this many texts for each prompt and keep the one the reward likes best."),
     ] = None,
     judge: Annotated[
         str | None, typer.Option(help="Who compares with references: preferences, model:PATH or server:MODEL@URL.")

@@ -84,7 +84,13 @@ def _read_file(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
     if path.stat().st_size == 0:
         return []
     if kind not in TABLES.values():
-        return read_jsonl(path)
+        try:
+            return read_jsonl(path)
+        except UserError as error:
+            if kind is None:  # nothing in its name says what it holds
+                known = f"Files are told apart by how their names end ({KINDS}); this one was read as JSON lines."
+                raise UserError(f"{error} {known}") from None
+            raise
     if kind == "csv":  # an empty cell is an empty text, and 'NA' a word
         options = {"keep_default_na": False, "sep": "\t" if ".tsv" in path.suffixes else ","}
         options["converters"] = dict.fromkeys(texts, str)

@@ -17,8 +17,8 @@ class Column:
 
 COLUMNS = {
     "pass_rate": Column("pass rate", 3),
+    "score_drawn": Column("reward, drawn", 3),  # what training maximises; `score` is that of the evaluation's decoding
     "score": Column("reward", 3),
-    "score_drawn": Column("reward, drawn", 3),
     "score_continuation": Column("reward, continuation alone", 3),
     "score_minus_reference": Column("reward − reference's", 3),
     **{f"bleu_{order}": Column(f"BLEU-{order}", 2, 100) for order in (1, 2, 3, 4)},
