@@ -96,6 +96,7 @@ def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
         "kl.coefficient": "give numbers with commas between them",
         "kl.coefficient=a": "give numbers",
         "kl.controller=1": "only numbers can be varied",
+        "seed=1,2": "every seed of --seeds",
         "ppo.dropout=1": "only numbers can be varied",
         "kl.coeficient=1": "did you mean",
         "ppo.epochs=.5": "ppo.epochs",

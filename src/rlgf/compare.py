@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlgf.config import Config, all_keys, dump, override, parse_assignment, to_dict
+from rlgf.config import Config, all_keys, dump, override, parse_assignment, to_dict, unknown_key
 from rlgf.data import read_json, write_json
 from rlgf.errors import RunError, UserError
 from rlgf.finals import evaluate_baselines
@@ -56,9 +56,13 @@ def entries(
 
 def numeric(config: Config, setting: str) -> float:
     """The number that a setting has; whatever is none is refused."""
-    value: Any = to_dict(override(config, [(setting, 0)] if setting not in all_keys(Config) else [], "--vary"))
+    value: Any = to_dict(config)
     for part in setting.split("."):
         value = value.get(part) if isinstance(value, dict) else None
+    if value is None and setting not in all_keys(Config):
+        raise unknown_key(setting, "--vary")
+    if setting == "seed":
+        raise UserError("--vary seed: every row is run with every seed of --seeds.")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"--vary {setting}: it is {value!r}, and only numbers can be varied.")
     return value
