@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from helpers import asked, config_of, parameters, tiny_model, word_reward
@@ -90,6 +91,9 @@ def test_an_adapter_is_saved_loaded_and_merged_as_transformers_reads_it(tmp_path
     assert again.adapter == SFT
     assert torch.equal(says(again), says(policy))
     theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
+    logits = theirs(input_ids=torch.tensor([[5, 9, 12, 7]])).logits[0]
+    assert torch.allclose(logits[[0, 2]], says(policy)[:2], atol=1e-5)
+    theirs = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "policy")
     logits = theirs(input_ids=torch.tensor([[5, 9, 12, 7]])).logits[0]
     assert torch.allclose(logits[[0, 2]], says(policy)[:2], atol=1e-5)
     pipeline.merge(str(tmp_path), tmp_path / "whole")  # as of a run

@@ -51,6 +51,20 @@ def test_conversations_share_their_first_messages():
     assert parts_of(explicit, Columns(), "row 1") == (asked, "Alien", "none")
 
 
+def test_responses_may_be_texts_in_parts():
+    def said(role: str, *texts: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+    asked = [said("user", "a film?")]
+    row = {"chosen": [*asked, said("assistant", "Ali", "en")], "rejected": [*asked, said("assistant", "none")]}
+    assert parts_of(row, Columns(), "row 1") == (asked, "Alien", "none")
+    explicit = {"prompt": asked, "chosen": [said("assistant", "Alien")], "rejected": said("assistant", "no", "ne")}
+    assert parts_of(explicit, Columns(), "row 1") == (asked, "Alien", "none")
+    picture = {"role": "assistant", "content": [{"type": "image", "url": "x"}]}
+    with pytest.raises(UserError, match="a response must be a text or one message"):
+        parts_of({**explicit, "chosen": picture}, Columns(), "row 1")
+
+
 def test_what_cannot_be_compared_is_dropped_and_counted(word_tokenizer: Any):
     rows = [
         {"prompt": "plot", "chosen": " great plot", "rejected": " dull plot"},

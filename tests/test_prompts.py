@@ -114,6 +114,13 @@ def test_of_one_split_a_fifth_is_held_out_and_equal_prompts_stay_together(tmp_pa
     assert not texts & {prompt.text for prompt in [*task.validation, *task.test]}
 
 
+def test_no_prompt_is_in_both_halves_of_what_is_held_out(tmp_path: Path, tokenizer: Any):
+    rows = [{"prompt": f"ask {number % 20}", "place": number} for number in range(100)]
+    task = task_of(write(tmp_path / "rows.jsonl", rows), tokenizer)
+    assert (len(task.validation), len(task.test)) == (10, 10)
+    assert {prompt.text for prompt in task.validation}.isdisjoint(prompt.text for prompt in task.test)
+
+
 def test_the_fifth_that_is_held_out_is_a_matter_of_keys():
     keys = ["a", "b", "a", "c", "d", "e", "a"]
     held = held_out(keys)
@@ -136,7 +143,7 @@ def test_held_out_prompts_that_are_trained_on_are_left_out_and_counted(tmp_path:
 def test_references_may_be_one_several_or_none(tmp_path: Path, tokenizer: Any):
     rows = [
         {"prompt": "one", "references": " a"}, {"prompt": "several", "references": [" a", " b", " a"]}, {"prompt": "none"},
-        {"prompt": "null", "references": None}, {"prompt": "empty", "references": ["", " c", "  "]},
+        {"prompt": "null", "references": None}, {"prompt": "empty", "references": ["", " c", "  ", None]},
         {"prompt": "both", "references": [" a", " b"], "completion": " c"},
     ]  # fmt: skip
     task = task_of(write(tmp_path / "rows.jsonl", rows), tokenizer)
@@ -145,7 +152,7 @@ def test_references_may_be_one_several_or_none(tmp_path: Path, tokenizer: Any):
         "one": ((" a",), (" a",)), "several": ((" a", " b"), (" a", " b", " a")), "none": ((), ()), "null": ((), ()),
         "empty": ((" c",), (" c",)), "both": ((" c", " a", " b"), (" c",)),
     }  # fmt: skip
-    assert task.notes == {prompts.EMPTY: 2}
+    assert task.notes == {prompts.EMPTY: 3}
 
 
 def test_columns_may_have_other_names(tmp_path: Path, tokenizer: Any):
@@ -268,6 +275,25 @@ def test_own_data_is_validated_with_a_reward_that_sees_its_columns(
     assert "training prompts say what an earlier one says" in out
 
 
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [("rouge1", "'rouge1' as a reward needs a reference to compare a text with for every prompt, and 1 of"),
+     ("concept_coverage", "needs concepts in column 'concepts' for every prompt, and 16 of 16 have none")],
+)  # fmt: skip
+def test_a_metric_as_reward_needs_what_it_reads_of_every_prompt(
+    reward: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [*ROWS[:-1], {**ROWS[-1], "completion": ""}])
+    small = "lm.steps=0 sft.steps=1 model.layers=1 model.width=16 model.heads=2 model.vocabulary=300"
+    for command in ("train", "check task"):
+        arguments = [*command.split(), "prompts", "--data", "rows.jsonl", f"reward.path={reward}", *small.split()]
+        code, _, err = run(arguments, monkeypatch, capsys)
+        assert code == 2
+        assert words in " ".join(err.split())
+    assert not list((tmp_path / "runs" / "stages").glob("sft*"))
+
+
 def test_a_task_of_the_users_own_is_one_short_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -277,6 +303,10 @@ def test_a_task_of_the_users_own_is_one_short_file(
         ["check", "task", "python:counting_task:KIND", "model.vocabulary=300", "reward.path=task"], monkeypatch, capsys
     )
     assert (code, "24 / 3 / 3 train, validation and test prompts" in out) == (0, True), err
+    code, _, err = run(
+        ["check", "task", "python:counting_task:KIND", "model.vocabulary=300", "task.options.mots=4"], monkeypatch, capsys
+    )
+    assert (code, "'mots': choose from: highest" in " ".join(err.split())) == (2, True), err
     with pytest.raises(UserError, match=r"must be a rlgf\.tasks\.TaskKind"):
         task_kind(TaskConfig("python:counting_task:build"))
 

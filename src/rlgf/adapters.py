@@ -164,9 +164,19 @@ def save(model: Any, name: str, folder: Path) -> None:
     """Write one adapter as peft and transformers read it; the base model is named in it, not copied."""
     settings, base = model.peft_config[name], Path(str(model.config._name_or_path)).expanduser()
     settings.base_model_name_or_path = str(base.resolve()) if base.exists() else str(model.config._name_or_path)
+    # by which peft's AutoPeftModelForCausalLM and its sisters know what to load
+    settings.task_type = settings.task_type or ("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
     model.set_adapter(name)
     model.save_pretrained(folder)
     model.requires_grad_(False)
+
+
+@contextmanager
+def wrapping() -> Generator[None]:
+    """Where peft puts a model of its own around one: it asks for what transformers calls by another name now."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def merged(model: Any, folder: str) -> Any:
@@ -176,8 +186,7 @@ def merged(model: Any, folder: str) -> Any:
     need()
     from peft import PeftModel
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # PEFT asks for it
+    with wrapping():
         whole: Any = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
     return whole.merge_and_unload()
 

@@ -637,7 +637,7 @@ def list_() -> None:
     for title, items in sections.items():
         typer.echo(title)
         for name, text in items.items():
-            typer.echo(f"  {name:20}{text}")
+            typer.echo(f"  {name:22}{text}")
 
 
 def _version(wanted: bool) -> None:

@@ -53,7 +53,7 @@ from rlgf.refusals import (
     require_finisher,
 )
 from rlgf.reward_model import load_reward_model
-from rlgf.rewards import build_reward, check_names, probe_reward
+from rlgf.rewards import build_reward, check_names, check_prompts, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
 from rlgf.runs import RunDirectory, identity, require_space, require_writable
 from rlgf.stages import (
@@ -227,6 +227,7 @@ def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
         report(f"task {task.name}: {count:,} {reason}, left out")
     for remark, count in task.remarks.items():
         report(f"task {task.name}: {count:,} {remark}")
+    check_prompts(config.reward, task)
     return task
 
 

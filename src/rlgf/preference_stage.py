@@ -9,7 +9,7 @@ from rlgf.config import Config, TaskConfig, to_dict
 from rlgf.errors import UserError
 from rlgf.models import has_encoder, load_tokenizer
 from rlgf.preferences import Pairs, choose_part
-from rlgf.reward_model import is_reward_model, new_reward_model, train_reward_model
+from rlgf.reward_model import RewardModel, is_reward_model, new_reward_model, train_reward_model
 from rlgf.stages import Report, build_at, build_stage, sft_stage, source_fingerprint, task_source, tokenizer_for
 from rlgf.tasks import prompts, task_kind
 
@@ -66,7 +66,7 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
 
     def build(folder: Path) -> dict[str, float]:
         reward = new_reward_model(start, settings, seed, config.runtime.device, in_4bit)
-        pairs = preference_pairs(config, reward.tokenizer, role)
+        pairs = readable(reward, preference_pairs(config, reward.tokenizer, role))
         if settings.training.texts:
             pairs = Pairs(pairs.train[: settings.training.texts], pairs.test, pairs.dropped)
         for reason, count in pairs.dropped.items():
@@ -85,6 +85,18 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
     if at:
         return build_at(at, name, ingredients, build, report)
     return build_stage(stages, name, ingredients, build, report)
+
+
+def readable(reward: RewardModel, pairs: Pairs) -> Pairs:
+    """The pairs whose responses the reward model can read whole; the others are left out and counted."""
+    train, test = ([pair for pair in part if reward.fits(pair)] for part in (pairs.train, pairs.test))
+    left_out = len(pairs.train) + len(pairs.test) - len(train) - len(test)
+    if not left_out:
+        return pairs
+    reason = f"pairs with a response of more tokens than the reward model reads ({reward.limit})"
+    if not (train and test):
+        raise UserError(f"{left_out:,} {reason} leave none to train on or to measure on: start from a model that reads more.")
+    return Pairs(train, test, {**pairs.dropped, reason: left_out})
 
 
 def try_pairs(config: Config, stages: Path, report: Report) -> Pairs:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from rlgf.data import held_out
 from rlgf.errors import UserError
-from rlgf.prompting import PromptReader, is_conversation, normalised
+from rlgf.prompting import PromptReader, content_of, is_conversation, normalised
 from rlgf.randomness import Purpose, permutation
 from rlgf.types import Prompt
 
@@ -113,7 +113,7 @@ def _from_conversations(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple
     ends = chosen[shared:], rejected[shared:]
     if not shared or any(len(end) != 1 or end[0].get("role") != "assistant" for end in ends):
         return None
-    texts = [end[0].get("content") for end in ends]
+    texts = [content_of(end[0]) for end in ends]
     return (list(chosen[:shared]), *texts) if all(isinstance(text, str) for text in texts) else None
 
 
@@ -125,8 +125,8 @@ def reply_text(value: Any, place: str) -> str:
         value = [value]
     if is_conversation(value):
         turns = cast("list[Mapping[str, Any]]", value)
-        if len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(turns[0].get("content"), str):
-            return turns[0]["content"]
+        if len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(text := content_of(turns[0]), str):
+            return text
     raise UserError(f"{place}: a response must be a text or one message by the assistant, but is {str(value)[:80]!r}.")
 
 

@@ -21,7 +21,7 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
     """The messages of a conversation, checked: each has a role and a text."""
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
-        role, content = message.get("role"), _content(message)
+        role, content = message.get("role"), content_of(message)
         if not isinstance(role, str) or not isinstance(content, str):
             raise UserError(
                 f"{where}: message {number} must have a 'role' and a 'content' that are texts, but is {str(message)[:80]!r}."
@@ -31,7 +31,7 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _content(message: Mapping[str, Any]) -> Any:
+def content_of(message: Mapping[str, Any]) -> Any:
     """The text of a message: that of its parts, and none where it only calls tools."""
     content = message.get("content")
     if content is None and message.get("tool_calls"):

@@ -52,6 +52,10 @@ class Shared:
         return self.trunk.model.device
 
 
+class TooLongError(ValueError):
+    """A response that a reward model cannot read whole."""
+
+
 @dataclass
 class RewardModel:
     """Scores texts. `reward(prompts, texts)` is a reward like any other; `scores` is what training differentiates.
@@ -96,7 +100,7 @@ class RewardModel:
         return scores.tolist()
 
     def encode(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
-        """The tokens of prompt, response and what closes them; a response that is too long by itself is a `ValueError`."""
+        """The tokens of prompt, response and what closes them; a response that is too long by itself is a `TooLongError`."""
         if not self.reads_states:
             return [self._as_pair(prompt.text, text) for prompt, text in zip(prompts, texts)]
         chat, end = Chat(self.tokenizer), [int(self.tokenizer.eos_token_id)]
@@ -146,8 +150,19 @@ class RewardModel:
             prompt = [*prompt[: room - end], *prompt[len(prompt) - end :]]
         return [*prompt, *rest]
 
-    def _too_long(self, tokens: int) -> ValueError:
-        return ValueError(f"a response has {tokens} tokens, but the reward model '{self.name}' reads {self.limit}")
+    def fits(self, pair: Pair) -> bool:
+        """Whether both responses of a pair can be read whole."""
+        cut = self.texts_cut
+        try:
+            self.encode([pair.prompt, pair.prompt], [pair.chosen, pair.rejected])
+        except TooLongError:
+            return False
+        finally:
+            self.texts_cut = cut
+        return True
+
+    def _too_long(self, tokens: int) -> TooLongError:
+        return TooLongError(f"a response has {tokens} tokens, but the reward model '{self.name}' reads {self.limit}")
 
     def scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Scores of texts in tokens, [texts], all at once and with a gradient."""
@@ -320,7 +335,8 @@ def _with_adapters(model: Any, config: PreferenceConfig) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
     try:
-        return get_peft_model(model, lora)
+        with adapters.wrapping():
+            return get_peft_model(model, lora)
     except ValueError as error:
         modules = list(config.lora_modules)
         raise UserError(f"preferences.lora_modules are {modules}, which peft refuses ({error}): name others.") from None

@@ -18,7 +18,7 @@ from rlgf.models import LanguageModel, from_pretrained, load_tokenizer
 from rlgf.ngram import NgramClassifier
 from rlgf.plugins import load_object
 from rlgf.reward_model import RewardModel, Shared, is_reward_model, load_reward_model, refuse_language_models
-from rlgf.scoring.functions import TEXT_FUNCTIONS, Sum, build_text_function, said
+from rlgf.scoring.functions import TEXT_FUNCTIONS, Sum, build_text_function, check_read, said
 from rlgf.tasks import Task, TextFunction
 from rlgf.types import Prompt
 
@@ -119,6 +119,18 @@ def check_names(names: Sequence[str]) -> None:
         refuse_language_models(name)
         if not (folder / "ngram.json").is_file():
             is_reward_model(name)  # which reads its config
+
+
+def check_prompts(config: RewardConfig, task: Task) -> None:
+    """Refuse, before anything is trained, prompts of any split without what a metric reads of them as a reward."""
+    held_out = {"validation": task.validation, "test": task.test, **task.finals}
+    for name in config.names:
+        if name in TEXT_FUNCTIONS:
+            for split, prompts in {"training": task.train, **held_out}.items():
+                try:
+                    check_read(name, prompts, config.options.get(name) or {})
+                except UserError as error:
+                    raise UserError(f"{split} prompts of task '{task.name}': {error}") from None
 
 
 def with_what_it_reads(function: Callable[..., Any]) -> TextFunction:

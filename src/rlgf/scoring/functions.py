@@ -97,6 +97,29 @@ def of_tokens(measure: Measure) -> TextFunction:
     return of_references(lambda texts, references: measure(tokenizer(texts), list(tokenizer.groups(references))))
 
 
+def check_read(name: str, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> None:
+    """Refuse prompts without what a text function reads of them, and say how many there are."""
+    if name in OF_TEXTS_ALONE:
+        return
+    if name == "concept_coverage":
+        column = options.get("column", "concepts")
+        lacking, what = [prompt for prompt in prompts if not _has_concepts(prompt, column)], f"concepts in column '{column}'"
+    else:
+        lacking, what = [prompt for prompt in prompts if not said_references(prompt)], "a reference to compare a text with"
+    if lacking:
+        raise UserError(
+            f"'{name}' as a reward needs {what} for every prompt, and {len(lacking):,} of {len(prompts):,} have none, "
+            f"{lacking[0].text[:60]!r} among them: give them one, or leave those rows out."
+        )
+
+
+def _has_concepts(prompt: Prompt, column: str) -> bool:
+    try:
+        return bool(concepts_in(prompt.columns.get(column)))
+    except ValueError:
+        return False
+
+
 def cider_measure(train_prompts: Sequence[Prompt]) -> Measure:
     """CIDEr-D on tokens, with the document frequencies of these prompts' references."""
     documents = [group for prompt in train_prompts if (group := [prompt.said(text) for text in prompt.references])]
@@ -193,6 +216,8 @@ def repetition_penalty(*, order: int = 3) -> TextFunction:
 
     return function
 
+
+OF_TEXTS_ALONE = ("length_penalty", "repetition_penalty")  # whatever the prompt
 
 TEXT_FUNCTIONS: dict[str, Callable[..., TextFunction]] = {
     "cider_d": cider_d,

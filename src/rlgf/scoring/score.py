@@ -89,7 +89,7 @@ def choose(metrics: str) -> list[str]:
         raise UserError(f"--metrics is empty: give some of {', '.join(GROUPS)}, with commas between them.")
     for name in names:
         if name not in GROUPS and name not in KEYS:
-            raise unknown("metric", name, [*GROUPS, *KEYS])
+            raise unknown("metric", name, list(dict.fromkeys([*GROUPS, *KEYS])))
     wanted = {key for name in names for key in GROUPS.get(name, (name,))}
     return [key for key in KEYS if key in wanted]
 

@@ -147,8 +147,8 @@ def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
 def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> dict[str, list[Row]]:
     """The rows of training, validation and test.
 
-    Where the data has one split, a fifth is held out, rows with equal prompts together; where one split is held out, its
-    halves are validation and test.
+    Where the data has one split, a fifth is held out; where one split is held out, its halves are validation and test. Rows
+    with equal prompts stay together.
     """
     found = {
         name: [_row(options, row, f"{config.data}, split {name}, row {number}", notes) for number, row in enumerate(rows, 1)]
@@ -159,11 +159,22 @@ def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> d
         return rows
     train, rest = rows["train"], [row for name in HELD_BACK for row in rows.get(name, [])]
     if len(rows) == 1:
-        out = held_out([json.dumps(row.prompt, sort_keys=True) for row in train])
+        out = held_out([_key(row) for row in train])
         rest = [row for row, held in zip(train, out) if held]
         train = [row for row, held in zip(train, out) if not held]
-    shuffled = [rest[place] for place in permutation(0, Purpose.TASK, 0, len(rest))]
-    return {"train": train, "validation": shuffled[: len(rest) // 2], "test": shuffled[len(rest) // 2 :]}
+    groups: dict[str, list[Row]] = {}
+    for row in rest:
+        groups.setdefault(_key(row), []).append(row)
+    listed = list(groups.values())
+    shuffled = [listed[place] for place in permutation(0, Purpose.TASK, 0, len(listed))]
+    halves = shuffled[: len(shuffled) // 2], shuffled[len(shuffled) // 2 :]
+    validation, test = ([row for group in half for row in group] for half in halves)
+    return {"train": train, "validation": validation, "test": test}
+
+
+def _key(row: Row) -> str:
+    """What tells prompts apart before they are text."""
+    return json.dumps(row.prompt, sort_keys=True)
 
 
 def _row(options: Options, row: Mapping[str, Any], place: str, notes: dict[str, int]) -> Row | None:
@@ -195,7 +206,9 @@ def _listed(value: Any) -> list[Any]:
     """References as a list: there may be none, one, or several; a conversation is one."""
     if value is None:
         return []
-    return cast("list[Any]", value) if isinstance(value, list) and not is_conversation(value) else [value]
+    if not isinstance(value, list) or is_conversation(value):
+        return [value]
+    return ["" if each is None else each for each in cast("list[Any]", value)]  # which are left out and counted
 
 
 def _prompts(rows: Sequence[Row], reader: PromptReader) -> list[Prompt]:
