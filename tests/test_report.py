@@ -40,6 +40,20 @@ def test_a_tradeoff_has_a_point_for_each_evaluation_and_what_is_good_at_the_top_
     assert figures.tradeoff(comparison(row("ppo", curves=[[], []]))) is None
 
 
+def test_what_could_not_be_measured_has_no_panel():
+    def unknown(texts: int) -> dict[str, Any]:
+        return {**point(texts, 0.5), "perplexity": None}
+
+    trained = row("ppo", curves=[[unknown(8)], [unknown(8)]], algorithm="ppo")
+    figure = figures.tradeoff(comparison(trained))
+    assert figure is not None
+    assert [axes.get_xlabel().split(" (")[0] for axes in figure.axes] == ["KL to SFT"]
+    trained["metrics"] = {**trained["metrics"], "perplexity": [None, float("nan")]}
+    figure = figures.sensitivity(comparison(trained, varied={"kl.coefficient": 0.1}))
+    assert figure is not None
+    assert [axes.get_ylabel() for axes in figure.axes] == ["reward"]
+
+
 def test_bars_show_easy_and_hard_prompts_on_the_tables_scale():
     splits = {"validation": {"cider_d_easy": [0.5, 0.7], "cider_d_hard": [0.2, 0.4]}}
     figure = figures.difficulty(comparison(row("ppo", splits=splits), row("ppo_pp")))

@@ -3,6 +3,7 @@
 Each is drawn from `results.json` alone, and only where it holds what the figure shows.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +61,8 @@ def tradeoff(results: Results) -> Any | None:
     in dashes are the SFT model's.
     """
     rows, quantity, levels = _watched(results), _quantity(results), _levels(results)
-    costs = [cost for cost in ("kl", "perplexity") if rows and all(cost in row["curves"][0][0] for row in rows)]
+    points = [point for row in rows for curve in row["curves"] for point in curve]
+    costs = [cost for cost in ("kl", "perplexity") if _measured([point.get(cost) for point in points])]
     if not costs:
         return None
     figure, panels = _figure(len(costs))
@@ -75,7 +77,7 @@ def tradeoff(results: Results) -> Any | None:
             )  # fmt: skip
         if "sft" in levels:
             axes.axhline(statistics.fmean(levels["sft"][quantity]), color=GREY, linestyle="--", lw=1)
-            if cost == "perplexity":
+            if cost == "perplexity" and _measured(levels["sft"][cost]):
                 axes.axvline(statistics.fmean(levels["sft"][cost]), color=GREY, linestyle="--", lw=1)
         axes.invert_xaxis()
         axes.set_xlabel(f"{COLUMNS[cost].title} (lower is further right)")
@@ -112,7 +114,8 @@ def sensitivity(results: Results) -> Any | None:
     if not varied:
         return None
     quantities = [_quantity(results), "perplexity"]
-    quantities = [name for name in quantities if all(name in row["metrics"] for row in results["rows"] if "algorithm" in row)]
+    trained = [row for row in results["rows"] if "algorithm" in row]
+    quantities = [name for name in quantities if all(_measured(row["metrics"][name]) for row in trained)]
     figure, panels = _figure(len(varied) * len(quantities))
     names = list(dict.fromkeys(row["algorithm"] for row in results["rows"] if "algorithm" in row))
     for place, (setting, base) in enumerate(varied.items()):
@@ -139,6 +142,11 @@ def sensitivity(results: Results) -> Any | None:
     _legend_below(figure, panels[0])
     figure.suptitle(f"{results['recipe']}: test prompts, mean and sd over seeds", fontsize=11)
     return figure
+
+
+def _measured(values: Sequence[float | None]) -> bool:
+    """Whether there are values, and all are numbers; what could not be measured is none, and null in a file."""
+    return bool(values) and all(value is not None and math.isfinite(value) for value in values)
 
 
 def _watched(results: Results) -> list[Row]:
