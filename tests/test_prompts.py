@@ -277,8 +277,8 @@ def test_own_data_is_validated_with_a_reward_that_sees_its_columns(
 
 @pytest.mark.parametrize(
     ("reward", "words"),
-    [("rouge1", "'rouge1' as a reward needs a reference to compare a text with for every prompt, and 1 of"),
-     ("concept_coverage", "needs concepts in column 'concepts' for every prompt, and 16 of 16 have none")],
+    [("rouge1", "training prompts: 'rouge1' as a reward needs a reference to compare a text with for every prompt, and 1 of"),
+     ("concept_coverage", "'concept_coverage' as a reward needs concepts in column 'concepts' for every prompt, and")],
 )  # fmt: skip
 def test_a_metric_as_reward_needs_what_it_reads_of_every_prompt(
     reward: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -288,10 +288,13 @@ def test_a_metric_as_reward_needs_what_it_reads_of_every_prompt(
     small = "lm.steps=0 sft.steps=1 model.layers=1 model.width=16 model.heads=2 model.vocabulary=300"
     for command in ("train", "check task"):
         arguments = [*command.split(), "prompts", "--data", "rows.jsonl", f"reward.path={reward}", *small.split()]
-        code, _, err = run(arguments, monkeypatch, capsys)
+        code, out, err = run(arguments, monkeypatch, capsys)
         assert code == 2
-        assert words in " ".join(err.split())
-    assert not list((tmp_path / "runs" / "stages").glob("sft*"))
+        assert words in " ".join((out + err).split())
+        assert not list(tmp_path.rglob("sft-*"))
+    arguments = ["evaluate", "prompts", "--baseline", "sft", "--prompts", "1", *arguments[3:]]  # test prompts have references
+    code, _, err = run(arguments, monkeypatch, capsys)
+    assert (code == 0) == (reward == "rouge1"), err
 
 
 def test_a_task_of_the_users_own_is_one_short_file(

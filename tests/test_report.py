@@ -1,6 +1,5 @@
 """What a comparison leaves for people: figures of what was measured, texts side by side, settings varied one at a time."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 from rlgf import cli, figures
 from rlgf.compare import compare, entries, read_varied
 from rlgf.errors import UserError
-from rlgf.report import side_by_side, write_report
+from rlgf.report import side_by_side, write_report, written_in
 from test_pipeline import small
 
 
@@ -45,6 +44,10 @@ def test_what_could_not_be_measured_has_no_panel():
         return {**point(texts, 0.5), "perplexity": None}
 
     trained = row("ppo", curves=[[unknown(8)], [unknown(8)]], algorithm="ppo")
+    partly = row("lols", curves=[[unknown(8), point(16, 0.7)], [point(8, 0.6), point(16, 0.9)]])
+    figure = figures.tradeoff(comparison(trained, partly))
+    assert figure is not None
+    assert [list(line.get_ydata()) for line in figure.axes[1].lines[:2]] == [[], [pytest.approx(0.8)]]
     figure = figures.tradeoff(comparison(trained))
     assert figure is not None
     assert [axes.get_xlabel().split(" (")[0] for axes in figure.axes] == ["KL to SFT"]
@@ -72,11 +75,12 @@ def test_a_varied_setting_is_drawn_with_the_algorithms_own_row_among_its_values(
 
     rows = [row("ppo", algorithm="ppo"), varied("kl.coefficient", 0.0, 0.9), varied("kl.coefficient", 1.0, 0.1)]
     rows.append(varied("ppo.mle_coefficient", 0.5, 0.6))
+    rows.append(row("ppo_best_of", varied={"kl.coefficient": 1.0}))
     figure = figures.sensitivity(comparison(*rows, varied={"kl.coefficient": 0.1, "ppo.mle_coefficient": 0.0}))
     assert figure is not None
     assert len(figure.axes) == 4
     reward, perplexity, other, _ = figure.axes
-    assert [label.get_text() for label in reward.get_xticklabels()] == ["0", "0.1", "1"]
+    assert [label.get_text() for label in reward.get_xticklabels()] == ["0.0", "0.1", "1.0"]
     assert list(reward.lines[0].get_ydata()) == pytest.approx([0.9, 0.3, 0.1])
     assert list(perplexity.lines[0].get_ydata()) == pytest.approx([1.9, 11.0, 1.1])
     assert list(other.lines[0].get_ydata()) == pytest.approx([0.3, 0.6])
@@ -99,6 +103,16 @@ def test_texts_stand_side_by_side_and_can_do_nothing_to_the_page():
     assert side_by_side(comparison()) is None
 
 
+def test_texts_stand_under_their_own_prompts_where_a_policy_lacks_one():
+    def examples(*prompts: str) -> list[dict[str, Any]]:
+        return [{"prompt": prompt, "text": f"about {prompt}", "score": 1.0} for prompt in prompts]
+
+    page = side_by_side(comparison(row("ppo", examples=examples("a", "b")), row("guide", examples=examples("b", "c"))))
+    assert page is not None
+    shown = [line.split()[-1] for line in page.splitlines() if line.startswith("    ")]
+    assert shown == ["a", "a", "b", "b", "b", "c", "c"]
+
+
 def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
     config = small()
     own = config.kl.coefficient
@@ -110,7 +124,8 @@ def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
         "kl.coefficient": "give numbers with commas between them",
         "kl.coefficient=a": "give numbers",
         "kl.controller=1": "only numbers can be varied",
-        "seed=1,2": "every seed of --seeds",
+        "seed=1,2": "share seeds, evaluation and machine",
+        "evaluation.prompts=4": "share seeds, evaluation and machine",
         "ppo.dropout=1": "only numbers can be varied",
         "kl.coeficient=1": "did you mean",
         "ppo.epochs=.5": "ppo.epochs",
@@ -118,6 +133,15 @@ def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
     }.items():
         with pytest.raises(UserError, match=message):
             read_varied(config, [text])
+
+
+def test_a_setting_that_means_nothing_to_an_algorithm_does_not_train_it_again():
+    config = small()
+    rows = entries(config, ["ppo", "lols"], {}, {"algorithm.mixing_weight": [0.25], "ppo.learning_rate": [2e-5, 2.0000001e-5]})
+    assert [entry.key for entry in rows] == [
+        "ppo", "ppo-ppo.learning_rate=2e-05", "ppo-ppo.learning_rate=2.0000001e-05",
+        "lols", "lols-algorithm.mixing_weight=0.25", "lols-ppo.learning_rate=2e-05", "lols-ppo.learning_rate=2.0000001e-05",
+    ]  # fmt: skip
 
 
 def test_a_comparison_with_a_varied_setting_runs_each_value_once(tmp_path: Path):
@@ -163,6 +187,8 @@ def test_a_file_of_an_earlier_report_that_no_longer_holds_is_removed(tmp_path: P
     trained = row("ppo", decoding="greedy", curves=[[point(8, 0.5)], [point(8, 0.7)]])
     results = comparison(trained, machine=machine)
     results["rows"][0]["decoding"] = "greedy"
-    assert write_report(results, tmp_path) == ["table.md", "curves.png", "tradeoff.png"]
+    write_report(results, tmp_path)
+    assert written_in(tmp_path) == ["table.md", "curves.png", "tradeoff.png"]
     trained["curves"] = [[], []]
-    assert write_report(json.loads(json.dumps(results)), tmp_path) == ["table.md"]
+    write_report(results, tmp_path)
+    assert written_in(tmp_path) == ["table.md"]

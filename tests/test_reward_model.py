@@ -22,7 +22,7 @@ from rlgf.errors import UserError
 from rlgf.evaluate import above_references
 from rlgf.models import load_language_model, new_critic, new_language_model
 from rlgf.ops import preference_loss
-from rlgf.preference_stage import readable
+from rlgf.preference_stage import without_unreadable
 from rlgf.preferences import Pair, Pairs
 from rlgf.prompting import Chat
 from rlgf.reward_model import (
@@ -228,14 +228,14 @@ def test_pairs_with_a_response_that_cannot_be_read_whole_are_left_out_and_counte
     reward = new_reward_model(str(start), PreferenceConfig(), 0)
     long = dataclasses.replace(made(9), rejected=" ".join(["plot"] * 80))
     fine = [made(number) for number in range(4)]
-    kept = readable(reward, Pairs([*fine, long], fine[:1], {"pairs with equal sides": 2}))
+    kept = without_unreadable(reward, Pairs([*fine, long], fine[:1], {"pairs with equal sides": 2}))
     assert (list(kept.train), list(kept.test)) == (fine, fine[:1])
     assert kept.dropped == {
         "pairs with equal sides": 2, "pairs with a response of more tokens than the reward model reads (48)": 1,
     }  # fmt: skip
     assert reward.texts_cut == 0
     with pytest.raises(UserError, match=r"1 pairs with a response .* leave none to train on or to measure on"):
-        readable(reward, Pairs([long], fine))
+        without_unreadable(reward, Pairs([long], fine))
 
 
 def test_a_classifier_of_two_texts_reads_prompt_and_response_as_a_pair(tmp_path: Path):

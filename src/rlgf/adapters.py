@@ -172,7 +172,7 @@ def save(model: Any, name: str, folder: Path) -> None:
 
 
 @contextmanager
-def wrapping() -> Generator[None]:
+def quiet_peft() -> Generator[None]:
     """Where peft puts a model of its own around one: it asks for what transformers calls by another name now."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -186,7 +186,7 @@ def merged(model: Any, folder: str) -> Any:
     need()
     from peft import PeftModel
 
-    with wrapping():
+    with quiet_peft():
         whole: Any = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
     return whole.merge_and_unload()
 

@@ -14,6 +14,7 @@ from typing import Any
 from rlgf import algorithms, pipeline
 from rlgf.config import Config, override
 from rlgf.errors import RunError, UserError
+from rlgf.finals import final_prompts
 from rlgf.guides import FunctionGuide, Guide, Request, ask
 from rlgf.guides.answers import Answer, InvalidError, PermanentError, Question, TransientError
 from rlgf.guides.local import TextModelGuide, guide_model_path
@@ -26,7 +27,7 @@ from rlgf.preference_stage import try_pairs
 from rlgf.preferences import Pairs, longer_rule
 from rlgf.randomness import Purpose, permutation
 from rlgf.refusals import check
-from rlgf.rewards import check_names, score
+from rlgf.rewards import check_names, check_reads, score
 from rlgf.stages import tokenizer_for
 from rlgf.tasks import Task, TextFunction, task_kind
 from rlgf.tokens import Codec, decode
@@ -53,6 +54,11 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.remarks.items()]
     findings += check_prompts(task, tokenizer)
     check_names(config.reward.names)
+    for split, prompts in (("training", task.train), ("validation", task.validation), *final_prompts(task, config).items()):
+        try:
+            check_reads(config.reward, split, prompts)
+        except UserError as error:
+            return [*findings, Finding("error", str(error))]
     if "preferences" in config.reward.names:  # which is not trained for this
         return [*findings, *check_pairs(try_pairs(config, stages, report))]
     made = pipeline.make_rewards(override(config, [("judge.spec", None)]), stages, report)

@@ -204,7 +204,7 @@ def compare(
     iterations: Iterations = None,
     out: Out = None,
 ) -> None:
-    """Several algorithms and their baselines: one table, one plot; finished runs are reused."""
+    """Several algorithms and their baselines: tables, figures, texts side by side; finished runs are reused."""
     config = read_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
     names = [name.strip() for name in algorithms_.split(",") if name.strip()] or list(algorithms.NAMES)
     for name in names:
@@ -246,7 +246,7 @@ def report(
     """Draw a comparison's tables, figures and texts side by side again, from its results.json alone."""
     from rlgf import terminal
     from rlgf.data import read_json
-    from rlgf.report import write_report
+    from rlgf.report import write_report, written_in
 
     path = comparison / "results.json"
     if not path.is_file():
@@ -255,7 +255,8 @@ def report(
     if "rows" not in results:
         raise UserError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
     target = out or comparison
-    terminal.report(f"{target}: {', '.join(write_report(results, target))}")
+    write_report(results, target)
+    terminal.report(f"{target}: {', '.join(written_in(target))}")
 
 
 def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,

@@ -42,16 +42,29 @@ def entries(
     """The algorithms asked for, each again with every value of every varied setting, then the recipe's controls."""
     found: list[Entry] = []
     for name in algorithms:
-        title = override(config, [("algorithm.name", name)]).algorithm.build().title
+        own = override(config, [("algorithm.name", name)])
+        title = own.algorithm.build().title
         found.append(Entry(name, title, {"algorithm.name": name}, name))
         for setting, values in (varied or {}).items():
             for value in dict.fromkeys(values):
-                if value != numeric(config, setting):  # that is the algorithm's own row
-                    key, changes = f"{name}-{setting}={value:g}", {"algorithm.name": name, setting: value}
-                    found.append(Entry(key, f"{title}, {setting} {value:g}", changes, name, {setting: value}))
+                changes = {"algorithm.name": name, setting: value}
+                other = override(config, [*changes.items()])
+                means_nothing = setting.startswith("algorithm.") and _same_algorithm(own, other)
+                if value != numeric(config, setting) and not means_nothing:  # that is the algorithm's own row
+                    key, called = f"{name}-{setting}={value}", f"{title}, {setting} {value}"
+                    found.append(Entry(key, called, changes, name, {setting: value}))
     for key, control in controls.items():
         found.append(Entry(key, control.title, {"algorithm.name": "ppo", **control.changes}))
     return found
+
+
+def _same_algorithm(one: Config, other: Config) -> bool:
+    """Whether two configs write and learn alike in every iteration, however its coin falls."""
+    mine, theirs = one.algorithm.build(), other.algorithm.build()
+    if (mine.phases, mine.credit) != (theirs.phases, theirs.credit):
+        return False
+    draws = [(iteration, coin / 100) for iteration in range(one.ppo.iterations) for coin in range(100)]
+    return all(mine.plan(*draw) == theirs.plan(*draw) for draw in draws)
 
 
 def numeric(config: Config, setting: str) -> float:
@@ -61,8 +74,8 @@ def numeric(config: Config, setting: str) -> float:
         value = value.get(part) if isinstance(value, dict) else None
     if value is None and setting not in all_keys(Config):
         raise unknown_key(setting, "--vary")
-    if setting == "seed":
-        raise UserError("--vary seed: every row is run with every seed of --seeds.")
+    if setting == "seed" or setting.startswith(("evaluation.", "runtime.")):
+        raise UserError(f"--vary {setting}: rows differ in how they are trained, and share seeds, evaluation and machine.")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"--vary {setting}: it is {value!r}, and only numbers can be varied.")
     return value
@@ -168,9 +181,9 @@ def _write_results(
         table += _rows(key, [baseline[key] for baseline in baselines], [])
     settings = dict.fromkeys(setting for row in rows for setting in row.varied or {})
     for row in rows:
-        results = [read_json(folders[row.key, seed] / "results.json") for seed in seeds]
+        found = [read_json(folders[row.key, seed] / "results.json") for seed in seeds]
         curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in seeds]
-        table += _rows(row.key, [{**result, "title": row.title} for result in results], curves, row)
+        table += _rows(row.key, [{**result, "title": row.title} for result in found], curves, row)
     first = read_json(folders[rows[0].key, seeds[0]] / "results.json")
     results = {
         "recipe": config.recipe,
@@ -183,7 +196,8 @@ def _write_results(
         **{key: first[key] for key in ("judge", "output_perplexity_model") if key in first},
         "seconds_of_this_call": seconds,
     }
-    write_json(out / "results.json", json_safe(results))
+    results = json_safe(results)  # once, so that a report drawn again from the file is the same
+    write_json(out / "results.json", results)
     write_report(results, out)
     return results
 
@@ -194,11 +208,13 @@ def _rows(
     """The row of one policy, and, where there was one, that of the best of its texts."""
     rows = [_row(key, results, curves)]
     if entry is not None and entry.algorithm:
-        rows[0] |= {"algorithm": entry.algorithm, **({"varied": dict(entry.varied)} if entry.varied else {})}
+        rows[0]["algorithm"] = entry.algorithm
     if all("best_of" in result for result in results):
         title = f"{results[0]['title']}, best of {results[0]['best_of']['samples']}"
         best = [{"texts_used": result["texts_used"], **result["best_of"], "title": title} for result in results]
         rows.append(_row(f"{key}_best_of", best, []))
+    if entry is not None and entry.varied:
+        rows = [{**row, "varied": dict(entry.varied)} for row in rows]
     return rows
 
 

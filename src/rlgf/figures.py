@@ -13,7 +13,7 @@ from rlgf.tables import COLUMNS, columns_of, metrics_of, splits_of
 
 # Okabe and Ito's palette, told apart by people who see colours differently
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX"  # one fewer than colours, so that many rows are told apart
 GREY = "#555555"
 
 Results = Mapping[str, Any]
@@ -62,23 +62,22 @@ def tradeoff(results: Results) -> Any | None:
     """
     rows, quantity, levels = _watched(results), _quantity(results), _levels(results)
     points = [point for row in rows for curve in row["curves"] for point in curve]
-    costs = [cost for cost in ("kl", "perplexity") if _measured([point.get(cost) for point in points])]
+    costs = [cost for cost in ("kl", "perplexity") if any(_measured([point.get(cost)]) for point in points)]
     if not costs:
         return None
     figure, panels = _figure(len(costs))
     for axes, cost in zip(panels, costs):
         for number, row in enumerate(rows):
-            points = list(zip(*row["curves"]))
+            points = [at for at in zip(*row["curves"]) if _measured([point.get(cost) for point in at])]
             colour, marker = _look(number)
             axes.plot(
                 [statistics.fmean(point[cost] for point in at) for at in points],
                 [statistics.fmean(point[quantity] for point in at) for at in points],
                 label=row["title"], color=colour, marker=marker, markersize=6, lw=0.6, alpha=0.85,
             )  # fmt: skip
-        if "sft" in levels:
+        if "sft" in levels and _measured(levels["sft"][cost]):
             axes.axhline(statistics.fmean(levels["sft"][quantity]), color=GREY, linestyle="--", lw=1)
-            if cost == "perplexity" and _measured(levels["sft"][cost]):
-                axes.axvline(statistics.fmean(levels["sft"][cost]), color=GREY, linestyle="--", lw=1)
+            axes.axvline(statistics.fmean(levels["sft"][cost]), color=GREY, linestyle="--", lw=1)
         axes.invert_xaxis()
         axes.set_xlabel(f"{COLUMNS[cost].title} (lower is further right)")
         axes.set_ylabel(COLUMNS[quantity].title)
@@ -93,17 +92,20 @@ def difficulty(results: Results) -> Any | None:
     split = next((s for s in splits_of(results) if all(part in columns_of(results, s) for part in parts)), None)
     if split is None:
         return None
-    rows = [row for row in results["rows"] if "varied" not in row and all(part in metrics_of(row, split) for part in parts)]
+    rows = [
+        row for row in results["rows"]
+        if "varied" not in row and all(_measured(metrics_of(row, split).get(part, [])) for part in parts)
+    ]  # fmt: skip
     figure, (axes,) = _figure(1)
     for offset, part, colour in zip((-0.2, 0.2), parts, COLOURS):
-        values = [[value * COLUMNS[part].scale for value in metrics_of(row, split)[part] if value is not None] for row in rows]
+        values = [[(value or 0) * COLUMNS[part].scale for value in metrics_of(row, split)[part]] for row in rows]
         axes.bar(
             [place + offset for place in range(len(rows))], [statistics.fmean(v) for v in values], 0.4, color=colour,
             yerr=[statistics.pstdev(v) for v in values], capsize=3, label=part.removeprefix("cider_d_"),
         )  # fmt: skip
     axes.set_xticks(range(len(rows)), [row["title"] for row in rows], rotation=20, ha="right", fontsize=9)
     axes.set_ylabel(COLUMNS["cider_d"].title)
-    axes.set_title(f"{results['recipe']}: {split} prompts by difficulty, mean and sd over seeds")
+    axes.set_title(f"{results['recipe']}: {split} prompts by difficulty, {_spread(results)}")
     axes.legend(frameon=False, fontsize=9)
     return figure
 
@@ -115,18 +117,19 @@ def sensitivity(results: Results) -> Any | None:
         return None
     quantities = [_quantity(results), "perplexity"]
     trained = [row for row in results["rows"] if "algorithm" in row]
-    quantities = [name for name in quantities if all(_measured(row["metrics"][name]) for row in trained)]
-    figure, panels = _figure(len(varied) * len(quantities))
-    names = list(dict.fromkeys(row["algorithm"] for row in results["rows"] if "algorithm" in row))
+    quantities = [name for name in quantities if any(_measured(row["metrics"][name]) for row in trained)]
+    figure, panels = _figure(len(quantities), len(varied))
+    titles = {row["algorithm"]: row["title"] for row in trained if "varied" not in row}
     for place, (setting, base) in enumerate(varied.items()):
         values = sorted({base, *(row["varied"][setting] for row in results["rows"] if setting in row.get("varied", {}))})
         for panel, quantity in enumerate(quantities):
             axes = panels[place * len(quantities) + panel]
-            for number, name in enumerate(names):
+            for number, name in enumerate(titles):
                 rows = {
                     row.get("varied", {}).get(setting, base): row
-                    for row in results["rows"]
-                    if row.get("algorithm") == name and row.get("varied", {}).keys() <= {setting}
+                    for row in trained
+                    if row["algorithm"] == name and row.get("varied", {}).keys() <= {setting}
+                    if _measured(row["metrics"][quantity])
                 }
                 known = [value for value in values if value in rows]
                 measured = [rows[value]["metrics"][quantity] for value in known]
@@ -134,13 +137,13 @@ def sensitivity(results: Results) -> Any | None:
                 axes.errorbar(
                     [values.index(value) for value in known], [statistics.fmean(m) for m in measured],
                     yerr=[statistics.pstdev(m) for m in measured], capsize=3, color=colour, marker=marker, markersize=5, lw=1.4,
-                    label=rows[base]["title"],
+                    label=titles[name],
                 )  # fmt: skip
-            axes.set_xticks(range(len(values)), [f"{value:g}" for value in values])
+            axes.set_xticks(range(len(values)), [str(value) for value in values])
             axes.set_xlabel(setting)
             axes.set_ylabel(COLUMNS[quantity].title)
     _legend_below(figure, panels[0])
-    figure.suptitle(f"{results['recipe']}: test prompts, mean and sd over seeds", fontsize=11)
+    figure.suptitle(f"{results['recipe']}: test prompts, {_spread(results)}", fontsize=11)
     return figure
 
 
@@ -167,12 +170,12 @@ def _look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure with panels side by side. Made without pyplot, which would keep it and ask for a screen."""
+def _figure(panels: int, rows: int = 1) -> tuple[Any, list[Any]]:
+    """A figure with rows of panels side by side. Made without pyplot, which would keep it and ask for a screen."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8 if panels == 1 else 5 * panels, 4.8), layout="constrained")
-    found: list[Any] = list(figure.subplots(1, panels, squeeze=False)[0])
+    figure = Figure(figsize=(8 if panels == 1 else 5 * panels, 4.8 if rows == 1 else 3.6 * rows), layout="constrained")
+    found: list[Any] = list(figure.subplots(rows, panels, squeeze=False).flat)
     for axes in found:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
@@ -184,6 +187,10 @@ def _legend_below(figure: Any, axes: Any) -> None:
     """One legend for all panels, outside them."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def _spread(results: Results) -> str:
+    return "mean and sd over seeds" if len(results["seeds"]) > 1 else "one seed"
 
 
 def _seeds(seeds: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from rlgf.errors import UserError
 from rlgf.evaluate import Judges, check_text_metrics, evaluate_guide, evaluate_policy
 from rlgf.experience import Reading
 from rlgf.guides import ModelGuide
+from rlgf.rewards import check_reads
 from rlgf.rollout import Writing
 from rlgf.runs import RunDirectory, read_complete_lines, rollout_rows
 from rlgf.stages import Report, base_model
@@ -71,6 +72,7 @@ def check_finals(task: Task, config: Config) -> None:
     splits = final_prompts(task, config)
     check_text_metrics(config.evaluation, [prompt for part in splits.values() for prompt in part])
     for split, prompts in splits.items():
+        check_reads(config.reward, split, prompts)
         if config.judge.spec and not any(prompt.references for prompt in prompts):
             raise UserError(
                 f"the judge compares texts with references, and no {split} prompt of task '{task.name}' has one: leave out "

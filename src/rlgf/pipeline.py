@@ -53,7 +53,7 @@ from rlgf.refusals import (
     require_finisher,
 )
 from rlgf.reward_model import load_reward_model
-from rlgf.rewards import build_reward, check_names, check_prompts, probe_reward
+from rlgf.rewards import build_reward, check_names, check_reads, probe_reward
 from rlgf.rollout import Writing, choose_prompts, collect
 from rlgf.runs import RunDirectory, identity, require_space, require_writable
 from rlgf.stages import (
@@ -73,6 +73,8 @@ from rlgf.tasks import Task, TextFunction, task_kind
 from rlgf.tokens import Codec
 from rlgf.trainer import Parts, Progress, Trainer
 from rlgf.types import Origin
+
+PROBED = 4  # prompts on which a reward is tried before anything is trained
 
 
 def silent(line: str) -> None:
@@ -95,6 +97,8 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     task = prepare_prompts(config, codec.tokenizer, report)
     longest = check_lengths(codec, context, task, config)
     check_finals(task, config)
+    check_reads(config.reward, "training", task.train)
+    check_reads(config.reward, "validation", task.validation[: max(PROBED, config.evaluation.prompts)])
     if "preferences" in (*config.reward.names, config.judge.spec):
         try_pairs(config, stages, report)
     probe_judge(config.judge, task.test, stages, report)
@@ -104,7 +108,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     reward = None if on_backbone(config, config.reward.names) else prepare_reward(config, task, made)
     judge = None if on_backbone(config, judge_names(config)) else prepare_judge(config, made, stages, report)
     if reward is not None:
-        probe_reward(reward, task.validation[:4])
+        probe_reward(reward, task.validation[:PROBED])
     guide = plain_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
     if guide is not None:
         probe_guide(guide, algorithm, codec, task, config)
@@ -126,7 +130,7 @@ def prepare(config: Config, stages: Path, report: Report = silent, directory: Ru
     models = assemble(config, algorithm, reference, start, policy_path)
     if reward is None:
         reward = prepare_reward(config, task, made, models.policy)
-        probe_reward(reward, task.validation[:4])
+        probe_reward(reward, task.validation[:PROBED])
     judge = judge or prepare_judge(config, made, stages, report, models.policy)
     targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, Accounted):
@@ -227,7 +231,6 @@ def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
         report(f"task {task.name}: {count:,} {reason}, left out")
     for remark, count in task.remarks.items():
         report(f"task {task.name}: {count:,} {remark}")
-    check_prompts(config.reward, task)
     return task
 
 

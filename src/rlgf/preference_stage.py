@@ -66,7 +66,7 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
 
     def build(folder: Path) -> dict[str, float]:
         reward = new_reward_model(start, settings, seed, config.runtime.device, in_4bit)
-        pairs = readable(reward, preference_pairs(config, reward.tokenizer, role))
+        pairs = without_unreadable(reward, preference_pairs(config, reward.tokenizer, role))
         if settings.training.texts:
             pairs = Pairs(pairs.train[: settings.training.texts], pairs.test, pairs.dropped)
         for reason, count in pairs.dropped.items():
@@ -87,7 +87,7 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
     return build_stage(stages, name, ingredients, build, report)
 
 
-def readable(reward: RewardModel, pairs: Pairs) -> Pairs:
+def without_unreadable(reward: RewardModel, pairs: Pairs) -> Pairs:
     """The pairs whose responses the reward model can read whole; the others are left out and counted."""
     train, test = ([pair for pair in part if reward.fits(pair)] for part in (pairs.train, pairs.test))
     left_out = len(pairs.train) + len(pairs.test) - len(train) - len(test)

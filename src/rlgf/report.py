@@ -10,15 +10,14 @@ from rlgf.display import visible
 from rlgf.tables import markdown
 
 
-def write_report(results: Mapping[str, Any], out: Path) -> list[str]:
-    """`table.md`, `texts.md` and the figures that there is something to show in; the names of what was written."""
+def write_report(results: Mapping[str, Any], out: Path) -> None:
+    """`table.md`, `texts.md` and the figures that there is something to show in; `results` as `results.json` has them."""
     write_atomically(out / "table.md", markdown(results))
     if texts := side_by_side(results):
         write_atomically(out / "texts.md", texts)
     else:
         (out / "texts.md").unlink(missing_ok=True)
     figures.draw(results, out)
-    return written_in(out)
 
 
 def written_in(out: Path) -> list[str]:
@@ -38,9 +37,10 @@ def side_by_side(results: Mapping[str, Any]) -> str | None:
     lines = [
         f"Recipe `{results['recipe']}`, seed {results['seeds'][0]}: the first prompts of the final evaluation, with rewards."
     ]
-    for place, first in enumerate(rows[0]["examples"]):
-        lines += ["", "---", "", f"    {'prompt':{wide}}           {visible(first['prompt'])}"]
-        for row in rows:
-            example = row["examples"][place]
-            lines.append(f"    {row['title']:{wide}}  {example['score']:7.3f}  {visible(example['text'])}")
+    written = [(row["title"], {example["prompt"]: example for example in row["examples"]}) for row in rows]
+    for prompt in dict.fromkeys(example["prompt"] for row in rows for example in row["examples"]):
+        lines += ["", "---", "", f"    {'prompt':{wide}}           {visible(prompt)}"]
+        for title, texts in written:
+            if example := texts.get(prompt):  # a guide may have given up on one
+                lines.append(f"    {title:{wide}}  {example['score']:7.3f}  {visible(example['text'])}")
     return "\n".join([*lines, ""])

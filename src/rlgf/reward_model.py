@@ -335,7 +335,7 @@ def _with_adapters(model: Any, config: PreferenceConfig) -> Any:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
     try:
-        with adapters.wrapping():
+        with adapters.quiet_peft():
             return get_peft_model(model, lora)
     except ValueError as error:
         modules = list(config.lora_modules)

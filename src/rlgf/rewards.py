@@ -121,16 +121,14 @@ def check_names(names: Sequence[str]) -> None:
             is_reward_model(name)  # which reads its config
 
 
-def check_prompts(config: RewardConfig, task: Task) -> None:
-    """Refuse, before anything is trained, prompts of any split without what a metric reads of them as a reward."""
-    held_out = {"validation": task.validation, "test": task.test, **task.finals}
+def check_reads(config: RewardConfig, split: str, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts of a split without what a metric reads of them as a reward."""
     for name in config.names:
         if name in TEXT_FUNCTIONS:
-            for split, prompts in {"training": task.train, **held_out}.items():
-                try:
-                    check_read(name, prompts, config.options.get(name) or {})
-                except UserError as error:
-                    raise UserError(f"{split} prompts of task '{task.name}': {error}") from None
+            try:
+                check_read(name, prompts, config.options.get(name) or {})
+            except UserError as error:
+                raise UserError(f"{split} prompts: {error}") from None
 
 
 def with_what_it_reads(function: Callable[..., Any]) -> TextFunction:
