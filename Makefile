@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm gpu lint types bench \
+.PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm gpu lint types bench \
   bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate docs sample clean
 
 setup: $(STAMP)
@@ -22,6 +22,10 @@ quickstart: setup  ## every algorithm on the embedded task, one table, minutes o
 
 quickstart-seeds: setup  ## the same over five seeds; the committed table comes from this
 	$(BIN)/rlgf compare quickstart --seeds 0,1,2,3,4 --jobs 2 --out runs/quickstart-seeds
+
+quickstart-sensitivity: setup  ## how PPO++ and D2LOLS mind the KL and the MLE coefficient (the paper's figure 5), three seeds, 7 minutes on two cores
+	$(BIN)/rlgf compare quickstart --algorithms ppo_pp,d2lols --no-controls --vary kl.coefficient=0,0.01,0.1 \
+	  --vary ppo.mle_coefficient=0.1,1 --seeds 0,1,2 --jobs 2 --out runs/quickstart-sensitivity
 
 imdb-small: setup  ## the five algorithms on real reviews, three seeds, about two hours on two cores
 	$(BIN)/rlgf compare imdb-small --data $(DATA)/imdb --seeds 0,1,2 --jobs 2 --out runs/imdb-small
