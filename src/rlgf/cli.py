@@ -227,7 +227,7 @@ def compare(
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
             console.print_plan(planned, refusals.check_to_train(planned), row.title)
-        console.report(f"{len(rows)} rows, each with seeds {seeds}, {jobs} at a time, and the baselines, in {target}")
+        console.report(f"{len(rows)} rows, each with seeds {seeds} (runs at a time: {jobs}), and the baselines, in {target}")
         return
     watch = console.Watch(may_draw=config.guide.spec != "human")
     try:
