@@ -11,8 +11,9 @@ import torch
 from helpers import END, tiny_model, word_reward
 from rlgf import cli
 from rlgf.best_of import MOST, best_of, joined, select
-from rlgf.compare import compare, entries
+from rlgf.compare import compare
 from rlgf.config import ModelConfig
+from rlgf.entries import entries
 from rlgf.errors import UserError
 from rlgf.models import new_language_model
 from rlgf.pipeline import evaluate_policy_at, silent, train

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from rlgf import cli, figures
-from rlgf.compare import compare, entries
+from rlgf.compare import compare
 from rlgf.config import override
+from rlgf.entries import entries
 from rlgf.errors import UserError
 from rlgf.recipes import Control
 from rlgf.tables import markdown, mean_and_spread

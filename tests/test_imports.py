@@ -13,7 +13,7 @@ LAYERS = """
     errors display types randomness schedules scripting ops algorithms config budget hub data prompting preferences plugins
     tokens packing processes lanes adapters kernels offload forward models supervised sampling guides ngram denoising scoring
     tasks reward_model rewards shaping judge rollout experience metrics evaluate best_of update profiling runs tracking trainer
-    stages preference_stage refusals recipes finals pipeline check tables figures report compare terminal console cli
+    stages preference_stage refusals recipes entries finals pipeline check tables figures report compare terminal console cli
 """
 """From what depends on nothing to what depends on all. A folder is one module; FOLDERS orders the files within it."""
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from helpers import word_reward
-from rlgf.compare import compare, entries
+from rlgf.compare import compare
 from rlgf.config import JudgeConfig, override
+from rlgf.entries import entries
 from rlgf.errors import UserError
 from rlgf.judge import (
     TEMPLATE,

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from rlgf import cli, figures
-from rlgf.compare import compare, entries, read_varied
+from rlgf.compare import compare
+from rlgf.entries import entries, read_varied
 from rlgf.errors import UserError
 from rlgf.report import side_by_side, write_report, written_in
 from test_pipeline import small

@@ -215,14 +215,14 @@ def compare(
     except ValueError:
         raise UserError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
     from rlgf import compare as comparing
-    from rlgf import console, refusals, terminal
+    from rlgf import console, entries, refusals, terminal
     from rlgf.report import written_in
 
     refusals.check_to_train(config)
     console.set_up_machine(config)
     target = out or Path("runs") / config.recipe
-    varied = comparing.read_varied(config, vary or [])
-    rows = comparing.entries(config, names, recipe_controls(config) if controls else {}, varied)
+    varied = entries.read_varied(config, vary or [])
+    rows = entries.entries(config, names, recipe_controls(config) if controls else {}, varied)
     if dry_run:
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
