@@ -70,7 +70,7 @@ def new_tiny_model(word_tokenizer: Any) -> Callable[..., LanguageModel]:
     """A maker of small random models, `new_tiny_model("llama", seed=3)`: for tests that change what they are given."""
 
     def make(architecture: str, seed: int = 0, **shape: Any) -> LanguageModel:
-        values: dict[str, Any] = {"layers": 2, "width": 32, "heads": 4, "context": 64, "initial_std": 0.3, **shape}
+        values: dict[str, Any] = {"layers": 2, "width": 32, "heads": 2, "context": 64, "initial_std": 0.3, **shape}
         language_model = new_language_model(ModelConfig(architecture=architecture, **values), word_tokenizer, seed)
         language_model.model.requires_grad_(False).eval()
         return language_model

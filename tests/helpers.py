@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlgf import experience, packing
+from rlgf import experience, native, packing
 from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
@@ -164,11 +164,10 @@ WAYS_TO_ATTEND = ("texts", "rows", "kernel")
 
 
 def let_it_attend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let lines be attended to text by text, by products of rows, or by torch's kernel."""
+    """Let lines be attended to text by text by what is compiled, by products of rows, or by torch's kernel."""
+    monkeypatch.setattr(native, "_asked", way == "texts")
     if way == "kernel":
         monkeypatch.setattr(packing, "LONGEST", 0)
-    elif way == "rows":
-        torch.set_num_threads(16)  # more than there are heads
 
 
 # --- settings and measuring -------------------------------------------------------------------------------------------

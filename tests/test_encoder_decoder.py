@@ -27,7 +27,7 @@ def tiny(kind: str, tokenizer: Any) -> LanguageModel:
     model: Any
     if kind == "t5":
         config = T5Config(
-            **shape, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, dropout_rate=0.0,
+            **shape, d_kv=16, d_ff=48, num_layers=2, num_decoder_layers=2, num_heads=4, dropout_rate=0.0,
             relative_attention_num_buckets=8, relative_attention_max_distance=12,
         )  # fmt: skip
         model = T5ForConditionalGeneration(config)

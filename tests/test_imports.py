@@ -10,7 +10,7 @@ import rlgf
 PACKAGE = Path(rlgf.__file__).parent
 
 LAYERS = """
-    errors display types randomness schedules scripting ops algorithms config budget hub data prompting preferences plugins
+    errors display types randomness schedules native ops algorithms config budget hub data prompting preferences plugins
     tokens packing processes lanes adapters kernels offload forward models supervised sampling guides ngram denoising scoring
     tasks reward_model rewards shaping judge rollout experience metrics evaluate best_of update profiling runs tracking trainer
     stages preference_stage refusals recipes entries finals pipeline check tables figures report compare terminal console cli
@@ -108,6 +108,6 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 
 def test_the_arithmetic_knows_no_model_and_the_words_no_other_module() -> None:
-    assert {name.split(".")[0] for name, _ in imports_of(PACKAGE / "ops.py")} == {"types", "scripting"}
-    for alone in ("errors.py", "types.py", "randomness.py", "schedules.py", "scripting.py"):
+    assert {name.split(".")[0] for name, _ in imports_of(PACKAGE / "ops.py")} == {"types", "native"}
+    for alone in ("errors.py", "types.py", "randomness.py", "schedules.py", "native.py"):
         assert imports_of(PACKAGE / alone) == []

@@ -14,7 +14,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from helpers import tiny_model
-from rlgf import kernels, models, ops, packing
+from rlgf import kernels, models, packing
 from rlgf.kernels import FastConv1D, FastLinear, TanhGELU, speed_up
 
 AVAILABLE = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -198,24 +198,3 @@ def test_models_are_left_alone_on_request(tmp_path: Path):
     assert FastConv1D in kinds["auto"]
     assert not kinds["plain"] & {FastConv1D, FastLinear, TanhGELU}
     torch.testing.assert_close(losses["auto"], losses["plain"], rtol=1e-6, atol=0)
-
-
-def test_what_runs_without_python_is_what_python_runs():
-    draw = torch.Generator().manual_seed(0)
-
-    def texts(*shape: int) -> list[torch.Tensor]:
-        return [torch.randn(*shape, generator=draw) for _ in range(3)]
-
-    states, logits = torch.randn(70, 1000, generator=draw), torch.randn(150, 40, generator=draw)
-    weights = [part.softmax(2) for part in texts(2, 5, 5)]
-    own, keys = texts(2, 5, 3), texts(2, 3, 5)
-    cases: list[tuple[Any, tuple[Any, ...]]] = [
-        (kernels._gelu_and_slope, (states,)),
-        (packing._weights, (own, keys, texts(5, 5), 0.5)), (packing._weights, (own, keys, [], 0.5)),
-        (packing._for_scores, (own, keys, weights)), (ops._probabilities, (logits, 64)),
-        (packing._multiply_into, (texts(2, 5, 3), weights, own, 0.5)),
-    ]  # fmt: skip
-    for function, arguments in cases:
-        first, second = copy.deepcopy(arguments), copy.deepcopy(arguments)
-        torch.testing.assert_close(function(*first), function.__wrapped__(*second), rtol=0, atol=0)
-        torch.testing.assert_close(first, second, rtol=0, atol=0)  # what is written in place too

@@ -315,7 +315,7 @@ class RuntimeConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     token_budget: int = 0  # tokens of one micro-batch; 0: 2,048, or for RL on a GPU the most that fits, found at the start
     offload: tuple[Literal["reference", "critic"], ...] = ()  # what rests in the host's memory while a GPU does other work
-    kernels: Literal["auto", "plain"] = "auto"  # plain: models as transformers has them, texts as padded rows
+    kernels: Literal["auto", "torch", "plain"] = "auto"  # torch: nothing compiled; plain: models as transformers has them
     checkpoint_every: int = 10  # iterations; the last one is always kept
     trackers: tuple[str, ...] = ("tensorboard",)
     profile: bool = False  # the second iteration under torch's profiler: RUN/profile/

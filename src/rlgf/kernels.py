@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
+from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
+from rlgf import native
 from rlgf.lanes import loans
-from rlgf.scripting import without_python
 
 LEAST_PRODUCT = 2**22  # multiplications of a product from which on the other library is asked: below, the way there costs more
 LEAST_LENT = 300_000_000  # multiplications of a gradient from which on another lane may compute it: below, its way costs more
@@ -172,66 +172,63 @@ class TanhGELU(nn.Module):
 
 
 SCALE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715
-PIECE = 2**15  # elements of which what a few operations make stays in a core's cache
 
 
-@without_python
-def _gelu_and_slope(
-    states: Tensor, scale: float = SCALE, cubic: float = SCALE * CUBE, piece: int = PIECE
-) -> tuple[Tensor, Tensor]:
-    """GELU of `states` [rows, width] and its derivative."""
-    result, slope = torch.empty_like(states), torch.empty_like(states)
-    linear, one = torch.full((), scale, dtype=states.dtype), torch.ones((), dtype=states.dtype)
-    rows = max(1, piece // states.size(1))
-    for start in range(0, states.size(0), rows):
-        part, value, derivative = states[start : start + rows], result[start : start + rows], slope[start : start + rows]
-        gate = torch.addcmul(linear, part, part, value=cubic).mul_(part).sigmoid_()
-        torch.mul(part, gate, out=value)
-        torch.addcmul(linear, part, part, value=3 * cubic, out=derivative)
-        derivative.mul_(value)  # x σ · d(2u)/dx
-        torch.lerp(derivative, one, gate, out=derivative)  # σ + (1 − σ) x σ · d(2u)/dx
-    return result, slope
+def _whole(*tensors: Tensor) -> bool:
+    """Whether `native` takes these as they are."""
+    return native.takes(*tensors) and all(t.is_contiguous() for t in tensors)
 
 
 class _TanhGELU(torch.autograd.Function):
-    """Keeps the derivative instead of the argument, so that the backward pass is one product."""
+    """By torch's operations it keeps the derivative instead of the argument, so that the backward pass is one product."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
+        ctx.compiled = _whole(states)
+        if ctx.compiled:
+            ctx.save_for_backward(states)
+            return native.gelu(states)
+        gate = torch.addcmul(states.new_tensor(SCALE), states, states, value=SCALE * CUBE).mul_(states).sigmoid_()
         if not ctx.needs_input_grad[0]:
-            gate = torch.addcmul(states.new_tensor(SCALE), states, states, value=SCALE * CUBE).mul_(states).sigmoid_()
             return gate.mul_(states)
-        result, slope = _gelu_and_slope(states.reshape(-1, states.shape[-1]))
-        ctx.save_for_backward(slope.view(states.shape))
-        return result.view(states.shape)
+        result = states * gate
+        slope = torch.addcmul(states.new_tensor(SCALE), states, states, value=3 * SCALE * CUBE).mul_(result)
+        ctx.save_for_backward(torch.lerp(slope, torch.ones_like(gate), gate))  # σ + (1 − σ) x σ · d(2u)/dx
+        return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (slope,) = ctx.saved_tensors
-        return slope.mul_(gradients[0])  # in place: memory is what such an operation waits for
+        (kept,) = ctx.saved_tensors
+        return native.gelu_back(kept, gradients[0].contiguous()) if ctx.compiled else kept.mul_(gradients[0])
+
+
+class _Gated(torch.autograd.Function):
+    """silu(gates) · states, in one pass over memory and one back."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, states: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, states)
+        return native.gated(gates, states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        gates, states = ctx.saved_tensors
+        return native.gated_back(gates, states, gradients[0].contiguous())
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x · r · w with r = 1 / √(mean x² + ε), in three passes over memory and six back, where single operations take twenty."""
+    """x · r · w with r = 1 / √(mean x² + ε), in one pass over memory and one back, where single operations take twenty."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        scale = norm.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(states, weight, scale)
-        return torch.mul(states, scale).mul_(weight)
+        result, scales = native.rms_norm(states, weight, epsilon)
+        ctx.save_for_backward(states, weight, scales)
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        states, weight, scale = ctx.saved_tensors
-        rows, gradient = states.flatten(0, -2), gradients[0].flatten(0, -2)
-        both, scales = gradient * rows, scale.view(-1)
-        for_weight = both.t() @ scales if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, for_weight, None
-        through = (both @ weight).mul_(scales**3).div_(-states.shape[-1])  # by way of the scale
-        for_states = (gradient * weight).mul_(scales[:, None]).addcmul_(rows, through[:, None])
-        return for_states.view(states.shape), for_weight, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        states, weight, scales = ctx.saved_tensors
+        return *native.rms_norm_back(states, weight, scales, gradients[0].contiguous()), None
 
 
 RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")  # all the same, under five names
@@ -239,13 +236,29 @@ RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "
 
 @cache
 def _with_fast_norm(kind: type) -> type:
-    """A class of `RMS_NORMS` that works by `_RMSNorm` in fp32 on a CPU."""
+    """A class of `RMS_NORMS` that works by `_RMSNorm` where `native` takes what it is given."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if hidden_states.device.type != "cpu" or hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        if not _whole(hidden_states, self.weight):
             return kind.forward(self, hidden_states)  # pyright: ignore
         result: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         return result
+
+    return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+
+
+GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) · up(x)), under four names
+
+
+@cache
+def _with_fast_gate(kind: type) -> type:
+    """A class of `GATED` whose activation, silu, and what it multiplies are one step where `native` takes them."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        gates, states = self.gate_proj(x), self.up_proj(x)
+        if not _whole(gates, states):
+            return self.down_proj(self.act_fn(gates) * states)
+        return self.down_proj(_Gated.apply(gates, states))
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
@@ -261,5 +274,7 @@ def speed_up(model: nn.Module) -> None:
                 setattr(module, name, TanhGELU())
             elif type(child).__name__ in RMS_NORMS and hasattr(child, "variance_epsilon"):
                 child.__class__ = _with_fast_norm(type(child))
+            elif type(child).__name__ in GATED and isinstance(child.act_fn, nn.SiLU | SiLUActivation):
+                child.__class__ = _with_fast_gate(type(child))
             elif type(child) in REPLACEMENTS:
                 child.__class__ = REPLACEMENTS[type(child)]

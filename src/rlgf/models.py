@@ -22,7 +22,7 @@ from transformers import (
     T5Config,
 )
 
-from rlgf import adapters, kernels, packing
+from rlgf import adapters, kernels, native, packing
 from rlgf.config import AdapterConfig, ModelConfig
 from rlgf.errors import UserError
 from rlgf.forward import MicroBatch, is_encoder_decoder, trunk_states
@@ -272,9 +272,11 @@ _kernels = "auto"
 
 
 def use_kernels(which: str) -> None:
-    """Load models from now on with faster ways to the same numbers ('auto'), or as transformers has them ('plain')."""
+    """Load models from now on with faster ways to the same numbers ('auto', or 'torch' without what a C compiler makes), or
+    as transformers has them ('plain')."""
     global _kernels
     _kernels = which
+    native.use(which == "auto")
 
 
 def speed_up(model: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlgf.scripting import without_python
+from rlgf import native
 from rlgf.types import Support
 
 
@@ -181,26 +181,8 @@ def token_log_probs(
     return result
 
 
-ROWS = 64  # of logits that stay in a core's cache
-
-
-@without_python
-def _probabilities(logits: Tensor, rows: int) -> Tensor:
-    """The normalisers of `logits` [rows, vocabulary], which become probabilities; so many rows at a time."""
-    normalisers = [logits.new_zeros(0)]
-    for start in range(0, logits.size(0), rows):
-        part = logits[start : start + rows]
-        top = part.amax(1)
-        torch.softmax(part, 1, None, out=part)
-        normalisers.append(top - part.amax(1).log())
-    return torch.cat(normalisers)
-
-
 class _WholeLogProbs(torch.autograd.Function):
-    """Log-softmax at `tokens`, to be differentiated: one tensor of the size of the logits, written in place where it may be.
-
-    It keeps probabilities, which the gradient is made of; the normaliser is told from the likeliest one, which is never small.
-    """
+    """Log-softmax at `tokens`, to be differentiated: one tensor of the size of the logits, written in place where it may be."""
 
     @staticmethod
     def forward(
@@ -209,22 +191,26 @@ class _WholeLogProbs(torch.autograd.Function):
         whole = logits if owned else logits.clone()
         if forbidden is not None and forbidden_ids is not None:
             whole[:, forbidden_ids] = whole[:, forbidden_ids].masked_fill(forbidden[:, None], -torch.inf)
-        chosen = whole.gather(1, tokens[:, None]).squeeze(1)
-        normalisers = _probabilities(whole, ROWS if whole.device.type == "cpu" else max(1, whole.shape[0]))
-        ctx.save_for_backward(tokens)
-        ctx.probabilities = whole  # not saved by autograd, which would refuse what was written in place
-        return chosen - normalisers
+        normalisers = log_normaliser(whole)
+        ctx.save_for_backward(tokens, normalisers)
+        ctx.logits = whole  # not saved by autograd, which would refuse what was written in place
+        return whole.gather(1, tokens[:, None]).squeeze(1) - normalisers
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,), (tokens,) = gradients, ctx.saved_tensors
-        result = ctx.probabilities.mul_(-gradient[:, None])  # the gradient of log p_i is 1[i] − p
-        ctx.probabilities = None
+        (gradient,), (tokens, normalisers), logits = gradients, ctx.saved_tensors, ctx.logits
+        ctx.logits = None
+        if native.takes(logits) and logits.is_contiguous():
+            return native.log_probabilities_back(logits, normalisers, tokens, gradient.contiguous()), None, None, None, None
+        probabilities = logits.sub_(normalisers[:, None]).exp_()
+        result = probabilities.mul_(-gradient[:, None])  # the gradient of log p_i is 1[i] − p
         return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None, None, None, None
 
 
 def log_normaliser(logits: Tensor) -> Tensor:
-    """`logits.logsumexp(1)`, some rows at a time: its working copy stays in the cache."""
+    """`logits.logsumexp(1)`; where torch computes it some rows at a time: its working copy stays in the cache."""
+    if native.takes(logits) and logits.is_contiguous():
+        return native.log_normalisers(logits)
     return torch.cat([part.logsumexp(1) for part in logits.split(64)])
 
 

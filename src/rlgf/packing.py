@@ -6,7 +6,7 @@ and lines the result up again. Outside it, it is plain SDPA. Models that do not 
 positions in a way of their own, are read as padded rows instead.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlgf.scripting import without_python
+from rlgf import native
 
 NAME = "rlgf"
 ROUND = 16  # rows are as wide, and lines as long, as a multiple of this: products of odd sizes take twice as long, and
@@ -54,22 +54,9 @@ class Line:
         return mask.index_fill_(0, self.padding, -torch.inf).view(self.texts, 1, self.width)
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """The line in parts: of each text the idle tokens and the others; and what fills it up."""
-        parts = [size for idle, length in zip(self.idle, self.lengths) for size in (idle, length - idle)]
-        return [*parts, self.ids.shape[1] - sum(parts)]
-
-    def texts_of(self, line: Tensor, dim: int = 1) -> tuple[Tensor, ...]:
-        """The texts of a line whose tokens are along `dim`, each without what is idle."""
-        return line.split(self.sizes, dim)[1:-1:2]
-
-    def empty(self, texts: Tensor, size: int) -> Tensor:
-        """A line [tokens, heads, size] to be filled with what is made of `texts` [heads, ...]; zero where none is."""
-        line = texts.new_empty(self.ids.shape[1], texts.shape[0], size)
-        for part in line.split(self.sizes)[::2]:
-            if part.shape[0]:
-                part.zero_()
-        return line
+    def spans(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each text where it begins, its idle tokens and all its tokens, int64 [texts] each."""
+        return self.starts, torch.tensor(self.idle), torch.tensor(self.lengths)
 
     def rows_of(self, line: Tensor) -> Tensor:
         """A line [heads, tokens, size] as rows [heads × texts, width, size]."""
@@ -170,119 +157,74 @@ def take(table: Tensor, numbers: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Attention within the texts of a line by batched products, which keeps its weights for the backward pass.
+    """Attention within the texts of a line as `native` has it: text by text and unpadded, its weights computed again on the way
+    back."""
 
-    Text by text, `apart`, nothing is padded and what a text needs stays in the cache; few operations each, for each passes the
-    interpreter's lock to the lane beside it and back. Otherwise all at once, as rows: a padding column holds what its text's
-    last token holds, is hidden from all queries, and what padding queries would write is never read.
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: Line, asked: Line,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        bias = None if bias is None else bias.contiguous()
+        spans = (*asking.spans, asked.spans[0], asked.spans[2])
+        out, normalisers = native.attention(query[0], key[0], value[0], bias, causal, spans, scale)
+        ctx.save_for_backward(query, key, value, bias, out, normalisers)
+        ctx.given = causal, spans, scale
+        return out[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, out, normalisers = ctx.saved_tensors
+        gradient = gradients[0][0]
+        gradient = gradient if gradient.stride(2) == 1 else gradient.contiguous()
+        causal, spans, scale = ctx.given
+        for_query, for_key, for_value, for_bias = native.attention_back(
+            query[0], key[0], value[0], bias, causal, spans, scale, out, normalisers, gradient, ctx.needs_input_grad[3]
+        )
+        lines = (line.transpose(0, 1)[None] for line in (for_query, for_key, for_value))
+        return *lines, for_bias, None, None, None, None
+
+
+class _RowAttention(torch.autograd.Function):
+    """The same by batched products of all texts at once, as rows, which keeps its weights for the backward pass.
+
+    A padding column holds what its text's last token holds, is hidden from all queries, and what padding queries would write is
+    never read.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: Line, asked: Line,
-        scale: float, apart: bool,
+        scale: float,
     ) -> Tensor:  # fmt: skip
-        q, k, v = (part[0] for part in (query, key, value))
-        if not apart:
-            q, k, v = asking.rows_of(q), asked.rows_of(k), asked.rows_of(v)
-        hidden = (_corners if apart else _of_rows)(asking, asked, causal, bias, query[0])
-        own, keys, values = _parts(q, asking, apart), _parts(k.transpose(1, 2), asked, apart, 2), _parts(v, asked, apart)
-        kept = _weights(list(own), list(keys), hidden, scale)
-        ctx.save_for_backward(q, k, v, *kept)
-        ctx.asking, ctx.asked, ctx.scale, ctx.apart = asking, asked, scale, apart
-        return _products(kept, values, asking, apart)
+        q, k, v = asking.rows_of(query[0]), asked.rows_of(key[0]), asked.rows_of(value[0])
+        scores = torch.baddbmm(_hidden(asking, asked, causal, bias, q), q, k.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, 2, out=scores)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.asking, ctx.asked, ctx.scale = asking, asked, scale
+        return asking.line_of_rows(weights @ v)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, *kept = ctx.saved_tensors
-        asking, asked, apart = ctx.asking, ctx.asked, ctx.apart
-        gradient = gradients[0][0].transpose(0, 1)
-        if not apart:
-            gradient = asking.rows_of(gradient)
-            gradient.view(-1, asking.texts * asking.width, gradient.shape[2]).index_fill_(1, asking.padding, 0.0)
-        own, keys, values = _parts(q, asking, apart), _parts(k, asked, apart), _parts(v.transpose(1, 2), asked, apart, 2)
-        upstream = _parts(gradient, asking, apart)
-        for_scores = _for_scores(list(upstream), list(values), kept)
-        for_bias = _for_bias(for_scores, asking, asked, apart) if ctx.needs_input_grad[3] else None
-        for_query = _products(for_scores, keys, asking, apart, ctx.scale)
-        for_key = _products([part.transpose(1, 2) for part in for_scores], own, asked, apart, ctx.scale)
-        for_value = _products([weights.transpose(1, 2) for weights in kept], upstream, asked, apart)
-        lines = (part.transpose(1, 2) for part in (for_query, for_key, for_value))
-        return *lines, for_bias, None, None, None, None, None
+        q, k, v, weights = ctx.saved_tensors
+        asking, asked = ctx.asking, ctx.asked
+        gradient = asking.rows_of(gradients[0][0].transpose(0, 1))
+        gradient.view(-1, asking.texts * asking.width, gradient.shape[2]).index_fill_(1, asking.padding, 0.0)
+        for_scores = torch.ops.aten._softmax_backward_data(gradient @ v.transpose(1, 2), weights, 2, weights.dtype)
+        for_bias = for_scores.view(-1, asking.texts, asking.width, asked.width).sum(1) if ctx.needs_input_grad[3] else None
+        for_scores = for_scores * ctx.scale
+        made = (for_scores @ k, asking), (for_scores.transpose(1, 2) @ q, asked), (weights.transpose(1, 2) @ gradient, asked)
+        return *(line.line_of_rows(rows).transpose(1, 2) for rows, line in made), for_bias, None, None, None, None
 
 
-def _parts(states: Tensor, line: Line, apart: bool, dim: int = 1) -> Sequence[Tensor]:
-    """What is multiplied at once: the texts of a line whose tokens are along `dim`, or all rows."""
-    return line.texts_of(states, dim) if apart else [states]
-
-
-def _products(left: Sequence[Tensor], right: Sequence[Tensor], line: Line, apart: bool, scale: float = 1.0) -> Tensor:
-    """`scale` times the products of such parts, as attention returns them, [1, tokens, heads, size]."""
-    if not apart:
-        return line.line_of_rows(torch.baddbmm(left[0].new_zeros(()), left[0], right[0], beta=0, alpha=scale))
-    made = line.empty(left[0], right[0].shape[2])
-    _multiply_into(list(line.texts_of(made.transpose(0, 1))), list(left), list(right), scale)
-    return made[None]
-
-
-@without_python
-def _weights(own: list[Tensor], keys: list[Tensor], hidden: list[Tensor], scale: float) -> list[Tensor]:
-    """The weights with which queries attend; `hidden` is empty or what is added to the scores of each part."""
-    weights: list[Tensor] = []
-    for place in range(len(own)):
-        if len(hidden) > 0:
-            scores = torch.baddbmm(hidden[place], own[place], keys[place], alpha=scale)
-        else:
-            scores = torch.bmm(own[place], keys[place]).mul_(scale)
-        weights.append(torch.softmax(scores, 2, None, out=scores))
-    return weights
-
-
-@without_python
-def _for_scores(upstream: list[Tensor], values: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-    """The gradient of the scores."""
-    gradients: list[Tensor] = []
-    for place in range(len(weights)):
-        for_weights = torch.bmm(upstream[place], values[place])
-        gradients.append(torch.ops.aten._softmax_backward_data(for_weights, weights[place], 2, weights[place].dtype))
-    return gradients
-
-
-@without_python
-def _multiply_into(places: list[Tensor], left: list[Tensor], right: list[Tensor], scale: float) -> None:
-    """`scale` times products, each where it belongs."""
-    for place in range(len(places)):
-        torch.baddbmm(places[place], left[place], right[place], beta=0.0, alpha=scale, out=places[place])
-
-
-def _corners(asking: Line, asked: Line, causal: bool, bias: Tensor | None, query: Tensor) -> list[Tensor]:
-    """What is added to the scores of each text: −∞ where it must not look, and a bias; empty: nothing."""
-    if not causal and bias is None:
-        return []
-    whole = asking.ahead.to(query.dtype) if causal else query.new_zeros(())
-    whole = whole if bias is None else bias + whole
-    spans = zip(asking.idle, asking.lengths, asked.lengths)
-    return [whole[..., idle:length, :seen] for idle, length, seen in spans]
-
-
-def _of_rows(asking: Line, asked: Line, causal: bool, bias: Tensor | None, query: Tensor) -> list[Tensor]:
-    """The same for all rows, in a shape that goes with [heads × texts, width, width]."""
+def _hidden(asking: Line, asked: Line, causal: bool, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """What is added to the scores of `rows` [heads × texts, ...]: −∞ where they must not look, and a bias."""
     hidden = asking.ahead if causal else asked.beyond
     if bias is not None:
         hidden = (bias[:, None] + hidden).expand(-1, asking.texts, -1, -1).reshape(-1, asking.width, asked.width)
     elif not causal:
-        hidden = hidden.repeat(query.shape[0], 1, 1)
-    return [hidden.to(query.dtype)]
-
-
-def _for_bias(for_scores: list[Tensor], asking: Line, asked: Line, apart: bool) -> Tensor:
-    """The gradient of a bias [heads, width, width], from that of the scores."""
-    if not apart:
-        return for_scores[0].view(-1, asking.texts, asking.width, asked.width).sum(1)
-    gradient = for_scores[0].new_zeros(for_scores[0].shape[0], asking.width, asked.width)
-    for part, idle, length in zip(for_scores, asking.idle, asking.lengths):
-        gradient[:, idle:length, : part.shape[2]] += part
-    return gradient
+        hidden = hidden.repeat(rows.shape[0] // asking.texts, 1, 1)
+    return hidden.to(rows.dtype)
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
@@ -291,22 +233,20 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     asking, asked, causal = _who_asks_whom(module, reading.lines)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions leave these in fp32
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = options.get("scaling")
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     bias: Tensor | None = options.get("position_bias") if asking is asked else None
     bias = None if bias is None else bias[0]
+    if native.takes(query, key, value) and not torch.is_autocast_enabled("cpu"):
+        asking = reading.lines.last if module in reading.last else asking
+        return _Attention.apply(query, key, value, bias, causal, asking, asked, scale), None
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if query.device.type == "cpu" and max(asking.width, asked.width) <= LONGEST:
-        # in fp32, with a head or more for each thread; in bf16 products of odd sizes take twice as long
-        apart = query.dtype == torch.float32 and torch.get_num_threads() <= query.shape[1]
-        apart = apart and not torch.is_autocast_enabled("cpu")
-        asking = reading.lines.last if apart and module in reading.last else asking
-        attended: Tensor = _Attention.apply(query, key, value, bias, causal, asking, asked, scale, apart)
-        return attended, None
+        return _RowAttention.apply(query, key, value, bias, causal, asking, asked, scale), None
     q, k, v = (line.rows_of(part[0]) for part, line in ((query, asking), (key, asked), (value, asked)))
     whole = causal and bias is None  # then no mask is needed, and the fastest of kernels can be used
-    mask = None if whole else _of_rows(asking, asked, causal, bias, query[0])[0].expand(q.shape[0], -1, -1)[None]
+    mask = None if whole else _hidden(asking, asked, causal, bias, q).expand(q.shape[0], -1, -1)[None]
     rows = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, is_causal=whole)
     return asking.line_of_rows(rows[0]), None
 

@@ -1,0 +1,242 @@
+"""What `native.c` does, on tensors: one pass over memory where torch's operations take many, without Python's lock meanwhile.
+
+It is compiled for this very processor when it is first asked for, in a second or two, by the C compiler of the machine, and
+kept in the user's cache. Where there is none, everybody takes torch's operations, which come to the same numbers.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_suffix(".c")
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
+LANES = 16  # numbers come in multiples of this
+
+_asked = True
+
+
+def use(asked: bool) -> None:
+    """Whether what is compiled may be used, here and everywhere."""
+    global _asked
+    _asked = asked
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether these can be handed over: in fp32 on a CPU, their last numbers next to each other and in whole vectors."""
+    fits = all(
+        t.device.type == "cpu" and t.dtype == torch.float32 and t.numel() > 0 and t.stride(-1) == 1 and t.shape[-1] % LANES == 0
+        for t in tensors
+    )
+    return fits and _asked and library()[0] is not None
+
+
+def why_not() -> str | None:
+    """What is in the way of a library that is asked for, None where nothing is."""
+    return library()[1] if _asked else None
+
+
+@cache
+def library() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled functions, or why there are none."""
+    compiler = next((found for name in (os.environ.get("CC"), *COMPILERS) if name and (found := shutil.which(name))), None)
+    if compiler is None:
+        return None, f"no C compiler found ({', '.join(COMPILERS)}, or what CC names)"
+    try:
+        return _load(compiler), None
+    except (OSError, subprocess.SubprocessError) as error:
+        told = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        return None, f"{compiler} could not compile {SOURCE.name}: {told.strip()[-300:]}"
+
+
+def _load(compiler: str) -> ctypes.CDLL:
+    """The functions of this source, compiled by this compiler for this processor, now or earlier."""
+    told = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    made_of = "\n".join([SOURCE.read_text(encoding="utf-8"), told, *FLAGS, _processor()])
+    name, folder = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so", _cache()
+    if folder is not None and (folder / name).exists():
+        return ctypes.CDLL(str(folder / name))
+    with tempfile.TemporaryDirectory(dir=folder) as room:
+        made = Path(room) / name
+        _compile(compiler, made)
+        return ctypes.CDLL(str(made if folder is None else made.replace(folder / name)))  # stays loaded when the file is gone
+
+
+def _cache() -> Path | None:
+    """The folder in which to keep what was compiled; None where none can be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlgf"
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder if folder.is_dir() and os.access(folder, os.W_OK) else None
+
+
+def _compile(compiler: str, to: Path) -> None:
+    """With threads where the compiler has them, otherwise for one."""
+    for threads in (["-fopenmp"], []):
+        done = subprocess.run(
+            [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(to), "-lm"], capture_output=True, text=True, timeout=300
+        )
+        if done.returncode == 0:
+            return
+    raise subprocess.CalledProcessError(done.returncode, compiler, done.stdout, done.stderr)
+
+
+def _processor() -> str:
+    """What the machine code depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+
+
+def _call(function: str, *arguments: Tensor | int | float) -> None:
+    """Call by name: tensors as where they begin, whole numbers of 64 bits, and the threads there are."""
+    given = [
+        ctypes.c_void_p(a.data_ptr())
+        if isinstance(a, Tensor)
+        else ctypes.c_float(a)
+        if isinstance(a, float)
+        else ctypes.c_int64(a)
+        for a in arguments
+    ]
+    found = library()[0]
+    assert found is not None
+    getattr(found, function)(*given, ctypes.c_int(torch.get_num_threads()))
+
+
+def gelu(states: Tensor) -> Tensor:
+    """The tanh approximation of GELU of contiguous `states`, any shape."""
+    result = torch.empty_like(states)
+    _call("gelu", states.numel(), states, result)
+    return result
+
+
+def gelu_back(states: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of `states`, of that of `gelu`."""
+    result = torch.empty_like(states)
+    _call("gelu_back", states.numel(), states, gradient, result)
+    return result
+
+
+def gated(gates: Tensor, states: Tensor) -> Tensor:
+    """silu(gates) · states, both contiguous and of one shape."""
+    result = torch.empty_like(states)
+    _call("gated", states.numel(), gates, states, result)
+    return result
+
+
+def gated_back(gates: Tensor, states: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of both."""
+    for_gates, for_states = torch.empty_like(gates), torch.empty_like(states)
+    _call("gated_back", states.numel(), gates, states, gradient, for_gates, for_states)
+    return for_gates, for_states
+
+
+def log_normalisers(logits: Tensor) -> Tensor:
+    """log Σ exp(logits) of contiguous `logits` [rows, vocabulary] -> [rows]."""
+    result = logits.new_empty(logits.shape[0])
+    _call("log_normalisers", *logits.shape, logits, result)
+    return result
+
+
+def log_probabilities_back(logits: Tensor, normalisers: Tensor, tokens: Tensor, gradient: Tensor) -> Tensor:
+    """`logits` [rows, vocabulary] as the gradient of Σ gradient · log p(tokens), written over them; the others are [rows]."""
+    _call("log_probabilities_back", *logits.shape, logits, normalisers, tokens, gradient)
+    return logits
+
+
+def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """x · r · w of contiguous `states` [..., width], and r = 1 / √(mean x² + ε) of each row."""
+    result, scales = torch.empty_like(states), states.new_empty(states.shape[:-1])
+    _call("rms_norm", scales.numel(), states.shape[-1], states, weight, epsilon, result, scales)
+    return result, scales
+
+
+def rms_norm_back(states: Tensor, weight: Tensor, scales: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `states` and of `weight`."""
+    for_states, for_weight = torch.empty_like(states), states.new_zeros(torch.get_num_threads(), states.shape[-1])
+    _call("rms_norm_back", scales.numel(), states.shape[-1], states, weight, scales, gradient, for_states, for_weight)
+    return for_states, for_weight.sum(0)
+
+
+class Heads(ctypes.Structure):
+    """`Attention` of native.c, number for number."""
+
+    _whole = ("texts", "heads", "groups", "size", "asking", "asked", "causal", "width", "seen_width")
+    _spans = ("starts", "idle", "lengths", "asked_starts", "asked_lengths")
+    _strides = ("query_token", "query_head", "key_token", "key_head", "value_token", "value_head")
+    _made = ("for_query", "for_key", "for_value", "for_bias")
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in _whole),
+        *((name, ctypes.c_void_p) for name in (*_spans, "query", "key", "value", "bias")),
+        *((name, ctypes.c_int64) for name in _strides),
+        *((name, ctypes.c_void_p) for name in ("out", "normalisers", "gradient")),
+        *((name, ctypes.c_int64) for name in ("gradient_token", "gradient_head")),
+        *((name, ctypes.c_void_p) for name in _made),
+        ("scale", ctypes.c_float),
+    )
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, spans: Sequence[Tensor], scale: float
+) -> tuple[Tensor, Tensor]:
+    """What each token of one line makes of those of another that belong to the same text, and what the way back needs of it.
+
+    `query` [heads, tokens, size], `key` and `value` [heads / groups, others, size], in any order of memory whose last numbers
+    lie together; `bias` [heads, width, width] is added to the scores, contiguous and as wide as a multiple of 16. `spans` are,
+    of each text, where it begins, its idle first tokens, which get zeros, and all its tokens; where in the other line it
+    begins, and its tokens there; each int64 [texts]. Returns [tokens, heads, size] and [tokens, heads, 2].
+    """
+    out, normalisers = query.new_empty(query.shape[1], query.shape[0], query.shape[2]), query.new_empty(*query.shape[1::-1], 2)
+    _attend(_heads(query, key, value, bias, causal, spans, scale, out, normalisers), False)
+    return out, normalisers
+
+
+def attention_back(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, spans: Sequence[Tensor], scale: float,
+    out: Tensor, normalisers: Tensor, gradient: Tensor, bias_too: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """The gradients of query, key, value, each as [tokens, heads, size], and bias, of the `gradient` of `out`."""
+    heads = _heads(query, key, value, bias, causal, spans, scale, out, normalisers)
+    heads.gradient, heads.gradient_token, heads.gradient_head = gradient.data_ptr(), *gradient.stride()[:2]
+    for_query, for_key, for_value = (t.new_empty(t.shape[1], t.shape[0], t.shape[2]) for t in (query, key, value))
+    for_bias = torch.zeros_like(bias) if bias is not None and bias_too else None
+    heads.for_query, heads.for_key, heads.for_value = (t.data_ptr() for t in (for_query, for_key, for_value))
+    heads.for_bias = None if for_bias is None else for_bias.data_ptr()
+    _attend(heads, True)
+    return for_query, for_key, for_value, for_bias
+
+
+def _heads(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, spans: Sequence[Tensor], scale: float,
+    out: Tensor, normalisers: Tensor,
+) -> Heads:  # fmt: skip
+    starts, idle, lengths, asked_starts, asked_lengths = (span.data_ptr() for span in spans)
+    return Heads(
+        texts=len(spans[0]), heads=query.shape[0], groups=query.shape[0] // key.shape[0], size=query.shape[2],
+        asking=query.shape[1], asked=key.shape[1], causal=causal, scale=scale,
+        width=0 if bias is None else bias.shape[1], seen_width=0 if bias is None else bias.shape[2],
+        starts=starts, idle=idle, lengths=lengths, asked_starts=asked_starts, asked_lengths=asked_lengths,
+        query=query.data_ptr(), key=key.data_ptr(), value=value.data_ptr(), bias=None if bias is None else bias.data_ptr(),
+        query_token=query.stride(1), query_head=query.stride(0), key_token=key.stride(1), key_head=key.stride(0),
+        value_token=value.stride(1), value_head=value.stride(0), out=out.data_ptr(), normalisers=normalisers.data_ptr(),
+    )  # fmt: skip
+
+
+def _attend(heads: Heads, back: bool) -> None:
+    found = library()[0]
+    assert found is not None
+    if found.attention(ctypes.byref(heads), ctypes.c_int(back), ctypes.c_int(torch.get_num_threads())):
+        raise MemoryError("no memory for attention's working space")

@@ -1,0 +1,214 @@
+"""What is compiled against the same in float64 by torch, and what happens where nothing can be compiled."""
+
+import ctypes
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rlgf import kernels, native, ops, packing
+
+COMPILER = next(filter(None, map(shutil.which, native.COMPILERS)), None)
+LIBRARY = native.library
+BUILDS = {"as the machine has it": (), "without AVX-512": ("-mno-avx512f",), "for one thread": ("-fno-openmp",)}
+
+
+@pytest.fixture(scope="module", params=BUILDS)
+def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """The library as compiled for several machines; its functions are what `native` calls."""
+    if COMPILER is None:
+        pytest.skip("no C compiler here")
+    if request.param == "without AVX-512" and platform.machine() != "x86_64":
+        pytest.skip("another kind of processor")
+    made, patch = tmp_path_factory.mktemp("native") / "native.so", pytest.MonkeyPatch()
+    patch.setattr(native, "FLAGS", (*native.FLAGS, *BUILDS[request.param]))
+    native._compile(COMPILER, made)
+    found = ctypes.CDLL(str(made))
+    patch.setattr(native, "library", lambda: (found, None))
+    yield
+    patch.undo()
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_gradients(function: Any, *given: Tensor) -> list[Tensor]:
+    """What a function returns, and the gradients of a weighted sum of it."""
+    inputs = [t.detach().clone().requires_grad_() for t in given]
+    result = function(*inputs)
+    upstream = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view(result.shape)
+    return [result.detach(), *torch.autograd.grad((result * upstream).sum(), inputs)]
+
+
+def same(found: list[Tensor], expected: list[Tensor], tolerance: float = 2e-6) -> None:
+    """Within `tolerance` of the largest value."""
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert float((one - other).abs().max()) <= tolerance * float(other.abs().max().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_activations_are_torchs(build: None, threads: int):
+    torch.set_num_threads(threads)
+    states = torch.cat([torch.linspace(-12, 12, 1003), torch.tensor([0.0, -0.0, 1e-20, 60.0, -60.0])]).view(-1, 16)
+    exact = states.double()
+    same(
+        with_gradients(kernels.TanhGELU(), states),
+        with_gradients(lambda x: nn.functional.gelu(x, approximate="tanh"), exact),
+    )
+    others = drawn(*states.shape)
+    found = with_gradients(kernels._Gated.apply, states, others)
+    same(found, with_gradients(lambda x, y: nn.functional.silu(x) * y, exact, others.double()))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [16, 80])
+def test_the_norm_is_torchs(build: None, width: int, threads: int):
+    torch.set_num_threads(threads)
+    states, weight = drawn(2, 7, width) * torch.tensor([1e-3, 10.0])[:, None, None], drawn(width, seed=1)
+    found = with_gradients(lambda x, w: kernels._RMSNorm.apply(x, w, 1e-6), states, weight)
+    same(found, with_gradients(lambda x, w: nn.functional.rms_norm(x, (width,), w, 1e-6), states.double(), weight.double()))
+
+
+@pytest.mark.parametrize("vocabulary", [16, 61, 1024])
+def test_log_probabilities_are_torchs(build: None, vocabulary: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "LANES", 1)  # asked for by vocabularies of whole vectors alone, computed for any
+    logits = drawn(9, vocabulary) * 8
+    logits[3, 5] = -torch.inf
+    tokens = torch.arange(9) % 4
+    found = with_gradients(lambda x: ops.token_log_probs(x, tokens, consume=False), logits)
+    exact = with_gradients(lambda x: x.log_softmax(1)[torch.arange(9), tokens], logits.double())
+    same(found, exact)
+    assert found[1][3, 5] == 0
+
+
+def attended(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: packing.Line, asked: packing.Line,
+) -> Tensor:  # fmt: skip
+    """Attention as anybody would write it down, [tokens, heads, size]."""
+    out, groups = torch.zeros_like(query).transpose(0, 1).contiguous(), query.shape[0] // key.shape[0]
+    for text, length in enumerate(asking.lengths):
+        start, other = int(asking.starts[text]), int(asked.starts[text])
+        seen = slice(other, other + asked.lengths[text])
+        scores = query[:, start : start + length] @ key.repeat_interleave(groups, 0)[:, seen].transpose(1, 2) * 0.3
+        if bias is not None:
+            scores = scores + bias[:, : scores.shape[1], : scores.shape[2]]
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf)
+        rows = (scores.softmax(2) @ value.repeat_interleave(groups, 0)[:, seen]).transpose(0, 1)
+        idle = asking.idle[text]
+        out[start + idle : start + length] = rows[idle:]
+    return out
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [16, 48, 80])
+@pytest.mark.parametrize("kind", ["causal", "shared keys", "with idle tokens", "both ways, with a bias", "of another line"])
+def test_attention_is_what_one_would_write_down(build: None, kind: str, size: int, threads: int):
+    torch.set_num_threads(threads)
+    lengths = torch.tensor([1, 70, 16, 33, 6, 49, 97, 5])
+    ids = torch.zeros(len(lengths), int(lengths.max()), dtype=torch.int64)
+    line = packing.line_up(ids, lengths, torch.device("cpu"))
+    other = packing.line_up(ids, lengths.flip(0), torch.device("cpu")) if kind == "of another line" else line
+    if kind == "with idle tokens":
+        line = other = packing.replace(line, idle=[0, 69, 3, 0, 5, 48, 50, 4])
+    heads, tokens, others, causal = (
+        4,
+        line.ids.shape[1],
+        other.ids.shape[1],
+        kind not in ("both ways, with a bias", "of another line"),
+    )
+    key_heads = 2 if kind == "shared keys" else heads
+    query = drawn(tokens, heads, size).transpose(0, 1)
+    key, value = (drawn(others, 3 * key_heads, size, seed=s)[:, key_heads : 2 * key_heads].transpose(0, 1) for s in (1, 2))
+    bias = [drawn(heads, line.width, line.width, seed=3)] if "bias" in kind else []
+    given = [query, key, value, *bias]
+
+    def compiled(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None = None) -> Tensor:
+        return packing._Attention.apply(q[None], k[None], v[None], b, causal, line, other, 0.3)[0]
+
+    def by_hand(q: Tensor, k: Tensor, v: Tensor, b: Tensor | None = None) -> Tensor:
+        return attended(q, k, v, b, causal, line, other)
+
+    same(with_gradients(compiled, *given), with_gradients(by_hand, *(t.double() for t in given)))
+
+
+def test_nothing_hides_what_is_not_a_number(build: None):
+    states = drawn(4, 32)
+    states[1, 3] = torch.nan
+    assert native.gelu(states).isnan().any(1).tolist() == [False, True, False, False]
+    assert native.log_normalisers(states).isnan().tolist() == [False, True, False, False]
+    line = packing.line_up(torch.zeros(2, 2, dtype=torch.int64), torch.tensor([2, 2]), torch.device("cpu"))
+    query = states.new_ones(1, line.ids.shape[1], 32)
+    query[0, 1, 5] = torch.nan
+    out, _ = native.attention(query, query, query, None, True, (*line.spans, line.starts, line.spans[2]), 1.0)
+    assert out[:4].isnan().any(2).flatten().tolist()[1:] == [True, False, False]
+
+
+# where it comes from
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Nothing was compiled yet; the folder in which it will be kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "library", LIBRARY.__wrapped__)
+    return tmp_path / "rlgf"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_it_is_compiled_once_and_kept(anew: Path, monkeypatch: pytest.MonkeyPatch):
+    assert native.library()[1] is None
+    (kept,) = anew.iterdir()
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert native.library()[1] is None
+    assert native.takes(torch.zeros(2, 16))
+    assert [*anew.iterdir()] == [kept]
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_a_cache_that_cannot_be_written_does_not_matter(anew: Path):
+    anew.write_text("no folder")
+    found, reason = native.library()
+    assert reason is None
+    assert found is not None
+
+
+def test_without_a_compiler_torch_does_the_work(anew: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.delenv("CC", raising=False)
+    assert not native.takes(torch.zeros(2, 16))
+    assert "no C compiler found (no-such-compiler" in (native.why_not() or "")
+
+
+def test_what_does_not_compile_is_said(anew: Path, monkeypatch: pytest.MonkeyPatch):
+    compiler = anew.parent / "broken"
+    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'unknown vector' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    assert not native.takes(torch.zeros(2, 16))
+    assert "broken could not compile native.c: unknown vector" in (native.why_not() or "")
+    assert not [*anew.iterdir()]
+
+
+def test_only_what_it_can_read_is_handed_over(build: None):
+    assert native.takes(torch.zeros(3, 32))
+    refused = (
+        torch.zeros(3, 8),
+        torch.zeros(3, 32).double(),
+        torch.zeros(3, 32).bfloat16(),
+        torch.zeros(32, 16).t(),
+        torch.zeros(0, 16),
+    )
+    assert not any(native.takes(states) for states in refused)
+
+
+def test_on_request_nothing_is_used(build: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "_asked", False)
+    assert not native.takes(torch.zeros(3, 32))
+    assert native.why_not() is None
