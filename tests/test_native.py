@@ -1,5 +1,6 @@
 """What is compiled against the same in float64 by torch, and what happens where nothing can be compiled."""
 
+import copy
 import ctypes
 import platform
 import shutil
@@ -136,6 +137,35 @@ def test_attention_is_what_one_would_write_down(build: None, kind: str, size: in
         return attended(q, k, v, b, causal, line, other)
 
     same(with_gradients(compiled, *given), with_gradients(by_hand, *(t.double() for t in given)))
+
+
+@pytest.mark.skipif(not native.multiplies(), reason="this processor has no units for matrices (AMX), or there is no C compiler")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 31, 17), (700, 1100, 130), (64, 32, 4200), (1300, 64, 96)])
+def test_products_on_matrix_units_are_as_exact_as_in_fp32(sizes: tuple[int, int, int], threads: int):
+    torch.set_num_threads(threads)
+    rows, depth, columns = sizes
+    bias = drawn(columns, seed=2)
+    for left in (drawn(rows, depth), drawn(depth, rows).t()):
+        for right in (drawn(depth, columns, seed=1) * 1e-3, drawn(columns, depth, seed=1).t()):
+            for beside in (None, bias):
+                exact = left.double() @ right.double() + (0 if beside is None else beside.double())
+                usual = left @ right + (0 if beside is None else beside)
+                assert float((native.product(left, right, beside) - exact).norm()) <= 1.2 * float((usual - exact).norm()) + 1e-6
+
+
+@pytest.mark.skipif(not native.multiplies(), reason="this processor has no units for matrices (AMX), or there is no C compiler")
+@pytest.mark.parametrize("layer", [kernels.FastLinear(48, 80), kernels.FastConv1D(80, 48)])
+def test_layers_use_the_matrix_units_and_their_gradients_are_torchs(layer: nn.Module, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
+    made, product, found = list[int](), native.product, list[list[Tensor]]()
+    monkeypatch.setattr(native, "product", lambda *given: made.append(1) or product(*given))
+    for module, states in ((layer, drawn(3, 100, 48)), (copy.deepcopy(layer).double(), drawn(3, 100, 48).double())):
+        result = module(states.requires_grad_())
+        upstream = torch.linspace(-1, 2, result.numel(), dtype=result.dtype).view(result.shape)
+        found.append([result.detach(), *torch.autograd.grad((result * upstream).sum(), [states, *module.parameters()])])
+    same(*found)
+    assert len(made) == 3  # for the result, the gradient of the states, and that of the weight
 
 
 def test_nothing_hides_what_is_not_a_number(build: None):

@@ -19,6 +19,7 @@ from rlgf import native
 from rlgf.lanes import loans
 
 LEAST_PRODUCT = 2**22  # multiplications of a product from which on the other library is asked: below, the way there costs more
+LEAST_ROWS = 256  # of a product, from which on the processor's units for matrices are asked: for fewer, packing costs more
 LEAST_LENT = 300_000_000  # multiplications of a gradient from which on another lane may compute it: below, its way costs more
 
 
@@ -50,10 +51,19 @@ def multiplies_bf16() -> bool:
 
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by the library that is the faster one."""
+    """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by the library that is the fastest one."""
+    if _on_matrix_units(states):
+        made = native.product(states.reshape(-1, states.shape[-1]), weight.t(), bias)
+        return made.view(*states.shape[:-1], weight.shape[0])
     if states.dtype == torch.float32 and not prefers_onednn():
         return nn.functional.linear(states, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+def _on_matrix_units(states: Tensor) -> bool:
+    """Whether a product in fp32 is made on the processor's units for matrices, which take less time, all passes told."""
+    rows = states.numel() // states.shape[-1]
+    return rows >= LEAST_ROWS and states.dtype == torch.float32 and states.is_contiguous() and native.multiplies()
 
 
 class _Product(torch.autograd.Function):
@@ -92,7 +102,10 @@ class _Product(torch.autograd.Function):
 
 def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
     """The gradient of a weight, of that of the product [rows, out] and of what was multiplied [rows, in]."""
-    return (states.t() @ gradient if conv else gradient.t() @ states).float()
+    left, right = (states, gradient) if conv else (gradient, states)
+    if _on_matrix_units(left) and right.is_contiguous():
+        return native.product(left.t(), right)
+    return (left.t() @ right).float()
 
 
 def _multiplications(states: Tensor, weight: Tensor) -> int:
@@ -111,7 +124,8 @@ def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
         half = torch.get_autocast_dtype("cpu")
         return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
     lends = multiplications >= LEAST_LENT and loans() is not None and torch.is_grad_enabled()
-    return states.dtype if states.dtype == torch.float32 and (prefers_onednn() or lends) else None
+    faster = prefers_onednn() or _on_matrix_units(states)
+    return states.dtype if states.dtype == torch.float32 and (faster or lends) else None
 
 
 class _Fast(nn.Module):

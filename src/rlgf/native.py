@@ -1,4 +1,4 @@
-"""What `native.c` does, on tensors: one pass over memory where torch's operations take many, without Python's lock meanwhile.
+"""What `native.c` and `amx.c` do, on tensors: one pass over memory where torch's operations take many, and no Python meanwhile.
 
 It is compiled for this very processor when it is first asked for, in a second or two, by the C compiler of the machine, and
 kept in the user's cache. Where there is none, everybody takes torch's operations, which come to the same numbers.
@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_suffix(".c")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "amx.c"))
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
 LANES = 16  # numbers come in multiples of this
@@ -57,13 +58,13 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
         return _load(compiler), None
     except (OSError, subprocess.SubprocessError) as error:
         told = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        return None, f"{compiler} could not compile {SOURCE.name}: {told.strip()[-300:]}"
+        return None, f"{compiler} could not compile native.c: {told.strip()[-300:]}"
 
 
 def _load(compiler: str) -> ctypes.CDLL:
     """The functions of this source, compiled by this compiler for this processor, now or earlier."""
     told = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
-    made_of = "\n".join([SOURCE.read_text(encoding="utf-8"), told, *FLAGS, _processor()])
+    made_of = "\n".join([*(source.read_text(encoding="utf-8") for source in SOURCES), told, *FLAGS, _processor()])
     name, folder = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so", _cache()
     if folder is not None and (folder / name).exists():
         return ctypes.CDLL(str(folder / name))
@@ -85,7 +86,7 @@ def _compile(compiler: str, to: Path) -> None:
     """With threads where the compiler has them, otherwise for one."""
     for threads in (["-fopenmp"], []):
         done = subprocess.run(
-            [compiler, *FLAGS, *threads, str(SOURCE), "-o", str(to), "-lm"], capture_output=True, text=True, timeout=300
+            [compiler, *FLAGS, *threads, *map(str, SOURCES), "-o", str(to), "-lm"], capture_output=True, text=True, timeout=300
         )
         if done.returncode == 0:
             return
@@ -101,19 +102,17 @@ def _processor() -> str:
         return f"{platform.machine()} {platform.processor()}"
 
 
-def _call(function: str, *arguments: Tensor | int | float) -> None:
+def _call(function: str, *arguments: Tensor | int | float | None) -> int:
     """Call by name: tensors as where they begin, whole numbers of 64 bits, and the threads there are."""
-    given = [
-        ctypes.c_void_p(a.data_ptr())
-        if isinstance(a, Tensor)
-        else ctypes.c_float(a)
-        if isinstance(a, float)
-        else ctypes.c_int64(a)
-        for a in arguments
-    ]
     found = library()[0]
     assert found is not None
-    getattr(found, function)(*given, ctypes.c_int(torch.get_num_threads()))
+    return getattr(found, function)(*map(_handed_over, arguments), ctypes.c_int(torch.get_num_threads()))
+
+
+def _handed_over(argument: Tensor | int | float | None) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
+    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
 
 
 def gelu(states: Tensor) -> Tensor:
@@ -169,6 +168,26 @@ def rms_norm_back(states: Tensor, weight: Tensor, scales: Tensor, gradient: Tens
     for_states, for_weight = torch.empty_like(states), states.new_zeros(torch.get_num_threads(), states.shape[-1])
     _call("rms_norm_back", scales.numel(), states.shape[-1], states, weight, scales, gradient, for_states, for_weight)
     return for_states, for_weight.sum(0)
+
+
+def multiplies() -> bool:
+    """Whether `product` may be asked: the processor has units for matrices, and this process may use them."""
+    return _asked and _has_matrix_units()
+
+
+@cache
+def _has_matrix_units() -> bool:
+    found = library()[0]
+    return found is not None and bool(found.amx_ready())
+
+
+def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`left` [rows, depth] times `right` [depth, columns], plus `bias`, as exactly as in fp32; of each one stride is 1."""
+    result = left.new_empty(left.shape[0], right.shape[1])
+    rows, depth, columns = (*left.shape, right.shape[1])
+    if _call("amx_product", rows, columns, depth, left, *left.stride(), right, *right.stride(), bias, result):
+        raise MemoryError("no memory for a product's working space")
+    return result
 
 
 class Heads(ctypes.Structure):
