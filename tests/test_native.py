@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rlgf import kernels, native, ops, packing
 
@@ -62,9 +63,21 @@ def test_activations_are_torchs(build: None, threads: int):
         with_gradients(kernels.TanhGELU(), states),
         with_gradients(lambda x: nn.functional.gelu(x, approximate="tanh"), exact),
     )
-    others = drawn(*states.shape)
-    found = with_gradients(kernels._Gated.apply, states, others)
-    same(found, with_gradients(lambda x, y: nn.functional.silu(x) * y, exact, others.double()))
+    both = torch.cat([states, drawn(*states.shape)], 1)
+    found = with_gradients(kernels._Gated.apply, both)
+    same(found, with_gradients(lambda x: nn.functional.silu(x[:, :16]) * x[:, 16:], both.double()))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rotary_positions_are_transformers(build: None, threads: int):
+    torch.set_num_threads(threads)
+    q, k = drawn(1, 9, 4, 64).transpose(1, 2), drawn(1, 9, 6, 64, seed=1)[:, :, 2:4].transpose(1, 2)
+    angles = drawn(1, 9, 32, seed=2).repeat(1, 1, 2)  # but let both halves differ, as nothing says that they may not
+    cos, sin = angles.cos() * torch.linspace(0.5, 1, 64), angles.sin()
+    for heads in (q, k):
+        found = with_gradients(lambda x: kernels._turn(pytest.fail, x, x, cos, sin)[0], heads)
+        exact = with_gradients(lambda x: apply_rotary_pos_emb(x, x, cos.double(), sin.double())[0], heads.double())
+        same(found, exact)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

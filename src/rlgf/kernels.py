@@ -6,8 +6,10 @@ won, every part does what it did before.
 
 import math
 import platform
+import threading
 from functools import cache, partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -63,7 +65,8 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 def _on_matrix_units(states: Tensor) -> bool:
     """Whether a product in fp32 is made on the processor's units for matrices, which take less time, all passes told."""
     rows = states.numel() // states.shape[-1]
-    return rows >= LEAST_ROWS and states.dtype == torch.float32 and states.is_contiguous() and native.multiplies()
+    laid = states.is_contiguous() or (states.dim() == 2 and states.stride(1) == 1)
+    return rows >= LEAST_ROWS and laid and states.dtype == torch.float32 and native.multiplies()
 
 
 class _Product(torch.autograd.Function):
@@ -87,23 +90,49 @@ class _Product(torch.autograd.Function):
         for_states, for_weight, for_bias = None, None, None
         if ctx.needs_input_grad[0]:
             for_states = product(gradient, weight if ctx.layer.CONV else weight.t()).to(ctx.read_as)
-        flat, rows = gradient.flatten(0, -2), states.flatten(0, -2)
+        flat = gradient.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            lent = loans() if _multiplications(states, weight) >= LEAST_LENT else None
-            if lent is None:
-                for_weight = _for_weight(flat, rows, ctx.layer.CONV)
-            else:
-                lent.lend(ctx.layer.weight, partial(_for_weight, flat, rows, ctx.layer.CONV))
-            ctx.layer.in_bf16 = None  # an optimizer is about to change the weight, and a fused one does not count as a version
+            for_weight = _own_or_lent(ctx.layer, flat, states.flatten(0, -2))
         if ctx.needs_input_grad[2]:
             for_bias = flat.sum(0).float()  # summed in fp32 inside and rounded once, as autocast has it
         return for_states, for_weight, for_bias, None, None
 
 
+class _Joint(torch.autograd.Function):
+    """What several layers without biases make of the same states, [..., out of all], as one product."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, layers: tuple["FastLinear", ...], *weights: Tensor) -> Tensor:
+        joint = torch.cat(weights)
+        ctx.layers = layers
+        ctx.save_for_backward(states, joint)
+        return product(states, joint)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        states, joint = ctx.saved_tensors
+        for_states = product(gradient, joint.t()) if ctx.needs_input_grad[0] else None
+        parts = gradient.flatten(0, -2).split([layer.weight.shape[0] for layer in ctx.layers], 1)
+        asked = zip(ctx.layers, parts, ctx.needs_input_grad[2:])
+        rows = states.flatten(0, -2)
+        return for_states, None, *(_own_or_lent(layer, part, rows) if wanted else None for layer, part, wanted in asked)
+
+
+def _own_or_lent(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
+    """The gradient of a layer's weight, of that of its result [rows, out] and what it read [rows, in]; None: it is lent out."""
+    layer.in_bf16 = None  # an optimizer is about to change the weight, and a fused one does not count as a version
+    lent = loans() if _multiplications(states, layer.weight) >= LEAST_LENT else None
+    if lent is None:
+        return _for_weight(gradient, states, layer.CONV)
+    lent.lend(layer.weight, partial(_for_weight, gradient, states, layer.CONV))
+    return None
+
+
 def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
     """The gradient of a weight, of that of the product [rows, out] and of what was multiplied [rows, in]."""
     left, right = (states, gradient) if conv else (gradient, states)
-    if _on_matrix_units(left) and right.is_contiguous():
+    if _on_matrix_units(left) and right.stride(1) == 1:
         return native.product(left.t(), right)
     return (left.t() @ right).float()
 
@@ -152,6 +181,16 @@ class _Fast(nn.Module):
         return self.in_bf16[1]
 
 
+_mine = threading.local()
+
+
+def _made() -> dict[nn.Module, Tensor]:
+    """What layers are about to be asked for in this thread, where it was made already."""
+    if not hasattr(_mine, "made"):
+        _mine.made = {}
+    return _mine.made
+
+
 class FastLinear(nn.Linear, _Fast):
     """`nn.Linear`, faster where it can be."""
 
@@ -159,6 +198,8 @@ class FastLinear(nn.Linear, _Fast):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`."""
+        if (made := _made().pop(self, None)) is not None:
+            return made
         result = self.multiply(input, self.weight, self.bias)
         return super().forward(input) if result is None else result
 
@@ -217,17 +258,32 @@ class _TanhGELU(torch.autograd.Function):
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gates) · states, in one pass over memory and one back."""
+    """silu(x) · y of [..., x and y], in one pass over memory and one back."""
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, states: Tensor) -> Tensor:
-        ctx.save_for_backward(gates, states)
-        return native.gated(gates, states)
+    def forward(ctx: Any, states: Tensor) -> Tensor:
+        ctx.save_for_backward(states)
+        return native.gated(states)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        gates, states = ctx.saved_tensors
-        return native.gated_back(gates, states, gradients[0].contiguous())
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (states,) = ctx.saved_tensors
+        return native.gated_back(states, gradients[0].contiguous())
+
+
+class _Turned(torch.autograd.Function):
+    """Rotary positions of heads [1, heads, tokens, size], in one pass over memory and one back."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return native.turned(states[0], cosines[0], sines[0])[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        gradient = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
+        return native.turned(gradient[0], cosines[0], sines[0], back=True)[None], None, None
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -266,15 +322,64 @@ GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) 
 
 @cache
 def _with_fast_gate(kind: type) -> type:
-    """A class of `GATED` whose activation, silu, and what it multiplies are one step where `native` takes them."""
+    """A class of `GATED` with one product for gate and up, and one step for the activation, silu, and what it multiplies."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        gates, states = self.gate_proj(x), self.up_proj(x)
-        if not _whole(gates, states):
-            return self.down_proj(self.act_fn(gates) * states)
-        return self.down_proj(_Gated.apply(gates, states))
+        joint = _joint(x, self.gate_proj, self.up_proj)
+        if joint is None or not _whole(joint):
+            return kind.forward(self, x)  # pyright: ignore
+        return self.down_proj(_Gated.apply(joint))
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+
+
+def _joint(states: Tensor, *layers: Any) -> Tensor | None:
+    """What layers make of the same states, side by side; None where they are not to be asked at once."""
+    if states.numel() < LEAST_ROWS * states.shape[-1] or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return None
+    weights = [layer.weight for layer in layers if type(layer) is FastLinear and layer.bias is None]
+    if len(weights) < len(layers) or any(weight.dtype != states.dtype for weight in weights):
+        return None
+    result: Tensor = _Joint.apply(states, layers, *weights)
+    return result
+
+
+ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")  # q, k, v, then rotary positions
+
+
+@cache
+def _with_fast_attention(kind: Any) -> type:
+    """A class of `ATTENTIONS` with one product for q, k and v.
+
+    The rest is transformers' own code, in which the function that turns heads by their positions is `_turn`.
+    """
+    code = kind.forward
+    own = FunctionType(code.__code__, {**code.__globals__, TURN: partial(_turn, code.__globals__[TURN])}, code.__name__)
+    own.__kwdefaults__, own.__defaults__ = code.__kwdefaults__, code.__defaults__
+
+    def forward(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+        layers = (self.q_proj, self.k_proj, self.v_proj)
+        joint = _joint(hidden_states, *layers)
+        if joint is None:
+            return own(self, hidden_states, *arguments, **options)
+        _made().update(zip(layers, joint.split([layer.weight.shape[0] for layer in layers], -1)))
+        try:
+            return own(self, hidden_states, *arguments, **options)
+        finally:
+            _made().clear()  # where an error came between
+
+    return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
+
+
+TURN = "apply_rotary_pos_emb"  # what transformers calls it
+
+
+def _turn(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """`plain`, faster for a line of tokens in fp32 whose heads have halves of whole vectors."""
+    able = not arguments and not options and q.dim() == 4 and q.shape[0] == k.shape[0] == cos.shape[0] == 1
+    if able and q.shape[3] % (2 * native.LANES) == 0 and q.shape[3] == cos.shape[2] and native.takes(q, k) and _whole(cos, sin):
+        return _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)
+    return plain(q, k, cos, sin, *arguments, **options)
 
 
 REPLACEMENTS: dict[type, type] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
@@ -290,5 +395,7 @@ def speed_up(model: nn.Module) -> None:
                 child.__class__ = _with_fast_norm(type(child))
             elif type(child).__name__ in GATED and isinstance(child.act_fn, nn.SiLU | SiLUActivation):
                 child.__class__ = _with_fast_gate(type(child))
+            elif type(child).__name__ in ATTENTIONS and TURN in getattr(type(child).forward, "__globals__", {}):
+                child.__class__ = _with_fast_attention(type(child))
             elif type(child) in REPLACEMENTS:
                 child.__class__ = REPLACEMENTS[type(child)]

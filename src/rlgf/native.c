@@ -339,21 +339,42 @@ void gelu_back(int64_t count, const float *states, const float *gradient, float 
   }
 }
 
-// x σ(x) y
-void gated(int64_t count, const float *gates, const float *states, float *to, int threads) {
-  EACH {
-    const Vector x = load(gates + i);
-    store(to + i, x * logistic(x) * load(states + i));
-  }
+// x σ(x) y of rows [rows, 2 · width] that hold x and y, the width a multiple of 16
+void gated(int64_t rows, int64_t width, const float *states, float *to, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < width; j += LANES) {
+      const Vector x = load(states + 2 * i * width + j);
+      store(to + i * width + j, x * logistic(x) * load(states + (2 * i + 1) * width + j));
+    }
 }
 
-void gated_back(int64_t count, const float *gates, const float *states, const float *gradient, float *for_gates,
-                float *for_states, int threads) {
-  EACH {
-    const Vector x = load(gates + i), g = load(gradient + i), open = logistic(x), silu = x * open;
-    store(for_gates + i, g * load(states + i) * (open + silu * (1.0f - open)));
-    store(for_states + i, g * silu);
-  }
+void gated_back(int64_t rows, int64_t width, const float *states, const float *gradient, float *to, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < width; j += LANES) {
+      const int64_t place = 2 * i * width + j;
+      const Vector x = load(states + place), g = load(gradient + i * width + j), gate = logistic(x), silu = x * gate;
+      store(to + place, g * load(states + place + width) * (gate + silu * (1.0f - gate)));
+      store(to + place + width, g * silu);
+    }
+}
+
+// heads [tokens, heads, size] turned by their tokens' angles: (a, b) become (a cos − b sin, b cos + a sin) where a and b are the
+// halves of a head, and `cosines` and `sines` [tokens, size]. Back: its gradient, with the strides of what is turned.
+void turned(int64_t tokens, int64_t heads, int64_t size, const float *states, int64_t token, int64_t head, const float *cosines,
+            const float *sines, int64_t back, float *to, int threads) {
+  const int64_t half = size / 2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < tokens; i++)
+    for (int64_t j = 0; j < heads; j++)
+      for (int64_t k = 0; k < half; k += LANES) {
+        const float *from = states + i * token + j * head + k, *cosine = cosines + i * size + k, *sine = sines + i * size + k;
+        float *place = to + (i * heads + j) * size + k;
+        const Vector a = load(from), b = load(from + half);
+        store(place, a * load(cosine) + (back ? b * load(sine + half) : -b * load(sine)));
+        store(place + half, b * load(cosine + half) + (back ? -a * load(sine) : a * load(sine + half)));
+      }
 }
 
 // ------------------------------------------------------------------------------------------------------- log-probabilities

@@ -129,18 +129,30 @@ def gelu_back(states: Tensor, gradient: Tensor) -> Tensor:
     return result
 
 
-def gated(gates: Tensor, states: Tensor) -> Tensor:
-    """silu(gates) · states, both contiguous and of one shape."""
-    result = torch.empty_like(states)
-    _call("gated", states.numel(), gates, states, result)
+def gated(states: Tensor) -> Tensor:
+    """silu(x) · y of contiguous `states` [..., 2 · width], which hold x and y -> [..., width]."""
+    width = states.shape[-1] // 2
+    result = states.new_empty(*states.shape[:-1], width)
+    _call("gated", result.numel() // width, width, states, result)
     return result
 
 
-def gated_back(gates: Tensor, states: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of both."""
-    for_gates, for_states = torch.empty_like(gates), torch.empty_like(states)
-    _call("gated_back", states.numel(), gates, states, gradient, for_gates, for_states)
-    return for_gates, for_states
+def gated_back(states: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient of `states`."""
+    result, width = torch.empty_like(states), gradient.shape[-1]
+    _call("gated_back", gradient.numel() // width, width, states, gradient, result)
+    return result
+
+
+def turned(states: Tensor, cosines: Tensor, sines: Tensor, back: bool = False) -> Tensor:
+    """Heads [heads, tokens, size], in any order of memory whose last numbers lie together, by their tokens' angles.
+
+    `cosines` and `sines` [tokens, size] are contiguous. `back`: the gradient of the heads, of that of the turned ones.
+    """
+    heads, tokens, size = states.shape
+    result = states.new_empty(tokens, heads, size)
+    _call("turned", tokens, heads, size, states, states.stride(1), states.stride(0), cosines, sines, int(back), result)
+    return result.transpose(0, 1)
 
 
 def log_normalisers(logits: Tensor) -> Tensor:
