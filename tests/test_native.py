@@ -152,6 +152,25 @@ def test_attention_is_what_one_would_write_down(build: None, kind: str, size: in
     same(with_gradients(compiled, *given), with_gradients(by_hand, *(t.double() for t in given)))
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("size", [16, 80])
+def test_a_single_query_attends_as_torchs_do(build: None, size: int, threads: int):
+    torch.set_num_threads(threads)
+    query = drawn(5, 1, 4, size).transpose(1, 2)
+    key, value = (drawn(5, 2, 40, size, seed=seed)[:, :, :37] for seed in (1, 2))
+    seen = torch.arange(37) >= torch.tensor([0, 3, 16, 20, 36])[:, None]
+    for mask in (None, seen):
+        exact = nn.functional.scaled_dot_product_attention(
+            query.double(),
+            key.double(),
+            value.double(),
+            None if mask is None else mask[:, None, None],
+            scale=0.3,
+            enable_gqa=True,
+        )
+        same([native.attention_step(query, key, value, mask, 0.3)], [exact.transpose(1, 2)])
+
+
 @pytest.mark.skipif(not native.multiplies(), reason="this processor has no units for matrices (AMX), or there is no C compiler")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 31, 17), (700, 1100, 130), (64, 32, 4200), (1300, 64, 96)])

@@ -337,10 +337,11 @@ def _joint(states: Tensor, *layers: Any) -> Tensor | None:
     """What layers make of the same states, side by side; None where they are not to be asked at once."""
     if states.numel() < LEAST_ROWS * states.shape[-1] or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    weights = [layer.weight for layer in layers if type(layer) is FastLinear and layer.bias is None]
-    if len(weights) < len(layers) or any(weight.dtype != states.dtype for weight in weights):
+    biases: list[Tensor | None] = [layer.bias for layer in layers if type(layer) is FastLinear]
+    plain = len(biases) == len(layers) and not any(bias is not None for bias in biases)
+    if not plain or any(layer.weight.dtype != states.dtype for layer in layers):
         return None
-    result: Tensor = _Joint.apply(states, layers, *weights)
+    result: Tensor = _Joint.apply(states, layers, *(layer.weight for layer in layers))
     return result
 
 

@@ -316,6 +316,44 @@ int attention(const Attention *a, int back, int threads) {
   return failed;
 }
 
+// The same for one query of each text [rows, heads, size] and the keys and values so far [rows, heads / groups, columns, size],
+// with the strides given; `seen` [rows, columns], bytes, says which, or all where it is none. A row that sees none gets zeros.
+void attention_step(int64_t rows, int64_t heads, int64_t groups, int64_t columns, int64_t size, const float *query,
+                    int64_t query_row, int64_t query_head, const float *key, int64_t key_row, int64_t key_head, int64_t key_column,
+                    const float *value, int64_t value_row, int64_t value_head, int64_t value_column, const uint8_t *seen,
+                    int64_t seen_row, float scale, float *weights, float *out, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t item = 0; item < rows * heads; item++) {
+    const int64_t row = item / heads, head = item % heads, end = up(columns);
+    const float *q = query + row * query_row + head * query_head;
+    const float *k = key + row * key_row + head / groups * key_head, *v = value + row * value_row + head / groups * value_head;
+    const uint8_t *here = seen ? seen + row * seen_row : 0;
+    float *own = weights + item * end, *to = out + item * size;
+    for (int64_t j = 0; j < end; j++) own[j] = -INFINITY;
+    for (int64_t j = 0; j < columns; j++)
+      if (!here || here[j]) {
+        Vector dot = all(0);
+        for (int64_t d = 0; d < size; d += LANES) dot += load(q + d) * load(k + j * key_column + d);
+        own[j] = total(dot)[0] * scale;
+      }
+    Vector top = all(-INFINITY), sum = all(0);
+    for (int64_t j = 0; j < end; j += LANES) top = greater(load(own + j), top);
+    top = greatest(top);
+    for (int64_t j = 0; j < end; j += LANES) {
+      const Vector x = exponential(load(own + j) - top);
+      store(own + j, x);
+      sum += x;
+    }
+    const float inverse = 1 / total(sum)[0];
+    for (int64_t d = 0; d < size; d += LANES) store(to + d, all(0));
+    for (int64_t j = 0; j < columns; j++)
+      if (!here || here[j]) {
+        const float weight = own[j] * inverse;
+        for (int64_t d = 0; d < size; d += LANES) store(to + d, load(to + d) + weight * load(v + j * value_column + d));
+      }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------- activations
 
 // `count` numbers, a multiple of 16, vector by vector

@@ -104,15 +104,11 @@ def _processor() -> str:
 
 def _call(function: str, *arguments: Tensor | int | float | None) -> int:
     """Call by name: tensors as where they begin, whole numbers of 64 bits, and the threads there are."""
-    found = library()[0]
-    assert found is not None
-    return getattr(found, function)(*map(_handed_over, arguments), ctypes.c_int(torch.get_num_threads()))
-
-
-def _handed_over(argument: Tensor | int | float | None) -> Any:
-    if argument is None or isinstance(argument, Tensor):
-        return ctypes.c_void_p(None if argument is None else argument.data_ptr())
-    return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+    called = getattr(library()[0], function)
+    if called.argtypes is None:
+        kinds: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
+        called.argtypes = [*(kinds.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int]
+    return called(*(a.data_ptr() if isinstance(a, Tensor) else a for a in arguments), torch.get_num_threads())
 
 
 def gelu(states: Tensor) -> Tensor:
@@ -248,6 +244,22 @@ def attention_back(
     heads.for_bias = None if for_bias is None else for_bias.data_ptr()
     _attend(heads, True)
     return for_query, for_key, for_value, for_bias
+
+
+def attention_step(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, scale: float) -> Tensor:
+    """Attention of one query of each text, [rows, heads, 1, size], to keys and values [rows, heads / groups, columns, size].
+
+    These lie in any order of memory whose last numbers lie together; `seen` is bool [rows, columns]. Returns
+    [rows, 1, heads, size].
+    """
+    (rows, heads, _, size), columns = query.shape, key.shape[2]
+    out = query.new_empty(rows, 1, heads, size)
+    weights = query.new_empty(rows * heads, -(-columns // LANES) * LANES)
+    _call(
+        "attention_step", rows, heads, heads // key.shape[1], columns, size, query, *query.stride()[:2], key, *key.stride()[:3],
+        value, *value.stride()[:3], seen, 0 if seen is None else seen.stride(0), scale, weights, out,
+    )  # fmt: skip
+    return out
 
 
 def _heads(

@@ -230,7 +230,7 @@ def _hidden(asking: Line, asked: Line, causal: bool, bias: Tensor | None, rows: 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
     reading = _reading.get()
     if reading is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return _attend_plainly(module, query, key, value, attention_mask, **options)
     asking, asked, causal = _who_asks_whom(module, reading.lines)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary positions leave these in fp32
     scale = options.get("scaling")
@@ -249,6 +249,21 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     mask = None if whole else _hidden(asking, asked, causal, bias, q).expand(q.shape[0], -1, -1)[None]
     rows = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, is_causal=whole)
     return asking.line_of_rows(rows[0]), None
+
+
+def _attend_plainly(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Any:
+    """Attention of rows: transformers' own, but for a single query each, where torch's operations do much beside the sums."""
+    seen = None if attention_mask is None else attention_mask[:, 0, 0]
+    single = query.shape[2] == 1 and native.takes(query, key, value) and not torch.is_autocast_enabled("cpu")
+    masked = seen is None or (seen.dtype == torch.bool and attention_mask is not None and attention_mask.shape[1:3] == (1, 1))
+    if single and masked and not torch.is_grad_enabled() and options.get("position_bias") is None:
+        scale = options.get("scaling")
+        scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+        seen = None if seen is None else seen.expand(query.shape[0], -1).contiguous()
+        return native.attention_step(query, key, value, seen, scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
 def _who_asks_whom(module: nn.Module, lines: Lines) -> tuple[Line, Line, bool]:
