@@ -183,6 +183,10 @@ int amx_product(int64_t rows, int64_t columns, int64_t depth, const float *a, in
                   const int64_t down = least(SIDE, tall - i), across = least(SIDE, wide - j);
                   float *to = c + (high + i) * columns + n + j;
                   const float *added = bias && k + deep == depth ? bias + n + j : 0;
+                  for (int64_t y = 0; y < down; y++) { // by the time they are written to, they are there
+                    __builtin_prefetch(to + y * columns, 1);
+                    __builtin_prefetch(to + y * columns + 16, 1);
+                  }
                   const int direct = k == 0 && !added && down == SIDE && across == SIDE;
                   block(steps, left + i * packed, right + j * packed, direct ? to : made, direct ? row_bytes : SIDE * 4);
                   if (direct) continue;
