@@ -24,6 +24,7 @@ AVAILABLE = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason=
 def at_any_size(monkeypatch: pytest.MonkeyPatch):
     """Replaced whatever the processor, and used however small the product is."""
     monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 0)
     monkeypatch.setattr(kernels, "prefers_onednn", torch.backends.mkldnn.is_available)
 
 
@@ -121,6 +122,7 @@ def test_a_sped_up_model_gives_the_same_loss_and_gradients(kind: str):
     fast = copy.deepcopy(plain)
     speed_up(fast)
     assert any(isinstance(module, (FastLinear, FastConv1D)) for module in fast.modules())
+    assert not kernels._made()
     assert set(fast.state_dict()) == set(plain.state_dict())
     ids = torch.arange(36).view(3, 12) % 50
     losses: list[Tensor] = []
@@ -198,3 +200,24 @@ def test_models_are_left_alone_on_request(tmp_path: Path):
     assert FastConv1D in kinds["auto"]
     assert not kinds["plain"] & {FastConv1D, FastLinear, TanhGELU}
     torch.testing.assert_close(losses["auto"], losses["plain"], rtol=1e-6, atol=0)
+
+
+def test_q_k_and_v_are_one_product_and_nothing_of_it_is_left_behind(monkeypatch: pytest.MonkeyPatch):
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, bos_token_id=0, eos_token_id=0, num_key_value_heads=1, **small)).eval()
+    plain = copy.deepcopy(model)
+    speed_up(model)
+    attention: Any = model.model.layers[0].self_attn
+    made: list[tuple[int, ...]] = []
+    joint = kernels._joint
+    monkeypatch.setattr(kernels, "_joint", lambda states, *layers: made.append(states.shape) or joint(states, *layers))
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+    assert made == [(1, 40, 64), (1, 40, 64)]  # attention's, and the feed-forward part's
+    monkeypatch.setattr(attention, "v_proj", nn.Identity())  # a layer that is something else: each for itself
+    assert joint(torch.zeros(40, 64), attention.q_proj, attention.v_proj) is None
+    monkeypatch.undo()
+    monkeypatch.setattr(kernels, "LEAST_ROWS", 0)
+    with pytest.raises(TypeError):
+        attention(torch.zeros(1, 40, 64), None, None)  # no positions: stops after the products
+    assert not kernels._made()
