@@ -2,11 +2,12 @@
 
     make bench-floor             # or: python -m bench.floor --workload S
 
-One iteration is run under a mode of torch that sees every operation, by torch's operations alone: what is compiled passes unseen.
-Matrix products are kept with their shapes, strides and counts (of attention whole rows, though what is compiled leaves out padding
-and what lies ahead), and each is then repeated alone on fresh numbers, by torch and, where there is one, by the compiled
-product: what it takes at its best is the floor of the products at these shapes. The multiplications over the rate of a large product are the floor of any way to do them. Of everything else the
-bytes read and written are counted, and divided by what adding two tensors of an activation's size moves. The iterations that
+One iteration is run by torch's operations alone, under a mode that sees every one of them. Matrix products are kept with their
+shapes, strides and counts (those of attention over whole rows, though what is compiled leaves out padding and what lies
+ahead), and each is then repeated alone on fresh numbers, by torch and, where there is one, by the compiled product: what it
+takes at its best is the floor of the products at these shapes. The multiplications over the rate of a large product are the
+floor of any way to do them. Of everything else the bytes read and written are counted, and divided by what adding two tensors
+of an activation's size moves. The iterations that
 are timed run without the mode.
 """
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.worker import Turns, arguments, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
-from rlgf import ops
+from rlgf import native, ops
 from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
 from rlgf.console import keep_freed_memory, quiet
 from rlgf.experience import Models
@@ -85,6 +85,7 @@ def main() -> None:
         parameters=sum(parameter.numel() for parameter in models.policy.model.parameters()),
         token_budget=trainer.reading.token_budget,
         attention=models.policy.model.config._attn_implementation,
+        compiled=native.describe(),
         loaded_rss_mb=peak_rss_mb(),
     )
     with replaced(ops, "ppo_loss", counting):

@@ -16,7 +16,7 @@ from rlgf import kernels, native, ops, packing
 
 COMPILER = next(filter(None, map(shutil.which, native.COMPILERS)), None)
 LIBRARY = native.library
-BUILDS = {"as the machine has it": (), "without AVX-512": ("-mno-avx512f",), "for one thread": ("-fno-openmp",)}
+BUILDS = {"as the machine has it": (), "without AVX-512": ("-mno-avx512f",), "alone": ("-fno-openmp",)}  # alone: one thread
 
 
 @pytest.fixture(scope="module", params=BUILDS)
@@ -28,11 +28,19 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("another kind of processor")
     made, patch = tmp_path_factory.mktemp("native") / "native.so", pytest.MonkeyPatch()
     patch.setattr(native, "FLAGS", (*native.FLAGS, *BUILDS[request.param]))
-    native._compile(COMPILER, made)
+    native._compile([COMPILER], made)
     found = ctypes.CDLL(str(made))
     patch.setattr(native, "library", lambda: (found, None))
+    patch.setattr(native, "_has_matrix_units", lambda: bool(found.amx_ready()))
     yield
     patch.undo()
+
+
+@pytest.fixture
+def units(build: None):
+    """Units for matrices, in builds that have them."""
+    if not native.multiplies():
+        pytest.skip("this processor has no units for matrices (AMX), or this build leaves them out")
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -94,7 +102,8 @@ def test_log_probabilities_are_torchs(build: None, vocabulary: int, monkeypatch:
     monkeypatch.setattr(native, "LANES", 1)  # asked for by vocabularies of whole vectors alone, computed for any
     logits = drawn(9, vocabulary) * 8
     logits[3, 5] = -torch.inf
-    tokens = torch.arange(9) % 4
+    tokens_apart = torch.stack([torch.arange(9) % 4, torch.zeros(9, dtype=torch.int64)], 1)
+    tokens = tokens_apart[:, 0]
     found = with_gradients(lambda x: ops.token_log_probs(x, tokens, consume=False), logits)
     exact = with_gradients(lambda x: x.log_softmax(1)[torch.arange(9), tokens], logits.double())
     same(found, exact)
@@ -171,10 +180,9 @@ def test_a_single_query_attends_as_torchs_do(build: None, size: int, threads: in
         same([native.attention_step(query, key, value, mask, 0.3)], [exact.transpose(1, 2)])
 
 
-@pytest.mark.skipif(not native.multiplies(), reason="this processor has no units for matrices (AMX), or there is no C compiler")
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 31, 17), (700, 1100, 130), (64, 32, 4200), (1300, 64, 96)])
-def test_products_on_matrix_units_are_as_exact_as_in_fp32(sizes: tuple[int, int, int], threads: int):
+def test_products_on_matrix_units_are_as_exact_as_in_fp32(units: None, sizes: tuple[int, int, int], threads: int):
     torch.set_num_threads(threads)
     rows, depth, columns = sizes
     bias = drawn(columns, seed=2)
@@ -186,9 +194,10 @@ def test_products_on_matrix_units_are_as_exact_as_in_fp32(sizes: tuple[int, int,
                 assert float((native.product(left, right, beside) - exact).norm()) <= 1.2 * float((usual - exact).norm()) + 1e-6
 
 
-@pytest.mark.skipif(not native.multiplies(), reason="this processor has no units for matrices (AMX), or there is no C compiler")
 @pytest.mark.parametrize("layer", [kernels.FastLinear(48, 80), kernels.FastConv1D(80, 48)])
-def test_layers_use_the_matrix_units_and_their_gradients_are_torchs(layer: nn.Module, monkeypatch: pytest.MonkeyPatch):
+def test_layers_use_the_matrix_units_and_their_gradients_are_torchs(
+    units: None, layer: nn.Module, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
     made, product, found = list[int](), native.product, list[list[Tensor]]()
     monkeypatch.setattr(native, "product", lambda *given: made.append(1) or product(*given))
@@ -198,6 +207,12 @@ def test_layers_use_the_matrix_units_and_their_gradients_are_torchs(layer: nn.Mo
         found.append([result.detach(), *torch.autograd.grad((result * upstream).sum(), [states, *module.parameters()])])
     same(*found)
     assert len(made) == 3  # for the result, the gradient of the states, and that of the weight
+
+
+def test_rows_of_infinities_have_the_normalisers_that_torch_gives_them(build: None):
+    logits = torch.zeros(4, 16)
+    logits[0], logits[1, 3], logits[2], logits[2, 5] = -torch.inf, torch.inf, -torch.inf, torch.nan
+    torch.testing.assert_close(native.log_normalisers(logits), logits.logsumexp(1), equal_nan=True)
 
 
 def test_nothing_hides_what_is_not_a_number(build: None):
@@ -241,6 +256,34 @@ def test_a_cache_that_cannot_be_written_does_not_matter(anew: Path):
     assert found is not None
 
 
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_a_home_that_is_not_there_does_not_matter(anew: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert native.library()[1] is None
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_what_is_kept_and_broken_is_made_again(anew: Path):
+    assert native.library()[1] is None
+    (kept,) = anew.iterdir()
+    kept.unlink()
+    kept.write_bytes(b"half of it")
+    assert native.library()[1] is None
+    assert kept.stat().st_size > 1000
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C compiler here")
+def test_a_compiler_with_options_is_asked_with_them(anew: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CC", f"{COMPILER} -DNOTHING")
+    monkeypatch.setattr(native, "COMPILERS", ())
+    assert native.library()[1] is None
+
+
 def test_without_a_compiler_torch_does_the_work(anew: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
     monkeypatch.delenv("CC", raising=False)
@@ -253,6 +296,7 @@ def test_what_does_not_compile_is_said(anew: Path, monkeypatch: pytest.MonkeyPat
     compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'unknown vector' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setattr(native, "COMPILERS", ())
     assert not native.takes(torch.zeros(2, 16))
     assert "broken could not compile native.c: unknown vector" in (native.why_not() or "")
     assert not [*anew.iterdir()]

@@ -8,6 +8,7 @@
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
 #include <immintrin.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -131,9 +132,25 @@ INLINE void block(int64_t steps, const uint16_t *a, const uint16_t *b, float *c,
   _tile_stored(3, (char *)(c + 16) + 16 * c_row, c_row);
 }
 
-// memory that a thread works in, kept for the next time: what is fetched anew lies in no cache
+// memory that a thread works in, kept for its next product: what is fetched anew lies in no cache
+typedef struct { void *memory; int64_t bytes; } Room;
+static pthread_key_t rooms;
+static pthread_once_t rooms_begun = PTHREAD_ONCE_INIT;
+static void end_rooms(void *given) {
+  Room *of_thread = given;
+  free(of_thread[0].memory);
+  free(of_thread[1].memory);
+  free(of_thread);
+}
+static void begin_rooms(void) { pthread_key_create(&rooms, end_rooms); }
+
 static void *room(int which, int64_t bytes) {
-  static _Thread_local struct { void *memory; int64_t bytes; } kept[2];
+  pthread_once(&rooms_begun, begin_rooms);
+  Room *kept = pthread_getspecific(rooms);
+  if (!kept) {
+    kept = calloc(2, sizeof(Room));
+    if (!kept || pthread_setspecific(rooms, kept)) return 0;
+  }
   if (kept[which].bytes < bytes) {
     free(kept[which].memory);
     kept[which].memory = aligned_alloc(64, up(bytes, 64));
@@ -152,20 +169,15 @@ int amx_product(int64_t rows, int64_t columns, int64_t depth, const float *a, in
   const int once = share <= tallest; // a thread packs its rows once, then columns as they are needed
   const int64_t width = once ? broadest : WIDTH;
   uint16_t *right = room(0, up(least(columns, width), SIDE) * line * sizeof(uint16_t));
-  int failed = !right;
-#pragma omp parallel num_threads(threads) if (!failed)
+  uint16_t *lefts = room(1, threads * least(tallest, share) * line * sizeof(uint16_t)); // of each part of the rows
+  if (!right || !lefts) return 1;
+#pragma omp parallel num_threads(threads)
   {
     struct { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t lines[16]; } tiles = {.palette = 1};
     for (int i = 0; i < 8; i++) tiles.bytes[i] = 64, tiles.lines[i] = 16;
     _tile_loadconfig(&tiles);
-    uint16_t *left = room(1, least(tallest, share) * line * sizeof(uint16_t));
     float made[SIDE * SIDE] __attribute__((aligned(64)));
-    if (!left) {
-#pragma omp atomic write
-      failed = 1;
-    }
-#pragma omp barrier
-    for (int64_t k = 0; k < depth && !failed; k += DEPTH)
+    for (int64_t k = 0; k < depth; k += DEPTH)
       for (int64_t n = 0; n < columns; n += width) {
         const int64_t deep = least(DEPTH, depth - k), wide = least(width, columns - n);
         const int64_t steps = up(deep, STEP) / STEP, packed = 3 * steps * STEP;
@@ -175,6 +187,7 @@ int amx_product(int64_t rows, int64_t columns, int64_t depth, const float *a, in
 #pragma omp for schedule(static, 1)
         for (int64_t part = 0; part < threads; part++)
           for (int64_t high = part * share; high < least(rows, (part + 1) * share); high += tallest) {
+            uint16_t *left = lefts + part * least(tallest, share) * line;
             const int64_t tall = least(least(tallest, rows - high), (part + 1) * share - high);
             if (!once || n == 0) pack(a + high * a_row + k * a_column, a_row, a_column, tall, deep, 1, left);
             for (int64_t broad = 0; broad < wide; broad += broadest)
@@ -206,7 +219,7 @@ int amx_product(int64_t rows, int64_t columns, int64_t depth, const float *a, in
       }
     _tile_release();
   }
-  return failed;
+  return 0;
 }
 
 #else

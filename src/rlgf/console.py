@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlgf import adapters
+from rlgf import adapters, native
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
 from rlgf.display import visible
@@ -34,6 +34,8 @@ def set_up_machine(config: Config) -> None:
     """Threads as the config says (0: all cores), its kernels, memory that is kept, and no noise from libraries."""
     torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
     use_kernels(config.runtime.kernels)
+    if config.runtime.device == "cpu" and (reason := native.why_not()):
+        report(f"Some loops are left to torch, which takes a little longer: {reason}")
     keep_freed_memory()
     quiet()
 

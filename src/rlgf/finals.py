@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from rlgf import native
 from rlgf.best_of import evaluate_best_of
 from rlgf.config import Config
 from rlgf.errors import UserError
@@ -141,6 +142,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "compiled": native.describe(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("rlgf", "torch", "transformers")},
     }

@@ -54,18 +54,18 @@ def multiplies_bf16() -> bool:
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by the library that is the fastest one."""
-    if _on_matrix_units(states):
-        made = native.product(states.reshape(-1, states.shape[-1]), weight.t(), bias)
+    if _on_matrix_units(states, weight):
+        made = native.product(states.reshape(-1, states.shape[-1]), weight.t(), None if bias is None else bias.contiguous())
         return made.view(*states.shape[:-1], weight.shape[0])
     if states.dtype == torch.float32 and not prefers_onednn():
         return nn.functional.linear(states, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def _on_matrix_units(states: Tensor) -> bool:
+def _on_matrix_units(states: Tensor, others: Tensor) -> bool:
     """Whether a product in fp32 is made on the processor's units for matrices, which take less time, all passes told."""
     rows = states.numel() // states.shape[-1]
-    laid = states.is_contiguous() or (states.dim() == 2 and states.stride(1) == 1)
+    laid = (states.is_contiguous() or (states.dim() == 2 and states.stride(1) == 1)) and 1 in others.stride()
     return rows >= LEAST_ROWS and laid and states.dtype == torch.float32 and native.multiplies()
 
 
@@ -132,7 +132,7 @@ def _own_or_lent(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
 def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
     """The gradient of a weight, of that of the product [rows, out] and of what was multiplied [rows, in]."""
     left, right = (states, gradient) if conv else (gradient, states)
-    if _on_matrix_units(left) and right.stride(1) == 1:
+    if _on_matrix_units(left, right):
         return native.product(left.t(), right)
     return (left.t() @ right).float()
 
@@ -153,7 +153,7 @@ def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
         half = torch.get_autocast_dtype("cpu")
         return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
     lends = multiplications >= LEAST_LENT and loans() is not None and torch.is_grad_enabled()
-    faster = prefers_onednn() or _on_matrix_units(states)
+    faster = prefers_onednn() or _on_matrix_units(states, weight)
     return states.dtype if states.dtype == torch.float32 and (faster or lends) else None
 
 
@@ -325,10 +325,9 @@ def _with_fast_gate(kind: type) -> type:
     """A class of `GATED` with one product for gate and up, and one step for the activation, silu, and what it multiplies."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        joint = _joint(x, self.gate_proj, self.up_proj)
-        if joint is None or not _whole(joint):
-            return kind.forward(self, x)  # pyright: ignore
-        return self.down_proj(_Gated.apply(joint))
+        able = getattr(self.up_proj, "out_features", 1) % native.LANES == 0 and native.takes(x)
+        joint = _joint(x, self.gate_proj, self.up_proj) if able else None
+        return kind.forward(self, x) if joint is None else self.down_proj(_Gated.apply(joint))  # pyright: ignore
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 

@@ -22,6 +22,10 @@
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+#if !defined(__clang__) && __GNUC__ < 12
+#define __builtin_shufflevector(x, y, ...) __builtin_shuffle(x, y, (Integers){__VA_ARGS__})
+#endif
+
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 INLINE int64_t up(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
@@ -54,7 +58,7 @@ INLINE Vector greatest(Vector x) {
   return greater(x, ACROSS(x, 1));
 }
 
-// e^x within 2 units in the last place; 0 below e^-87, the greatest there is above e^88, NaN of NaN
+// e^x within 2 units in the last place; 0 below e^-87, infinite above e^88, NaN of NaN
 INLINE Vector exponential(Vector given) {
   const Vector magic = all(12582912.0f); // adding it rounds to a whole number, whose bits are the lowest ones
   Vector x = choose(given < all(-87.0f), all(-87.0f), given);
@@ -70,6 +74,7 @@ INLINE Vector exponential(Vector given) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   p = (Vector)((Integers)p + power) + (x - x);
+  p = choose(given > all(88.0f), all(INFINITY), p);
   return choose(given < all(-87.0f), all(0), p);
 }
 
@@ -431,8 +436,17 @@ void log_normalisers(int64_t rows, int64_t vocabulary, const float *logits, floa
   for (int64_t i = 0; i < rows; i++) {
     const float *row = logits + i * vocabulary;
     Vector top = all(-INFINITY), sum = all(0);
-    for (int64_t j = 0; j < vocabulary; j += LANES) top = greater(logits_at(row, j, vocabulary), top);
+    Integers unknown = {0};
+    for (int64_t j = 0; j < vocabulary; j += LANES) {
+      const Vector x = logits_at(row, j, vocabulary);
+      top = greater(x, top);
+      unknown |= x != x;
+    }
     top = greatest(top);
+    if (isinf(top[0])) { // nothing to be told apart, but for what is no number
+      to[i] = total(choose(unknown, all(NAN), all(0)))[0] + top[0];
+      continue;
+    }
     for (int64_t j = 0; j < vocabulary; j += LANES) sum += exponential(logits_at(row, j, vocabulary) - top);
     to[i] = top[0] + logf(total(sum)[0]);
   }

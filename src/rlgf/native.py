@@ -8,8 +8,10 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,7 +24,7 @@ from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "amx.c"))
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 LANES = 16  # numbers come in multiples of this
 
 _asked = True
@@ -48,56 +50,70 @@ def why_not() -> str | None:
     return library()[1] if _asked else None
 
 
+def describe() -> str:
+    """What is used of it, for the record."""
+    if not _asked or library()[0] is None:
+        return "nothing"
+    return "attention, activations, norms, log-probabilities" + (", products on AMX" if multiplies() else "")
+
+
 @cache
 def library() -> tuple[ctypes.CDLL | None, str | None]:
     """The compiled functions, or why there are none."""
-    compiler = next((found for name in (os.environ.get("CC"), *COMPILERS) if name and (found := shutil.which(name))), None)
-    if compiler is None:
-        return None, f"no C compiler found ({', '.join(COMPILERS)}, or what CC names)"
-    try:
-        return _load(compiler), None
-    except (OSError, subprocess.SubprocessError) as error:
-        told = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        return None, f"{compiler} could not compile native.c: {told.strip()[-300:]}"
+    if sys.platform == "darwin":
+        return None, "not on macOS, where threads of two libraries would meet"
+    reasons: list[str] = []
+    for named in filter(None, (os.environ.get("CC"), *COMPILERS)):
+        compiler, *options = shlex.split(named)
+        found = shutil.which(compiler)
+        if found is None:
+            continue
+        try:
+            return _load([found, *options]), None
+        except (OSError, subprocess.SubprocessError) as error:
+            told = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            reasons.append(f"{found} could not compile native.c: {told.strip()[-300:]}")
+    return None, reasons[0] if reasons else f"no C compiler found ({', '.join(COMPILERS)}, or what CC names)"
 
 
-def _load(compiler: str) -> ctypes.CDLL:
-    """The functions of this source, compiled by this compiler for this processor, now or earlier."""
-    told = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
-    made_of = "\n".join([*(source.read_text(encoding="utf-8") for source in SOURCES), told, *FLAGS, _processor()])
-    name, folder = f"native-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.so", _cache()
-    if folder is not None and (folder / name).exists():
-        return ctypes.CDLL(str(folder / name))
-    with tempfile.TemporaryDirectory(dir=folder) as room:
+def _load(compiler: list[str]) -> ctypes.CDLL:
+    """The functions of these sources, compiled by this compiler for this processor, now or earlier."""
+    told = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
+    made_of = b"\n".join([*(source.read_bytes() for source in SOURCES), told, repr((compiler, FLAGS, _processor())).encode()])
+    name, folder = f"native-{hashlib.sha256(made_of).hexdigest()[:16]}.so", _cache()
+    with suppress(OSError):  # there is none yet, or one that was made elsewhere and cannot be loaded here
+        return ctypes.CDLL(str(folder / name if folder else Path("none")))
+    writable = folder is not None and os.access(folder, os.W_OK)
+    with tempfile.TemporaryDirectory(dir=folder if writable else None) as room:
         made = Path(room) / name
         _compile(compiler, made)
-        return ctypes.CDLL(str(made if folder is None else made.replace(folder / name)))  # stays loaded when the file is gone
+        found = ctypes.CDLL(str(made))  # stays loaded when the file is gone
+        if folder is not None and writable:
+            made.replace(folder / name)
+    return found
 
 
 def _cache() -> Path | None:
-    """The folder in which to keep what was compiled; None where none can be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlgf"
-    with suppress(OSError):
+    """The folder in which what was compiled is kept; None where there can be none."""
+    with suppress(OSError, RuntimeError):
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlgf"
         folder.mkdir(parents=True, exist_ok=True)
-    return folder if folder.is_dir() and os.access(folder, os.W_OK) else None
+        return folder
+    return None
 
 
-def _compile(compiler: str, to: Path) -> None:
-    """With threads where the compiler has them, otherwise for one."""
-    for threads in (["-fopenmp"], []):
-        done = subprocess.run(
-            [compiler, *FLAGS, *threads, *map(str, SOURCES), "-o", str(to), "-lm"], capture_output=True, text=True, timeout=300
-        )
-        if done.returncode == 0:
-            return
-    raise subprocess.CalledProcessError(done.returncode, compiler, done.stdout, done.stderr)
+def _compile(compiler: list[str], to: Path) -> None:
+    command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(to), "-lm"]
+    subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
 
 
 def _processor() -> str:
     """What the machine code depends on."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+        return "\n".join(
+            sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "isa", "CPU part"))})
+        )
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
 
@@ -167,7 +183,7 @@ def log_probabilities_back(logits: Tensor, normalisers: Tensor, tokens: Tensor, 
 def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x · r · w of contiguous `states` [..., width], and r = 1 / √(mean x² + ε) of each row."""
     result, scales = torch.empty_like(states), states.new_empty(states.shape[:-1])
-    _call("rms_norm", scales.numel(), states.shape[-1], states, weight, epsilon, result, scales)
+    _call("rms_norm", scales.numel(), states.shape[-1], states, weight, float(epsilon), result, scales)
     return result, scales
 
 
@@ -190,7 +206,10 @@ def _has_matrix_units() -> bool:
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`left` [rows, depth] times `right` [depth, columns], plus `bias`, as exactly as in fp32; of each one stride is 1."""
+    """`left` [rows, depth] times `right` [depth, columns], plus contiguous `bias`; of each one stride is 1.
+
+    As exact as in fp32 for numbers between 1e-33 and 3e38; smaller ones lose digits, and infinity becomes NaN.
+    """
     result = left.new_empty(left.shape[0], right.shape[1])
     rows, depth, columns = (*left.shape, right.shape[1])
     if _call("amx_product", rows, columns, depth, left, *left.stride(), right, *right.stride(), bias, result):

@@ -201,7 +201,9 @@ class _WholeLogProbs(torch.autograd.Function):
         (gradient,), (tokens, normalisers), logits = gradients, ctx.saved_tensors, ctx.logits
         ctx.logits = None
         if native.takes(logits) and logits.is_contiguous():
-            return native.log_probabilities_back(logits, normalisers, tokens, gradient.contiguous()), None, None, None, None
+            result = native.log_probabilities_back(logits, normalisers, tokens.contiguous(), gradient.contiguous())
+            torch.autograd.graph.increment_version(result)  # who kept the logits for a gradient of theirs is to hear of it
+            return result, None, None, None, None
         probabilities = logits.sub_(normalisers[:, None]).exp_()
         result = probabilities.mul_(-gradient[:, None])  # the gradient of log p_i is 1[i] − p
         return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None, None, None, None

@@ -237,7 +237,9 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
     bias: Tensor | None = options.get("position_bias") if asking is asked else None
     bias = None if bias is None else bias[0]
-    if native.takes(query, key, value) and not torch.is_autocast_enabled("cpu"):
+    wide = None if bias is None else (bias.dtype, *bias.shape)
+    plain = wide in (None, (torch.float32, query.shape[1], asking.width, asked.width)) and not torch.is_autocast_enabled("cpu")
+    if plain and native.takes(query, key, value) and query.shape[3] == key.shape[3] == value.shape[3]:
         asking = reading.lines.last if module in reading.last else asking
         return _Attention.apply(query, key, value, bias, causal, asking, asked, scale), None
     groups = query.shape[1] // key.shape[1]
@@ -256,12 +258,13 @@ def _attend_plainly(
 ) -> Any:
     """Attention of rows: transformers' own, but for a single query each, where torch's operations do much beside the sums."""
     seen = None if attention_mask is None else attention_mask[:, 0, 0]
-    single = query.shape[2] == 1 and native.takes(query, key, value) and not torch.is_autocast_enabled("cpu")
+    single = query.shape[2] == 1 and query.shape[3] == key.shape[3] == value.shape[3]
+    single = single and native.takes(query, key, value) and not torch.is_autocast_enabled("cpu")
     masked = seen is None or (seen.dtype == torch.bool and attention_mask is not None and attention_mask.shape[1:3] == (1, 1))
     if single and masked and not torch.is_grad_enabled() and options.get("position_bias") is None:
         scale = options.get("scaling")
         scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-        seen = None if seen is None else seen.expand(query.shape[0], -1).contiguous()
+        seen = None if seen is None else seen.expand(query.shape[0], key.shape[2]).contiguous()
         return native.attention_step(query, key, value, seen, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
