@@ -2,13 +2,15 @@
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from helpers import config_of, tiny_trainer
-from rlgf import kernels, lanes
+from rlgf import experience, kernels, lanes
 from rlgf.algorithms import d2lols, ppo
 from rlgf.experience import measure
 from rlgf.lanes import Lanes, Loans, loans
@@ -220,3 +222,11 @@ def test_reference_and_critic_read_side_by_side_what_they_read_one_after_the_oth
     assert beside.values.keys() == apart.values.keys()
     for origin, values in apart.values.items():
         torch.testing.assert_close(beside.values[origin], values)
+
+
+@pytest.mark.parametrize(("vocabulary", "alike"), [(100, True), (100_000, False)])
+def test_a_reference_reads_beside_a_critic_unless_its_head_is_most_of_the_work(vocabulary: int, alike: bool):
+    trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
+    head, body = nn.Linear(8, vocabulary), nn.Linear(100, 100)
+    model = SimpleNamespace(get_output_embeddings=lambda: head, parameters=lambda: [*head.parameters(), body.weight])
+    assert experience._read_alike(model, trainer.collect(0)) == alike

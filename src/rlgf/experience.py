@@ -145,7 +145,7 @@ def measure(
 ) -> Measured:
     """Read a rollout with policy (where asked for), reference and critics; needs no reward, so it may run beside scoring.
 
-    With `lanes` reference and critics read at the same time.
+    With `lanes` reference and critics read at the same time, where neither has to wait long for the other.
     """
     sweep, seen = Sweep(rollout, reading), list[Tensor]()
     old, full = rollout.log_probs, rollout.full_log_probs
@@ -164,8 +164,16 @@ def measure(
         return values
 
     by_reference = partial(sweep.full_log_probs, rollout.by_policy, models.reference)
-    reference, values = lanes.run(by_reference, by_critics) if lanes else (by_reference(), by_critics())
+    beside = lanes is not None and _read_alike(models.reference.model, rollout)
+    reference, values = lanes.run(by_reference, by_critics) if lanes and beside else (by_reference(), by_critics())
     return Measured(old, reference, ops.kl_k1(full, reference) * rollout.by_policy, values)
+
+
+def _read_alike(reference: Any, rollout: Rollout) -> bool:
+    """Whether the reference takes about as long as a critic: the head, of a large vocabulary most of the work, is its alone."""
+    head = sum(parameter.numel() for parameter in reference.get_output_embeddings().parameters())
+    body = sum(parameter.numel() for parameter in reference.parameters()) - head
+    return 3 * head * int(rollout.by_policy.sum()) <= 2 * body * int(rollout.lengths.sum())
 
 
 def appraise(
