@@ -23,7 +23,7 @@ from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 
 BATCH_TOKENS = 16_384  # cache columns of one decoding batch: bounds memory, changes nothing else
-CACHE_BYTES = 2**29  # as many columns as this holds are decoded at once all the same: of small models many texts
+CACHE_BYTES = 2**28  # as many columns as this holds are decoded at once all the same: of small models many texts
 PREFILL_FILL = 0.75  # prefixes are prefilled together while the shortest has at least this share of the longest
 
 
