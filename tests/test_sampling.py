@@ -435,7 +435,6 @@ def test_the_size_of_decoding_batches_changes_no_draw(tiny_model: LanguageModel,
     whole = write(tiny_model, PREFIXES, Decoding(top_p=0.9), budgets=[12, 3, 12, 7, 1])
     for size in (1, 40):
         monkeypatch.setattr(sampling, "BATCH_TOKENS", size)
-        monkeypatch.setattr(sampling, "CACHE_BYTES", 0)
         parts = write(tiny_model, PREFIXES, Decoding(top_p=0.9), budgets=[12, 3, 12, 7, 1])
         assert rows_of(parts) == rows_of(whole)
         assert torch.equal(parts.finished, whole.finished)

@@ -23,7 +23,6 @@ from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 
 BATCH_TOKENS = 16_384  # cache columns of one decoding batch: bounds memory, changes nothing else
-CACHE_BYTES = 2**28  # as many columns as this holds are decoded at once all the same: of small models many texts
 PREFILL_FILL = 0.75  # prefixes are prefilled together while the shortest has at least this share of the longest
 
 
@@ -69,8 +68,7 @@ def continue_prefixes(
     if sources is not None:
         prefixes = [[language_model.model.config.decoder_start_token_id, *prefix] for prefix in prefixes]
     with awake(language_model.model):
-        most_columns = _most_columns(language_model.model.config)
-        for batch in _decoding_batches(prefixes, budgets, _alone_in_length(language_model.model), most_columns):
+        for batch in _decoding_batches(prefixes, budgets, _alone_in_length(language_model.model)):
             members = [prefixes[i] for i in batch], None if sources is None else [sources[i] for i in batch]
             decoder = _Decoder(language_model, *members, max(budgets[i] for i in batch), precision)
             draws = torch.from_numpy(uniforms[batch])
@@ -259,15 +257,7 @@ def _alone_in_length(model: Any) -> bool:
     return is_encoder_decoder(model) and not any(hasattr(module, "compute_bias") for module in model.modules())
 
 
-def _most_columns(config: Any) -> int:
-    """Cache columns of one decoding batch: keys and values of every layer, in fp32 at most."""
-    bytes_of_column = 2 * 4 * _decoder_layers(config) * getattr(config, "hidden_size", CACHE_BYTES)
-    return max(BATCH_TOKENS, CACHE_BYTES // bytes_of_column)
-
-
-def _decoding_batches(
-    prefixes: Sequence[Sequence[int]], budgets: Sequence[int], one_length: bool, most_columns: int
-) -> list[list[int]]:
+def _decoding_batches(prefixes: Sequence[Sequence[int]], budgets: Sequence[int], one_length: bool) -> list[list[int]]:
     """Rows in batches that fit the cache; within one, those that may write longest come first, so that leaving is a slice."""
     writing = [i for i in range(len(prefixes)) if budgets[i] > 0]
     writing.sort(key=lambda i: (len(prefixes[i]) if one_length else 0, -budgets[i], len(prefixes[i])))
@@ -276,7 +266,7 @@ def _decoding_batches(
     for i in writing:
         columns = len(prefixes[i]) + budgets[i]
         widest = max(widest, columns) if batches else columns
-        fits = batches and (len(batches[-1]) + 1) * widest <= most_columns
+        fits = batches and (len(batches[-1]) + 1) * widest <= BATCH_TOKENS
         if fits and (not one_length or len(prefixes[i]) == len(prefixes[batches[-1][0]])):
             batches[-1].append(i)
         else:
