@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -296,10 +297,17 @@ def particular(body: dict[str, Any]) -> str | None:
 
 def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) -> None:
     reports: list[str] = []
-    with FaultServer(complaint=particular, delay=0.05) as server:
+    all_are_here = Barrier(4)
+
+    def complaint(body: dict[str, Any]) -> str | None:
+        if {"max_tokens", "temperature"} <= set(body):  # side by side: all four are refused before one is adapted
+            all_are_here.wait(30)
+        return particular(body)
+
+    with FaultServer(complaint=complaint) as server:
         guide = remote(server, tmp_path, "instruction", decoding=Decoding(temperature=0.7), retries=0)
         guide.server._report = reports.append  # pyright: ignore[reportPrivateUsage]
-        assert len(ask(guide, requests(4))) == 4  # side by side: all four are refused before one is adapted
+        assert len(ask(guide, requests(4))) == 4
         body = server.requests[-1]["body"]
         counts = guide.take_counts()
         assert (counts["guide_attempts"], counts["guide_answered"]) == (server.asked, 4)
