@@ -86,32 +86,15 @@ def test_gelu_leaves_what_it_reads_as_it_was(grad: bool):
     assert torch.equal(states.detach(), before)
 
 
-@AVAILABLE
-@pytest.mark.parametrize("onednn", [True, False])
-@pytest.mark.parametrize("width", [24, 40])
-@pytest.mark.parametrize("conv", [True, False])
-def test_gradients_of_weights_are_the_same_from_both_libraries(
-    onednn: bool, width: int, conv: bool, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(kernels, "prefers_onednn_always", lambda: onednn)
-    monkeypatch.setattr(kernels.native, "multiplies", lambda: False)
-    drawn = torch.Generator().manual_seed(0)
-    gradient, states = torch.randn(21, 32, generator=drawn), torch.randn(21, width, generator=drawn)
-    found = kernels._for_weight(gradient, states, conv)
-    plain = gradient.t() @ states
-    assert found.is_contiguous()  # a fused optimizer reads it so
-    assert largest_difference([found], [plain.t() if conv else plain]) < 1e-6
-
-
 @pytest.mark.parametrize(("told", "wide"), [
     ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", False),
     ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", True),
     ("CPU part\t: 0xd40\n", False),
 ])  # fmt: skip
-def test_a_processor_with_vectors_of_the_whole_width_is_known(told: str, wide: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "_told_of_processor", lambda: told)
+def test_a_processor_with_units_of_the_whole_width_is_known(told: str, wide: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernels.native, "processor", lambda: told)
     monkeypatch.setattr(kernels, "prefers_onednn", lambda: True)
-    assert kernels.prefers_onednn_always.__wrapped__() is wide
+    assert kernels._has_wide_units.__wrapped__() is wide
 
 
 @AVAILABLE

@@ -31,16 +31,17 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     native._compile([COMPILER], made)
     found = ctypes.CDLL(str(made))
     patch.setattr(native, "library", lambda: (found, None))
-    patch.setattr(native, "_has_matrix_units", lambda: bool(found.amx_ready()))
     yield
     patch.undo()
 
 
-@pytest.fixture
-def units(build: None):
-    """Units for matrices, in builds that have them."""
-    if not native.multiplies():
-        pytest.skip("this processor has no units for matrices (AMX), or this build leaves them out")
+@pytest.fixture(params=native.UNITS)
+def units(build: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Products by each function, in builds for processors that can."""
+    found = native.library()[0]
+    if found is None or not getattr(found, request.param.replace("product", "ready"))():
+        pytest.skip(f"this processor has no {native.UNITS[request.param]}, or this build leaves it out")
+    monkeypatch.setattr(native, "_product", lambda: request.param)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -182,7 +183,7 @@ def test_a_single_query_attends_as_torchs_do(build: None, size: int, threads: in
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 31, 17), (700, 1100, 130), (64, 32, 4200), (1300, 64, 96)])
-def test_products_on_matrix_units_are_as_exact_as_in_fp32(units: None, sizes: tuple[int, int, int], threads: int):
+def test_products_are_as_exact_as_in_fp32(units: None, sizes: tuple[int, int, int], threads: int):
     torch.set_num_threads(threads)
     rows, depth, columns = sizes
     bias = drawn(columns, seed=2)
@@ -195,7 +196,7 @@ def test_products_on_matrix_units_are_as_exact_as_in_fp32(units: None, sizes: tu
 
 
 @pytest.mark.parametrize("layer", [kernels.FastLinear(48, 80), kernels.FastConv1D(80, 48)])
-def test_layers_use_the_matrix_units_and_their_gradients_are_torchs(
+def test_layers_use_compiled_products_and_their_gradients_are_torchs(
     units: None, layer: nn.Module, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)

@@ -7,10 +7,8 @@
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
-#include <immintrin.h>
-#include <pthread.h>
-#include <stdlib.h>
-#include <string.h>
+#include "avx512.h"
+
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -22,12 +20,6 @@
 #define BROAD (1 << 15)      // numbers of B that stay there beside them
 #define TOGETHER 64          // columns that a thread packs before it asks for more
 #define WIDTH 4096           // columns that are packed at once
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLLED _Pragma("GCC unroll 16")
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
 
 // whether this process may use the units
 int amx_ready(void) {
@@ -57,28 +49,6 @@ INLINE void split_row(__m512 one, __m512 two, __m512i parts[3]) {
   }
 }
 
-// 16 times 16 pairs the other way round
-INLINE void transpose(__m512i *tile) {
-  __m512i x[16];
-#define SWAP(by, low, high) \
-  UNROLLED for (int i = 0; i < 16; i++) if (!(i & by)) { \
-    const __m512i one = low, two = high; \
-    x[i] = one; \
-    x[i + by] = two; \
-  }
-#define PICK(a, b) _mm512_permutex2var_epi32(x[i], a, x[i + b])
-  const __m512i low1 = _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-  const __m512i high1 = _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  const __m512i low4 = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-  const __m512i high4 = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  UNROLLED for (int i = 0; i < 16; i++) x[i] = _mm512_load_si512(tile + i);
-  SWAP(1, PICK(low1, 1), PICK(high1, 1))
-  SWAP(2, _mm512_mask_permutex_epi64(x[i], 0xaa, x[i + 2], 0xa0), _mm512_mask_permutex_epi64(x[i + 2], 0x55, x[i], 0xf5))
-  SWAP(4, PICK(low4, 4), PICK(high4, 4))
-  SWAP(8, _mm512_shuffle_i64x2(x[i], x[i + 8], 0x44), _mm512_shuffle_i64x2(x[i], x[i + 8], 0xee))
-  UNROLLED for (int i = 0; i < 16; i++) _mm512_store_si512(tile + i, x[i]);
-}
-
 // Lines (rows of A, columns of B) as tiles of 16 lines and a step of the depth, in panels of SIDE lines; zeros where there is
 // nothing. A's tiles have a line in each row, B's a pair of the depth. Memory is read along what lies together.
 static void pack(const float *from, int64_t line, int64_t deep, int64_t lines, int64_t depth, int by_lines, uint16_t *to) {
@@ -106,7 +76,12 @@ static void pack(const float *from, int64_t line, int64_t deep, int64_t lines, i
   if (by_lines != (deep == 1))
     for (int64_t i = 0; i < all; i += 16)
       for (int64_t k = 0; k < depth; k += STEP)
-        for (int part = 0; part < 3; part++) transpose((__m512i *)(TILE(i, k) + part * PART));
+        for (int part = 0; part < 3; part++) {
+          __m512i *tile = (__m512i *)(TILE(i, k) + part * PART), x[16]; // of pairs
+          UNROLLED for (int y = 0; y < 16; y++) x[y] = _mm512_load_si512(tile + y);
+          transpose(x);
+          UNROLLED for (int y = 0; y < 16; y++) _mm512_store_si512(tile + y, x[y]);
+        }
 }
 
 // C [SIDE, SIDE] = A B of packed A and B; rows of C are `c_row` bytes apart
@@ -130,33 +105,6 @@ INLINE void block(int64_t steps, const uint16_t *a, const uint16_t *b, float *c,
   _tile_stored(1, c + 16, c_row);
   _tile_stored(2, (char *)c + 16 * c_row, c_row);
   _tile_stored(3, (char *)(c + 16) + 16 * c_row, c_row);
-}
-
-// memory that a thread works in, kept for its next product: what is fetched anew lies in no cache
-typedef struct { void *memory; int64_t bytes; } Room;
-static pthread_key_t rooms;
-static pthread_once_t rooms_begun = PTHREAD_ONCE_INIT;
-static void end_rooms(void *given) {
-  Room *of_thread = given;
-  free(of_thread[0].memory);
-  free(of_thread[1].memory);
-  free(of_thread);
-}
-static void begin_rooms(void) { pthread_key_create(&rooms, end_rooms); }
-
-static void *room(int which, int64_t bytes) {
-  pthread_once(&rooms_begun, begin_rooms);
-  Room *kept = pthread_getspecific(rooms);
-  if (!kept) {
-    kept = calloc(2, sizeof(Room));
-    if (!kept || pthread_setspecific(rooms, kept)) return 0;
-  }
-  if (kept[which].bytes < bytes) {
-    free(kept[which].memory);
-    kept[which].memory = aligned_alloc(64, up(bytes, 64));
-    kept[which].bytes = kept[which].memory ? bytes : 0;
-  }
-  return kept[which].memory;
 }
 
 // C [rows, columns] = A [rows, depth] B [depth, columns] + bias [columns] where there is one. Of A's two strides one is 1, and of

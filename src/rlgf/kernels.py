@@ -5,11 +5,9 @@ won, every part does what it did before.
 """
 
 import math
-import platform
 import re
 import threading
 from functools import cache, partial
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -21,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from rlgf import native
 from rlgf.lanes import loans
 
-LEAST_PRODUCT = 2**22  # multiplications of a product from which on the other library is asked: below, the way there costs more
-LEAST_ROWS = 256  # of a product, from which on the processor's units for matrices are asked: for fewer, packing costs more
+LEAST_PRODUCT = 2**22  # see `least_product`
+LEAST_ROWS = 256  # of a product, from which on what is compiled is asked: for fewer, packing costs more
 LEAST_LENT = 300_000_000  # multiplications of a gradient from which on another lane may compute it: below, its way costs more
 
 
@@ -33,30 +31,19 @@ def prefers_onednn() -> bool:
     That library is Intel's: on Intel's processors it is the faster one, and layers that need no Python backward beside it.
     """
     able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return able and not made_by_intel()
+    return able and not native.made_by_intel()
+
+
+def least_product() -> int:
+    """Multiplications of a product from which on oneDNN is asked: below, the way there costs more than it saves."""
+    return LEAST_PRODUCT // 4 if _has_wide_units() else LEAST_PRODUCT
 
 
 @cache
-def made_by_intel() -> bool:
-    """Whether the processor is Intel's, as far as the system says."""
-    return "GenuineIntel" in _told_of_processor()
-
-
-@cache
-def prefers_onednn_always() -> bool:
-    """Whether it is faster even with what it must copy first: the default library has half of the rate where AMD's processors
-    have units of the whole width, as they do from Zen 5 (family 26) on.
-    """
-    family = re.search(r"^cpu family\s*: (\d+)", _told_of_processor(), re.MULTILINE)
+def _has_wide_units() -> bool:
+    """Whether this is an AMD processor of family 26 (Zen 5) or later: the default library uses half the width of its units."""
+    family = re.search(r"^cpu family\s*: (\d+)", native.processor(), re.MULTILINE)
     return prefers_onednn() and family is not None and int(family[1]) >= 26
-
-
-@cache
-def _told_of_processor() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor()
 
 
 @cache
@@ -68,7 +55,7 @@ def multiplies_bf16() -> bool:
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by the library that is the fastest one."""
-    if _on_matrix_units(states, weight):
+    if _is_compiled(states, weight):
         made = native.product(states.reshape(-1, states.shape[-1]), weight.t(), None if bias is None else bias.contiguous())
         return made.view(*states.shape[:-1], weight.shape[0])
     if states.dtype == torch.float32 and not prefers_onednn():
@@ -76,16 +63,16 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def _on_matrix_units(states: Tensor, others: Tensor) -> bool:
-    """Whether a product in fp32 is made on the processor's units for matrices, which take less time, all passes told."""
+def _is_compiled(states: Tensor, others: Tensor) -> bool:
+    """Whether a product in fp32 is made by what is compiled, where that takes less time than the libraries."""
     rows = states.numel() // states.shape[-1]
     laid = (states.is_contiguous() or (states.dim() == 2 and states.stride(1) == 1)) and 1 in others.stride()
     return rows >= LEAST_ROWS and laid and states.dtype == torch.float32 and native.multiplies()
 
 
 class _Product(torch.autograd.Function):
-    """The same with a gradient. That of the weight is left to the library that is the faster one there, and where it takes long
-    lent out: another lane may have the time.
+    """The same with a gradient. That of the weight is left to the default library, which is the faster one there, and where it
+    takes long lent out: another lane may have the time.
 
     Where `used` is the weight in bf16, all products are in bf16, as autocast has them, and the gradients of parameters in fp32.
     """
@@ -146,12 +133,8 @@ def _own_or_lent(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
 def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
     """The gradient of a weight, of that of the product [rows, out] and of what was multiplied [rows, in]."""
     left, right = (states, gradient) if conv else (gradient, states)
-    if _on_matrix_units(left, right):
+    if _is_compiled(left, right):
         return native.product(left.t(), right)
-    if left.dtype == torch.float32 and prefers_onednn_always():
-        if left.shape[1] <= right.shape[1]:  # the first operand is the one that is copied
-            return product(left.t(), right.t())
-        return product(right.t(), left.t()).t().contiguous()
     return (left.t() @ right).float()
 
 
@@ -165,13 +148,13 @@ def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
     None, as it is anyway: where nothing is won, and where it is neither in fp32 nor in autocast's bf16.
     """
     multiplications = _multiplications(states, weight)
-    if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < LEAST_PRODUCT:
+    if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < least_product():
         return None
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
     lends = multiplications >= LEAST_LENT and loans() is not None and torch.is_grad_enabled()
-    faster = prefers_onednn() or _on_matrix_units(states, weight)
+    faster = prefers_onednn() or _is_compiled(states, weight)
     return states.dtype if states.dtype == torch.float32 and (faster or lends) else None
 
 

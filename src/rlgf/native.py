@@ -1,4 +1,5 @@
-"""What `native.c` and `amx.c` do, on tensors: one pass over memory where torch's operations take many, and no Python meanwhile.
+"""What `native.c`, `avx512.c` and `amx.c` do, on tensors: one pass over memory where torch's operations take many, no Python
+meanwhile, and products at the rate of the processor's widest units.
 
 It is compiled for this very processor when it is first asked for, in a second or two, by the C compiler of the machine, and
 kept in the user's cache. Where there is none, everybody takes torch's operations, which come to the same numbers.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "amx.c"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.c", "avx512.c", "amx.c", "avx512.h"))
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
 LANES = 16  # numbers come in multiples of this
@@ -54,7 +55,7 @@ def describe() -> str:
     """What is used of it, for the record."""
     if not _asked or library()[0] is None:
         return "nothing"
-    return "attention, activations, norms, log-probabilities" + (", products on AMX" if multiplies() else "")
+    return "attention, activations, norms, log-probabilities" + (f", products on {UNITS[_product()]}" if multiplies() else "")
 
 
 @cache
@@ -79,7 +80,7 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
 def _load(compiler: list[str]) -> ctypes.CDLL:
     """The functions of these sources, compiled by this compiler for this processor, now or earlier."""
     told = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=60).stdout
-    made_of = b"\n".join([*(source.read_bytes() for source in SOURCES), told, repr((compiler, FLAGS, _processor())).encode()])
+    made_of = b"\n".join([*(source.read_bytes() for source in SOURCES), told, repr((compiler, FLAGS, processor())).encode()])
     name, folder = f"native-{hashlib.sha256(made_of).hexdigest()[:16]}.so", _cache()
     with suppress(OSError):  # there is none yet, or one that was made elsewhere and cannot be loaded here
         return ctypes.CDLL(str(folder / name if folder else Path("none")))
@@ -103,19 +104,26 @@ def _cache() -> Path | None:
 
 
 def _compile(compiler: list[str], to: Path) -> None:
-    command = [*compiler, *FLAGS, *map(str, SOURCES), "-o", str(to), "-lm"]
+    units = [str(source) for source in SOURCES if source.suffix == ".c"]
+    command = [*compiler, *FLAGS, *units, "-o", str(to), "-lm"]
     subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=300)
 
 
-def _processor() -> str:
-    """What the machine code depends on."""
+@cache
+def processor() -> str:
+    """What the system says of the processor, as far as machine code and what is fast depend on it."""
+    told = ("vendor_id", "cpu family", "model name", "flags", "Features", "isa", "CPU part")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(
-            sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "isa", "CPU part"))})
-        )
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
+    return "\n".join(sorted({line for line in lines if line.startswith(told)}))
+
+
+@cache
+def made_by_intel() -> bool:
+    """Whether the processor is Intel's, as far as the system says."""
+    return "GenuineIntel" in processor()
 
 
 def _call(function: str, *arguments: Tensor | int | float | None) -> int:
@@ -194,25 +202,35 @@ def rms_norm_back(states: Tensor, weight: Tensor, scales: Tensor, gradient: Tens
     return for_states, for_weight.sum(0)
 
 
+UNITS = {"amx_product": "AMX", "avx512_product": "AVX-512"}
+
+
 def multiplies() -> bool:
-    """Whether `product` may be asked: the processor has units for matrices, and this process may use them."""
-    return _asked and _has_matrix_units()
+    """Whether `product` may be asked: it is faster than the default library here."""
+    return _asked and _product() != ""
 
 
 @cache
-def _has_matrix_units() -> bool:
+def _product() -> str:
+    """By which function: on units for matrices where the processor has them and this process may use them, otherwise on AVX-512
+    where the processor is not Intel's, as the default library then uses half of the width. Empty: by none.
+    """
     found = library()[0]
-    return found is not None and bool(found.amx_ready())
+    if found is None:
+        return ""
+    if found.amx_ready():
+        return "amx_product"
+    return "avx512_product" if found.avx512_ready() and not made_by_intel() else ""
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """`left` [rows, depth] times `right` [depth, columns], plus contiguous `bias`; of each one stride is 1.
 
-    As exact as in fp32 for numbers between 1e-33 and 3e38; smaller ones lose digits, and infinity becomes NaN.
+    On AMX as exact as in fp32 for numbers between 1e-33 and 3e38; smaller ones lose digits, and infinity becomes NaN.
     """
     result = left.new_empty(left.shape[0], right.shape[1])
     rows, depth, columns = (*left.shape, right.shape[1])
-    if _call("amx_product", rows, columns, depth, left, *left.stride(), right, *right.stride(), bias, result):
+    if _call(_product(), rows, columns, depth, left, *left.stride(), right, *right.stride(), bias, result):
         raise MemoryError("no memory for a product's working space")
     return result
 

@@ -23,6 +23,7 @@ from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 
 BATCH_TOKENS = 16_384  # cache columns of one decoding batch: bounds memory, changes nothing else
+PREFILL_TOKENS = 4_096  # read at once: bounds memory, as what a model makes of them is larger than what is kept
 PREFILL_FILL = 0.75  # prefixes are prefilled together while the shortest has at least this share of the longest
 
 
@@ -452,7 +453,8 @@ class _Decoder:
         groups: list[list[list[int]]] = []
         for family in families:
             longest = len(self.prefixes[groups[-1][0][0]]) if groups else 0
-            if groups and len(self.prefixes[family[0]]) >= PREFILL_FILL * longest:
+            alike = groups and len(self.prefixes[family[0]]) >= PREFILL_FILL * longest
+            if alike and (len(groups[-1]) + 1) * longest <= PREFILL_TOKENS:
                 groups[-1].append(family)
             else:
                 groups.append([family])
