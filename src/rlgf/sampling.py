@@ -22,7 +22,7 @@ from rlgf.offload import awake
 from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 
-BATCH_TOKENS = 16_384  # cache columns of one decoding batch: bounds memory, changes nothing else
+BATCH_TOKENS = 32_768  # cache columns of one decoding batch: bounds memory, changes nothing else
 PREFILL_TOKENS = 4_096  # read at once: bounds memory, as what a model makes of them is larger than what is kept
 PREFILL_FILL = 0.75  # prefixes are prefilled together while the shortest has at least this share of the longest
 
