@@ -61,13 +61,13 @@ PRODUCTS: dict[str, Callable[..., int]] = {
 
 
 class Ledger(TorchDispatchMode):
-    """Counts what passes: products by layout, bytes of everything else."""
+    """Counts what passes: products by layout and with their bytes, bytes of everything else."""
 
     def __init__(self) -> None:
         super().__init__()
         self.products: Counter[Product] = Counter()
         self.operations: dict[Product, int] = {}
-        self.bytes = self.calls = 0
+        self.bytes = self.product_bytes = self.calls = 0
 
     def total(self) -> int:
         """Multiplications and additions of all products."""
@@ -82,8 +82,12 @@ class Ledger(TorchDispatchMode):
             key = (func, (*map(layout, args), *((name, layout(value)) for name, value in (kwargs or {}).items())))
             self.products[key] += 1
             self.operations[key] = PRODUCTS[name](*args, **(kwargs or {}))
-        elif name not in FREE:
-            self.bytes += sum(t.numel() * t.element_size() for t in [*tensors(args), *tensors(result)])
+        if name not in FREE:
+            passed = sum(t.numel() * t.element_size() for t in [*tensors(args), *tensors(result)])
+            if name in PRODUCTS:
+                self.product_bytes += passed
+            else:
+                self.bytes += passed
         return result
 
 

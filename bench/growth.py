@@ -2,9 +2,12 @@
 
     make bench-growth            # or: python -m bench.growth
 
-Each point is a process of its own: an iteration that is not timed, two that are, and one whose operations are counted. What is
-reported is how often the time of a stage doubles for each doubling of its operations between the first and the last point: 1 is
-as many times as the operations, less is better, and more would be a stage that grows faster than its work.
+Each point is a process of its own: an iteration that is not timed, two that are, and one whose operations are counted, as
+`bench.floor` counts them. What is reported is how often the time of a stage doubles for each doubling of its work between the
+first and the last point: 1 is as many times as the work, less is better, and more is a stage that grows faster than it. Work is
+told in two ways. Multiplications of matrices alone leave out that some are done out of the cache and some wait for memory. So
+beside them there is the time that all operations take at the machine's rates: the multiplications at that of a large product,
+and all bytes that operations read and write, those of products too, at that of memory.
 """
 
 import argparse
@@ -18,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bench.iteration import ROOT, keep, processor
 from bench.workload import Workload, make
@@ -50,34 +55,47 @@ def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, A
     return {
         "seconds": {stage: min(step[f"seconds_{stage}"] for step in steps) for stage in STAGES},
         "gflop": {stage: ledger.total() / 1e9 for stage, ledger in ledgers.items()},
+        "gigabytes": {stage: (ledger.product_bytes + ledger.bytes) / 1e9 for stage, ledger in ledgers.items()},
         "peak_rss_mb": peak,
         "parameters": sum(p.numel() for p in trainer.parts.models.policy.model.parameters()),
     }
 
 
-def exponent(points: Sequence[Mapping[str, Any]], stage: str) -> float:
-    """How often the seconds of a stage double for each doubling of its operations, from the first point to the last."""
+def exponent(points: Sequence[Mapping[str, Any]], stage: str, work: str) -> float:
+    """How often the seconds of a stage double for each doubling of its work, from the first point to the last."""
     first, last = points[0], points[-1]
-    return math.log(last["seconds"][stage] / first["seconds"][stage]) / math.log(last["gflop"][stage] / first["gflop"][stage])
+    return math.log(last["seconds"][stage] / first["seconds"][stage]) / math.log(last[work][stage] / first[work][stage])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """All points, each in a process of its own."""
+    from bench.floor import rates
+
     load_before = os.getloadavg()
+    torch.set_num_threads(arguments.threads)
+    machine_rates = rates(torch.float32)
     ways: dict[str, Any] = {}
     for name, changes in WAYS.items():
         rows: list[dict[str, Any]] = []
         for change in changes:
             command = [sys.executable, "-m", "bench.growth", "--threads", str(arguments.threads), "--point", json.dumps(change)]
             answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-            rows.append({"change": change, **json.loads(answer.splitlines()[-1])})
+            found = json.loads(answer.splitlines()[-1])
+            found["work"] = {
+                stage: found["gflop"][stage] / machine_rates["gflops"] + found["gigabytes"][stage] / machine_rates["gbs_memory"]
+                for stage in STAGES
+            }
+            rows.append({"change": change, **found})
             print(name, row(rows[-1]), flush=True)
-        ways[name] = {"points": rows, "exponents": {stage: exponent(rows, stage) for stage in STAGES}}
-        print(name, "exponents", {stage: round(value, 2) for stage, value in ways[name]["exponents"].items()}, flush=True)
+        exponents = {work: {stage: exponent(rows, stage, work) for stage in STAGES} for work in ("gflop", "work")}
+        ways[name] = {"points": rows, "exponents": exponents}
+        for work, found in exponents.items():
+            print(name, f"exponents of {work}:", {stage: round(value, 2) for stage, value in found.items()}, flush=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {
             "processor": processor(), "cores": os.cpu_count(), "threads": arguments.threads, "load_before": load_before,
+            "rates": machine_rates,
         },
         "ways": ways,
     }  # fmt: skip
@@ -85,7 +103,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def row(found: Mapping[str, Any]) -> str:
     """A point for people."""
-    seconds = ", ".join(f"{stage} {found['seconds'][stage]:.2f} s / {found['gflop'][stage]:.0f} GFLOP" for stage in STAGES)
+    seconds = ", ".join(
+        f"{stage} {found['seconds'][stage]:.2f} s / {found['gflop'][stage]:.0f} GFLOP, {found['gigabytes'][stage]:.1f} GB"
+        for stage in STAGES
+    )
     return f"{found['change']}: {seconds}, {found['peak_rss_mb']:.0f} MB, {found['parameters'] / 1e6:.1f}M parameters"
 
 

@@ -13,6 +13,8 @@
 #define WIDE 32          // columns of C computed at once: 28 vectors of sums, 2 of B and 1 of A are registers
 #define DEPTH 256        // of the depth, what is packed at once: sums of so many numbers, then those of these sums
 #define BLOCK (1 << 17)  // numbers of B that are packed at once: they stay in a core's second cache
+#define HIGH (8 * TALL)  // rows of A that are packed at once, and
+#define BROAD (4 * WIDE) // columns of B: of lines that lie far apart more is read of each
 
 int avx512_ready(void) { return 1; }
 
@@ -43,23 +45,27 @@ void *room(int which, int64_t bytes) {
   return kept[which].memory;
 }
 
-// Lines (rows of A, columns of B) as [depth, side], zeros where there is nothing; the depth may be rounded up to 16. Memory is
-// read along what lies together.
+// Lines (rows of A, columns of B) in panels of `side` lines, each [depth, side], zeros where there is nothing; the depth may be
+// rounded up to 16. Memory is read along what lies together, and of all panels while it is there.
 INLINE void pack(const float *from, int64_t line, int64_t deep, int64_t lines, int64_t depth, const int side, float *to) {
-#define KEPT first(side - i)
+  const int64_t panel = up(depth, 16) * side;
+#define TO(k) (to + i / side * panel + (k) * side + x), first(side - x)
   if (line == 1)
     for (int64_t k = 0; k < depth; k++)
-      UNROLLED for (int i = 0; i < side; i += 16)
-        _mm512_mask_storeu_ps(to + k * side + i, KEPT, _mm512_maskz_loadu_ps(first(lines - i), from + k * deep + i));
+      for (int64_t i = 0; i < lines; i += side)
+        UNROLLED for (int x = 0; x < side; x += 16)
+          _mm512_mask_storeu_ps(TO(k), _mm512_maskz_loadu_ps(first(lines - i - x), from + k * deep + i + x));
   else
-    for (int64_t k = 0; k < depth; k += 16)
-      for (int i = 0; i < side; i += 16) {
-        __m512i x[16];
-        UNROLLED for (int y = 0; y < 16; y++)
-          x[y] = i + y < lines ? _mm512_maskz_loadu_epi32(first(depth - k), from + (i + y) * line + k) : _mm512_setzero_si512();
-        transpose(x);
-        UNROLLED for (int y = 0; y < 16; y++) _mm512_mask_storeu_epi32(to + (k + y) * side + i, KEPT, x[y]);
-      }
+    for (int64_t i = 0; i < lines; i += side)
+      for (int64_t k = 0; k < depth; k += 16)
+        for (int x = 0; x < side; x += 16) {
+          __m512i tile[16];
+          UNROLLED for (int y = 0; y < 16; y++)
+            tile[y] = i + x + y < lines ? _mm512_maskz_loadu_epi32(first(depth - k), from + (i + x + y) * line + k)
+                                        : _mm512_setzero_si512();
+          transpose(tile);
+          UNROLLED for (int y = 0; y < 16; y++) _mm512_mask_storeu_epi32(TO(k + y), tile[y]);
+        }
 }
 
 // C [down, across] = A B of packed A and B, plus C where `more`, plus `bias` where there is one. A function of its own, so that
@@ -95,26 +101,30 @@ static __attribute__((noinline)) void block(int64_t depth, const float *a, const
 // B's; C is contiguous. Returns 0, or 1 where there was no memory to work in.
 int avx512_product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_column, const float *b,
                    int64_t b_row, int64_t b_column, const float *bias, float *c, int threads) {
-  const int64_t width = up(BLOCK / up(least(depth, DEPTH), 16), WIDE);
+  const int64_t width = up(BLOCK / up(least(depth, DEPTH), 16), WIDE), share = up((rows + threads - 1) / threads, TALL);
   float *right = room(0, up(least(columns, width), WIDE) * up(least(depth, DEPTH), 16) * sizeof(float));
   if (!right) return 1;
 #pragma omp parallel num_threads(threads)
   {
-    float left[TALL * DEPTH] __attribute__((aligned(64)));
+    float left[HIGH * DEPTH] __attribute__((aligned(64)));
     for (int64_t k = 0; k < depth; k += DEPTH)
       for (int64_t n = 0; n < columns; n += width) {
         const int64_t deep = least(DEPTH, depth - k), wide = least(width, columns - n), packed = up(deep, 16);
-        const int last = k + deep == depth;
+        const float *beside = bias && k + deep == depth ? bias + n : 0;
 #pragma omp for schedule(static)
-        for (int64_t j = 0; j < wide; j += WIDE)
-          pack(b + k * b_row + (n + j) * b_column, b_column, b_row, least(WIDE, wide - j), deep, WIDE, right + j * packed);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < rows; i += TALL) {
-          const int64_t down = least(TALL, rows - i);
-          pack(a + i * a_row + k * a_column, a_row, a_column, down, deep, TALL, left);
-          for (int64_t j = 0; j < wide; j += WIDE)
-            block(deep, left, right + j * packed, c + i * columns + n + j, columns, down, least(WIDE, wide - j), k > 0,
-                  bias && last ? bias + n + j : 0);
+        for (int64_t j = 0; j < wide; j += BROAD)
+          pack(b + k * b_row + (n + j) * b_column, b_column, b_row, least(BROAD, wide - j), deep, WIDE, right + j * packed);
+#pragma omp for schedule(static, 1)
+        for (int64_t part = 0; part < threads; part++) {
+          const int64_t end = least(rows, (part + 1) * share);
+          for (int64_t high = part * share; high < end; high += HIGH) {
+            const int64_t tall = least(HIGH, end - high);
+            pack(a + high * a_row + k * a_column, a_row, a_column, tall, deep, TALL, left);
+            for (int64_t i = 0; i < tall; i += TALL)
+              for (int64_t j = 0; j < wide; j += WIDE)
+                block(deep, left + i * packed, right + j * packed, c + (high + i) * columns + n + j, columns,
+                      least(TALL, tall - i), least(WIDE, wide - j), k > 0, beside ? beside + j : 0);
+          }
         }
       }
   }

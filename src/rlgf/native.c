@@ -1,6 +1,6 @@
 // What torch takes many passes over memory for, in one: attention within texts, activations, log-probabilities. fp32, on a CPU.
 //
-// Vectors are GCC's, which clang has too: one source for every processor. `native/__init__.py` compiles it for the machine it
+// Vectors are GCC's, which clang has too: one source for every processor. `native.py` compiles it for the machine it
 // runs on and says what is handed over. Nothing here keeps anything, and nothing allocates but what a thread works in.
 
 #include <math.h>
@@ -9,6 +9,7 @@
 #include <string.h>
 
 #ifdef __AVX512F__
+#include <immintrin.h>
 #define LANES 16
 #define FOR_LANES(W, x) W(0, x), W(1, x), W(2, x), W(3, x), W(4, x), W(5, x), W(6, x), W(7, x), \
                         W(8, x), W(9, x), W(10, x), W(11, x), W(12, x), W(13, x), W(14, x), W(15, x)
@@ -36,7 +37,14 @@ INLINE Vector all(float x) { return (Vector){0} + x; }
 INLINE Vector choose(Integers where, Vector x, Vector otherwise) {
   return (Vector)(((Integers)x & where) | ((Integers)otherwise & ~where));
 }
+// the greater or the smaller one; the second one where either is no number
+#if defined(__AVX512F__) && LANES == 16
+INLINE Vector greater(Vector a, Vector b) { return (Vector)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE Vector smaller(Vector a, Vector b) { return (Vector)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE Vector greater(Vector a, Vector b) { return choose(a > b, a, b); }
+INLINE Vector smaller(Vector a, Vector b) { return choose(a < b, a, b); }
+#endif
 
 // lanes with those `by` places away; the sum or the greatest of all lanes, in every lane
 #define AWAY(lane, by) ((lane) ^ (by))
@@ -58,11 +66,10 @@ INLINE Vector greatest(Vector x) {
   return greater(x, ACROSS(x, 1));
 }
 
-// e^x within 2 units in the last place; 0 below e^-87, infinite above e^88, NaN of NaN
-INLINE Vector exponential(Vector given) {
+// e^x within 2 units in the last place for x up to 88; 0 below -87, NaN of NaN
+INLINE Vector exponential_to_88(Vector given) {
   const Vector magic = all(12582912.0f); // adding it rounds to a whole number, whose bits are the lowest ones
-  Vector x = choose(given < all(-87.0f), all(-87.0f), given);
-  x = choose(x > all(88.0f), all(88.0f), x);
+  const Vector x = greater(all(-87.0f), given);
   Vector n = x * 1.44269504f + magic;
   const Integers power = (Integers)n << 23;
   n -= magic;
@@ -74,8 +81,12 @@ INLINE Vector exponential(Vector given) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   p = (Vector)((Integers)p + power) + (x - x);
-  p = choose(given > all(88.0f), all(INFINITY), p);
   return choose(given < all(-87.0f), all(0), p);
+}
+
+// the same, and infinite above 88
+INLINE Vector exponential(Vector given) {
+  return choose(given > all(88.0f), all(INFINITY), exponential_to_88(smaller(all(88.0f), given)));
 }
 
 INLINE Vector logistic(Vector x) { return 1.0f / (1.0f + exponential(-x)); }
@@ -222,7 +233,7 @@ static void attend(const Attention *a, const Head *h, float *room) {
       }
       top = greatest(top);
       for (int64_t j = 0; j < columns; j += LANES) {
-        const Vector x = exponential(load(row + j) - top);
+        const Vector x = exponential_to_88(load(row + j) - top);
         store(row + j, x);
         sum += x;
       }
@@ -260,7 +271,7 @@ static void attend_back(const Attention *a, const Head *h, float *room) {
           dot += load(h->gradient + query * a->gradient_token + j) * load(h->out + query * line + j);
         dot = total(dot);
         for (int64_t j = 0; j < columns; j += LANES) {
-          const Vector weight = exponential(score(a, row, bias, j, columns) - normalisers[0]) * normalisers[1];
+          const Vector weight = exponential_to_88(score(a, row, bias, j, columns) - normalisers[0]) * normalisers[1];
           const Vector x = weight * (load(slope + j) - dot);
           store(row + j, weight);
           store(slope + j, x * a->scale);
@@ -345,7 +356,7 @@ void attention_step(int64_t rows, int64_t heads, int64_t groups, int64_t columns
     for (int64_t j = 0; j < end; j += LANES) top = greater(load(own + j), top);
     top = greatest(top);
     for (int64_t j = 0; j < end; j += LANES) {
-      const Vector x = exponential(load(own + j) - top);
+      const Vector x = exponential_to_88(load(own + j) - top);
       store(own + j, x);
       sum += x;
     }
@@ -430,25 +441,31 @@ INLINE Vector logits_at(const float *row, int64_t j, int64_t vocabulary) {
   return load(rest);
 }
 
-// log Σ e^logits of each row [rows, vocabulary]
+// log Σ e^logits of each row [rows, vocabulary]; CHAINS vectors at a time, none of which waits for another
+#define CHAINS 4
+#define EACH_CHAIN UNROLLED for (int c = 0; c < CHAINS; c++)
 void log_normalisers(int64_t rows, int64_t vocabulary, const float *logits, float *to, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < rows; i++) {
     const float *row = logits + i * vocabulary;
-    Vector top = all(-INFINITY), sum = all(0);
-    Integers unknown = {0};
-    for (int64_t j = 0; j < vocabulary; j += LANES) {
-      const Vector x = logits_at(row, j, vocabulary);
-      top = greater(x, top);
-      unknown |= x != x;
-    }
-    top = greatest(top);
+    const int64_t together = vocabulary / (CHAINS * LANES) * CHAINS * LANES;
+    Vector tops[CHAINS], sums[CHAINS];
+    EACH_CHAIN tops[c] = all(-INFINITY), sums[c] = all(0);
+    for (int64_t j = 0; j < together; j += CHAINS * LANES) EACH_CHAIN tops[c] = greater(load(row + j + c * LANES), tops[c]);
+    for (int64_t j = together; j < vocabulary; j += LANES) tops[0] = greater(logits_at(row, j, vocabulary), tops[0]);
+    for (int c = 1; c < CHAINS; c++) tops[0] = greater(tops[c], tops[0]);
+    const Vector top = greatest(tops[0]);
     if (isinf(top[0])) { // nothing to be told apart, but for what is no number
-      to[i] = total(choose(unknown, all(NAN), all(0)))[0] + top[0];
+      float found = top[0];
+      for (int64_t j = 0; j < vocabulary; j++)
+        if (row[j] != row[j]) found = NAN;
+      to[i] = found;
       continue;
     }
-    for (int64_t j = 0; j < vocabulary; j += LANES) sum += exponential(logits_at(row, j, vocabulary) - top);
-    to[i] = top[0] + logf(total(sum)[0]);
+    for (int64_t j = 0; j < together; j += CHAINS * LANES) EACH_CHAIN sums[c] += exponential_to_88(load(row + j + c * LANES) - top);
+    for (int64_t j = together; j < vocabulary; j += LANES) sums[0] += exponential_to_88(logits_at(row, j, vocabulary) - top);
+    for (int c = 1; c < CHAINS; c++) sums[0] += sums[c];
+    to[i] = top[0] + logf(total(sums[0])[0]);
   }
 }
 
@@ -459,7 +476,7 @@ void log_probabilities_back(int64_t rows, int64_t vocabulary, float *logits, con
   for (int64_t i = 0; i < rows; i++) {
     float *row = logits + i * vocabulary;
     for (int64_t j = 0; j < vocabulary; j += LANES) {
-      const Vector x = exponential(logits_at(row, j, vocabulary) - normalisers[i]) * -gradient[i];
+      const Vector x = exponential_to_88(logits_at(row, j, vocabulary) - normalisers[i]) * -gradient[i];
       if (j + LANES <= vocabulary) store(row + j, x);
       else memcpy(row + j, &x, (vocabulary - j) * sizeof(float));
     }
