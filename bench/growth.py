@@ -2,7 +2,7 @@
 
     make bench-growth            # or: python -m bench.growth
 
-Each point is a process of its own: an iteration that is not timed, two that are, and one whose operations are counted, as
+Each point is a process of its own: an iteration that is not timed, three that are, and one whose operations are counted, as
 `bench.floor` counts them. What is reported is how often the time of a stage doubles for each doubling of its work between the
 first and the last point: 1 is as many times as the work, less is better, and more is a stage that grows faster than it. Work is
 told in two ways. Multiplications of matrices alone leave out that some are done out of the cache and some wait for memory. So
@@ -47,11 +47,11 @@ def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, A
     set_up(threads)
     workload = replace(Workload(), epochs=1, **changes)
     make(workload, folder)
-    trainer = build(workload, folder, 4)
+    trainer = build(workload, folder, 5)
     trainer.step(0)
-    steps = [trainer.step(1 + number)[0] for number in range(2)]
+    steps = [trainer.step(1 + number)[0] for number in range(3)]
     peak = peak_rss_mb()
-    ledgers = counted(trainer, 3)
+    ledgers = counted(trainer, 4)
     return {
         "seconds": {stage: min(step[f"seconds_{stage}"] for step in steps) for stage in STAGES},
         "gflop": {stage: ledger.total() / 1e9 for stage, ledger in ledgers.items()},

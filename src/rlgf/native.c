@@ -332,6 +332,18 @@ int attention(const Attention *a, int back, int threads) {
   return failed;
 }
 
+// Σ weight · value over the columns that are seen, of `vectors` vectors, which stay in registers
+INLINE void weigh(const int vectors, int64_t columns, const float *weights, const uint8_t *seen, const float *v, int64_t column,
+                  float *to) {
+  Vector sums[4];
+  UNROLLED for (int c = 0; c < vectors; c++) sums[c] = all(0);
+  for (int64_t j = 0; j < columns; j++)
+    if (!seen || seen[j]) {
+      UNROLLED for (int c = 0; c < vectors; c++) sums[c] += weights[j] * load(v + j * column + c * LANES);
+    }
+  UNROLLED for (int c = 0; c < vectors; c++) store(to + c * LANES, sums[c]);
+}
+
 // The same for one query of each text [rows, heads, size] and the keys and values so far [rows, heads / groups, columns, size],
 // with the strides given; `seen` [rows, columns], bytes, says which, or all where it is none. A row that sees none gets zeros.
 void attention_step(int64_t rows, int64_t heads, int64_t groups, int64_t columns, int64_t size, const float *query,
@@ -361,12 +373,10 @@ void attention_step(int64_t rows, int64_t heads, int64_t groups, int64_t columns
       sum += x;
     }
     const float inverse = 1 / total(sum)[0];
-    for (int64_t d = 0; d < size; d += LANES) store(to + d, all(0));
-    for (int64_t j = 0; j < columns; j++)
-      if (!here || here[j]) {
-        const float weight = own[j] * inverse;
-        for (int64_t d = 0; d < size; d += LANES) store(to + d, load(to + d) + weight * load(v + j * value_column + d));
-      }
+    for (int64_t j = 0; j < end; j += LANES) store(own + j, load(own + j) * inverse);
+    int64_t d = 0;
+    for (; d + 4 * LANES <= size; d += 4 * LANES) weigh(4, columns, own, here, v + d, value_column, to + d);
+    for (; d < size; d += LANES) weigh(1, columns, own, here, v + d, value_column, to + d);
   }
 }
 
