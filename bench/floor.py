@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,11 @@ PRODUCTS: dict[str, Callable[..., int]] = {
     "baddbmm": lambda bias, x, y, **_: rows_and_columns(x, y),
     "_linear_pointwise": lambda x, weight, *_: 2 * x.numel() * weight.shape[0],
     "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: 4 * q.numel() * k.shape[2],
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda gradient, q, k, *_, **__: 10 * q.numel() * k.shape[2],
 }
+TAKEN = {"embedding", "index_select", "gather", "index"}  # of what these look into they read what they return
+PLACED = {"scatter_add_", "scatter_", "index_put_", "index_copy_", "index_add_"}  # and of this what is placed
+WRITTEN = {"fill_", "zero_", "zeros", "zeros_like", "new_zeros", "copy_"}  # what was there is not read
 
 
 class Ledger(TorchDispatchMode):
@@ -83,12 +87,28 @@ class Ledger(TorchDispatchMode):
             self.products[key] += 1
             self.operations[key] = PRODUCTS[name](*args, **(kwargs or {}))
         if name not in FREE:
-            passed = sum(t.numel() * t.element_size() for t in [*tensors(args), *tensors(result)])
+            passed = bytes_passed(name, list(tensors((*args, *(kwargs or {}).values()))), list(tensors(result)))
             if name in PRODUCTS:
                 self.product_bytes += passed
             else:
                 self.bytes += passed
         return result
+
+
+def bytes_passed(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> int:
+    """Bytes that an operation reads and writes."""
+    if name in TAKEN:
+        return 2 * size(made)
+    if name in PLACED:
+        return size(given[1:]) + 2 * size(given[-1:])
+    if name in WRITTEN:
+        return size(given[1:]) + size(made)
+    return size(given) + size(made)
+
+
+def size(values: Sequence[Tensor]) -> int:
+    """Bytes of tensors, what is expanded not counted again."""
+    return sum(math.prod(n for n, by in zip(t.shape, t.stride()) if by) * t.element_size() for t in values)
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
@@ -133,16 +153,18 @@ def alone(product: Product) -> float:
     options = {name: made_again(value) for name, value in named}
     with torch.no_grad():
         seconds = best(lambda: func(*plain, **options))
-        if func.overloadpacket.__name__ in ("mm", "addmm") and native.multiplies() and plain[-1].dtype == torch.float32:
+        laid = all(isinstance(x, Tensor) and x.numel() and 1 in x.stride() for x in plain[-2:])
+        fits = laid and native.multiplies() and plain[-1].dtype == torch.float32
+        if func.overloadpacket.__name__ in ("mm", "addmm") and fits:
             seconds = min(seconds, best(lambda: native.product(plain[-2], plain[-1])))
     return seconds
 
 
 def rates(dtype: torch.dtype) -> dict[str, float]:
     """What the machine does: GFLOP/s of a large product, GB/s of adding two tensors of 4 MB and of 128 MB."""
-    size = 2048
-    x, y = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    found = {"gflops": 2 * size**3 / best(lambda: kernels.product(x, y), 0.5) / 1e9}
+    width = 2048
+    x, y = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
+    found = {"gflops": 2 * width**3 / best(lambda: kernels.product(x, y), 0.5) / 1e9}
     for name, megabytes in (("gbs_cache", 4), ("gbs_memory", 128)):
         a, b, c = (torch.randn(megabytes * 250_000) for _ in range(3))
         found[name] = 3 * megabytes / 1e3 / best(lambda a=a, b=b, c=c: torch.add(a, b, out=c), 0.3)

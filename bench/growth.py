@@ -2,12 +2,13 @@
 
     make bench-growth            # or: python -m bench.growth
 
-Each point is a process of its own: an iteration that is not timed, three that are, and one whose operations are counted, as
-`bench.floor` counts them. What is reported is how often the time of a stage doubles for each doubling of its work between the
-first and the last point: 1 is as many times as the work, less is better, and more is a stage that grows faster than it. Work is
-told in two ways. Multiplications of matrices alone leave out that some are done out of the cache and some wait for memory. So
-beside them there is the time that all operations take at the machine's rates: the multiplications at that of a large product,
-and all bytes that operations read and write, those of products too, at that of memory.
+Each point is a process of its own: an iteration that is not timed, three that are, of which the fastest counts, stage by stage,
+and one whose operations are counted, as `bench.floor` counts them. What is reported is how often the time of a stage doubles
+for each doubling of its work between the first and the last point: 1 is as many times as the work, less is better, and more is
+a stage that grows faster than it. Work is told in two ways. Multiplications of matrices alone leave out that some are done out
+of the cache and some wait for memory. So beside them there is the time that all operations take at the machine's rates: the
+multiplications at that of a large product, and all bytes that operations read and write, those of products too, at that of
+memory. Counted are torch's own operations: what is compiled passes over memory less often.
 """
 
 import argparse
@@ -32,7 +33,7 @@ WAYS: dict[str, list[dict[str, int]]] = {
     "texts": [{"texts": count} for count in (16, 32, 64, 128, 256)],
     "prompt": [{"shortest_prompt": n, "longest_prompt": n, "context": n + 48} for n in (16, 64, 256, 512)],
     "new tokens": [{"new_tokens": n, "context": 64 + n} for n in (16, 48, 128, 256)],
-    "vocabulary": [{"vocabulary": n} for n in (2048, 8192, 32768)],
+    "vocabulary": [{"vocabulary": n} for n in (2048, 8192, 32768, 131072)],
     "width": [{"width": n, "heads": n // 64} for n in (128, 256, 512, 768)],
 }
 
@@ -80,12 +81,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         for change in changes:
             command = [sys.executable, "-m", "bench.growth", "--threads", str(arguments.threads), "--point", json.dumps(change)]
             answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-            found = json.loads(answer.splitlines()[-1])
-            found["work"] = {
-                stage: found["gflop"][stage] / machine_rates["gflops"] + found["gigabytes"][stage] / machine_rates["gbs_memory"]
-                for stage in STAGES
-            }
-            rows.append({"change": change, **found})
+            measured = json.loads(answer.splitlines()[-1])
+            gflop, gigabytes = measured["gflop"], measured["gigabytes"]
+            rates_of = machine_rates["gflops"], machine_rates["gbs_memory"]
+            work = {stage: gflop[stage] / rates_of[0] + gigabytes[stage] / rates_of[1] for stage in STAGES}
+            rows.append({"change": change, **measured, "work": work})
             print(name, row(rows[-1]), flush=True)
         exponents = {work: {stage: exponent(rows, stage, work) for stage in STAGES} for work in ("gflop", "work")}
         ways[name] = {"points": rows, "exponents": exponents}

@@ -9,7 +9,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration, T5Model
 
 from helpers import WAYS_TO_ATTEND, let_it_attend
-from rlgf import packing
+from rlgf import packing, sampling
 from rlgf.forward import micro_batches, padded, read_tokens, token_logits, trunk_states
 from rlgf.models import LanguageModel, Trunk, bundle
 from rlgf.randomness import Purpose, uniform_rows
@@ -86,6 +86,15 @@ def test_neighbours_and_shared_sources_change_nothing(model: LanguageModel, deco
         draws = uniform_rows(0, Purpose.POLICY_TOKEN, [row], 8, starts)
         alone = continue_prefixes(model, [BEGUN[row]], [8], [0], draws, decoding, sources=[SOURCES[row]])
         assert rows_of(alone) == [mine]
+
+
+def test_how_many_are_read_at_once_changes_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
+    together = write(model, SOURCES, BEGUN, Decoding())
+    for most in (1, 20):
+        monkeypatch.setattr(sampling, "PREFILL_TOKENS", most)
+        apart = write(model, SOURCES, BEGUN, Decoding())
+        assert rows_of(apart) == rows_of(together)
+        torch.testing.assert_close(apart.log_probs, together.log_probs, rtol=0, atol=1e-5)
 
 
 def test_log_probs_are_those_of_a_full_forward(model: LanguageModel):

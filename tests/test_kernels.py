@@ -25,6 +25,7 @@ def at_any_size(monkeypatch: pytest.MonkeyPatch):
     """Replaced whatever the processor, and used however small the product is."""
     monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
     monkeypatch.setattr(kernels, "LEAST_ROWS", 0)
+    monkeypatch.setattr(kernels, "LEAST_COLUMNS", 0)
     monkeypatch.setattr(kernels, "prefers_onednn", torch.backends.mkldnn.is_available)
 
 
@@ -84,17 +85,6 @@ def test_gelu_leaves_what_it_reads_as_it_was(grad: bool):
     before = states.detach().clone()
     TanhGELU()(states)
     assert torch.equal(states.detach(), before)
-
-
-@pytest.mark.parametrize(("told", "wide"), [
-    ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\n", False),
-    ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", True),
-    ("CPU part\t: 0xd40\n", False),
-])  # fmt: skip
-def test_a_processor_with_units_of_the_whole_width_is_known(told: str, wide: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels.native, "processor", lambda: told)
-    monkeypatch.setattr(kernels, "prefers_onednn", lambda: True)
-    assert kernels._has_wide_units.__wrapped__() is wide
 
 
 @AVAILABLE

@@ -31,6 +31,7 @@ def build(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     native._compile([COMPILER], made)
     found = ctypes.CDLL(str(made))
     patch.setattr(native, "library", lambda: (found, None))
+    patch.setattr(native, "_product", native._product.__wrapped__)
     yield
     patch.undo()
 
@@ -98,7 +99,7 @@ def test_the_norm_is_torchs(build: None, width: int, threads: int):
     same(found, with_gradients(lambda x, w: nn.functional.rms_norm(x, (width,), w, 1e-6), states.double(), weight.double()))
 
 
-@pytest.mark.parametrize("vocabulary", [16, 61, 1024])
+@pytest.mark.parametrize("vocabulary", [16, 61, 203, 1024])
 def test_log_probabilities_are_torchs(build: None, vocabulary: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native, "LANES", 1)  # asked for by vocabularies of whole vectors alone, computed for any
     logits = drawn(9, vocabulary) * 8
@@ -182,7 +183,9 @@ def test_a_single_query_attends_as_torchs_do(build: None, size: int, threads: in
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (33, 31, 17), (700, 1100, 130), (64, 32, 4200), (1300, 64, 96)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1), (33, 31, 17), (700, 1100, 130), (64, 32, 4200), (1300, 64, 96), (130, 600, 1100), (300, 768, 1)]
+)
 def test_products_are_as_exact_as_in_fp32(units: None, sizes: tuple[int, int, int], threads: int):
     torch.set_num_threads(threads)
     rows, depth, columns = sizes
@@ -193,6 +196,26 @@ def test_products_are_as_exact_as_in_fp32(units: None, sizes: tuple[int, int, in
                 exact = left.double() @ right.double() + (0 if beside is None else beside.double())
                 usual = left @ right + (0 if beside is None else beside)
                 assert float((native.product(left, right, beside) - exact).norm()) <= 1.2 * float((usual - exact).norm()) + 1e-6
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
+def test_a_product_of_nothing_is_the_bias(units: None, sizes: tuple[int, int, int]):
+    rows, depth, columns = sizes
+    bias = drawn(columns)
+    assert torch.equal(native.product(drawn(rows, depth), drawn(depth, columns), bias), bias.expand(rows, columns))
+    assert torch.equal(native.product(drawn(rows, depth), drawn(depth, columns)), torch.zeros(rows, columns))
+
+
+@pytest.mark.parametrize(("told", "wide"), [
+    ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t: avx512f\n", False),
+    ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx512f\n", True),
+    ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx2\n", False),
+    ("vendor_id\t: GenuineIntel\ncpu family\t: 26\nflags\t: avx512f\n", False),
+    ("CPU part\t: 0xd40\n", False),
+])  # fmt: skip
+def test_a_processor_with_units_of_the_whole_width_is_known(told: str, wide: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native, "processor", lambda: told)
+    assert native.has_wide_units.__wrapped__() is wide
 
 
 @pytest.mark.parametrize("layer", [kernels.FastLinear(48, 80), kernels.FastConv1D(80, 48)])
@@ -214,6 +237,11 @@ def test_rows_of_infinities_have_the_normalisers_that_torch_gives_them(build: No
     logits = torch.zeros(4, 16)
     logits[0], logits[1, 3], logits[2], logits[2, 5] = -torch.inf, torch.inf, -torch.inf, torch.nan
     torch.testing.assert_close(native.log_normalisers(logits), logits.logsumexp(1), equal_nan=True)
+    for column in (0, 70, 200):  # in the chains, and behind them
+        for value in (torch.inf, torch.nan, -torch.inf):
+            logits = drawn(2, 203) - (torch.inf if value > 0 else 0)
+            logits[0, column] = value
+            torch.testing.assert_close(native.log_normalisers(logits), logits.logsumexp(1), equal_nan=True)
 
 
 def test_nothing_hides_what_is_not_a_number(build: None):
@@ -299,7 +327,7 @@ def test_what_does_not_compile_is_said(anew: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("CC", str(compiler))
     monkeypatch.setattr(native, "COMPILERS", ())
     assert not native.takes(torch.zeros(2, 16))
-    assert "broken could not compile native.c: unknown vector" in (native.why_not() or "")
+    assert "broken could not compile the sources: unknown vector" in (native.why_not() or "")
     assert not [*anew.iterdir()]
 
 

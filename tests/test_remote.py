@@ -301,7 +301,7 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) 
 
     def complaint(body: dict[str, Any]) -> str | None:
         if {"max_tokens", "temperature"} <= set(body):  # side by side: all four are refused before one is adapted
-            all_are_here.wait(30)
+            all_are_here.wait(5)
         return particular(body)
 
     with FaultServer(complaint=complaint) as server:

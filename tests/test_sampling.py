@@ -433,9 +433,11 @@ def test_log_probs_and_support_agree_with_a_full_forward(tiny_model: LanguageMod
 
 def test_the_size_of_decoding_batches_changes_no_draw(tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write(tiny_model, PREFIXES, Decoding(top_p=0.9), budgets=[12, 3, 12, 7, 1])
-    for size in (1, 40):
-        monkeypatch.setattr(sampling, "BATCH_TOKENS", size)
-        parts = write(tiny_model, PREFIXES, Decoding(top_p=0.9), budgets=[12, 3, 12, 7, 1])
+    bounds = [("BATCH_TOKENS", 1), ("BATCH_TOKENS", 40), ("PREFILL_TOKENS", 1), ("PREFILL_TOKENS", 20), ("BATCH_LOGITS", 1)]
+    for bound, size in bounds:
+        with monkeypatch.context() as patch:
+            patch.setattr(sampling, bound, size)
+            parts = write(tiny_model, PREFIXES, Decoding(top_p=0.9), budgets=[12, 3, 12, 7, 1])
         assert rows_of(parts) == rows_of(whole)
         assert torch.equal(parts.finished, whole.finished)
         torch.testing.assert_close(parts.log_probs, whole.log_probs, rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-// fp32 products on AVX-512, for processors on which the default library does not use the whole width of their units.
+// fp32 products on AVX-512, for processors on which the default library does not use the whole width of their units (Zen 5).
 
 #include <stdint.h>
 
@@ -14,7 +14,7 @@
 #define DEPTH 256        // of the depth, what is packed at once: sums of so many numbers, then those of these sums
 #define BLOCK (1 << 17)  // numbers of B that are packed at once: they stay in a core's second cache
 #define HIGH (8 * TALL)  // rows of A that are packed at once, and
-#define BROAD (4 * WIDE) // columns of B: of lines that lie far apart more is read of each
+#define BROAD (4 * WIDE) // at most columns of B: of lines that lie far apart more is read of each
 
 int avx512_ready(void) { return 1; }
 
@@ -102,6 +102,7 @@ static __attribute__((noinline)) void block(int64_t depth, const float *a, const
 int avx512_product(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t a_row, int64_t a_column, const float *b,
                    int64_t b_row, int64_t b_column, const float *bias, float *c, int threads) {
   const int64_t width = up(BLOCK / up(least(depth, DEPTH), 16), WIDE), share = up((rows + threads - 1) / threads, TALL);
+  const int64_t broad = least(BROAD, up((width + threads - 1) / threads, WIDE)); // something for each thread
   float *right = room(0, up(least(columns, width), WIDE) * up(least(depth, DEPTH), 16) * sizeof(float));
   if (!right) return 1;
 #pragma omp parallel num_threads(threads)
@@ -112,8 +113,8 @@ int avx512_product(int64_t rows, int64_t columns, int64_t depth, const float *a,
         const int64_t deep = least(DEPTH, depth - k), wide = least(width, columns - n), packed = up(deep, 16);
         const float *beside = bias && k + deep == depth ? bias + n : 0;
 #pragma omp for schedule(static)
-        for (int64_t j = 0; j < wide; j += BROAD)
-          pack(b + k * b_row + (n + j) * b_column, b_column, b_row, least(BROAD, wide - j), deep, WIDE, right + j * packed);
+        for (int64_t j = 0; j < wide; j += broad)
+          pack(b + k * b_row + (n + j) * b_column, b_column, b_row, least(broad, wide - j), deep, WIDE, right + j * packed);
 #pragma omp for schedule(static, 1)
         for (int64_t part = 0; part < threads; part++) {
           const int64_t end = least(rows, (part + 1) * share);

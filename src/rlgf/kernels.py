@@ -5,7 +5,6 @@ won, every part does what it did before.
 """
 
 import math
-import re
 import threading
 from functools import cache, partial
 from types import FunctionType
@@ -21,6 +20,7 @@ from rlgf.lanes import loans
 
 LEAST_PRODUCT = 2**22  # see `least_product`
 LEAST_ROWS = 256  # of a product, from which on what is compiled is asked: for fewer, packing costs more
+LEAST_COLUMNS = 32  # and from which columns on: fewer are filled up
 LEAST_LENT = 300_000_000  # multiplications of a gradient from which on another lane may compute it: below, its way costs more
 
 
@@ -36,14 +36,7 @@ def prefers_onednn() -> bool:
 
 def least_product() -> int:
     """Multiplications of a product from which on oneDNN is asked: below, the way there costs more than it saves."""
-    return LEAST_PRODUCT // 4 if _has_wide_units() else LEAST_PRODUCT
-
-
-@cache
-def _has_wide_units() -> bool:
-    """Whether this is an AMD processor of family 26 (Zen 5) or later: the default library uses half the width of its units."""
-    family = re.search(r"^cpu family\s*: (\d+)", native.processor(), re.MULTILINE)
-    return prefers_onednn() and family is not None and int(family[1]) >= 26
+    return LEAST_PRODUCT // 4 if native.has_wide_units() else LEAST_PRODUCT
 
 
 @cache
@@ -55,7 +48,7 @@ def multiplies_bf16() -> bool:
 
 def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by the library that is the fastest one."""
-    if _is_compiled(states, weight):
+    if _is_compiled(states, weight, weight.shape[0]):
         made = native.product(states.reshape(-1, states.shape[-1]), weight.t(), None if bias is None else bias.contiguous())
         return made.view(*states.shape[:-1], weight.shape[0])
     if states.dtype == torch.float32 and not prefers_onednn():
@@ -63,16 +56,18 @@ def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def _is_compiled(states: Tensor, others: Tensor) -> bool:
+def _is_compiled(states: Tensor, others: Tensor, columns: int) -> bool:
     """Whether a product in fp32 is made by what is compiled, where that takes less time than the libraries."""
+    if columns < LEAST_COLUMNS:
+        return False
     rows = states.numel() // states.shape[-1]
     laid = (states.is_contiguous() or (states.dim() == 2 and states.stride(1) == 1)) and 1 in others.stride()
     return rows >= LEAST_ROWS and laid and states.dtype == torch.float32 and native.multiplies()
 
 
 class _Product(torch.autograd.Function):
-    """The same with a gradient. That of the weight is left to the default library, which is the faster one there, and where it
-    takes long lent out: another lane may have the time.
+    """The same with a gradient. That of the weight is never oneDNN's, which must copy an operand first. Where it takes long, it
+    is lent out: another lane may have the time.
 
     Where `used` is the weight in bf16, all products are in bf16, as autocast has them, and the gradients of parameters in fp32.
     """
@@ -133,7 +128,7 @@ def _own_or_lent(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
 def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
     """The gradient of a weight, of that of the product [rows, out] and of what was multiplied [rows, in]."""
     left, right = (states, gradient) if conv else (gradient, states)
-    if _is_compiled(left, right):
+    if _is_compiled(left, right, min(left.shape[1], right.shape[1])):
         return native.product(left.t(), right)
     return (left.t() @ right).float()
 
@@ -154,7 +149,7 @@ def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
         half = torch.get_autocast_dtype("cpu")
         return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
     lends = multiplications >= LEAST_LENT and loans() is not None and torch.is_grad_enabled()
-    faster = prefers_onednn() or _is_compiled(states, weight)
+    faster = prefers_onednn() or _is_compiled(states, weight, weight.numel() // states.shape[-1])
     return states.dtype if states.dtype == torch.float32 and (faster or lends) else None
 
 

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -73,7 +74,7 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:
             return _load([found, *options]), None
         except (OSError, subprocess.SubprocessError) as error:
             told = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-            reasons.append(f"{found} could not compile native.c: {told.strip()[-300:]}")
+            reasons.append(f"{found} could not compile the sources: {told.strip()[-300:]}")
     return None, reasons[0] if reasons else f"no C compiler found ({', '.join(COMPILERS)}, or what CC names)"
 
 
@@ -124,6 +125,13 @@ def processor() -> str:
 def made_by_intel() -> bool:
     """Whether the processor is Intel's, as far as the system says."""
     return "GenuineIntel" in processor()
+
+
+@cache
+def has_wide_units() -> bool:
+    """Whether this is AMD's Zen 5 (family 26) or later, with AVX-512: Intel's library uses half of the width of its units."""
+    family = re.search(r"^cpu family\s*: (\d+)", processor(), re.MULTILINE)
+    return "AuthenticAMD" in processor() and "avx512f" in processor() and family is not None and int(family[1]) >= 26
 
 
 def _call(function: str, *arguments: Tensor | int | float | None) -> int:
@@ -213,14 +221,14 @@ def multiplies() -> bool:
 @cache
 def _product() -> str:
     """By which function: on units for matrices where the processor has them and this process may use them, otherwise on AVX-512
-    where the processor is not Intel's, as the default library then uses half of the width. Empty: by none.
+    where the default library does not make use of it. Empty: by none.
     """
     found = library()[0]
     if found is None:
         return ""
     if found.amx_ready():
         return "amx_product"
-    return "avx512_product" if found.avx512_ready() and not made_by_intel() else ""
+    return "avx512_product" if found.avx512_ready() and has_wide_units() else ""
 
 
 def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -230,6 +238,8 @@ def product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     result = left.new_empty(left.shape[0], right.shape[1])
     rows, depth, columns = (*left.shape, right.shape[1])
+    if not rows * depth * columns:
+        return result.zero_() if bias is None else result.copy_(bias.expand_as(result))
     if _call(_product(), rows, columns, depth, left, *left.stride(), right, *right.stride(), bias, result):
         raise MemoryError("no memory for a product's working space")
     return result

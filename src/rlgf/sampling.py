@@ -22,8 +22,10 @@ from rlgf.offload import awake
 from rlgf.ops import log_normaliser, without_ids
 from rlgf.types import Decoding, Support
 
-BATCH_TOKENS = 32_768  # cache columns of one decoding batch: bounds memory, changes nothing else
-PREFILL_TOKENS = 4_096  # read at once: bounds memory, as what a model makes of them is larger than what is kept
+# these bound memory, and change draws by nothing but rounding
+BATCH_TOKENS = 32_768  # cache columns of one decoding batch
+BATCH_LOGITS = 2**25  # numbers drawn from at once, rows times vocabulary
+PREFILL_TOKENS = 4_096  # read at once: of a token that is read a layer makes more than it keeps
 PREFILL_FILL = 0.75  # prefixes are prefilled together while the shortest has at least this share of the longest
 
 
@@ -69,7 +71,7 @@ def continue_prefixes(
     if sources is not None:
         prefixes = [[language_model.model.config.decoder_start_token_id, *prefix] for prefix in prefixes]
     with awake(language_model.model):
-        for batch in _decoding_batches(prefixes, budgets, _alone_in_length(language_model.model)):
+        for batch in _decoding_batches(language_model, prefixes, budgets, sources):
             members = [prefixes[i] for i in batch], None if sources is None else [sources[i] for i in batch]
             decoder = _Decoder(language_model, *members, max(budgets[i] for i in batch), precision)
             draws = torch.from_numpy(uniforms[batch])
@@ -232,7 +234,7 @@ def _beam_search(
         if budgets[row]:
             families.setdefault((len(written[row]), budgets[row], minimums[row]), []).append(row)
     for (width, budget, minimum), members in families.items():
-        size = max(1, BATCH_TOKENS // (beams * (width + budget)))
+        size = max(1, BATCH_TOKENS // 2 // (beams * (width + budget)))  # they are read at once
         for batch in (members[start : start + size] for start in range(0, len(members), size)):
             ids = torch.tensor([written[row] for row in batch], dtype=torch.int64).to(device)
             inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -258,21 +260,29 @@ def _alone_in_length(model: Any) -> bool:
     return is_encoder_decoder(model) and not any(hasattr(module, "compute_bias") for module in model.modules())
 
 
-def _decoding_batches(prefixes: Sequence[Sequence[int]], budgets: Sequence[int], one_length: bool) -> list[list[int]]:
+def _decoding_batches(
+    language_model: LanguageModel,
+    prefixes: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    sources: Sequence[Sequence[int]] | None,
+) -> list[list[int]]:
     """Rows in batches that fit the cache; within one, those that may write longest come first, so that leaving is a slice."""
+    one_length = _alone_in_length(language_model.model)
+    most_rows = max(1, BATCH_LOGITS // language_model.vocabulary)
     writing = [i for i in range(len(prefixes)) if budgets[i] > 0]
     writing.sort(key=lambda i: (len(prefixes[i]) if one_length else 0, -budgets[i], len(prefixes[i])))
     batches: list[list[int]] = []
-    widest = 0
+    widest = (0, 0, 0)
     for i in writing:
-        columns = len(prefixes[i]) + budgets[i]
-        widest = max(widest, columns) if batches else columns
-        fits = batches and (len(batches[-1]) + 1) * widest <= BATCH_TOKENS
+        own = len(prefixes[i]), budgets[i], 0 if sources is None else len(sources[i])
+        joint = tuple(map(max, widest, own))
+        fits = batches and len(batches[-1]) < most_rows and (len(batches[-1]) + 1) * sum(joint) <= BATCH_TOKENS
         if fits and (not one_length or len(prefixes[i]) == len(prefixes[batches[-1][0]])):
             batches[-1].append(i)
+            widest = joint
         else:
             batches.append([i])
-            widest = columns
+            widest = own
     return batches
 
 
@@ -440,8 +450,13 @@ class _Decoder:
         ids = padded(list(places)).to(device)
         lengths = torch.tensor([len(source) for source in places])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+        together, encoder = max(1, PREFILL_TOKENS // max(1, ids.shape[1])), model.get_encoder()
         with torch.no_grad(), self.language_model.active(), autocast(device, self.precision):
-            states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+            parts = [
+                encoder(input_ids=part, attention_mask=counts).last_hidden_state
+                for part, counts in zip(ids.split(together), mask.split(together))
+            ]
+        states = parts[0] if len(parts) == 1 else torch.cat(parts)
         return states[which], mask[which]
 
     def _prefill_groups(self, sources: Sequence[Sequence[int]] | None) -> list[_Prefill]:
@@ -450,11 +465,12 @@ class _Decoder:
         for row, prefix in enumerate(self.prefixes):
             sharers.setdefault((tuple(prefix), None if sources is None else tuple(sources[row])), []).append(row)
         families = sorted(sharers.values(), key=lambda rows: -len(self.prefixes[rows[0]]))
+        read = max(map(len, sources), default=0) if sources else 0
         groups: list[list[list[int]]] = []
         for family in families:
             longest = len(self.prefixes[groups[-1][0][0]]) if groups else 0
             alike = groups and len(self.prefixes[family[0]]) >= PREFILL_FILL * longest
-            if alike and (len(groups[-1]) + 1) * longest <= PREFILL_TOKENS:
+            if alike and (len(groups[-1]) + 1) * (longest + read) <= PREFILL_TOKENS:
                 groups[-1].append(family)
             else:
                 groups.append([family])
