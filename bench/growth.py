@@ -3,12 +3,14 @@
     make bench-growth            # or: python -m bench.growth
 
 Each point is a process of its own: an iteration that is not timed, three that are, of which the fastest counts, stage by stage,
-and one whose operations are counted, as `bench.floor` counts them. What is reported is how often the time of a stage doubles
-for each doubling of its work between the first and the last point: 1 is as many times as the work, less is better, and more is
-a stage that grows faster than it. Work is told in two ways. Multiplications of matrices alone leave out that some are done out
-of the cache and some wait for memory. So beside them there is the time that all operations take at the machine's rates: the
-multiplications at that of a large product, and all bytes that operations read and write, those of products too, at that of
-memory. Counted are torch's own operations: what is compiled passes over memory less often.
+and one whose operations are counted, as `bench.floor` counts them. Writing is two stages here, reading the prompts at once and
+then a token at a time. What is reported is how often the time of a stage doubles for each doubling of its work between the
+first and the last point: 1 is as many times as the work, less is better, and more is a stage that grows faster than it. These
+two points are measured several times, taking turns, for the median and the spread. Work is told in two ways. Multiplications
+of matrices alone leave out that some are done out of the cache and some wait for memory. So beside them there is the time that
+all operations take at the machine's rates: the multiplications at that of a large product, and all bytes that operations read
+and write, those of products too, at that of memory. Counted are torch's own operations: what is compiled passes over memory
+less often.
 """
 
 import argparse
@@ -18,17 +20,22 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 from bench.iteration import ROOT, keep, processor
+from bench.worker import replaced
 from bench.workload import Workload, make
 
-STAGES = ("write", "appraise", "update")
+STAGES = ("read", "write", "appraise", "update")
+PAIRS = 3  # of first and last points, taking turns
 WAYS: dict[str, list[dict[str, int]]] = {
     "texts": [{"texts": count} for count in (16, 32, 64, 128, 256)],
     "prompt": [{"shortest_prompt": n, "longest_prompt": n, "context": n + 48} for n in (16, 64, 256, 512)],
@@ -41,7 +48,7 @@ WAYS: dict[str, list[dict[str, int]]] = {
 def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, Any]:
     """One point, in this process: seconds and operations by stage, peak memory."""
 
-    from bench.floor import counted
+    from bench.floor import Ledger, counted
     from bench.worker import peak_rss_mb
     from bench.worker_rlgf import build, set_up
 
@@ -49,23 +56,67 @@ def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, A
     workload = replace(Workload(), epochs=1, **changes)
     make(workload, folder)
     trainer = build(workload, folder, 5)
-    trainer.step(0)
-    steps = [trainer.step(1 + number)[0] for number in range(3)]
-    peak = peak_rss_mb()
-    ledgers = counted(trainer, 4)
+    with prefills() as reading:
+        trainer.step(0)
+        steps: list[dict[str, float]] = []
+        for number in range(3):
+            reading.seconds = 0.0
+            metrics = trainer.step(1 + number)[0]
+            written = metrics["seconds_write"] - reading.seconds
+            steps.append({"read": reading.seconds, "write": written, **{s: metrics[f"seconds_{s}"] for s in STAGES[2:]}})
+        peak = peak_rss_mb()
+        reading.ledger = Ledger()
+        ledgers = counted(trainer, 4) | {"read": reading.ledger}
+    gflop = {stage: ledger.total() / 1e9 for stage, ledger in ledgers.items()}
+    gigabytes = {stage: (ledger.product_bytes + ledger.bytes) / 1e9 for stage, ledger in ledgers.items()}
+    for found in (gflop, gigabytes):
+        found["write"] -= found["read"]
     return {
-        "seconds": {stage: min(step[f"seconds_{stage}"] for step in steps) for stage in STAGES},
-        "gflop": {stage: ledger.total() / 1e9 for stage, ledger in ledgers.items()},
-        "gigabytes": {stage: (ledger.product_bytes + ledger.bytes) / 1e9 for stage, ledger in ledgers.items()},
+        "seconds": {stage: min(step[stage] for step in steps) for stage in STAGES},
+        "gflop": gflop,
+        "gigabytes": gigabytes,
         "peak_rss_mb": peak,
         "parameters": sum(p.numel() for p in trainer.parts.models.policy.model.parameters()),
     }
 
 
-def exponent(points: Sequence[Mapping[str, Any]], stage: str, work: str) -> float:
-    """How often the seconds of a stage double for each doubling of its work, from the first point to the last."""
-    first, last = points[0], points[-1]
+class Prefills:
+    """What reading prompts takes, and, once there is a ledger, what it does."""
+
+    seconds = 0.0
+    ledger: Any = None
+
+
+@contextmanager
+def prefills() -> Generator[Prefills]:
+    """Watches the sampler read prompts."""
+    from rlgf import sampling
+
+    found = Prefills()
+
+    def watching(prefill: Any) -> Any:
+        def watched(decoder: Any) -> Any:
+            began = time.perf_counter()
+            with found.ledger or nullcontext():
+                result = prefill(decoder)
+            found.seconds += time.perf_counter() - began
+            return result
+
+        return watched
+
+    with replaced(sampling._Decoder, "prefill", watching):
+        yield found
+
+
+def exponent(first: Mapping[str, Any], last: Mapping[str, Any], stage: str, work: str) -> float:
+    """How often the seconds of a stage double for each doubling of its work, from one point to another."""
     return math.log(last["seconds"][stage] / first["seconds"][stage]) / math.log(last[work][stage] / first[work][stage])
+
+
+def exponents(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], work: str) -> dict[str, dict[str, float]]:
+    """The same of each stage over pairs of points: median, least and most."""
+    found = {stage: [exponent(*pair, stage, work) for pair in pairs] for stage in STAGES}
+    return {stage: {"median": median(values), "min": min(values), "max": max(values)} for stage, values in found.items()}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -76,21 +127,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     machine_rates = rates(torch.float32)
     ways: dict[str, Any] = {}
+
+    def measured(change: Mapping[str, int]) -> dict[str, Any]:
+        command = [sys.executable, "-m", "bench.growth", "--threads", str(arguments.threads), "--point", json.dumps(change)]
+        answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found = json.loads(answer.splitlines()[-1])
+        flops, moves = machine_rates["gflops"], machine_rates["gbs_memory"]
+        work = {stage: found["gflop"][stage] / flops + found["gigabytes"][stage] / moves for stage in STAGES}
+        print(row({"change": change, **found}), flush=True)
+        return {"change": change, **found, "work": work}
+
     for name, changes in WAYS.items():
-        rows: list[dict[str, Any]] = []
-        for change in changes:
-            command = [sys.executable, "-m", "bench.growth", "--threads", str(arguments.threads), "--point", json.dumps(change)]
-            answer = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-            measured = json.loads(answer.splitlines()[-1])
-            gflop, gigabytes = measured["gflop"], measured["gigabytes"]
-            rates_of = machine_rates["gflops"], machine_rates["gbs_memory"]
-            work = {stage: gflop[stage] / rates_of[0] + gigabytes[stage] / rates_of[1] for stage in STAGES}
-            rows.append({"change": change, **measured, "work": work})
-            print(name, row(rows[-1]), flush=True)
-        exponents = {work: {stage: exponent(rows, stage, work) for stage in STAGES} for work in ("gflop", "work")}
-        ways[name] = {"points": rows, "exponents": exponents}
-        for work, found in exponents.items():
-            print(name, f"exponents of {work}:", {stage: round(value, 2) for stage, value in found.items()}, flush=True)
+        points = [measured(change) for change in changes]
+        again = [(measured(changes[0]), measured(changes[-1])) for _ in range(PAIRS - 1)]
+        pairs = [(points[0], points[-1]), *again]
+        ways[name] = {
+            "points": points,
+            "again": [point for pair in again for point in pair],
+            "exponents": {work: exponents(pairs, work) for work in ("gflop", "work")},
+        }
+        for work, found in ways[name]["exponents"].items():
+            told = ", ".join(f"{s} {found[s]['median']:.2f} ({found[s]['min']:.2f}-{found[s]['max']:.2f})" for s in STAGES)
+            print(f"{name}, exponents of {work}: {told}", flush=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {

@@ -229,4 +229,4 @@ def test_a_reference_reads_beside_a_critic_unless_its_head_is_most_of_the_work(v
     trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
     head, body = nn.Linear(8, vocabulary), nn.Linear(100, 100)
     model = SimpleNamespace(get_output_embeddings=lambda: head, parameters=lambda: [*head.parameters(), body.weight])
-    assert experience._read_alike(model, trainer.collect(0)) == alike
+    assert experience.read_alike(model, trainer.collect(0)) == alike

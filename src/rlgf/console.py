@@ -44,7 +44,7 @@ def keep_freed_memory() -> None:
     """Let glibc reuse what tensors leave behind instead of giving it back: fetching it anew costs a page fault per 4 KiB."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        trim_threshold, mmap_threshold, most = -1, -3, 2**30
+        trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
         libc.mallopt(trim_threshold, most)
         libc.mallopt(mmap_threshold, most)
 

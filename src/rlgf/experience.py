@@ -164,15 +164,15 @@ def measure(
         return values
 
     by_reference = partial(sweep.full_log_probs, rollout.by_policy, models.reference)
-    beside = lanes is not None and _read_alike(models.reference.model, rollout)
+    beside = lanes is not None and read_alike(models.reference.model, rollout)
     reference, values = lanes.run(by_reference, by_critics) if lanes and beside else (by_reference(), by_critics())
     return Measured(old, reference, ops.kl_k1(full, reference) * rollout.by_policy, values)
 
 
-def _read_alike(reference: Any, rollout: Rollout) -> bool:
-    """Whether the reference takes about as long as a critic: the head, of a large vocabulary most of the work, is its alone."""
-    head = sum(parameter.numel() for parameter in reference.get_output_embeddings().parameters())
-    body = sum(parameter.numel() for parameter in reference.parameters()) - head
+def read_alike(model: Any, rollout: Rollout) -> bool:
+    """Whether a language model takes about as long as a critic: the head, most of the work of a large vocabulary, is its alone."""
+    head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
+    body = sum(parameter.numel() for parameter in model.parameters()) - head
     return 3 * head * int(rollout.by_policy.sum()) <= 2 * body * int(rollout.lengths.sum())
 
 
