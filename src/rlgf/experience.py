@@ -170,7 +170,7 @@ def measure(
 
 
 def read_alike(model: Any, rollout: Rollout) -> bool:
-    """Whether a language model takes about as long as a critic: a head, of a large vocabulary most of the work, is its alone."""
+    """Whether a language model takes about as long as a critic, which has no head: that may be most of the work."""
     head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
     body = sum(parameter.numel() for parameter in model.parameters()) - head
     return 3 * head * int(rollout.by_policy.sum()) <= 2 * body * int(rollout.lengths.sum())
