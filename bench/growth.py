@@ -6,7 +6,7 @@ Each point is a process of its own: an iteration that is not timed, three that a
 and one whose operations are counted, as `bench.floor` counts them. Writing is two stages here, reading the prompts at once and
 then a token at a time. What is reported is how often the time of a stage doubles for each doubling of its work between the
 first and the last point: 1 is as many times as the work, less is better, and more is a stage that grows faster than it. These
-two points are measured several times, taking turns, for the median and the spread. Work is told in two ways. Multiplications
+two points are measured twice, taking turns, for the spread. Work is told in two ways. Multiplications
 of matrices alone leave out that some are done out of the cache and some wait for memory. So beside them there is the time that
 all operations take at the machine's rates: the multiplications at that of a large product, and all bytes that operations read
 and write, those of products too, at that of memory. Counted are torch's own operations: what is compiled passes over memory
@@ -35,7 +35,8 @@ from bench.worker import replaced
 from bench.workload import Workload, make
 
 STAGES = ("read", "write", "appraise", "update")
-PAIRS = 3  # of first and last points, taking turns
+PAIRS = 2  # of first and last points, taking turns
+LEAST = 1.5  # times the work, from which on it can be told how time grows with it
 WAYS: dict[str, list[dict[str, int]]] = {
     "texts": [{"texts": count} for count in (16, 32, 64, 128, 256)],
     "prompt": [{"shortest_prompt": n, "longest_prompt": n, "context": n + 48} for n in (16, 64, 256, 512)],
@@ -114,8 +115,10 @@ def exponent(first: Mapping[str, Any], last: Mapping[str, Any], stage: str, work
 
 
 def exponents(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], work: str) -> dict[str, dict[str, float]]:
-    """The same of each stage over pairs of points: median, least and most."""
-    found = {stage: [exponent(*pair, stage, work) for pair in pairs] for stage in STAGES}
+    """The same of each stage whose work grows, over pairs of points: median, least and most."""
+    first, last = pairs[0]
+    growing = [stage for stage in STAGES if last[work][stage] >= LEAST * first[work][stage]]
+    found = {stage: [exponent(*pair, stage, work) for pair in pairs] for stage in growing}
     return {stage: {"median": median(values), "min": min(values), "max": max(values)} for stage, values in found.items()}
 
 
@@ -147,7 +150,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "exponents": {work: exponents(pairs, work) for work in ("gflop", "work")},
         }
         for work, found in ways[name]["exponents"].items():
-            told = ", ".join(f"{s} {found[s]['median']:.2f} ({found[s]['min']:.2f}-{found[s]['max']:.2f})" for s in STAGES)
+            told = ", ".join(f"{s} {found[s]['median']:.2f} ({found[s]['min']:.2f}-{found[s]['max']:.2f})" for s in found)
             print(f"{name}, exponents of {work}: {told}", flush=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
