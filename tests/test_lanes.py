@@ -229,4 +229,16 @@ def test_a_reference_reads_beside_a_critic_unless_its_head_is_most_of_the_work(v
     trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
     head, body = nn.Linear(8, vocabulary), nn.Linear(100, 100)
     model = SimpleNamespace(get_output_embeddings=lambda: head, parameters=lambda: [*head.parameters(), body.weight])
-    assert experience.read_alike(model, trainer.collect(0)) == alike
+    assert experience._read_alike(model, trainer.collect(0)) == alike
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_nobody_reads_or_learns_beside_a_critic_where_the_head_is_most_of_the_work(
+    alike: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(experience, "_read_alike", lambda model, rollout: alike)
+    ran, plain = list[int](), Lanes.run
+    monkeypatch.setattr(Lanes, "run", lambda self, *tasks: (ran.append(1), plain(self, *tasks))[1])
+    trainer = tiny_trainer(ppo(), config_of())
+    steps = trainer.step(0)[0]["optimizer_steps"]
+    assert len(ran) == (1 + steps if alike else 0)  # once while appraising, and in each step

@@ -5,10 +5,10 @@ that values it; V^π is fitted to reward and KL penalty, V^g to the task's rewar
 that token's advantage.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from rlgf.models import Critic, LanguageModel
 from rlgf.offload import awake
 from rlgf.processes import total_moments
 from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Rollout
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -164,12 +167,18 @@ def measure(
         return values
 
     by_reference = partial(sweep.full_log_probs, rollout.by_policy, models.reference)
-    beside = lanes is not None and read_alike(models.reference.model, rollout)
-    reference, values = lanes.run(by_reference, by_critics) if lanes and beside else (by_reference(), by_critics())
+    reference, values = beside_critics(lanes, models.reference.model, rollout, by_reference, by_critics)
     return Measured(old, reference, ops.kl_k1(full, reference) * rollout.by_policy, values)
 
 
-def read_alike(model: Any, rollout: Rollout) -> bool:
+def beside_critics(
+    lanes: Lanes | None, model: Any, rollout: Rollout, task: Callable[[], S], critics: Callable[[], T]
+) -> tuple[S, T]:
+    """What a language model's task and that of the critics return, done at the same time where they take about as long."""
+    return lanes.run(task, critics) if lanes and _read_alike(model, rollout) else (task(), critics())
+
+
+def _read_alike(model: Any, rollout: Rollout) -> bool:
     """Whether a language model takes about as long as a critic, which has no head: that may be most of the work."""
     head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
     body = sum(parameter.numel() for parameter in model.parameters()) - head

@@ -14,7 +14,7 @@ from torch import Tensor
 from rlgf import ops
 from rlgf.config import CriticConfig, KLConfig, PPOConfig
 from rlgf.errors import RunError
-from rlgf.experience import Models, Reading, policy_log_probs, read_alike
+from rlgf.experience import Models, Reading, beside_critics, policy_log_probs
 from rlgf.forward import micro_batches, token_logits
 from rlgf.lanes import Lanes
 from rlgf.models import Critic
@@ -138,8 +138,8 @@ class Updater:
             gradients = self._critic_gradients(experience, members)
             return gradients | self._descend_critics(critic_rate) if done else gradients  # nobody moves before the first check
 
-        beside = self.lanes is not None and read_alike(self.models.policy.model, experience.rollout)
-        (stats, policy_moved), valued = self.lanes.run(policy, critics) if self.lanes and beside else (policy(), critics())
+        model, rollout = self.models.policy.model, experience.rollout
+        (stats, policy_moved), valued = beside_critics(self.lanes, model, rollout, policy, critics)
         ratio_error = stats.pop("ratio_error")
         if done == 0:
             self._check_first_ratio(ratio_error)
