@@ -300,3 +300,12 @@ def guided_metrics(run: Path) -> list[dict[str, Any]]:
         assert counts["rows_needed"] == sum(counts[f"rows_{way}"] for way in ways) > 0
     times = ("seconds", "tokens_per_second", "guide_latency")
     return [{name: value for name, value in row.items() if not name.startswith(times)} for row in rows]
+
+
+def requires_bf16_products() -> None:
+    """Skip the test where oneDNN has no product in bf16 for this processor (AVX2 without AVX-512, say)."""
+    ones = torch.ones(2, 2, dtype=torch.bfloat16)
+    try:
+        torch.ops.mkldnn._linear_pointwise(ones, ones, None, "none", [], "")
+    except RuntimeError as error:
+        pytest.skip(f"oneDNN has no product in bf16 on this processor: {error}")

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
-from helpers import tiny_model
+from helpers import requires_bf16_products, tiny_model
 from rlgf import kernels, models, packing
 from rlgf.kernels import FastConv1D, FastLinear, TanhGELU, speed_up
 
@@ -154,6 +154,7 @@ def test_other_precisions_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
 @AVAILABLE
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_in_bf16_layers_give_what_autocast_gives(kind: type, monkeypatch: pytest.MonkeyPatch):
+    requires_bf16_products()
     monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
     torch.manual_seed(0)
     plain = nn.Linear(24, 40) if kind is nn.Linear else Conv1D(40, 24)
@@ -172,6 +173,7 @@ def test_in_bf16_layers_give_what_autocast_gives(kind: type, monkeypatch: pytest
 
 @AVAILABLE
 def test_the_weight_in_bf16_follows_the_weight(monkeypatch: pytest.MonkeyPatch):
+    requires_bf16_products()
     monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
     layer, states = FastLinear(8, 8, bias=False), torch.eye(8)
     other = {"weight": torch.full((8, 8), 3.0)}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import config_of, tiny_trainer
+from helpers import config_of, requires_bf16_products, tiny_trainer
 from rlgf import experience, kernels, lanes
 from rlgf.algorithms import d2lols, ppo
 from rlgf.experience import measure
@@ -192,6 +192,8 @@ def test_nothing_is_lent_where_it_would_matter_who_computes_or_nobody_is_beside(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_lent_gradient_is_the_one_that_is_not(precision: str, monkeypatch: pytest.MonkeyPatch):
+    if precision == "bf16":
+        requires_bf16_products()
     monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
 
     def learnt(least: int) -> list[torch.Tensor]:
