@@ -32,7 +32,7 @@ from bench.iteration import ROOT, keep, processor
 from bench.worker import machine
 from bench.worker_rlgf import build, set_up
 from bench.workload import WORKLOADS
-from rlgf import kernels, native
+from rlgf.kernels import modules, native
 from rlgf.trainer import Trainer
 
 STAGES = ("write", "appraise", "update")
@@ -164,7 +164,7 @@ def rates(dtype: torch.dtype) -> dict[str, float]:
     """What the machine does: GFLOP/s of a large product, GB/s of adding two tensors of 4 MB and of 128 MB."""
     width = 2048
     x, y = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
-    found = {"gflops": 2 * width**3 / best(lambda: kernels.product(x, y), 0.5) / 1e9}
+    found = {"gflops": 2 * width**3 / best(lambda: modules.product(x, y), 0.5) / 1e9}
     for name, megabytes in (("gbs_cache", 4), ("gbs_memory", 128)):
         a, b, c = (torch.randn(megabytes * 250_000) for _ in range(3))
         found[name] = 3 * megabytes / 1e3 / best(lambda a=a, b=b, c=c: torch.add(a, b, out=c), 0.3)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from bench.worker import Turns, arguments, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
-from rlgf import native, ops
+from rlgf import ops
 from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
 from rlgf.console import keep_freed_memory, quiet
 from rlgf.experience import Models
+from rlgf.kernels import native
 from rlgf.models import load_language_model, new_critic
 from rlgf.tasks import Task
 from rlgf.trainer import Parts, Trainer

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlgf import experience, native, packing
+from rlgf import experience, packing
 from rlgf.algorithms import Algorithm, Share
 from rlgf.config import Config, ModelConfig, TaskConfig, override
 from rlgf.experience import Models, Reading, appraise
 from rlgf.forward import MicroBatch, micro_batch
 from rlgf.guides import FunctionGuide, Guide, Request, Text
+from rlgf.kernels import native
 from rlgf.models import Critic, LanguageModel, Trunk, new_language_model
 from rlgf.recipes import imdb_small
 from rlgf.runs import read_complete_lines

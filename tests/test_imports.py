@@ -10,9 +10,20 @@ import rlgf
 PACKAGE = Path(rlgf.__file__).parent
 
 ORDER = {
-    "": "types errors randomness algorithms display hub data config plugins scoring adapters budget denoising native ngram offload ops packing forward processes lanes kernels profiling prompting preferences tasks recipes entries schedules tables figures report terminal tokens models supervised experience metrics reward_model rewards sampling guides runs judge rollout evaluate best_of shaping stages preference_stage tracking refusals update trainer console finals pipeline check compare cli",
+    "": (
+        "types errors randomness distributed kernels algorithms display hub data config plugins "
+        "scoring adapters budget denoising ngram offload ops packing forward profiling "
+        "prompting preferences tasks recipes entries schedules tables figures report terminal "
+        "tokens models supervised experience metrics reward_model rewards sampling guides runs "
+        "judge rollout evaluate best_of shaping stages preference_stage tracking refusals "
+        "update trainer console finals pipeline check compare cli"
+    ),
     "guides": "answers base cache human local __init__ server remote prefetch tokenizing",
-    "scoring": "__init__ extras diversity jars java captions bertscore concepts rouge functions score worker",
+    "kernels": "__init__ concurrency native modules",
+    "scoring": (
+        "__init__ extras diversity jars java captions bertscore concepts rouge functions score "
+        "worker"
+    ),
     "tasks": "base commongen embedded imdb prompts tldr __init__",
 }  # fmt: skip
 """For each folder its files and folders, from what depends on nothing to what depends on all."""

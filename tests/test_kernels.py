@@ -14,8 +14,9 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from transformers.pytorch_utils import Conv1D
 
 from helpers import requires_bf16_products, tiny_model
-from rlgf import kernels, models, packing
-from rlgf.kernels import FastConv1D, FastLinear, TanhGELU, speed_up
+from rlgf import models, packing
+from rlgf.kernels import modules
+from rlgf.kernels.modules import FastConv1D, FastLinear, TanhGELU, speed_up
 
 AVAILABLE = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -23,10 +24,10 @@ AVAILABLE = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason=
 @pytest.fixture(autouse=True)
 def at_any_size(monkeypatch: pytest.MonkeyPatch):
     """Replaced whatever the processor, and used however small the product is."""
-    monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
-    monkeypatch.setattr(kernels, "LEAST_ROWS", 0)
-    monkeypatch.setattr(kernels, "LEAST_COLUMNS", 0)
-    monkeypatch.setattr(kernels, "prefers_onednn", torch.backends.mkldnn.is_available)
+    monkeypatch.setattr(modules, "LEAST_PRODUCT", 0)
+    monkeypatch.setattr(modules, "LEAST_ROWS", 0)
+    monkeypatch.setattr(modules, "LEAST_COLUMNS", 0)
+    monkeypatch.setattr(modules, "prefers_onednn", torch.backends.mkldnn.is_available)
 
 
 def with_gradients(module: nn.Module, states: Tensor) -> list[Tensor]:
@@ -124,7 +125,7 @@ def test_a_sped_up_model_gives_the_same_loss_and_gradients(kind: str):
     fast = copy.deepcopy(plain)
     speed_up(fast)
     assert any(isinstance(module, (FastLinear, FastConv1D)) for module in fast.modules())
-    assert not kernels._made()
+    assert not modules._made()
     assert set(fast.state_dict()) == set(plain.state_dict())
     ids = torch.arange(36).view(3, 12) % 50
     losses: list[Tensor] = []
@@ -139,30 +140,30 @@ def test_a_sped_up_model_gives_the_same_loss_and_gradients(kind: str):
 
 
 def test_other_precisions_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(modules, "multiplies_bf16", lambda: False)
     layer = FastLinear(8, 8)
     states = torch.randn(4, 8)
-    assert kernels._way(states, layer.weight) == torch.float32
-    assert kernels._way(states.double(), layer.weight) is None
+    assert modules._way(states, layer.weight) == torch.float32
+    assert modules._way(states.double(), layer.weight) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert kernels._way(states, layer.weight) is None
+        assert modules._way(states, layer.weight) is None
         assert layer(states).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.float16):
-        assert kernels._way(states, layer.weight) is None
+        assert modules._way(states, layer.weight) is None
 
 
 @AVAILABLE
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_in_bf16_layers_give_what_autocast_gives(kind: type, monkeypatch: pytest.MonkeyPatch):
     requires_bf16_products()
-    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(modules, "multiplies_bf16", lambda: True)
     torch.manual_seed(0)
     plain = nn.Linear(24, 40) if kind is nn.Linear else Conv1D(40, 24)
     fast = copy.deepcopy(plain)
-    fast.__class__ = kernels.REPLACEMENTS[kind]
+    fast.__class__ = modules.REPLACEMENTS[kind]
     states = torch.randn(3, 7, 24)
     with torch.autocast("cpu", torch.bfloat16):
-        assert kernels._way(states, fast.weight) == torch.bfloat16
+        assert modules._way(states, fast.weight) == torch.bfloat16
         found, expected = with_gradients(fast, states), with_gradients(plain, states)
         assert fast(states).dtype == torch.bfloat16
         with torch.no_grad():
@@ -174,7 +175,7 @@ def test_in_bf16_layers_give_what_autocast_gives(kind: type, monkeypatch: pytest
 @AVAILABLE
 def test_the_weight_in_bf16_follows_the_weight(monkeypatch: pytest.MonkeyPatch):
     requires_bf16_products()
-    monkeypatch.setattr(kernels, "multiplies_bf16", lambda: True)
+    monkeypatch.setattr(modules, "multiplies_bf16", lambda: True)
     layer, states = FastLinear(8, 8, bias=False), torch.eye(8)
     other = {"weight": torch.full((8, 8), 3.0)}
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,8 +214,8 @@ def test_q_k_and_v_are_one_product_and_nothing_of_it_is_left_behind(monkeypatch:
     speed_up(model)
     attention: Any = model.model.layers[0].self_attn
     made: list[tuple[int, ...]] = []
-    joint = kernels._joint
-    monkeypatch.setattr(kernels, "_joint", lambda states, *layers: made.append(states.shape) or joint(states, *layers))
+    joint = modules._joint
+    monkeypatch.setattr(modules, "_joint", lambda states, *layers: made.append(states.shape) or joint(states, *layers))
     ids = torch.arange(40)[None]
     torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
     assert made == [(1, 40, 64), (1, 40, 64)]  # attention's, and the feed-forward part's
@@ -223,4 +224,4 @@ def test_q_k_and_v_are_one_product_and_nothing_of_it_is_left_behind(monkeypatch:
     )  # a layer that is something else: each for itself
     with pytest.raises(TypeError):
         attention(torch.zeros(1, 40, 64), None, None)  # no positions: stops after the products
-    assert not kernels._made()
+    assert not modules._made()

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from helpers import config_of, requires_bf16_products, tiny_trainer
-from rlgf import experience, kernels, lanes
+from rlgf import experience
 from rlgf.algorithms import d2lols, ppo
 from rlgf.experience import measure
-from rlgf.lanes import Lanes, Loans, loans
+from rlgf.kernels import concurrency, modules
+from rlgf.kernels.concurrency import Lanes, Loans, loans
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +43,7 @@ def test_they_run_at_the_same_time():
 
 def test_with_one_thread_or_among_processes_they_follow_each_other(monkeypatch: pytest.MonkeyPatch):
     own = threading.current_thread().name
-    monkeypatch.setattr(lanes, "several", lambda: True)
+    monkeypatch.setattr(concurrency, "several", lambda: True)
     assert Lanes().run(where, where) == ((own, 2), (own, 2))
     monkeypatch.undo()
     torch.set_num_threads(1)
@@ -194,10 +195,10 @@ def test_nothing_is_lent_where_it_would_matter_who_computes_or_nobody_is_beside(
 def test_a_lent_gradient_is_the_one_that_is_not(precision: str, monkeypatch: pytest.MonkeyPatch):
     if precision == "bf16":
         requires_bf16_products()
-    monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
+    monkeypatch.setattr(modules, "LEAST_PRODUCT", 0)
 
     def learnt(least: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(kernels, "LEAST_LENT", least)
+        monkeypatch.setattr(modules, "LEAST_LENT", least)
         trainer = tiny_trainer(ppo(), config_of(runtime__precision=precision, ppo__old_log_probs="recompute"))
         for iteration in range(2):
             trainer.step(iteration)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from rlgf import kernels, native, ops, packing
+from rlgf import ops, packing
+from rlgf.kernels import modules, native
 
 COMPILER = next(filter(None, map(shutil.which, native.COMPILERS)), None)
 LIBRARY = native.library
@@ -70,11 +71,11 @@ def test_activations_are_torchs(build: None, threads: int):
     states = torch.cat([torch.linspace(-12, 12, 1003), torch.tensor([0.0, -0.0, 1e-20, 60.0, -60.0])]).view(-1, 16)
     exact = states.double()
     same(
-        with_gradients(kernels.TanhGELU(), states),
+        with_gradients(modules.TanhGELU(), states),
         with_gradients(lambda x: nn.functional.gelu(x, approximate="tanh"), exact),
     )
     both = torch.cat([states, drawn(*states.shape)], 1)
-    found = with_gradients(kernels._Gated.apply, both)
+    found = with_gradients(modules._Gated.apply, both)
     same(found, with_gradients(lambda x: nn.functional.silu(x[:, :16]) * x[:, 16:], both.double()))
 
 
@@ -85,7 +86,7 @@ def test_rotary_positions_are_transformers(build: None, threads: int):
     angles = drawn(1, 9, 32, seed=2).repeat(1, 1, 2)  # but let both halves differ, as nothing says that they may not
     cos, sin = angles.cos() * torch.linspace(0.5, 1, 64), angles.sin()
     for heads in (q, k):
-        found = with_gradients(lambda x: kernels._turn(pytest.fail, x, x, cos, sin)[0], heads)
+        found = with_gradients(lambda x: modules._turn(pytest.fail, x, x, cos, sin)[0], heads)
         exact = with_gradients(lambda x: apply_rotary_pos_emb(x, x, cos.double(), sin.double())[0], heads.double())
         same(found, exact)
 
@@ -95,7 +96,7 @@ def test_rotary_positions_are_transformers(build: None, threads: int):
 def test_the_norm_is_torchs(build: None, width: int, threads: int):
     torch.set_num_threads(threads)
     states, weight = drawn(2, 7, width) * torch.tensor([1e-3, 10.0])[:, None, None], drawn(width, seed=1)
-    found = with_gradients(lambda x, w: kernels._RMSNorm.apply(x, w, 1e-6), states, weight)
+    found = with_gradients(lambda x, w: modules._RMSNorm.apply(x, w, 1e-6), states, weight)
     same(found, with_gradients(lambda x, w: nn.functional.rms_norm(x, (width,), w, 1e-6), states.double(), weight.double()))
 
 
@@ -218,11 +219,11 @@ def test_a_processor_with_units_of_the_whole_width_is_known(told: str, wide: boo
     assert native.has_wide_units.__wrapped__() is wide
 
 
-@pytest.mark.parametrize("layer", [kernels.FastLinear(48, 80), kernels.FastConv1D(80, 48)])
+@pytest.mark.parametrize("layer", [modules.FastLinear(48, 80), modules.FastConv1D(80, 48)])
 def test_layers_use_compiled_products_and_their_gradients_are_torchs(
     units: None, layer: nn.Module, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(kernels, "LEAST_PRODUCT", 0)
+    monkeypatch.setattr(modules, "LEAST_PRODUCT", 0)
     made, product, found = list[int](), native.product, list[list[Tensor]]()
     monkeypatch.setattr(native, "product", lambda *given: made.append(1) or product(*given))
     for module, states in ((layer, drawn(3, 100, 48)), (copy.deepcopy(layer).double(), drawn(3, 100, 48).double())):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rlgf import ops
+from rlgf import distributed, ops
 from rlgf.types import Support
 
 LOG_2, LOG_3 = math.log(2), math.log(3)
@@ -95,7 +95,7 @@ def test_gae_with_lambda_0_is_the_td_error_and_with_1_the_return_minus_the_value
 
 
 def test_moments_are_count_sum_and_sum_of_squares_of_the_selected() -> None:
-    assert ops.moments(torch.tensor([[1.0, 3.0, 100.0]]), mask("110")) == ops.Moments(2.0, 4.0, 10.0)
+    assert ops.moments(torch.tensor([[1.0, 3.0, 100.0]]), mask("110")) == distributed.Moments(2.0, 4.0, 10.0)
 
 
 def test_whiten_shifts_to_mean_0_and_scales_to_variance_1() -> None:
@@ -104,7 +104,7 @@ def test_whiten_shifts_to_mean_0_and_scales_to_variance_1() -> None:
 
 def test_whiten_takes_moments_over_all_processes() -> None:
     # here 5 and 7, in another process 1 and 3: mean 4, variance 5
-    over = ops.Moments(4.0, 16.0, 84.0)
+    over = distributed.Moments(4.0, 16.0, 84.0)
     same(ops.whiten(torch.tensor([[5.0, 7.0]]), mask("11"), over), [[1 / 5**0.5, 3 / 5**0.5]])
 
 

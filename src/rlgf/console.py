@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rlgf import adapters, native
+from rlgf import adapters
 from rlgf.algorithms import Algorithm
 from rlgf.config import Config
 from rlgf.display import visible
 from rlgf.errors import UserError
+from rlgf.kernels import native
 from rlgf.models import count_parameters, from_pretrained, shape_config, use_kernels
 from rlgf.refusals import cautions, needs_guide
 from rlgf.tables import table_rows

@@ -16,11 +16,11 @@ from torch import Tensor
 from rlgf import ops, packing
 from rlgf.algorithms import Share
 from rlgf.config import PPOConfig
+from rlgf.distributed import total_moments
 from rlgf.forward import MicroBatch, is_encoder_decoder, micro_batches, token_logits, trunk_states
-from rlgf.lanes import Lanes
+from rlgf.kernels.concurrency import Lanes
 from rlgf.models import Critic, LanguageModel
 from rlgf.offload import awake
-from rlgf.processes import total_moments
 from rlgf.types import GUIDE, POLICY, Decoding, Experience, Origin, Rollout
 
 S = TypeVar("S")

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from rlgf import native
 from rlgf.best_of import evaluate_best_of
 from rlgf.config import Config
 from rlgf.errors import UserError
 from rlgf.evaluate import Judges, check_text_metrics, evaluate_guide, evaluate_policy
 from rlgf.experience import Reading
 from rlgf.guides import ModelGuide
+from rlgf.kernels import native
 from rlgf.rewards import check_reads
 from rlgf.rollout import Writing
 from rlgf.runs import RunDirectory, read_complete_lines, rollout_rows

@@ -22,11 +22,12 @@ from transformers import (
     T5Config,
 )
 
-from rlgf import adapters, kernels, native, packing
+from rlgf import adapters, packing
 from rlgf.config import AdapterConfig, ModelConfig
 from rlgf.errors import UserError
 from rlgf.forward import MicroBatch, is_encoder_decoder, trunk_states
 from rlgf.hub import hub_answers, why_not
+from rlgf.kernels import modules, native
 from rlgf.tokens import Codec
 
 VALUE_HEAD = "value_head.safetensors"
@@ -283,7 +284,7 @@ def speed_up(model: Any) -> Any:
     """Faster ways to the same numbers: faster parts (`kernels`), texts in a line instead of padded rows (`packing`)."""
     if _kernels == "plain":
         return model
-    kernels.speed_up(model)
+    modules.speed_up(model)
     return packing.enable(model)
 
 

@@ -4,13 +4,13 @@ Shapes: `[texts, width]` tensors have one entry per token, rows padded on the ri
 selected. `selected` answers a question about tokens ("did the policy write it?") and is always positive.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlgf import native
+from rlgf.distributed import Moments
+from rlgf.kernels import native
 from rlgf.types import Support
 
 
@@ -67,15 +67,6 @@ def gae(rewards: Tensor, values: Tensor, selected: Tensor, gamma: float, lam: fl
         running = deltas[:, column] + gamma * lam * running
         advantages[:, column] = running
     return advantages * selected
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Sums from which mean and variance follow; sums of several processes add up."""
-
-    count: float
-    total: float
-    squares: float
 
 
 def moments(values: Tensor, selected: Tensor) -> Moments:

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlgf import native
+from rlgf.kernels import native
 
 NAME = "rlgf"
 ROUND = 16  # rows are as wide, and lines as long, as a multiple of this: products of odd sizes take twice as long, and

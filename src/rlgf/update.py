@@ -13,13 +13,13 @@ from torch import Tensor
 
 from rlgf import ops
 from rlgf.config import CriticConfig, KLConfig, PPOConfig
+from rlgf.distributed import total
 from rlgf.errors import RunError
 from rlgf.experience import Models, Reading, beside_critics, policy_log_probs
 from rlgf.forward import micro_batches, token_logits
-from rlgf.lanes import Lanes
+from rlgf.kernels.concurrency import Lanes
 from rlgf.models import Critic
 from rlgf.offload import awake
-from rlgf.processes import total
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.schedules import learning_rate_factor
 from rlgf.supervised import Example, nll_backward

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlgf.processes import several
+from rlgf.distributed import several
 
 S = TypeVar("S")
 T = TypeVar("T")

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
-from rlgf import native
-from rlgf.lanes import loans
+from rlgf.kernels import native
+from rlgf.kernels.concurrency import loans
 
 LEAST_PRODUCT = 2**22  # see `least_product`
 LEAST_ROWS = 256  # of a product, from which on what is compiled is asked: for fewer, packing costs more

@@ -1,10 +1,19 @@
 """The one place through which sums over a batch pass, so that several processes agree on every mean and every stop."""
 
+from dataclasses import dataclass
+
 from accelerate import PartialState
 from accelerate.utils import reduce
 from torch import float64, tensor
 
-from rlgf.ops import Moments
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums from which mean and variance follow; sums of several processes add up."""
+
+    count: float
+    total: float
+    squares: float
 
 
 def several() -> bool:

@@ -1,0 +1,1 @@
+"""Optional fast paths of model parts and formulas."""
