@@ -36,10 +36,9 @@ tldr-small: setup  ## real posts and comparisons: reward model, judge, three alg
 commongen-small: setup  ## an encoder–decoder on CommonGen: span corruption, SFT, the five algorithms, three seeds; about an hour on two cores
 	RLGF_CORENLP=$(CORENLP) $(BIN)/rlgf compare commongen-small --data $(DATA)/commongen --seeds 0,1,2 --jobs 2 --out runs/commongen-small
 
-results:  ## keep the small files of a comparison under docs/results, without texts of other people's data: make results NAME=imdb-small
+results:  ## keep a comparison's small files under docs/results, without examples of other people's data: make results NAME=imdb-small
 	mkdir -p docs/results/$(NAME)
-	cd runs/$(NAME) && cp -r --parents $$(ls -d results.json table.md texts.md *.png baselines stages/*/stage.json \
-	  runs/*/config.yaml runs/*/metrics.jsonl runs/*/results.json 2>/dev/null) ../../docs/results/$(NAME)/
+	cd runs/$(NAME) && cp $$(ls -d results.json table.md texts.md *.png 2>/dev/null) ../../docs/results/$(NAME)/
 	case $(NAME) in quickstart*) ;; *) $(BIN)/python docs/without_texts.py docs/results/$(NAME) ;; esac
 
 test: setup  ## the fast suite: no network, under a minute
