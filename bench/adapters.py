@@ -22,27 +22,29 @@ import torch
 
 from bench.worker import machine, peak_rss_mb
 from bench.workload import Workload, make, read_prompts
-from rlgf import adapters, pipeline
-from rlgf.algorithms import aggrevated
-from rlgf.config import (
-    AdapterConfig,
-    Config,
+from rlgf.algorithms.guided import aggrevated
+from rlgf.config.schema import Config
+from rlgf.config.sections import (
     CriticConfig,
     EvaluationConfig,
+    LoraConfig,
     ModelConfig,
     PPOConfig,
     PreferenceConfig,
     RuntimeConfig,
     TaskConfig,
 )
-from rlgf.data import write_json
-from rlgf.guides import ModelGuide
-from rlgf.judge import RewardJudge
-from rlgf.models import load_language_model
-from rlgf.reward_model import load_reward_model, new_reward_model
-from rlgf.tasks import Task
-from rlgf.trainer import Parts, Trainer
-from rlgf.types import Decoding, Prompt
+from rlgf.data.files import write_json
+from rlgf.evaluation.win_rate import RewardJudge
+from rlgf.guides.local import ModelGuide
+from rlgf.models import lora
+from rlgf.models.loading import load_language_model
+from rlgf.pipeline import build_models
+from rlgf.rewards.reward_model import load_reward_model
+from rlgf.supervised.reward_modeling import new_reward_model
+from rlgf.tasks.base import Task
+from rlgf.trainer import Components, Trainer
+from rlgf.types import Prompt, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = Workload(layers=12, width=512, heads=8, vocabulary=16_384, texts=16, minibatch_texts=8, epochs=1)
@@ -59,44 +61,44 @@ def trainer_of(folder: Path, shared: bool) -> Trainer:
     """A trainer with everything that AggreVaTeD needs."""
     config = Config(
         task=TaskConfig(max_new_tokens=SHAPE.new_tokens, min_new_tokens=SHAPE.new_tokens),
-        ppo=PPOConfig(iterations=1, texts_per_iteration=SHAPE.texts, epochs=1, minibatch_size=SHAPE.minibatch_texts),
-        critic=CriticConfig(kind="adapter" if shared else "separate"),
-        adapter=AdapterConfig(rank=RANK if shared else 0),
+        ppo=PPOConfig(iterations=1, completions_per_iteration=SHAPE.texts, epochs=1, minibatch_size=SHAPE.minibatch_texts),
+        critic=CriticConfig(kind="lora" if shared else "separate"),
+        lora=LoraConfig(rank=RANK if shared else 0),
         evaluation=EvaluationConfig(every=0, output_perplexity=True),
         runtime=RuntimeConfig(trackers=()),
         model=ModelConfig(path=str(folder / "model")),
         policy=str(folder / "model"),
     )
     start = str(folder / "model")
-    reference = load_language_model(start).fixed()
+    reference = load_language_model(start).freeze()
     algorithm = aggrevated(0.8)
-    models = pipeline.assemble(config, algorithm, reference, start, start)
+    models = build_models.build_models(config, algorithm, reference, start, start)
     backbone = models.policy if shared else None
     reward, judge = (load_reward_model(str(folder / name), backbone=backbone) for name in ("reward", "judge"))
-    general = pipeline.general_model(config, reference, folder, lambda line: None)
+    general = build_models.load_pre_sft_model(config, reference, folder, lambda line: None)
     prompts = [Prompt(text="", ids=tuple(ids), references=("one two three",)) for ids in read_prompts(folder)]
     task = Task("S", prompts, prompts, prompts, reward)
-    guide = ModelGuide(reference, Decoding(top_p=0.92))
-    return Trainer(Parts(config, algorithm, task, reward, models, guide, [], general, RewardJudge(judge, "another one")))
+    guide = ModelGuide(reference, SamplingParams(top_p=0.92))
+    return Trainer(Components(config, algorithm, task, reward, models, guide, [], general, RewardJudge(judge, "another one")))
 
 
 def measure(folder: Path, shared: bool) -> dict[str, Any]:
     """What one iteration holds."""
     loaded = peak_rss_mb()
     trainer = trainer_of(folder, shared)
-    models, reward, judge, general = (getattr(trainer.parts, name) for name in ("models", "reward", "judge", "general"))
+    models, reward, judge, general = (getattr(trainer.components, name) for name in ("models", "reward", "judge", "general"))
     scorers = [scorer.model.trunk.model if shared else scorer.model for scorer in (reward, judge.reward)]
     trunks = [critic.trunk.model for critic in models.critics.values() if critic.trunk]
     all_models = [models.policy.model, models.reference.model, general.model, *scorers, *trunks]
     weights = megabytes(itertools.chain.from_iterable(model.parameters() for model in all_models))
     metrics, _ = trainer.step(0)
-    trainer.evaluate(trainer.parts.task.test, final=True)
+    trainer.evaluate(trainer.components.task.test, final=True)
     optimizers = [trainer.updater.policy_optimizer, *trainer.updater.critic_optimizers.values()]
     moments = (v for o in optimizers for state in o.state.values() for v in state.values() if torch.is_tensor(v))
     return {
         "weights_mb": weights, "moments_mb": megabytes(moments), "libraries_mb": loaded, "peak_mb": peak_rss_mb(),
-        "seconds": sum(metrics[f"seconds_{stage}"] for stage in ("write", "appraise", "update")),
-        "adapters": sorted(adapters.names(models.policy.model)),
+        "seconds": sum(metrics[f"seconds_{stage}"] for stage in ("rollout", "experience", "update")),
+        "adapters": sorted(lora.adapter_names(models.policy.model)),
     }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from bench.workload import WORKLOADS
 from rlgf.kernels import modules, native
 from rlgf.trainer import Trainer
 
-STAGES = ("write", "appraise", "update")
+STAGES = ("rollout", "experience", "update")
 FREE = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "select", "slice", "as_strided", "unsqueeze", "squeeze",
     "detach", "alias", "split", "unbind", "empty", "empty_like", "empty_strided", "new_empty", "_local_scalar_dense",
@@ -154,9 +154,9 @@ def alone(product: Product) -> float:
     with torch.no_grad():
         seconds = best(lambda: func(*plain, **options))
         laid = all(isinstance(x, Tensor) and x.numel() and 1 in x.stride() for x in plain[-2:])
-        fits = laid and native.multiplies() and plain[-1].dtype == torch.float32
+        fits = laid and native.has_matmul() and plain[-1].dtype == torch.float32
         if func.overloadpacket.__name__ in ("mm", "addmm") and fits:
-            seconds = min(seconds, best(lambda: native.product(plain[-2], plain[-1])))
+            seconds = min(seconds, best(lambda: native.matmul(plain[-2], plain[-1])))
     return seconds
 
 
@@ -164,7 +164,7 @@ def rates(dtype: torch.dtype) -> dict[str, float]:
     """What the machine does: GFLOP/s of a large product, GB/s of adding two tensors of 4 MB and of 128 MB."""
     width = 2048
     x, y = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
-    found = {"gflops": 2 * width**3 / best(lambda: modules.product(x, y), 0.5) / 1e9}
+    found = {"gflops": 2 * width**3 / best(lambda: modules.linear(x, y), 0.5) / 1e9}
     for name, megabytes in (("gbs_cache", 4), ("gbs_memory", 128)):
         a, b, c = (torch.randn(megabytes * 250_000) for _ in range(3))
         found[name] = 3 * megabytes / 1e3 / best(lambda a=a, b=b, c=c: torch.add(a, b, out=c), 0.3)
@@ -194,22 +194,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "rounds": arguments.rounds,
         "rates": machine_rates,
         "stages": stages,
-        "whole": {key: sum(stage[key] for stage in stages.values()) for key in stages["write"]},
+        "whole": {key: sum(stage[key] for stage in stages.values()) for key in stages["rollout"]},
     }
 
 
 def counted(trainer: Trainer, iteration: int) -> dict[str, Ledger]:
     """What each stage of an iteration does."""
     ledgers = {stage: Ledger() for stage in STAGES}
-    trainer.updater.lanes = None  # a ledger sees its own thread
-    native.use(False)
-    with ledgers["write"]:
-        rollout = trainer.collect(iteration)
-    with ledgers["appraise"]:
-        experience = trainer.appraise(rollout, iteration)
+    trainer.updater.concurrency = None  # a ledger sees its own thread
+    native.set_enabled(False)
+    with ledgers["rollout"]:
+        rollout = trainer.collect_rollout(iteration)
+    with ledgers["experience"]:
+        experience = trainer.make_experience(rollout, iteration)
     with ledgers["update"]:
         trainer.update(experience, iteration)
-    native.use(True)
+    native.set_enabled(True)
     return ledgers
 
 
@@ -252,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workload", choices=WORKLOADS, default="S")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--critic", choices=("separate", "trunk"), default="separate")
+    parser.add_argument("--critic", choices=("separate", "value_head"), default="separate")
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench-iteration", help="model and prompts")

@@ -19,11 +19,12 @@ import torch
 
 from bench.worker import machine
 from bench.workload import Workload, make, read_prompts
-from rlgf.console import keep_freed_memory
-from rlgf.data import write_json
-from rlgf.models import LanguageModel, load_language_model
-from rlgf.sampling import continue_prefixes
-from rlgf.types import Decoding
+from rlgf.cli.console import keep_freed_memory
+from rlgf.data.files import write_json
+from rlgf.generation.decoder import sample_completions
+from rlgf.models.language_model import LanguageModel
+from rlgf.models.loading import load_language_model
+from rlgf.types import SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,10 +63,10 @@ def contexts(row: Row, prompts: list[list[int]]) -> tuple[list[list[int]], list[
 
 def ours(model: LanguageModel, row: Row, prefixes: list[list[int]], budgets: list[int]) -> Callable[[], int]:
     draws = np.random.default_rng(1).random((len(prefixes), row.new_tokens))
-    decoding = Decoding(top_k=row.top_k) if row.top_k else Decoding()
+    sampling = SamplingParams(top_k=row.top_k) if row.top_k else SamplingParams()
 
     def write() -> int:
-        return int(continue_prefixes(model, prefixes, budgets, budgets, draws, decoding).lengths.sum())
+        return int(sample_completions(model, prefixes, budgets, budgets, draws, sampling).lengths.sum())
 
     return write
 
@@ -111,7 +112,7 @@ def main() -> None:
     print(f"{'':42}rlgf tokens/s  generate tokens/s  generate takes")
     for row in ROWS:
         prefixes, budgets = contexts(row, prompts)
-        sides = ours(model, row, prefixes, budgets), theirs(plain, model.end_ids[0], row, prefixes, budgets)
+        sides = ours(model, row, prefixes, budgets), theirs(plain, model.eos_token_ids[0], row, prefixes, budgets)
         for side in sides:
             side()
         pairs = [[timed(side) for side in sides] for _ in range(arguments.pairs)]

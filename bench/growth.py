@@ -34,7 +34,7 @@ from bench.iteration import ROOT, keep, processor
 from bench.worker import replaced
 from bench.workload import Workload, make
 
-STAGES = ("read", "write", "appraise", "update")
+STAGES = ("read", "rollout", "experience", "update")
 PAIRS = 2  # of first and last points, taking turns
 LEAST = 1.5  # times the work, from which on it can be told how time grows with it
 WAYS: dict[str, list[dict[str, int]]] = {
@@ -57,27 +57,29 @@ def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, A
     workload = replace(Workload(), epochs=1, **changes)
     make(workload, folder)
     trainer = build(workload, folder, 5)
-    with prefills() as reading:
+    with prefills() as forward_config:
         trainer.step(0)
         steps: list[dict[str, float]] = []
         for number in range(3):
-            reading.seconds = 0.0
+            forward_config.seconds = 0.0
             metrics = trainer.step(1 + number)[0]
-            written = metrics["seconds_write"] - reading.seconds
-            steps.append({"read": reading.seconds, "write": written, **{s: metrics[f"seconds_{s}"] for s in STAGES[2:]}})
+            written = metrics["seconds_rollout"] - forward_config.seconds
+            steps.append(
+                {"read": forward_config.seconds, "rollout": written, **{s: metrics[f"seconds_{s}"] for s in STAGES[2:]}}
+            )
         peak = peak_rss_mb()
-        reading.ledger = Ledger()
-        ledgers = counted(trainer, 4) | {"read": reading.ledger}
+        forward_config.ledger = Ledger()
+        ledgers = counted(trainer, 4) | {"read": forward_config.ledger}
     gflop = {stage: ledger.total() / 1e9 for stage, ledger in ledgers.items()}
     gigabytes = {stage: (ledger.product_bytes + ledger.bytes) / 1e9 for stage, ledger in ledgers.items()}
     for found in (gflop, gigabytes):
-        found["write"] -= found["read"]
+        found["rollout"] -= found["read"]
     return {
         "seconds": {stage: min(step[stage] for step in steps) for stage in STAGES},
         "gflop": gflop,
         "gigabytes": gigabytes,
         "peak_rss_mb": peak,
-        "parameters": sum(p.numel() for p in trainer.parts.models.policy.model.parameters()),
+        "parameters": sum(p.numel() for p in trainer.components.models.policy.model.parameters()),
     }
 
 
@@ -91,7 +93,7 @@ class Prefills:
 @contextmanager
 def prefills() -> Generator[Prefills]:
     """Watches the sampler read prompts."""
-    from rlgf import sampling
+    from rlgf.generation import decoder
 
     found = Prefills()
 
@@ -105,7 +107,7 @@ def prefills() -> Generator[Prefills]:
 
         return watched
 
-    with replaced(sampling._Decoder, "prefill", watching):
+    with replaced(decoder._Decoder, "prefill", watching):
         yield found
 
 

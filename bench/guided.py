@@ -29,12 +29,13 @@ from bench.iteration import ROOT, Worker, keep, processor, spread
 from bench.worker import machine
 from bench.worker_rlgf import build, set_up
 from bench.workload import Workload
-from rlgf.algorithms import Algorithm, aggrevated, ppo, ppo_pp
-from rlgf.experience import Models
-from rlgf.guides import Capabilities, Guide, ModelGuide, Request, Text
-from rlgf.models import new_critic
+from rlgf.algorithms.guided import Algorithm, aggrevated, ppo, ppo_pp
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide
+from rlgf.guides.local import ModelGuide
+from rlgf.models.critic import new_critic
+from rlgf.rl.experience import Models
 from rlgf.trainer import Trainer
-from rlgf.types import Decoding
+from rlgf.types import SamplingParams
 
 BETAS = (0.2, 0.6, 0.8, 1.0)
 PPO = "PPO"
@@ -46,7 +47,7 @@ class Clocked:
 
     def __init__(self, guide: Guide, cached: bool) -> None:
         self.guide, self.cached = guide, cached
-        self.answers: dict[tuple[int, int], Text] = {}
+        self.answers: dict[tuple[int, int], Completion] = {}
         self.wall = self.cpu = 0.0
 
     @property
@@ -54,10 +55,10 @@ class Clocked:
         """Those of the guide."""
         return self.guide.capabilities
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """The guide's texts."""
         wall, cpu = time.perf_counter(), time.process_time()
-        keys = [(request.index, request.budget) for request in requests]
+        keys = [(request.index, request.max_new_tokens) for request in requests]
         if not self.cached or any(key not in self.answers for key in keys):
             self.answers |= zip(keys, self.guide.complete(requests), strict=True)
         texts = [self.answers[key] for key in keys]
@@ -70,24 +71,24 @@ class Clocked:
 def trainer(workload: Workload, folder: Path, algorithm: Algorithm, cached: bool, iterations: int) -> tuple[Trainer, Clocked]:
     """One of those that are compared, and its guide."""
     made = build(workload, folder, iterations)
-    policy = made.parts.models.policy
-    guide = Clocked(ModelGuide(policy.frozen(), Decoding(top_k=50, top_p=0.92)), cached)
+    policy = made.components.models.policy
+    guide = Clocked(ModelGuide(policy.frozen_copy(), SamplingParams(top_k=50, top_p=0.92)), cached)
     critics = {origin: new_critic("separate", str(folder / "model"), policy, 0.0) for origin in algorithm.critics}
-    models = Models(policy, made.parts.models.reference, critics)
-    return Trainer(replace(made.parts, algorithm=algorithm, guide=guide, models=models)), guide
+    models = Models(policy, made.components.models.reference, critics)
+    return Trainer(replace(made.components, algorithm=algorithm, guide=guide, models=models)), guide
 
 
 def timed(one: Trainer, guide: Clocked, iteration: int) -> dict[str, Any]:
     """One iteration: wall and CPU seconds, those of the guide among them, and what was done."""
     if guide.cached:
-        one.collect(iteration)  # the guide's answers are remembered
+        one.collect_rollout(iteration)  # the guide's answers are remembered
     guide.wall = guide.cpu = 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     metrics, experience = one.step(iteration)
     return {
         "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu,
         "guide_seconds": guide.wall, "guide_cpu_seconds": guide.cpu,
-        "stages": {stage: metrics[f"seconds_{stage}"] for stage in ("write", "appraise", "update")},
+        "stages": {stage: metrics[f"seconds_{stage}"] for stage in ("rollout", "experience", "update")},
         "tokens": {name: int(experience.stats[f"{name}_tokens"]) for name in ("policy", "guide", "trained")},
     }  # fmt: skip
 

@@ -32,7 +32,7 @@ class Side:
 SIDES = {
     "rlgf": Side("rlgf"),
     "rlgf-bf16": Side("rlgf", ("--precision", "bf16")),
-    "rlgf-shared": Side("rlgf", ("--critic", "trunk")),
+    "rlgf-shared": Side("rlgf", ("--critic", "value_head")),
     "trl": Side("trl"),
     "trl-bf16": Side("trl", ("--precision", "bf16")),
     "tril": Side("tril"),

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from tests.tabular import LEARNING, solve_lock
 
-from rlgf import algorithms
-from rlgf.algorithms import Algorithm
-from rlgf.config import PPOConfig
+from rlgf.algorithms import guided
+from rlgf.algorithms.guided import Algorithm
+from rlgf.config.sections import PPOConfig
 
 MAKERS: dict[str, Callable[[], Algorithm]] = {
-    "PPO": algorithms.ppo,
-    "PPO++ (β = .5)": lambda: algorithms.ppo_pp(0.5),
-    "D2LOLS (switch at 10)": lambda: algorithms.d2lols(0.5, 0.8, 10, credit="td"),
+    "PPO": guided.ppo,
+    "PPO++ (β = .5)": lambda: guided.ppo_pp(0.5),
+    "D2LOLS (switch at 10)": lambda: guided.d2lols(0.5, 0.8, 10, credit="td"),
 }
 
 

@@ -29,16 +29,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fault_server import WORDS
-from rlgf.config import Config, override
-from rlgf.console import keep_freed_memory, quiet
-from rlgf.experience import Models
-from rlgf.guides.cache import AnswerCache
+from rlgf.cli.console import keep_freed_memory, quiet
+from rlgf.config.loading import override
+from rlgf.config.recipes import imdb_small
+from rlgf.config.schema import Config
+from rlgf.generation.openai.cache import ResponseCache
+from rlgf.generation.openai.client import Server
 from rlgf.guides.remote import RemoteGuide
-from rlgf.guides.server import Server
-from rlgf.models import new_critic, new_language_model
-from rlgf.recipes import imdb_small
-from rlgf.tasks import Task
-from rlgf.trainer import Parts, Trainer
+from rlgf.models.critic import new_critic
+from rlgf.models.loading import new_language_model
+from rlgf.rl.experience import Models
+from rlgf.tasks.base import Task
+from rlgf.trainer import Components, Trainer
 from rlgf.types import POLICY, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +66,7 @@ def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Tr
     """PPO++ on imdb-small's sizes, with random weights, random prompts and a cheap reward."""
     settings: list[tuple[str, Any]] = [
         ("algorithm.name", "ppo_pp"), ("algorithm.beta_guide", BETA), ("ppo.iterations", iterations),
-        ("ppo.mle_coefficient", 0.0), ("decoding.top_k", 0), ("runtime.threads", 1),
+        ("ppo.mle_coefficient", 0.0), ("sampling.top_k", 0), ("runtime.threads", 1),
         ("guide.spec", f"server:m@{url}"), ("guide.concurrency", CONCURRENCY), ("guide.offline", offline),
     ]  # fmt: skip
     config: Config = override(imdb_small(), settings)
@@ -81,10 +83,10 @@ def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Tr
     def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         return [sum(word[-1] in "02468e" for word in text.split()) / max(1, len(text.split())) for text in texts]
 
-    guide = RemoteGuide(Server(config.guide.spec, config.guide, "completion"), config.guide, AnswerCache(cache))
-    parts = Models(policy, policy.frozen(), {POLICY: critic_of(policy)})
+    guide = RemoteGuide(Server(config.guide.spec, config.guide, "completion"), config.guide, ResponseCache(cache))
+    parts = Models(policy, policy.frozen_copy(), {POLICY: critic_of(policy)})
     task = Task("prefetch", prompts, prompts, prompts, judge)
-    made = Trainer(Parts(config, config.algorithm.build(), task, judge, parts, guide, [], None))
+    made = Trainer(Components(config, config.algorithm.build(), task, judge, parts, guide, [], None))
     assert made.prefetcher is not None
     made.prefetcher.iterations += config.guide.prefetch  # what is asked ahead does not run dry before the last timed one
     return made
@@ -103,7 +105,7 @@ def timed(one: Trainer, iteration: int) -> dict[str, Any]:
     metrics, _ = one.step(iteration)
     return {
         "wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "score": metrics["score"],
-        "policy_loss": metrics["policy_loss"], "waited": metrics["seconds_write"],
+        "policy_loss": metrics["policy_loss"], "waited": metrics["seconds_rollout"],
     }  # fmt: skip
 
 
@@ -168,11 +170,13 @@ def main() -> None:
             first = trainer(url, kept, total)
             assert first.prefetcher is not None
             for iteration in range(total):
-                first.parts.guide.prefetch(first.prefetcher.requests_of(iteration))
+                first.components.guide.prefetch(first.prefetcher.requests_of(iteration))
             first.prefetcher.close()
         once = trainer("http://127.0.0.1:9/v1", kept, total, offline=True)
         training = min(timed(once, iteration)["wall"] for iteration in range(3))
-        waves = once.config.ppo.texts_per_iteration * BETA / CONCURRENCY  # answers one after another for an iteration's rollins
+        waves = (
+            once.config.ppo.completions_per_iteration * BETA / CONCURRENCY
+        )  # answers one after another for an iteration's rollins
         with serving(0.5 * training / waves) as url:
             found = rounds(arguments.rounds, kept, url, folder / "faster.sqlite")
         with serving(2.0 * training / waves) as url:

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlgf.data import write_json
-from rlgf.scoring.functions import build_text_function
-from rlgf.scoring.java import JAVA
-from rlgf.types import Prompt, TextFunction
+from rlgf.data.files import write_json
+from rlgf.text_metrics.as_rewards import build_text_function
+from rlgf.text_metrics.java import JAVA
+from rlgf.types import Prompt, RewardFunction
 
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 128
@@ -37,7 +37,7 @@ def prompts_of(path: Path) -> list[Prompt]:
     return [Prompt(" ".join(r["concepts"]), tuple(r["targets"]), columns={"concepts": r["concepts"]}) for r in rows_of(path)]
 
 
-def passage(function: TextFunction, prompts: list[Prompt], texts: list[str], batches: int) -> list[float]:
+def passage(function: RewardFunction, prompts: list[Prompt], texts: list[str], batches: int) -> list[float]:
     """Milliseconds of each batch."""
     found: list[float] = []
     for number in range(batches):
@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache
         for name in NAMES:
-            made: list[TextFunction] = []
+            made: list[RewardFunction] = []
             seconds = seconds_of(lambda name=name, made=made: made.append(build_text_function(name, train)))
             first = seconds_of(lambda made=made: made[0](prompts[-1:], ["warming up"]))
             batches = BATCHES.get(name, len(prompts) // BATCH)

@@ -9,15 +9,17 @@ from torch import Tensor
 
 from bench.worker import Turns, arguments, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
-from rlgf import ops
-from rlgf.config import Config, CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
-from rlgf.console import keep_freed_memory, quiet
-from rlgf.experience import Models
+from rlgf.algorithms import losses
+from rlgf.cli.console import keep_freed_memory, quiet
+from rlgf.config.schema import Config
+from rlgf.config.sections import CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
 from rlgf.kernels import native
-from rlgf.models import load_language_model, new_critic
-from rlgf.tasks import Task
-from rlgf.trainer import Parts, Trainer
-from rlgf.types import POLICY, Decoding, Prompt
+from rlgf.models.critic import new_critic
+from rlgf.models.loading import load_language_model
+from rlgf.rl.experience import Models
+from rlgf.tasks.base import Task
+from rlgf.trainer import Components, Trainer
+from rlgf.types import POLICY, Prompt, SamplingParams
 
 
 def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32", critic: str = "separate") -> Trainer:
@@ -28,13 +30,13 @@ def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32",
         task=TaskConfig(max_new_tokens=workload.new_tokens, min_new_tokens=workload.new_tokens),
         ppo=PPOConfig(
             iterations=turns,
-            texts_per_iteration=workload.texts,
+            completions_per_iteration=workload.texts,
             epochs=workload.epochs,
             minibatch_size=workload.minibatch_texts,
             learning_rate=workload.learning_rate,
             gamma=workload.gamma,
-            lam=workload.lam,
-            clip=workload.clip,
+            gae_lambda=workload.lam,
+            clip_range=workload.clip,
             old_log_probs="sampler" if precision == "fp32" else "recompute",
         ),
         kl=KLConfig(coefficient=workload.kl_coefficient),
@@ -44,7 +46,7 @@ def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32",
             value_clip=workload.value_clip,
             value_coefficient=workload.value_coefficient,
         ),
-        decoding=Decoding(temperature=workload.temperature),
+        sampling=SamplingParams(temperature=workload.temperature),
         evaluation=EvaluationConfig(every=0),
         runtime=RuntimeConfig(trackers=(), precision=precision),
     )
@@ -54,9 +56,9 @@ def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32",
     def judge(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         return reward(texts)
 
-    models = Models(policy, policy.frozen(), {POLICY: new_critic(critic, model, policy, 0.0)})
+    models = Models(policy, policy.frozen_copy(), {POLICY: new_critic(critic, model, policy, 0.0)})
     task = Task(workload.name, prompts, prompts, prompts, judge)
-    return Trainer(Parts(config, config.algorithm.build(), task, judge, models, None, [], None))
+    return Trainer(Components(config, config.algorithm.build(), task, judge, models, None, [], None))
 
 
 def set_up(threads: int) -> None:
@@ -67,11 +69,11 @@ def set_up(threads: int) -> None:
 
 
 def main() -> None:
-    asked = arguments(__doc__, precision=("fp32", "bf16"), critic=("separate", "trunk"))
+    asked = arguments(__doc__, precision=("fp32", "bf16"), critic=("separate", "value_head"))
     set_up(asked.threads)
     turns = Turns()
     trainer = build(asked.workload, asked.folder, asked.turns, asked.precision, asked.critic)
-    models = trainer.parts.models
+    models = trainer.components.models
     turns.count_optimizer_steps(policy=next(models.policy.model.parameters()), critic=models.critics[POLICY].head.weight)
 
     def counting(ppo_loss: Any) -> Any:
@@ -84,20 +86,20 @@ def main() -> None:
     turns.say(
         **machine("rlgf", "torch", "transformers"),
         parameters=sum(parameter.numel() for parameter in models.policy.model.parameters()),
-        token_budget=trainer.reading.token_budget,
+        token_budget=trainer.forward_config.token_budget,
         attention=models.policy.model.config._attn_implementation,
         compiled=native.describe(),
         loaded_rss_mb=peak_rss_mb(),
     )
-    with replaced(ops, "ppo_loss", counting):
+    with replaced(losses, "ppo_loss", counting):
         for iteration in range(asked.turns):
             turns.begin()
             metrics, experience = trainer.step(iteration)
             passed = 0.0
-            for stage in ("write", "appraise", "update"):
+            for stage in ("rollout", "experience", "update"):
                 passed += metrics[f"seconds_{stage}"]
                 turns.stages[stage] = passed
-            turns.counts["tokens_generated"] = int(experience.rollout.written.sum())
+            turns.counts["tokens_generated"] = int(experience.rollout.completion_mask.sum())
             turns.end(metrics["score"])
 
 

@@ -114,7 +114,7 @@ def build(workload: Workload, folder: Path, turns: Turns, iterations: int, preci
         num_ppo_epochs=workload.epochs,
         total_episodes=workload.texts * iterations,
         local_rollout_forward_batch_size=workload.texts,
-        response_length=workload.new_tokens,
+        completion_length=workload.new_tokens,
         stop_token=None,
         temperature=workload.temperature,
         learning_rate=workload.learning_rate,

@@ -1,4 +1,4 @@
-"""Write `docs/config.md`, the reference of every setting, from the dataclasses in `rlgf/config.py` and their comments."""
+"""Write `docs/config.md`, the reference of every setting, from the dataclasses of `rlgf/config/` and their comments."""
 
 import ast
 import io
@@ -6,43 +6,67 @@ import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE = ROOT / "src" / "rlgf" / "config.py"
+SOURCES = [ROOT / "src" / "rlgf" / name for name in ("config/schema.py", "config/sections.py", "types.py")]
 SECTIONS = {
-    "Config": "", "TaskConfig": "task", "ModelConfig": "model", "SupervisedConfig": "lm, sft, distil", "RewardConfig": "reward",
-    "PreferenceConfig": "preferences", "JudgeConfig": "judge",
-    "GuideConfig": "guide", "AlgorithmConfig": "algorithm", "PPOConfig": "ppo", "KLConfig": "kl", "CriticConfig": "critic",
-    "EvaluationConfig": "evaluation", "RuntimeConfig": "runtime",
-}  # fmt: skip
+    "Config": "",
+    "TaskConfig": "task",
+    "ModelConfig": "model",
+    "TrainingConfig": "pretrain, sft, distill, guide.sft, preferences.training",
+    "SupervisedConfig": "pretrain, sft, guide.sft, preferences.training",
+    "DistillConfig": "distill",
+    "RewardConfig": "reward",
+    "PreferenceConfig": "preferences",
+    "JudgeConfig": "judge",
+    "GuideConfig": "guide",
+    "AlgorithmConfig": "algorithm",
+    "PPOConfig": "ppo",
+    "KLConfig": "kl",
+    "CriticConfig": "critic",
+    "LoraConfig": "lora",
+    "SamplingParams": "sampling, guide.sampling, evaluation.sampling",
+    "EvaluationConfig": "evaluation",
+    "RuntimeConfig": "runtime",
+}
 
 
 def page() -> str:
-    """The page's text."""
-    source = SOURCE.read_text(encoding="utf-8")
+    """Return the page's text."""
+    lines = [
+        "# Every setting",
+        "",
+        "Made from `src/rlgf/config/` by `make docs`. On the command line: `section.field=value`; in a YAML file: nested.",
+        "A recipe (`rlgf show quickstart`) changes some of these defaults.",
+    ]
+    classes = {node.name: (node, comments) for source in SOURCES for node, comments in classes_of(source)}
+    for name, section in SECTIONS.items():
+        lines += table(*classes[name], section)
+    return "\n".join(lines) + "\n"
+
+
+def classes_of(path: Path) -> list[tuple[ast.ClassDef, dict[int, str]]]:
+    """Return the classes of a file, each with the file's comments by line."""
+    source = path.read_text(encoding="utf-8")
     comments = {
         token.start[0]: token.string.lstrip("# ")
         for token in tokenize.generate_tokens(io.StringIO(source).readline)
         if token.type == tokenize.COMMENT
     }
-    lines = [
-        "# Every setting",
-        "",
-        "Made from `src/rlgf/config.py` by `make docs`. On the command line: `section.field=value`; in a YAML file: nested.",
-        "A recipe (`rlgf show quickstart`) changes some of these defaults.",
-    ]
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.ClassDef) and node.name in SECTIONS:
-            section = SECTIONS[node.name]
-            lines += ["", f"## {section or 'the whole run'}", "", " ".join((ast.get_docstring(node) or "").split()), ""]
-            lines += ["| field | default | |", "|---|---|---|"]
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
-                    default = ast.unparse(field.value)
-                    default = "" if default.startswith("dataclasses.field") else default
-                    kind = ast.unparse(field.annotation).replace("|", "or")
-                    note = comments.get(field.end_lineno or 0, "")
-                    shown = f"`{default}`" if default else ""
-                    lines.append(f"| `{field.target.id}` ({kind}) | {shown} | {note} |")
-    return "\n".join(lines) + "\n"
+    return [(node, comments) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+
+
+def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[str]:
+    """Return the lines of one section."""
+    lines = ["", f"## {section or 'the whole run'}", "", " ".join((ast.get_docstring(node) or "").split()), ""]
+    lines += ["| field | default | |", "|---|---|---|"]
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
+            default = ast.unparse(field.value)
+            default = "" if default.startswith("dataclasses.field") else default
+            kind = ast.unparse(field.annotation).replace("|", "or")
+            note = comments.get(field.end_lineno or 0, "")
+            shown = f"`{default}`" if default else ""
+            lines.append(f"| `{field.target.id}` ({kind}) | {shown} | {note} |")
+    return lines
 
 
 if __name__ == "__main__":

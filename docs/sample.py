@@ -18,12 +18,12 @@ import torch
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 
-from rlgf.console import print_rollout, quiet
-from rlgf.guides import Request
+from rlgf.cli.console import print_rollout, quiet
+from rlgf.data.files import read_complete_lines
+from rlgf.guides.base import CompletionRequest
 from rlgf.guides.local import TextModelGuide
-from rlgf.models import load_language_model
-from rlgf.runs import read_complete_lines
-from rlgf.types import Decoding, Prompt
+from rlgf.models.loading import load_language_model
+from rlgf.types import Prompt, SamplingParams
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, PICTURE, TEXT = ROOT / "build" / "sample", ROOT / "docs" / "images" / "two-tokenizers.svg", "two-tokenizers.txt"
@@ -35,8 +35,8 @@ SIZES = {"unsup": 1600, "train": 400, "test": 64}
 TRAIN = (
     "imdb-small", "--algorithm", "lols", "--seed", "0", "--iterations", "6", "task.options.prompt_tokens=12",
     "task.max_new_tokens=32", "task.min_new_tokens=0", "model.vocabulary=800", "model.layers=2", "model.width=128",
-    "model.heads=4", "model.context=64", "lm.steps=500", "lm.batch_size=16", "algorithm.beta_guide=0.8",
-    "ppo.texts_per_iteration=32", "ppo.minibatch_size=16", "evaluation.final_prompts=32", "evaluation.every=0",
+    "model.heads=4", "model.max_length=64", "pretrain.steps=500", "pretrain.batch_size=16", "algorithm.beta_guide=0.8",
+    "ppo.completions_per_iteration=32", "ppo.minibatch_size=16", "evaluation.final_prompts=32", "evaluation.every=0",
     "runtime.trackers=[]", "runtime.threads=1",
 )  # fmt: skip
 BLUE, GREY = (30, 90, 200), (90, 90, 90)
@@ -45,11 +45,12 @@ WHITE = TerminalTheme((255, 255, 255), (40, 40, 40), [GREY] * 4 + [BLUE] + [GREY
 
 def write_stories(model: str) -> None:
     """Stories by the model, as the task's data: a label says whether somebody is happy or smiles in it."""
-    guide = TextModelGuide(load_language_model(model).frozen(), Decoding(temperature=0.9))
+    guide = TextModelGuide(load_language_model(model).frozen_copy(), SamplingParams(temperature=0.9))
     start = 0
     for split, count in SIZES.items():
         asked = [
-            Request(Prompt(OPENINGS[index % len(OPENINGS)]), [1] * 8, "", [], 90, 0, start + index, 0) for index in range(count)
+            CompletionRequest(Prompt(OPENINGS[index % len(OPENINGS)]), [1] * 8, "", [], 90, 0, start + index, 0)
+            for index in range(count)
         ]
         texts = [
             request.prompt.text + answer.text
@@ -89,7 +90,7 @@ def main() -> None:
     rows = read_complete_lines(run / "rollouts.jsonl")
     last = [row for row in rows if row["iteration"] == rows[-1]["iteration"]]
     both = [row for row in last if len(row["spans"]) == 2 and min(span["tokens"] for span in row["spans"]) >= 6]
-    chosen = [[row for row in both if row["spans"][0]["author"] == author][:2] for author in ("guide", "policy")]
+    chosen = [[row for row in both if row["spans"][0]["origin"] == author][:2] for author in ("guide", "policy")]
     draw([row for pair in chosen for row in pair])
     print(PICTURE.with_name(TEXT).read_text())
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlgf.data import write_json
+from rlgf.data.files import write_json
 
 
 def without_examples(value: Any) -> Any:

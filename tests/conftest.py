@@ -19,9 +19,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from rlgf.config import ModelConfig, TaskConfig
-from rlgf.models import LanguageModel, new_language_model
-from rlgf.tasks import embedded
+from rlgf.config.sections import ModelConfig, TaskConfig
+from rlgf.models.language_model import LanguageModel
+from rlgf.models.loading import new_language_model
+from rlgf.tasks import toy_reviews
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "")
@@ -61,8 +62,8 @@ def no_network() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def word_tokenizer() -> Any:
-    """The embedded task's tokenizer: 41 words, one token each; pad, bos and eos are the same token."""
-    return embedded.tokenizer(TaskConfig())
+    """The task toy_reviews's tokenizer: 41 words, one token each; pad, bos and eos are the same token."""
+    return toy_reviews.tokenizer(TaskConfig())
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +71,7 @@ def new_tiny_model(word_tokenizer: Any) -> Callable[..., LanguageModel]:
     """A maker of small random models, `new_tiny_model("llama", seed=3)`: for tests that change what they are given."""
 
     def make(architecture: str, seed: int = 0, **shape: Any) -> LanguageModel:
-        values: dict[str, Any] = {"layers": 2, "width": 32, "heads": 2, "context": 64, "initial_std": 0.3, **shape}
+        values: dict[str, Any] = {"layers": 2, "width": 32, "heads": 2, "max_length": 64, "init_std": 0.3, **shape}
         language_model = new_language_model(ModelConfig(architecture=architecture, **values), word_tokenizer, seed)
         language_model.model.requires_grad_(False).eval()
         return language_model

@@ -213,7 +213,7 @@ class FaultServer:
         complaint: Callable[[dict[str, Any]], str | None] = lambda body: None,
     ) -> None:
         self.paths, self.complaint = paths, complaint
-        self.plan, self.delay, self.writer, self.api_key, self.tokens = plan, delay, writer, api_key, tokens
+        self.schedule, self.delay, self.writer, self.api_key, self.tokens = plan, delay, writer, api_key, tokens
         self.hang_seconds, self.trickle_seconds, self.model = hang_seconds, trickle_seconds, model
         self.port = 0
         self.requests: list[dict[str, Any]] = []
@@ -359,7 +359,7 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             key = request_key(path, body)
             attempt = owner.attempt(key)
-            kind = _known(fault) if (fault := owner.plan and owner.plan(key, attempt)) else None
+            kind = _known(fault) if (fault := owner.schedule and owner.schedule(key, attempt)) else None
             if owner.writer is None:
                 texts = good_texts(path, body)
             else:

@@ -10,24 +10,32 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlgf import experience, packing
-from rlgf.algorithms import Algorithm, Share
-from rlgf.config import Config, ModelConfig, TaskConfig, override
-from rlgf.experience import Models, Reading, appraise
-from rlgf.forward import MicroBatch, micro_batch
-from rlgf.guides import FunctionGuide, Guide, Request, Text
+from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.config.loading import override
+from rlgf.config.recipes import imdb_small, quickstart
+from rlgf.config.schema import Config
+from rlgf.config.sections import ModelConfig, TaskConfig
+from rlgf.data.files import read_complete_lines
+from rlgf.guides.base import Completion, CompletionRequest, Guide
+from rlgf.guides.local import FunctionGuide
 from rlgf.kernels import native
-from rlgf.models import Critic, LanguageModel, Trunk, new_language_model
-from rlgf.recipes import imdb_small
-from rlgf.runs import read_complete_lines
-from rlgf.supervised import Example
-from rlgf.tasks import embedded
-from rlgf.trainer import Parts, Trainer
-from rlgf.types import Experience, Origin, Prompt, Rollout, Support
-from rlgf.update import Updater
+from rlgf.models import padding_free
+from rlgf.models.critic import Critic
+from rlgf.models.forward import MicroBatch, micro_batch
+from rlgf.models.language_model import Backbone, LanguageModel
+from rlgf.models.loading import new_language_model
+from rlgf.models.log_probs import SampledSupport
+from rlgf.rl import experience
+from rlgf.rl.experience import ForwardConfig, Models, make_experience
+from rlgf.rl.tensors import Experience, Rollout
+from rlgf.rl.update import Updater
+from rlgf.supervised.examples import Example
+from rlgf.tasks import toy_reviews
+from rlgf.trainer import Components, Trainer
+from rlgf.types import Origin, Prompt
 
 LETTER = {"-": Origin.PAD, "x": Origin.PROMPT, "P": Origin.POLICY, "G": Origin.GUIDE}
-WORDS = embedded.tokenizer(TaskConfig())
+WORDS = toy_reviews.tokenizer(TaskConfig())
 END = int(WORDS.eos_token_id)
 UNBOUNDED = 10**6  # a token budget that puts everything into one micro-batch
 
@@ -41,7 +49,7 @@ def rollout_of(
     ids: Tensor | None = None,
     phases: Sequence[int] | None = None,
     log_probs: Tensor | None = None,
-    support: Support | None = None,
+    support: SampledSupport | None = None,
     minimum: int = 0,
 ) -> Rollout:
     """A rollout from strings such as `xxGGPP-`: prompt, guide, policy, padding.
@@ -59,19 +67,19 @@ def rollout_of(
     rows = len(authors)
     return Rollout(
         prompts=[Prompt("")] * rows,
-        texts=[""] * rows,
+        completions=[""] * rows,
         ids=torch.arange(origin.numel()).view_as(zeros) if ids is None else ids,
         origin=origin,
-        switch=switch,
-        finisher=torch.tensor([int(LETTER[letter]) for letter in finishers], dtype=torch.uint8),
+        switch_position=switch,
+        rollout_by=torch.tensor([int(LETTER[letter]) for letter in finishers], dtype=torch.uint8),
         phase=torch.tensor([0] * rows if phases is None else phases),
-        finished=torch.ones(rows, dtype=torch.bool),
+        ended_with_eos=torch.ones(rows, dtype=torch.bool),
         index=torch.arange(rows),
         group=torch.arange(rows),
         log_probs=given,
         full_log_probs=given,
         support=support,
-        minimum=minimum,
+        min_new_tokens=minimum,
     )
 
 
@@ -131,7 +139,7 @@ class LookupTrunk(nn.Module):
 
 
 def lookup_critic(vocabulary: int) -> Critic:
-    critic = Critic(Trunk(LookupTrunk(vocabulary)), 8, 0.0)
+    critic = Critic(Backbone(LookupTrunk(vocabulary)), 8, 0.0)
     nn.init.ones_(critic.head.weight)
     return critic
 
@@ -141,13 +149,13 @@ class StubCritic(nn.Module):
 
     def __init__(self, table: Tensor) -> None:
         super().__init__()
-        self.trunk = Trunk(SimpleNamespace(device=torch.device("cpu")))
+        self.backbone = Backbone(SimpleNamespace(device=torch.device("cpu")))
         self.table = nn.Parameter(table.clone())
 
     def forward(self, batch: MicroBatch, precision: str, hidden: Tensor | None = None) -> Tensor:
-        return self.table[batch.places]
+        return self.table[batch.token_index]
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.parameters())
 
 
@@ -166,9 +174,9 @@ WAYS_TO_ATTEND = ("texts", "rows", "kernel")
 
 def let_it_attend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let lines be attended to text by text by what is compiled, by products of rows, or by torch's kernel."""
-    monkeypatch.setattr(native, "_asked", way == "texts")
+    monkeypatch.setattr(native, "_enabled", way == "texts")
     if way == "kernel":
-        monkeypatch.setattr(packing, "LONGEST", 0)
+        monkeypatch.setattr(padding_free, "MAX_STORED_WIDTH", 0)
 
 
 # --- settings and measuring -------------------------------------------------------------------------------------------
@@ -178,14 +186,14 @@ def config_of(**values: Any) -> Config:
     """A small config; `ppo__epochs=3` sets `ppo.epochs`."""
     base: dict[str, Any] = {
         "task__max_new_tokens": 6, "task__options": {"slots": 2, "train_prompts": 32, "held_out_prompts": 4},
-        "ppo__iterations": 3, "ppo__texts_per_iteration": 8, "ppo__minibatch_size": 4, "ppo__epochs": 2,
+        "ppo__iterations": 3, "ppo__completions_per_iteration": 8, "ppo__minibatch_size": 4, "ppo__epochs": 2,
         "ppo__learning_rate": 1e-2, "critic__learning_rate": 1e-2, "kl__coefficient": 0.05,
     }  # fmt: skip
     return override(Config(), [(key.replace("__", "."), value) for key, value in {**base, **values}.items()])
 
 
-def reading_of(config: Config) -> Reading:
-    return Reading(config.decoding, config.ppo, config.runtime.micro_batch_tokens)
+def reading_of(config: Config) -> ForwardConfig:
+    return ForwardConfig(config.sampling, config.ppo, config.runtime.micro_batch_tokens)
 
 
 def updater_of(models: Models, config: Config, targets: Sequence[Example] = ()) -> Updater:
@@ -193,18 +201,23 @@ def updater_of(models: Models, config: Config, targets: Sequence[Example] = ()) 
 
 
 def measure(
-    rollout: Rollout, shares: Sequence[Share], rewards: Sequence[float], models: Models, config: Config, credit: str = "gae"
+    rollout: Rollout,
+    shares: Sequence[PhaseWeight],
+    rewards: Sequence[float],
+    models: Models,
+    config: Config,
+    credit: str = "gae",
 ) -> Experience:
     """`appraise` with the score as the reward."""
-    measured = experience.measure(rollout, shares, models, reading_of(config))
-    return appraise(rollout, shares, credit, rewards, rewards, measured, config.ppo, config.kl.coefficient)
+    measured = experience.compute_log_probs(rollout, shares, models, reading_of(config))
+    return make_experience(rollout, shares, credit, rewards, rewards, measured, config.ppo, config.kl.coefficient)
 
 
 # --- tiny trainers ----------------------------------------------------------------------------------------------------
 
 
 def tiny_model(seed: int = 0, dropout: float = 0.0, **shape: Any) -> LanguageModel:
-    values = {"layers": 1, "width": 16, "heads": 2, "context": 32, "initial_std": 0.4, **shape}
+    values = {"layers": 1, "width": 16, "heads": 2, "max_length": 32, "init_std": 0.4, **shape}
     model = new_language_model(ModelConfig(**values), WORDS, seed)
     for module in model.model.modules():
         if isinstance(module, nn.Dropout):
@@ -215,29 +228,31 @@ def tiny_model(seed: int = 0, dropout: float = 0.0, **shape: Any) -> LanguageMod
 
 def tiny_critic(policy: LanguageModel) -> Critic:
     trunk = copy.deepcopy(policy.model.get_decoder() if hasattr(policy.model, "get_decoder") else policy.model.transformer)
-    return Critic(Trunk(trunk), int(policy.model.config.hidden_size), 0.0)
+    return Critic(Backbone(trunk), int(policy.model.config.hidden_size), 0.0)
 
 
 def word_reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
     """Something that differs from text to text: how many positive words, and a little for their order."""
-    return [sum((1 + 0.1 * i) * (w in embedded.POSITIVE) for i, w in enumerate(text.split())) for text in texts]
+    return [sum((1 + 0.1 * i) * (w in toy_reviews.POSITIVE) for i, w in enumerate(text.split())) for text in texts]
 
 
-def known_word(requests: Sequence[Request]) -> list[Text]:
+def known_word(requests: Sequence[CompletionRequest]) -> list[Completion]:
     """A guide that writes `superb` three times, or as often as there is room, and ends."""
-    return [Text(" superb" * min(3, request.budget), finished=request.budget > 3) for request in requests]
+    return [Completion(" superb" * min(3, request.max_new_tokens), finished=request.max_new_tokens > 3) for request in requests]
 
 
-def tiny_parts(algorithm: Algorithm, config: Config, guide: Guide | None = None, policy: LanguageModel | None = None) -> Parts:
+def tiny_parts(
+    algorithm: Algorithm, config: Config, guide: Guide | None = None, policy: LanguageModel | None = None
+) -> Components:
     """What a trainer is made of, equal for equal arguments."""
     policy = policy or tiny_model()
-    task = embedded.build(config.task, policy.tokenizer)
-    shared = config.critic.kind == "trunk"
+    task = toy_reviews.build(config.task, policy.tokenizer)
+    shared = config.critic.kind == "value_head"
     width = int(policy.model.config.hidden_size)
     critics = {origin: Critic(None, width, 0.0) if shared else tiny_critic(policy) for origin in algorithm.critics}
-    targets = [Example(WORDS(p.text)["input_ids"] + WORDS(p.targets[0])["input_ids"], 4) for p in task.train]
-    models = Models(policy, tiny_model(seed=7).frozen(), critics)
-    return Parts(config, algorithm, task, word_reward, models, guide or FunctionGuide(known_word), targets, None)
+    targets = [Example(WORDS(p.text)["input_ids"] + WORDS(p.sft_targets[0])["input_ids"], 4) for p in task.train]
+    models = Models(policy, tiny_model(seed=7).frozen_copy(), critics)
+    return Components(config, algorithm, task, word_reward, models, guide or FunctionGuide(known_word), targets, None)
 
 
 def tiny_trainer(
@@ -264,7 +279,7 @@ def _plain(adam: torch.optim.Optimizer) -> torch.optim.Optimizer:
 def plain_config(**values: Any) -> Config:
     """One step on all texts at rate 1, the gradient as it is."""
     once = {"ppo__epochs": 1, "ppo__minibatch_size": 64, "ppo__learning_rate": 1.0, "critic__learning_rate": 1.0}
-    return config_of(**{**once, "ppo__max_gradient_norm": 1e9, "ppo__old_log_probs": "recompute", **values})
+    return config_of(**{**once, "ppo__max_grad_norm": 1e9, "ppo__old_log_probs": "recompute", **values})
 
 
 def farthest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
@@ -277,9 +292,10 @@ def farthest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 SMALL_IMDB = [
     ("task.options.prompt_tokens", 16), ("task.max_new_tokens", 10), ("task.min_new_tokens", 0),
-    ("model.vocabulary", 500), ("model.layers", 1), ("model.width", 16), ("model.heads", 2), ("model.context", 64),
-    ("lm.steps", 2), ("lm.batch_size", 2), ("sft.epochs", 0.0), ("sft.steps", 2), ("sft.batch_size", 2), ("reward.epochs", 1),
-    ("ppo.iterations", 2), ("ppo.texts_per_iteration", 6), ("ppo.minibatch_size", 3), ("ppo.epochs", 1),
+    ("model.vocabulary", 500), ("model.layers", 1), ("model.width", 16), ("model.heads", 2), ("model.max_length", 64),
+    ("pretrain.steps", 2), ("pretrain.batch_size", 2), ("sft.epochs", 0.0), ("sft.steps", 2), ("sft.batch_size", 2),
+    ("reward.epochs", 1),
+    ("ppo.iterations", 2), ("ppo.completions_per_iteration", 6), ("ppo.minibatch_size", 3), ("ppo.epochs", 1),
     ("algorithm.beta_guide", 0.9), ("algorithm.switch_iteration", 1),
     ("evaluation.every", 0), ("evaluation.final_prompts", 4), ("runtime.trackers", []),
 ]  # fmt: skip
@@ -310,3 +326,34 @@ def requires_bf16_products() -> None:
         torch.ops.mkldnn._linear_pointwise(ones, ones, None, "none", [], "")
     except RuntimeError as error:
         pytest.skip(f"oneDNN has no product in bf16 on this processor: {error}")
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------------
+
+SMALL = [
+    ("task.options", {"slots": 2, "train_prompts": 64, "held_out_prompts": 16}),
+    ("task.max_new_tokens", 5),
+    ("task.min_new_tokens", 0),
+    ("model.layers", 1),
+    ("model.width", 16),
+    ("model.heads", 2),
+    ("guide.model.layers", 1),
+    ("guide.model.width", 16),
+    ("guide.model.heads", 2),
+    ("sft.steps", 3),
+    ("sft.batch_size", 8),
+    ("guide.sft.steps", 3),
+    ("guide.sft.batch_size", 8),
+    ("ppo.iterations", 3),
+    ("ppo.completions_per_iteration", 8),
+    ("ppo.minibatch_size", 4),
+    ("evaluation.every", 2),
+    ("evaluation.prompts", 4),
+    ("evaluation.final_prompts", 8),
+    ("runtime.trackers", []),
+    ("runtime.checkpoint_every", 1),
+]
+
+
+def small(*changes: tuple[str, object]) -> Config:
+    return override(quickstart(), [*SMALL, *changes])

@@ -1,9 +1,10 @@
 """Compare two commits of rlgf bit for bit on short training runs: `python tools/golden.py BASE`.
 
-The runs are five algorithms with a causal model, an encoder–decoder and LoRA adapters, five iterations
-each, with `kernels=off` and one thread. Compared are token ids, who wrote them, log-probabilities,
-advantages, returns, weights and metrics. BASE is any commit since this file exists or the first commit;
-the working tree is compared with it. `tools/renamed.toml` says which keys were renamed in between.
+The runs are five algorithms with a causal model, an encoder–decoder and LoRA adapters, five
+iterations each, with `kernels=off` and one thread. Compared are token ids, their origins,
+log-probabilities, advantages, returns, weights and metrics. BASE is any commit since this file
+exists; the working tree is compared with it. `tools/renamed.toml` has the keys that were renamed in
+between.
 """
 
 import argparse
@@ -30,7 +31,7 @@ CHANGING = ("seconds", "tokens_per_second")  # measured times, which differ betw
 
 COMMON: dict[str, Any] = {
     "task.max_new_tokens": 12, "task.min_new_tokens": 3, "sft.steps": 15, "guide.spec": "sft",
-    "guide.decoding.top_k": 20, "guide.decoding.top_p": 0.9, "decoding.top_k": 25, "decoding.temperature": 0.9,
+    "guide.sampling.top_k": 20, "guide.sampling.top_p": 0.9, "sampling.top_k": 25, "sampling.temperature": 0.9,
     "ppo.iterations": ITERATIONS, "ppo.completions_per_iteration": 16, "ppo.minibatch_size": 8,
     "ppo.mle_coefficient": 0.1, "ppo.mle_batch": 4, "ppo.learning_rate": 3e-4, "kl.coefficient": 0.05,
     "algorithm.beta_guide": 0.7, "algorithm.beta_policy": 0.8, "algorithm.switch_iteration": 2,
@@ -64,7 +65,7 @@ def main() -> int:
 
 
 def record_base(commit: str) -> Path:
-    """Return the folder with what a commit computes, recorded once for each version of this file."""
+    """Return the folder with a commit's recording, made once per version of this file."""
     sha = subprocess.run(["git", "-C", str(ROOT), "rev-parse", commit], check=True, capture_output=True, text=True).stdout
     mark = hashlib.sha256(Path(__file__).read_bytes() + sha.encode()).hexdigest()[:12]
     folder = CACHE / mark
@@ -83,7 +84,7 @@ def record_base(commit: str) -> Path:
 
 
 def record_all(tree: Path, out: Path, models: list[str], only: str) -> None:
-    """Record cases with the rlgf of a source tree, one process for each model, as many as there are cores."""
+    """Record cases with the rlgf of a source tree, one process per model."""
     environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     out.mkdir(parents=True)
@@ -148,8 +149,8 @@ def record_case(rlgf: Any, changes: list[tuple[str, Any]], out: Path, case: str)
 
 def configure(rlgf: Any, changes: list[tuple[str, Any]]) -> Any:
     """Apply settings, each by its old name and value where this rlgf does not know the new ones."""
-    valid = valid_keys()
-    old_keys = {new: old for old, new in renamed().get("config", {}).items()} | {new: old for old, new in OLD_CONFIG.items()}
+    valid = valid_keys(type(rlgf.recipe("quickstart")))
+    old_keys = {new: old for old, new in renamed().get("config", {}).items()}
     known: list[tuple[str, Any]] = []
     for key, value in changes:
         options = get_args(valid.get(key))
@@ -158,22 +159,12 @@ def configure(rlgf: Any, changes: list[tuple[str, Any]]) -> Any:
     return rlgf.override(rlgf.recipe("quickstart"), known)
 
 
-# Names that this file uses and the first commit does not know.
-OLD_CONFIG = {
-    "ppo.texts_per_iteration": "ppo.completions_per_iteration",
-    "adapter.rank": "lora.rank",
-}
+# Values that this file uses and older commits call otherwise.
 OLD_VALUES = {("runtime.kernels", "off"): "plain", ("critic.kind", "lora"): "adapter"}
 
 
-def valid_keys(kind: Any = None, prefix: str = "") -> dict[str, Any]:
-    """Return every config key that the importable rlgf knows, with its type."""
-    if kind is None:
-        try:
-            from rlgf.config.schema import Config
-        except ImportError:
-            from rlgf.config import Config
-        kind = Config
+def valid_keys(kind: Any, prefix: str = "") -> dict[str, Any]:
+    """Return every key of a config dataclass, with its type."""
     found: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         found[prefix + name] = hint
@@ -223,7 +214,7 @@ def compare_tensors(base: Path, head: Path, case: str) -> list[str]:
 
 
 def compare_metrics(base: Path, head: Path) -> tuple[list[str], int]:
-    """Return a line for each metric of the base that the head lacks or has otherwise, and how many agree."""
+    """Return a line for each metric that differs or is missing, and how many agree."""
     table = renamed().get("metrics", {})
     lines: list[str] = []
     equal = 0

@@ -1,32 +1,50 @@
-"""Reinforcement learning from guided feedback: a policy and a guide take turns writing; the policy learns to win.
+"""Reinforcement learning from guided feedback: fine-tune a language model with the help of a guide.
 
-The names below are the public interface; they are imported when first used, so that `import rlgf` is quick.
+The names below are the public interface. They are imported when first used, so that
+`import rlgf` is quick.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlgf.config import Config, override
-    from rlgf.pipeline import prepare, train
-    from rlgf.recipes import recipe
-    from rlgf.trainer import Parts, Trainer
+    from rlgf.algorithms.guided import aggrevated, d2lols, lols, ppo, ppo_pp
+    from rlgf.config.loading import override
+    from rlgf.config.recipes import recipe
+    from rlgf.config.schema import Config
+    from rlgf.guides.base import Completion, CompletionRequest, Guide
+    from rlgf.pipeline.prepare import prepare
+    from rlgf.pipeline.run import train
+    from rlgf.rl.tensors import Experience, Rollout
+    from rlgf.tasks.base import Task, TaskDefinition
+    from rlgf.trainer import Components, Trainer
+    from rlgf.types import Prompt, SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["Config", "Parts", "Trainer", "__version__", "override", "prepare", "recipe", "train"]
+__all__ = [
+    "Completion", "CompletionRequest", "Components", "Config", "Experience", "Guide", "Prompt", "Rollout",
+    "SamplingParams", "Task", "TaskDefinition", "Trainer", "__version__", "aggrevated", "d2lols", "lols", "override",
+    "ppo", "ppo_pp", "prepare", "recipe", "train",
+]  # fmt: skip
 
-_HOMES = {
-    "Config": "rlgf.config",
-    "override": "rlgf.config",
-    "prepare": "rlgf.pipeline",
-    "train": "rlgf.pipeline",
-    "recipe": "rlgf.recipes",
-    "Parts": "rlgf.trainer",
-    "Trainer": "rlgf.trainer",
+_MODULES = {
+    "rlgf.algorithms.guided": ("aggrevated", "d2lols", "lols", "ppo", "ppo_pp"),
+    "rlgf.config.loading": ("override",),
+    "rlgf.config.recipes": ("recipe",),
+    "rlgf.config.schema": ("Config",),
+    "rlgf.guides.base": ("Completion", "CompletionRequest", "Guide"),
+    "rlgf.pipeline.prepare": ("prepare",),
+    "rlgf.pipeline.run": ("train",),
+    "rlgf.rl.tensors": ("Experience", "Rollout"),
+    "rlgf.tasks.base": ("Task", "TaskDefinition"),
+    "rlgf.trainer": ("Components", "Trainer"),
+    "rlgf.types": ("Prompt", "SamplingParams"),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    """Import a public name when it is first used."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'rlgf' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)

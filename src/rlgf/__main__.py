@@ -1,12 +1,15 @@
-"""`rlgf` and `python -m rlgf`: the command line, whose libraries take seconds to import, in which Ctrl-C is no error."""
+"""Entry point of `rlgf` and `python -m rlgf`.
+
+Importing the libraries takes seconds; Ctrl-C during the import exits without a traceback.
+"""
 
 import sys
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     try:
-        from rlgf.cli import main
+        from rlgf.cli.app import main
     except KeyboardInterrupt:
         sys.exit(130)
     main()

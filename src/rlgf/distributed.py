@@ -1,4 +1,8 @@
-"""The one place through which sums over a batch pass, so that several processes agree on every mean and every stop."""
+"""Sums over all processes.
+
+Every sum over a batch uses these functions, so all processes agree on each mean and on early
+stopping.
+"""
 
 from dataclasses import dataclass
 
@@ -9,23 +13,23 @@ from torch import float64, tensor
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums from which mean and variance follow; sums of several processes add up."""
+    """Count, sum and sum of squares: mean and variance follow, and processes can be summed."""
 
     count: float
     total: float
     squares: float
 
 
-def several() -> bool:
-    """Whether this is one of several processes."""
+def is_distributed() -> bool:
+    """Return whether this is one of several processes."""
     return PartialState().num_processes > 1
 
 
-def total(value: float) -> float:
-    """The sum of `value` over all processes (its own value where there is one process)."""
+def all_reduce_sum(value: float) -> float:
+    """Sum a value over all processes; a single process returns it unchanged."""
     return float(reduce(tensor(value, dtype=float64), "sum"))  # pyright: ignore[reportArgumentType]
 
 
-def total_moments(moments: Moments) -> Moments:
-    """Moments over all processes."""
-    return Moments(total(moments.count), total(moments.total), total(moments.squares))
+def all_reduce_moments(moments: Moments) -> Moments:
+    """Sum moments over all processes."""
+    return Moments(all_reduce_sum(moments.count), all_reduce_sum(moments.total), all_reduce_sum(moments.squares))

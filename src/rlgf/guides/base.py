@@ -1,72 +1,109 @@
-"""What a guide is: a black box that writes text. It may also finish what another began, and may speak the policy's tokens."""
+"""The guide protocol: a black box that completes prompts.
+
+A guide may also be able to continue a prefix, and may use the policy's tokens.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+from rlgf.errors import RunError
 from rlgf.types import Prompt
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a guide can be asked for."""
+    """The capabilities of a guide."""
 
-    can_finish: bool  # whether it can finish a prefix that another has written, or only write a text for a prompt
-    exact_budget: bool = False  # whether it keeps to `minimum` and `budget` in policy tokens, so that lengths are known
+    can_continue: bool  # true if it can continue a prefix
+    exact_length: bool = False  # true if it respects min_new_tokens and max_new_tokens
 
 
 @dataclass(frozen=True)
-class Request:
-    """One text to be written, or finished."""
+class CompletionRequest:
+    """A request for a completion of a prompt and a prefix, which may be empty."""
 
     prompt: Prompt
     prompt_ids: Sequence[int]
-    prefix: str  # what has been written of the response, as text
-    prefix_ids: Sequence[int]  # the same in the policy's tokens
-    budget: int  # policy tokens that may still be written
-    minimum: int  # policy tokens before which the text must not end
+    prefix: str  # the completion so far, as text
+    prefix_ids: Sequence[int]  # the prefix in the policy's tokens
+    max_new_tokens: int  # in policy tokens, after the prefix
+    min_new_tokens: int  # in policy tokens, after the prefix; no EOS token before
     index: int  # the global trajectory index
     seed: int
 
 
 @dataclass(frozen=True)
-class Text:
-    """What a guide wrote after the prefix. `finished`: the text is complete; otherwise it was cut off by the budget.
+class Completion:
+    """A guide's completion, after the prefix.
 
-    `ids` are the policy's tokens, end token included, for a guide that writes them; then `text` is not read.
+    `finished` is false if it was truncated at max_new_tokens. `ids` are the policy's tokens, EOS
+    token included, of a guide that uses them; `text` is then ignored.
     """
 
     text: str
     finished: bool
     ids: Sequence[int] | None = None
-    given_up: bool = False  # no text could be had, and the run shall go on without it (guide.on_failure=policy)
+    failed: bool = False  # no completion; the policy continues (guide.on_failure=policy)
 
 
 class Guide(Protocol):
-    """Anything that writes."""
+    """The interface of all guides."""
 
     @property
     def capabilities(self) -> Capabilities:
-        """What it can do."""
+        """Return the capabilities of the guide."""
         ...
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """One text for each request, in order."""
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Return one completion for each request, in order."""
         ...
 
 
 @runtime_checkable
-class Accounted(Protocol):
-    """A guide that counts what it is asked, answers and costs."""
+class TracksUsage(Protocol):
+    """A guide that counts requests, responses and cost."""
 
-    def take_counts(self) -> dict[str, float]:
-        """Figures since the last call, as metrics."""
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the metrics since the last call and reset them."""
         ...
 
     def state(self) -> dict[str, float]:
-        """What was spent over the whole run, kept in its folder."""
+        """Return the usage of the whole run, which is saved in its folder."""
         ...
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Add what an earlier part of the run had spent; a second call changes nothing."""
+        """Add the usage of an earlier part of the run; a second call has no effect."""
         ...
+
+
+def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Completion]:
+    """Query a guide and check that it returns one usable completion for each request.
+
+    Every failure raises `RunError`.
+    """
+    if not requests:
+        return []
+    try:
+        answers: Any = guide.complete(requests)
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"the guide failed on {len(requests)} requests ({type(error).__name__}: {error}): mend it and run again."
+        ) from error
+    if not isinstance(answers, list) or len(answers) != len(requests):
+        found = len(answers) if isinstance(answers, list) else type(answers).__name__
+        raise RunError(f"the guide gave {found} texts for {len(requests)} requests: it must give a list with one each.")
+    for answer, request in zip(answers, requests):
+        good = isinstance(answer, Completion) and isinstance(answer.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not good or any(not isinstance(token, int) for token in answer.ids or ()):
+            raise RunError(f"the guide answered {answer!r} to the prompt {request.prompt.text[:60]!r}: it must be a text.")
+        if answer.failed:
+            continue
+        if not answer.finished and not (answer.text if answer.ids is None else answer.ids):
+            raise RunError(
+                f"the guide wrote nothing for the prompt {request.prompt.text[:60]!r} and calls it unfinished: "
+                "a guide with nothing to add says finished."
+            )
+    return answers

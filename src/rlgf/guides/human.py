@@ -1,12 +1,15 @@
-"""A person at the terminal as the guide. Answers are kept as they are given: a run that was left goes on where it stopped."""
+"""A person at the terminal as the guide.
+
+Completions are stored as they are entered, so an interrupted run resumes where it stopped.
+"""
 
 from collections.abc import Callable, Sequence
 
-from rlgf.display import visible
+from rlgf.data.text import escape_control_characters
+from rlgf.data.tokenization import join_with_space
 from rlgf.errors import RunError
-from rlgf.guides.base import Capabilities, Request, Text
-from rlgf.guides.cache import AnswerCache, key_of
-from rlgf.tokens import spaced
+from rlgf.generation.openai.cache import ResponseCache, cache_key
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest
 
 HELP = (
     "Write what comes next (\\n: a new line), then Enter. 'skip': leave it as it is. 'undo': the text before once more. "
@@ -15,18 +18,22 @@ HELP = (
 
 
 class HumanGuide:
-    """Shows what was written so far and takes the continuation."""
+    """A guide that shows prompt and prefix and takes the completion from the terminal."""
 
-    capabilities = Capabilities(can_finish=True)
+    capabilities = Capabilities(can_continue=True)
 
     def __init__(
-        self, cache: AnswerCache, read: Callable[[str], str] = input, show: Callable[[str], None] = print, offline: bool = False
+        self,
+        cache: ResponseCache,
+        read: Callable[[str], str] = input,
+        show: Callable[[str], None] = print,
+        offline: bool = False,
     ) -> None:
         self.cache, self._read, self._show, self.offline = cache, read, show, offline
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """One continuation for each request; what was answered before is not asked again."""
-        keys = [key_of({"human": [r.prompt.text, r.prefix, r.index, r.seed]}) for r in requests]
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Return one completion for each request; stored ones are reused."""
+        keys = [cache_key({"human": [r.prompt.text, r.prefix, r.index, r.seed]}) for r in requests]
         answers = [self.cache.get(key) for key in keys]
         open_places = [place for place, answer in enumerate(answers) if answer is None]
         if open_places and self.offline:
@@ -38,21 +45,23 @@ class HumanGuide:
         at = 0
         while at < len(open_places):
             place = open_places[at]
-            said = self._ask(requests[place], at + 1, len(open_places))
+            said = self._prompt_user(requests[place], at + 1, len(open_places))
             if said == "undo":
                 if at == 0:
                     self._show("There is nothing to undo: the texts before are in use already.")
                 at = max(0, at - 1)
                 continue
             text = "" if said == "skip" else said.replace("\\n", "\n")
-            text = spaced(requests[place].prompt.text + requests[place].prefix, text)
+            text = join_with_space(requests[place].prompt.text + requests[place].prefix, text)
             answers[place] = {"text": text, "finished": True}
             self.cache.put(keys[place], {"text": text, "finished": True}, replace=True)
             at += 1
-        return [Text(answer["text"], answer["finished"]) for answer in answers if answer is not None]
+        return [Completion(answer["text"], answer["finished"]) for answer in answers if answer is not None]
 
-    def _ask(self, request: Request, number: int, of: int) -> str:
-        self._show(f"\n[{number}/{of}] {visible(request.prompt.text)}[[{visible(request.prefix)}]]")
+    def _prompt_user(self, request: CompletionRequest, number: int, of: int) -> str:
+        self._show(
+            f"\n[{number}/{of}] {escape_control_characters(request.prompt.text)}[[{escape_control_characters(request.prefix)}]]"
+        )
         try:
             return self._read("> ")
         except (EOFError, UnicodeDecodeError):

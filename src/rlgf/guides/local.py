@@ -1,4 +1,4 @@
-"""Guides that need nothing from outside: a model in this process, the dataset's references, a Python function."""
+"""Guides in this process: a model, the dataset's references, a Python function."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,20 +6,25 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations
 from rlgf.errors import RunError, UserError
-from rlgf.guides.base import Capabilities, Request, Text
-from rlgf.models import LanguageModel
+from rlgf.generation.base import SampledCompletions
+from rlgf.generation.decoder import sample_completions, split_context
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest
+from rlgf.models.language_model import LanguageModel
 from rlgf.randomness import Purpose, uniform_rows, uniforms
-from rlgf.sampling import Continuations, continue_prefixes, split_context
-from rlgf.tokens import decode_continuations, whole_characters
-from rlgf.types import Decoding
+from rlgf.types import SamplingParams
 
-TOKEN_MARGIN = 1.5  # own tokens that a guide of another tokenizer may write for each that the policy would need
-SPARE_TOKENS = 8  # own tokens that it may write beside: a character can take four
+# limit on guide tokens: margin × estimated guide tokens per policy token × max_new_tokens + spare
+TOKEN_MARGIN = 1.5
+EXTRA_TOKENS = 8  # a character can take four tokens
 
 
 def guide_model_path(spec: str) -> str | None:
-    """Where the model lies that a spec names: of `model:PATH` the path, of `run:DIR` that run's policy; None for others."""
+    """Return the path of a guide's model, or None if the spec names none.
+
+    It is PATH for `model:PATH` and that run's policy for `run:DIR`.
+    """
     if spec.startswith("model:"):
         return spec.removeprefix("model:")
     if not spec.startswith("run:"):
@@ -33,28 +38,31 @@ def guide_model_path(spec: str) -> str | None:
 
 
 class ModelGuide:
-    """A model in this process with a decoding of its own; speaks the policy's tokens."""
+    """A model in this process with its own sampling parameters and the policy's tokenizer."""
 
-    def __init__(self, language_model: LanguageModel, decoding: Decoding, precision: str = "fp32") -> None:
-        self.language_model, self.decoding, self.precision = language_model, decoding, precision
-        self.capabilities = Capabilities(can_finish=True, exact_budget=True)
+    def __init__(self, language_model: LanguageModel, sampling: SamplingParams, precision: str = "fp32") -> None:
+        self.language_model, self.sampling, self.precision = language_model, sampling, precision
+        self.capabilities = Capabilities(can_continue=True, exact_length=True)
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """Sample a continuation for each request; its draws depend on seed, trajectory and position alone."""
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Sample a completion for each request.
+
+        Its random numbers depend only on seed, trajectory index and position.
+        """
         contexts = [(request.prompt_ids, request.prefix_ids) for request in requests]
-        budgets, minimums = [request.budget for request in requests], [request.minimum for request in requests]
-        written = self._write(requests, contexts, budgets, minimums)
+        budgets, minimums = [request.max_new_tokens for request in requests], [request.min_new_tokens for request in requests]
+        written = self._sample(requests, contexts, budgets, minimums)
         rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
-        return [Text("", bool(finished), ids) for finished, ids in zip(written.finished.tolist(), rows)]
+        return [Completion("", bool(finished), ids) for finished, ids in zip(written.ended_with_eos.tolist(), rows)]
 
-    def _write(
+    def _sample(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[CompletionRequest],
         contexts: Sequence[tuple[Sequence[int], Sequence[int]]],
         budgets: Sequence[int],
         minimums: Sequence[int],
-    ) -> Continuations:
-        """Continue pairs of prompt and prefix, in the guide's own tokens."""
+    ) -> SampledCompletions:
+        """Sample completions of pairs of prompt and prefix, all in the guide's tokens."""
         draws = uniform_rows(
             requests[0].seed if requests else 0,
             Purpose.GUIDE_TOKEN,
@@ -63,94 +71,105 @@ class ModelGuide:
             [len(request.prefix_ids) for request in requests],
         )
         sources, prefixes = split_context(self.language_model.model, contexts)
-        return continue_prefixes(
-            self.language_model, prefixes, budgets, minimums, draws, self.decoding, self.precision, sources
+        return sample_completions(
+            self.language_model, prefixes, budgets, minimums, draws, self.sampling, self.precision, sources
         )
 
 
 class TextModelGuide(ModelGuide):
-    """A model in this process whose tokenizer is not the policy's: it reads text and answers text.
+    """A model in this process with another tokenizer than the policy: text in, text out.
 
-    Its budget in its own tokens is a generous guess from how both tokenizers write the prompt; what is more than the policy's
-    budget is cut where its text becomes policy tokens. So it does not know how long its text is to be exactly.
+    Its limit in its own tokens is a generous estimate from the lengths of the prompt in both
+    tokenizers; a completion longer than max_new_tokens is truncated when it is encoded in policy
+    tokens. So its lengths in policy tokens are not exact.
     """
 
-    def __init__(self, language_model: LanguageModel, decoding: Decoding, precision: str = "fp32") -> None:
-        super().__init__(language_model, decoding, precision)
-        self.capabilities = Capabilities(can_finish=True, exact_budget=False)
+    def __init__(self, language_model: LanguageModel, sampling: SamplingParams, precision: str = "fp32") -> None:
+        super().__init__(language_model, sampling, precision)
+        self.capabilities = Capabilities(can_continue=True, exact_length=False)
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """Sample a continuation of prompt and prefix, read as one text by a causal guide; draws are those of `ModelGuide`."""
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Sample a completion for each request, with the random numbers of `ModelGuide`.
+
+        A causal guide takes prompt and prefix as one text.
+        """
         codec = self.language_model.codec
         contexts = self._contexts(requests)
         budgets: list[int] = []
         minimums: list[int] = []
         for request, context in zip(requests, contexts):
             prefix = [*context[0], *context[1]]
-            room = self.language_model.context - len(context[1] if codec.alone else prefix)
+            room = self.language_model.max_length - len(context[1] if codec.is_encoder_decoder else prefix)
             if room < 1:
                 raise RunError(
-                    f"the guide reads {self.language_model.context} tokens, and the prompt {request.prompt.text[:60]!r} with "
-                    f"what was written has {len(prefix)} of its own: choose a guide that reads more, or shorter prompts."
+                    f"the guide reads {self.language_model.max_length} tokens, and the prompt "
+                    f"{request.prompt.text[:60]!r} with what was written has {len(prefix)} of its own: choose a guide that "
+                    "reads more, or shorter prompts."
                 )
             share = max(1.0, len(prefix) / max(1, len(request.prompt_ids) + len(request.prefix_ids)))
-            budgets.append(min(math.ceil(TOKEN_MARGIN * share * request.budget) + SPARE_TOKENS, room))
-            # a text that is to fill the policy's budget never ends by itself
-            minimums.append(budgets[-1] if request.minimum >= request.budget else math.ceil(share * request.minimum))
-        written = self._write(requests, contexts, budgets, minimums)
+            budgets.append(min(math.ceil(TOKEN_MARGIN * share * request.max_new_tokens) + EXTRA_TOKENS, room))
+            # a completion that must fill max_new_tokens gets no EOS token
+            minimums.append(
+                budgets[-1] if request.min_new_tokens >= request.max_new_tokens else math.ceil(share * request.min_new_tokens)
+            )
+        written = self._sample(requests, contexts, budgets, minimums)
         rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
-        finished: list[bool] = written.finished.tolist()
-        rows = [ids[:-1] if ended else self._whole(ids) for ids, ended in zip(rows, finished)]
-        before = [begun if codec.alone else [*prompt, *begun] for prompt, begun in contexts]
+        finished: list[bool] = written.ended_with_eos.tolist()
+        rows = [ids[:-1] if ended else self._drop_incomplete_character(ids) for ids, ended in zip(rows, finished)]
+        before = [begun if codec.is_encoder_decoder else [*prompt, *begun] for prompt, begun in contexts]
         texts = decode_continuations(codec.tokenizer, before, rows)
-        # tokens that spell nothing: the guide has nothing to add
-        return [Text(text, ended or not text) for text, ended in zip(texts, finished)]
+        # tokens that decode to no text count as an empty, finished completion
+        return [Completion(text, ended or not text) for text, ended in zip(texts, finished)]
 
-    def _contexts(self, requests: Sequence[Request]) -> list[tuple[list[int], list[int]]]:
-        """Prompt and prefix of each request in the guide's tokens; a causal guide reads them as one text."""
+    def _contexts(self, requests: Sequence[CompletionRequest]) -> list[tuple[list[int], list[int]]]:
+        """Return the prompt and the prefix of each request in the guide's tokens.
+
+        A causal guide takes both as one text, with an empty prefix.
+        """
         codec, tokenizer = self.language_model.codec, self.language_model.tokenizer
-        if codec.alone:
+        if codec.is_encoder_decoder:
             prompts = codec.prompts([replace(request.prompt, ids=None) for request in requests])
             return [(prompt, codec.response(request.prefix)) for prompt, request in zip(prompts, requests)]
-        opening = self.language_model.end_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
+        opening = self.language_model.eos_token_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
         whole = [replace(request.prompt, text=request.prompt.text + request.prefix, ids=None) for request in requests]
         return [(ids or [opening], []) for ids in codec.prompts(whole)]
 
-    def _whole(self, ids: list[int]) -> list[int]:
-        """The ids without a character that the budget cut in two, if anything remains."""
-        return ids[: whole_characters(self.language_model.tokenizer, ids)] or ids
+    def _drop_incomplete_character(self, ids: list[int]) -> list[int]:
+        """Return the ids without an incomplete last character, if any remain."""
+        return ids[: complete_utf8_prefix(self.language_model.tokenizer, ids)] or ids
 
 
 class ReferenceGuide:
-    """The dataset's own references: it can begin a text, but not finish what another began."""
+    """The dataset's references as completions; it cannot continue a prefix."""
 
-    capabilities = Capabilities(can_finish=False)
+    capabilities = Capabilities(can_continue=False)
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """A reference of each prompt, drawn where there are several."""
-        texts: list[Text] = []
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Return one reference of each prompt, sampled if there are several."""
+        texts: list[Completion] = []
         for request in requests:
             references = request.prompt.references
             if not references:
                 raise ValueError(f"the prompt {request.prompt.text[:60]!r} has no reference")
             draw = uniforms(request.seed, Purpose.REFERENCE, request.index, 1)[0]
-            texts.append(Text(references[math.floor(draw * len(references))], finished=True))
+            texts.append(Completion(references[math.floor(draw * len(references))], finished=True))
         return texts
 
 
 class FunctionGuide:
-    """A Python function from requests to texts (`Text`, or plain strings, which are taken as finished).
+    """A Python function from requests to completions.
 
-    Its attribute `can_finish` (default True) says whether it finishes prefixes.
+    It returns a `Completion` or a string, which counts as finished, for each request. Its attribute
+    `can_continue` (default True) is true if it can continue a prefix.
     """
 
-    def __init__(self, function: Callable[[Sequence[Request]], Sequence[Text | str]]) -> None:
+    def __init__(self, function: Callable[[Sequence[CompletionRequest]], Sequence[Completion | str]]) -> None:
         self.function = function
-        self.capabilities = Capabilities(can_finish=bool(getattr(function, "can_finish", True)))
+        self.capabilities = Capabilities(can_continue=bool(getattr(function, "can_continue", True)))
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """What the function answers."""
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Call the function and return its completions."""
         answers: Any = self.function(requests)
-        if answers is None or isinstance(answers, (str, Text)):
+        if answers is None or isinstance(answers, (str, Completion)):
             raise TypeError(f"it gave {type(answers).__name__} instead of a list of texts")
-        return [Text(answer, finished=True) if isinstance(answer, str) else answer for answer in answers]
+        return [Completion(answer, finished=True) if isinstance(answer, str) else answer for answer in answers]

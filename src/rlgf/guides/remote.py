@@ -1,8 +1,9 @@
-"""A guide outside this process: asked side by side, again where that helps, never twice for the same thing, within limits.
+"""A guide on a server: concurrent requests, retries, cached responses, limits.
 
-Every draw of a server is made from (seed, trajectory, position, attempt), so the order in which answers arrive changes nothing.
-What an answer took (requests, tokens) is counted where the answer is used, so that asking ahead does not change the counts
-either; it is kept beside the answer for each run that asked, and a replay of that run counts it again.
+The seed of every request is made from (seed, trajectory index, position, draw), so the order in
+which responses arrive has no effect. The usage of a response (requests, tokens) is counted where
+the response is used, so prefetching does not change the counts either. It is stored next to the
+response for each run that sent the request, and a replay of that run counts it again.
 """
 
 import hashlib
@@ -15,12 +16,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from rlgf.config import GuideConfig
+from rlgf.config.sections import GuideConfig
 from rlgf.errors import RunError
-from rlgf.guides.answers import Answer, InvalidError, PermanentError, Question, TransientError
-from rlgf.guides.base import Capabilities, Request, Text
-from rlgf.guides.cache import AnswerCache, key_of
-from rlgf.guides.server import Server
+from rlgf.generation.openai.cache import ResponseCache, cache_key
+from rlgf.generation.openai.client import Server
+from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest
 
 COUNTS = (
     "attempts", "answered", "retried", "given_up", "rows_needed", "rows_answered", "rows_cached", "rows_given_up",
@@ -28,53 +29,54 @@ COUNTS = (
 )  # fmt: skip
 
 
-WORTH_SAYING = 5.0  # seconds of a pause
-SAYING_EVERY = 10.0  # seconds
+REPORT_PAUSES_ABOVE = 5.0  # seconds
+REPORT_INTERVAL = 10.0  # seconds between reports
 
 
 class StoppedError(Exception):
-    """A limit was reached, or another question has failed for good: what is not under way is not asked any more."""
+    """A limit or a permanent failure of another request, after which none is sent."""
 
 
 class RowFailedError(Exception):
-    """One answer cannot be had, though the server may be well: retries are used up."""
+    """A request whose retries are used up; later requests may succeed."""
 
 
 class RemoteGuide:
-    """Any number of questions to a `Server`, through the cache, under the limits of the config.
+    """A guide on a `Server`, with the cache and the limits of the config.
 
-    `run` tells this run from others that share the cache. `sleep` stands in for the pauses between retries, which otherwise end
-    early when there is nothing left to ask for.
+    `run` identifies this run among those that share the cache. `sleep` replaces the pauses between
+    retries; by default they end early when no more requests are sent.
     """
 
     def __init__(
-        self, server: Server, config: GuideConfig, cache: AnswerCache, report: Callable[[str], None] = lambda line: None,
+        self, server: Server, config: GuideConfig, cache: ResponseCache, report: Callable[[str], None] = lambda line: None,
         run: str = "", sleep: Callable[[float], None] | None = None,
     ) -> None:  # fmt: skip
         self.run = run
         self.server, self.config, self.cache, self._report, self._sleep = server, config, cache, report, sleep
-        self.capabilities = Capabilities(can_finish=server.can_finish, exact_budget=server.exact)
-        self.spent: Counter[str] = Counter()  # over the whole run
-        self._continues = False  # whether what an earlier part of the run had spent was added
-        self._begun = 0  # requests over the whole run, those under way included
-        self._counts: dict[str, float] = {}  # of the rows that were served since counts were last taken
-        self._took: dict[str, dict[str, float]] = {}  # by question: what its answer took, until a row uses it
-        self._asked = self.server.key()
+        self.capabilities = Capabilities(can_continue=server.can_continue, exact_length=server.exact)
+        self.usage: Counter[str] = Counter()  # over the whole run
+        self._continues = False  # true once the usage of an earlier part of the run was added
+        self._num_started = 0  # requests of the whole run, including those in flight
+        self._counts: dict[str, float] = {}  # since the last pop_metrics
+        # by key, the usage of responses that no row has used yet
+        self._pending_usage: dict[str, dict[str, float]] = {}
+        self._server_key = self.server.key()
         self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(config.concurrency)  # shared by what is needed now and what is asked ahead
+        self._slots = threading.BoundedSemaphore(config.concurrency)  # shared with prefetching
         self._stop_prefetching = threading.Event()
-        self._next_start = 0.0  # when the rate limit lets the next request begin
-        self._said = -SAYING_EVERY  # when a pause was last spoken of
+        self._next_start = 0.0  # earliest start of the next request under the rate limit
+        self._last_report = -REPORT_INTERVAL  # time of the last report of a pause
 
-    def complete(self, requests: Sequence[Request]) -> list[Text]:
-        """One text for each request; `RunError` where one cannot be had."""
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Return one completion for each request; raise `RunError` if one fails."""
         self._count("rows_needed", len(requests))
         kept = [self._draw(request) for request in requests]
-        asked = iter(self._side_by_side([request for request, drawn in zip(requests, kept) if not drawn]))
+        asked = iter(self._query_concurrently([request for request, drawn in zip(requests, kept) if not drawn]))
         return [self._use(request, drawn) if drawn else next(asked) for request, drawn in zip(requests, kept)]
 
-    def _side_by_side(self, requests: Sequence[Request]) -> list[Text]:
-        """The same for requests of which the cache does not know the answers."""
+    def _query_concurrently(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        """Send requests without a cached response concurrently and return their completions."""
         if not requests:
             return []
         stop = threading.Event()
@@ -85,7 +87,7 @@ class RemoteGuide:
         except KeyboardInterrupt:
             self._report(f"guide: requests under way come to their end first, in {self.config.timeout_seconds:g} s at most")
             raise
-        finally:  # interrupted, say: what is under way comes to its end and is kept, the rest is not asked
+        finally:  # also after an interrupt: finish and store requests in flight, cancel the rest
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
         first = next((error for error in failures if not isinstance(error, StoppedError)), None)
@@ -93,19 +95,22 @@ class RemoteGuide:
             raise first
         return [future.result() for future in futures]
 
-    def _row(self, request: Request, stop: threading.Event) -> Text:
+    def _row(self, request: CompletionRequest, stop: threading.Event) -> Completion:
         try:
             return self._use(request, self._draw(request, stop))
         except BaseException:
             stop.set()
             raise
 
-    def prefetch(self, requests: Sequence[Request]) -> None:
-        """Put the answers to requests that will come into the cache. Failures are left to whoever needs the answer."""
+    def prefetch(self, requests: Sequence[CompletionRequest]) -> None:
+        """Send future requests, so that their responses are cached.
+
+        Failures are ignored; `complete` sends such a request again.
+        """
         if self.config.offline:
             return
 
-        def fetch(request: Request) -> None:
+        def fetch(request: CompletionRequest) -> None:
             if not self._stop_prefetching.is_set():
                 with suppress(Exception):
                     self._draw(request, self._stop_prefetching)
@@ -114,11 +119,14 @@ class RemoteGuide:
             list(pool.map(fetch, requests))
 
     def stop_prefetching(self) -> None:
-        """Begin no more requests ahead."""
+        """Start no more prefetching requests."""
         self._stop_prefetching.set()
 
-    def take_counts(self) -> dict[str, float]:
-        """What the texts since the last call took: questions, answers, tokens, money; keys as in docs/metrics.md."""
+    def pop_metrics(self) -> dict[str, float]:
+        """Return the usage since the last call: requests, responses, tokens, cost.
+
+        The keys are those of docs/metrics.md.
+        """
         with self._lock:
             counts, self._counts = self._counts, {}
         found = {f"guide_{name}": counts.get(name, 0) for name in COUNTS}
@@ -127,63 +135,74 @@ class RemoteGuide:
         return found if cost is None else {**found, "guide_cost": cost}
 
     def cost(self, counts: Mapping[str, float]) -> float | None:
-        """The price of these tokens; None where no price is known."""
+        """Return the cost of the counted tokens, or None if no price is configured."""
         if self.config.price_input is None or self.config.price_output is None:
             return None
         paid = (counts.get("prompt_tokens", 0), counts.get("completion_tokens", 0))
         return (paid[0] * self.config.price_input + paid[1] * self.config.price_output) / 1e6
 
     def state(self) -> dict[str, float]:
-        """What was spent over the whole run, resumed ones included."""
+        """Return the usage of the whole run, including its parts before a resume."""
         with self._lock:
-            found: dict[str, float] = {**self.spent, "begun": self._begun}
-        cost = self.cost(self.spent)
+            found: dict[str, float] = {**self.usage, "begun": self._num_started}
+        cost = self.cost(self.usage)
         return found if cost is None else {**found, "cost": cost}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Add what an earlier part of the run had spent, so that limits count over all of it; a second time changes nothing."""
+        """Add the usage of an earlier part of the run; a second call has no effect.
+
+        Limits then apply to the whole run.
+        """
         with self._lock:
             if self._continues:
                 return
             self._continues = True
-            self._begun += int(state.get("begun", 0))
-            self.spent.update({name: int(value) for name, value in state.items() if name not in ("begun", "cost")})
+            self._num_started += int(state.get("begun", 0))
+            self.usage.update({name: int(value) for name, value in state.items() if name not in ("begun", "cost")})
 
-    def question(self, request: Request, draw: int) -> Question:
-        """What the server is asked: a text of up to the horizon, its seed from trajectory, position and attempt.
+    def server_request(self, request: CompletionRequest, draw: int) -> ServerRequest:
+        """Return the server request of a completion request.
 
-        By token ids it is what is needed and no more: the budget and the least length are exact.
+        Its seed is made from seed, trajectory index, position and draw. With text, max_tokens is
+        max_new_tokens times guide.tokens_per_policy_token; with token ids, max_new_tokens and
+        min_new_tokens are exact.
         """
         place = f"{request.seed}/{request.index}/{len(request.prefix_ids)}/{draw}"
-        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1  # what servers take: 31 bits
+        # servers accept seeds of 31 bits
+        seed = int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1
         if self.server.mode == "token_ids":
-            minimum = min(request.minimum, request.budget) if self.server.exact else 0
-            return Question("", "", request.budget, seed, (*request.prompt_ids, *request.prefix_ids), minimum)
-        tokens = max(1, round(request.budget * self.config.tokens_per_policy_token))
-        return Question(request.prompt.text, request.prefix, tokens, seed)
+            minimum = min(request.min_new_tokens, request.max_new_tokens) if self.server.exact else 0
+            return ServerRequest("", "", request.max_new_tokens, seed, (*request.prompt_ids, *request.prefix_ids), minimum)
+        tokens = max(1, round(request.max_new_tokens * self.config.tokens_per_policy_token))
+        return ServerRequest(request.prompt.text, request.prefix, tokens, seed)
 
-    def _draw(self, request: Request, stop: threading.Event | None = None) -> list[tuple[str, dict[str, Any]]]:
-        """The draws for a request up to the first that can be used, each with the key of its question.
+    def _draw(self, request: CompletionRequest, stop: threading.Event | None = None) -> list[tuple[str, dict[str, Any]]]:
+        """Return the draws of a request, up to the first valid one.
 
-        From the cache, or asked for; empty where there is no `stop` and something would have to be asked.
+        Each is a pair of cache key and stored response. Draws come from the cache or the
+        server; without `stop` nothing is sent, and the result is empty if a draw is not cached.
         """
         drawn: list[tuple[str, dict[str, Any]]] = []
         for draw in range(self.config.invalid_retries + 1):
-            question = self.question(request, draw)
-            key = key_of({**self._asked, **asdict(question), "index": request.index})
-            stored = self._replayed(key, request) if self.config.offline else self.cache.get(key)
+            question = self.server_request(request, draw)
+            key = cache_key({**self._server_key, **asdict(question), "index": request.index})
+            stored = self._replay(key, request) if self.config.offline else self.cache.get(key)
             if stored is None:
                 if stop is None:
                     return []
-                stored = self._asked_for(key, question, stop)
+                stored = self._fetch(key, question, stop)
             drawn.append((key, stored))
             if "invalid" not in stored:
                 break
         return drawn
 
-    def _replayed(self, key: str, request: Request) -> dict[str, Any]:
-        """The answer, with what it took if this is the run that asked; or that this run gave it up. Otherwise an error."""
-        record = self.cache.get(self._record(key))
+    def _replay(self, key: str, request: CompletionRequest) -> dict[str, Any]:
+        """Return the cached response, or the record that this run gave it up.
+
+        The response includes its usage if this run sent the request. Raises `RunError` if there is
+        neither.
+        """
+        record = self.cache.get(self._record_key(key))
         if record is not None and "given_up" in record:
             return record
         stored = self.cache.get(key)
@@ -194,57 +213,66 @@ class RemoteGuide:
             )
         return {**stored, **(record or {})}
 
-    def _asked_for(self, key: str, question: Question, stop: threading.Event) -> dict[str, Any]:
-        """What the server answers, kept for all runs, and what it took, for this one; or that it was given up."""
+    def _fetch(self, key: str, question: ServerRequest, stop: threading.Event) -> dict[str, Any]:
+        """Query the server and store the response for all runs, its usage for this run.
+
+        If the retries are used up, stores and returns the record that it was given up.
+        """
         try:
-            stored = self._ask(key, question, stop)
-        except RowFailedError as error:  # asked again by the next run, but a replay of this one goes the same way
-            stored = {"given_up": str(error), "took": self._taken(key)}
-            self.cache.put(self._record(key), stored, replace=True)
+            stored = self._query_with_retries(key, question, stop)
+        except RowFailedError as error:  # a replay of this run fails too; the next run retries
+            stored = {"given_up": str(error), "took": self._usage_of(key)}
+            self.cache.put(self._record_key(key), stored, replace=True)
             return stored
-        self.cache.put(self._record(key), {"took": self._taken(key)}, replace=True)
-        if not self.cache.put(key, stored):  # another process was faster: both go on with the same text
+        self.cache.put(self._record_key(key), {"took": self._usage_of(key)}, replace=True)
+        if not self.cache.put(key, stored):  # another process was first: both use its response
             return self.cache.get(key) or stored
         return stored
 
-    def _record(self, key: str) -> str:
-        """Under what the cache keeps what this run knows of a question."""
+    def _record_key(self, key: str) -> str:
+        """Return the cache key of this run's record of a request."""
         return f"{key}/{self.run}"
 
-    def _use(self, request: Request, drawn: Sequence[tuple[str, dict[str, Any]]]) -> Text:
-        """The text of a row, its draws counted."""
-        fresh = [self._settle(key, stored) for key, stored in drawn]
+    def _use(self, request: CompletionRequest, drawn: Sequence[tuple[str, dict[str, Any]]]) -> Completion:
+        """Return the completion of a row and count the usage of its draws."""
+        fresh = [self._count_usage(key, stored) for key, stored in drawn]
         last = drawn[-1][1]
-        text: Text | None = None
+        text: Completion | None = None
         if "text" in last:
             ids = last.get("ids")
-            text = Text(last["text"], last["finished"], ids if ids is None else tuple(ids))
+            text = Completion(last["text"], last["finished"], ids if ids is None else tuple(ids))
         elif request.prefix and all(stored.get("silent") for _, stored in drawn):
-            text = Text("", finished=True)  # asked several times, it has nothing to add to this prefix
+            text = Completion("", finished=True)  # every draw was empty: the prefix is complete
         if text is not None:
             self._count("rows_answered" if fresh[-1] else "rows_cached")
             return text
         self._count("rows_given_up")
         if self.config.on_failure == "policy":
-            return Text("", finished=True, given_up=True)
+            return Completion("", finished=True, failed=True)
         raise RunError(
             last.get("given_up")
             or f"the guide gave no usable text for the prompt {request.prompt.text[:60]!r} in {len(drawn)} draws "
             f"({last['invalid']}): raise guide.invalid_retries, or choose another guide."
         )
 
-    def _settle(self, key: str, stored: Mapping[str, Any]) -> bool:
-        """Count what an answer took, where this run took it or replays the run that did; whether that is so."""
+    def _count_usage(self, key: str, stored: Mapping[str, Any]) -> bool:
+        """Count the usage of a response if it belongs to this run; return whether it does.
+
+        It does if this run sent the request, or replays the run that sent it.
+        """
         with self._lock:
-            took = self._took.pop(key, None)
+            took = self._pending_usage.pop(key, None)
             if took is None and self.config.offline:
                 took = stored.get("took")
             for name, amount in (took or {}).items():
                 self._counts[name] = self._counts.get(name, 0) + amount
         return took is not None
 
-    def _ask(self, key: str, question: Question, stop: threading.Event) -> dict[str, Any]:
-        """Ask until the server answers; an invalid answer is an answer too, kept as such so that a replay goes the same way."""
+    def _query_with_retries(self, key: str, question: ServerRequest, stop: threading.Event) -> dict[str, Any]:
+        """Send a request until the server responds, and return what the cache stores.
+
+        An invalid response is also stored, so that a replay takes the same path.
+        """
         from tenacity import (
             RetryError,
             Retrying,
@@ -261,8 +289,8 @@ class RemoteGuide:
             return max(backoff(state), error.retry_after if isinstance(error, TransientError) else 0.0)
 
         def before(state: Any) -> None:
-            self._ended(key, "retried")
-            self._say(f"guide: {state.outcome.exception()}; asked again in", state.upcoming_sleep)
+            self._count_attempt(key, "retried")
+            self._report_pause(f"guide: {state.outcome.exception()}; asked again in", state.upcoming_sleep)
 
         retrying = Retrying(
             stop=stop_never if self.config.on_failure == "wait" else stop_after_attempt(self.config.retries + 1),
@@ -272,48 +300,48 @@ class RemoteGuide:
             sleep=lambda seconds: self._pause(seconds, stop),
         )
         try:
-            return retrying(self._once, key, question, stop)
+            return retrying(self._query_once, key, question, stop)
         except RetryError as error:
-            self._ended(key, "given_up")
+            self._count_attempt(key, "given_up")
             cause = error.last_attempt.exception()
             raise RowFailedError(
                 f"the guide at {self.server.url} failed {self.config.retries + 1} times ({cause}): run the same command again "
                 "when it is back, raise guide.retries, or set guide.on_failure=wait."
             ) from None
         except PermanentError as error:
-            self._ended(key, "given_up")
+            self._count_attempt(key, "given_up")
             raise RunError(
                 f"the guide at {self.server.url} refuses ({error}): mend guide.spec, its key or its options."
             ) from None
 
-    def _once(self, key: str, question: Question, stop: threading.Event) -> dict[str, Any]:
+    def _query_once(self, key: str, question: ServerRequest, stop: threading.Event) -> dict[str, Any]:
         if stop.is_set():
             raise StoppedError
-        self._begin(stop)
+        self._start_request(stop)
         began = 0.0
 
         def again() -> None:
-            self._ended(key, "retried")
-            self._begin(stop)
+            self._count_attempt(key, "retried")
+            self._start_request(stop)
 
         with self._slots:
             began = time.monotonic()
             try:
-                answer = self.server.ask(question, again)
+                answer = self.server.send(question, again)
                 stored: dict[str, Any] = {"text": answer.text, "finished": answer.finished}
                 if answer.ids is not None:
                     stored["ids"] = answer.ids
             except InvalidError as error:
-                answer = Answer("", False, error.bill)
-                stored = {"invalid": str(error), "silent": error.silent}
-        self._ended(key, "answered")
-        bill = answer.bill
+                answer = ServerResponse("", False, error.usage)
+                stored = {"invalid": str(error), "silent": error.is_empty}
+        self._count_attempt(key, "answered")
+        bill = answer.usage
         for name, amount in (
             ("answers_invalid", int("invalid" in stored)), ("answers_stripped", int(answer.stripped)),
             ("prompt_tokens", bill.prompt_tokens), ("completion_tokens", bill.completion_tokens),
             ("thinking_tokens", bill.thinking_tokens), ("seconds", time.monotonic() - began),
         ):  # fmt: skip
-            self._note(key, name, amount)
+            self._add_usage(key, name, amount)
         if not bill.known and (self.config.max_tokens is not None or self.config.max_cost is not None):
             raise RunError(
                 f"the guide at {self.server.url} does not say what an answer costs, so guide.max_tokens and guide.max_cost "
@@ -321,19 +349,19 @@ class RemoteGuide:
             )
         return stored
 
-    def _begin(self, stop: threading.Event) -> None:
-        """Wait for the turn of one more request and count it; refused where a limit is reached."""
+    def _start_request(self, stop: threading.Event) -> None:
+        """Wait for the rate limit and count one more request; raise if a limit is reached."""
         self._take_turn(stop)
-        with self._lock:  # together, or requests side by side would pass a limit
+        with self._lock:  # atomic, or concurrent requests could exceed a limit
             self._within_limits()
-            self._begun += 1
+            self._num_started += 1
 
     def _within_limits(self) -> None:
-        """Refuse to begin a request once a limit on requests, tokens or money is reached."""
-        config, spent = self.config, self.spent
+        """Raise `RunError` once the limit on requests, tokens or cost is reached."""
+        config, spent = self.config, self.usage
         tokens, cost = spent["prompt_tokens"] + spent["completion_tokens"], self.cost(spent)
         for name, used, most in (
-            ("requests", self._begun, config.max_requests),
+            ("requests", self._num_started, config.max_requests),
             ("tokens", tokens, config.max_tokens),
             ("cost", cost, config.max_cost),
         ):
@@ -344,7 +372,7 @@ class RemoteGuide:
                 )
 
     def _take_turn(self, stop: threading.Event) -> None:
-        """Wait until the rate limit lets one more request begin."""
+        """Wait until the rate limit allows one more request."""
         if not self.config.requests_per_minute:
             return
         with self._lock:
@@ -360,31 +388,37 @@ class RemoteGuide:
         else:
             stop.wait(seconds)
 
-    def _say(self, what: str, seconds: float) -> None:
-        """Tell of a long pause, now and then."""
+    def _report_pause(self, what: str, seconds: float) -> None:
+        """Report a long pause, at most once per interval."""
         with self._lock:
-            silent = seconds < WORTH_SAYING or time.monotonic() - self._said < SAYING_EVERY
-            self._said = self._said if silent else time.monotonic()
+            silent = seconds < REPORT_PAUSES_ABOVE or time.monotonic() - self._last_report < REPORT_INTERVAL
+            self._last_report = self._last_report if silent else time.monotonic()
         if not silent:
             self._report(f"{what} {seconds:.0f} s")
 
-    def _ended(self, key: str, outcome: str) -> None:
-        """One request more, and how it ended: at once, so that the sums hold whenever the counts are taken."""
-        self._note(key, "attempts", 1)
-        self._note(key, outcome, 1)
+    def _count_attempt(self, key: str, outcome: str) -> None:
+        """Count one more attempt and its outcome.
 
-    def _note(self, key: str, name: str, amount: float) -> None:
-        """Something that a question took: spent now, counted when its answer is used."""
+        Both are counted together, so that the sums are consistent at any time.
+        """
+        self._add_usage(key, "attempts", 1)
+        self._add_usage(key, outcome, 1)
+
+    def _add_usage(self, key: str, name: str, amount: float) -> None:
+        """Add to the usage of a request.
+
+        The usage of the run includes it now, the metrics when the response is used.
+        """
         with self._lock:
-            took = self._took.setdefault(key, {})
+            took = self._pending_usage.setdefault(key, {})
             took[name] = took.get(name, 0) + amount
             if name != "seconds":
-                self.spent[name] += int(amount)
+                self.usage[name] += int(amount)
 
-    def _taken(self, key: str) -> dict[str, float]:
-        """What a question took so far, for a replay: all but the time."""
+    def _usage_of(self, key: str) -> dict[str, float]:
+        """Return the usage of a request so far, except the time, for a replay."""
         with self._lock:
-            return {name: amount for name, amount in self._took.get(key, {}).items() if name != "seconds"}
+            return {name: amount for name, amount in self._pending_usage.get(key, {}).items() if name != "seconds"}
 
     def _count(self, name: str, amount: int = 1) -> None:
         with self._lock:

@@ -1,1 +1,1 @@
-"""Optional fast paths of model parts and formulas."""
+"""Optional fast implementations of model layers and formulas on a CPU."""

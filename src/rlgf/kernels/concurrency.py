@@ -1,7 +1,8 @@
-"""Two tasks at the same time on a CPU, each with half of its cores.
+"""Concurrent execution of two tasks on a CPU, each with half of its cores.
 
-A model of a few million parameters cannot keep all cores busy: between its products lies work that one core does. Two models
-that share nothing fill each other's gaps. What the first one lends out, the second one does when it is done with its own.
+A model of a few million parameters cannot keep all cores busy: between its matrix products lies
+work that one core does. Two models that share nothing fill each other's gaps. The second task, when
+it is done, computes the gradients that the first one deferred.
 """
 
 import threading
@@ -13,19 +14,20 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlgf.distributed import several
+from rlgf.distributed import is_distributed
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
-class Loans:
-    """Gradients of parameters that nobody waits for, computed by whoever has the time.
+class DeferredGradients:
+    """Parameter gradients that are not needed at once, computed by the first idle thread.
 
-    Those of one parameter are summed in the order they were lent in. Few wait at a time, so that little is kept in memory.
+    Gradients of one parameter are summed in the order in which they were deferred. Few wait at a
+    time, to save memory.
     """
 
-    MOST = 6
+    MAX_WAITING = 6
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[nn.Parameter, Callable[[], Tensor]]] = deque()
@@ -33,21 +35,21 @@ class Loans:
         self._sums: dict[nn.Parameter, Tensor] = {}
         self._news, self._closed = threading.Condition(), False
 
-    def lend(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
-        """Let somebody compute a gradient of a parameter; it is added to its own by `settle`."""
-        while len(self._waiting) >= self.MOST and self._compute_one():
+    def defer(self, parameter: nn.Parameter, compute: Callable[[], Tensor]) -> None:
+        """Queue the computation of a gradient of `parameter`, which `accumulate` adds."""
+        while len(self._waiting) >= self.MAX_WAITING and self._compute_one():
             pass
         with self._news:
             self._waiting.append((parameter, compute))
             self._news.notify()
 
     def work(self) -> None:
-        """Compute what waits."""
+        """Compute all queued gradients."""
         while self._compute_one():
             pass
 
     def work_until_closed(self) -> None:
-        """Compute whatever is lent until nothing more will be."""
+        """Compute queued gradients until the queue is closed and empty."""
         while True:
             self.work()
             with self._news:
@@ -57,22 +59,25 @@ class Loans:
                     self._news.wait()
 
     def close(self) -> None:
-        """Nothing more will be lent."""
+        """Close the queue: no more gradients will be deferred."""
         with self._news:
             self._closed = True
             self._news.notify()
 
-    def settle(self) -> None:
-        """Add the gradients to those that the parameters have."""
+    def accumulate(self) -> None:
+        """Add the computed gradients to those of the parameters."""
         for parameter, gradient in self._sums.items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _next(self) -> int | None:
-        """Which of those waiting is to be computed next: two of one parameter never at the same time."""
+        """Return the index of the next gradient to compute, or None.
+
+        Two gradients of one parameter are never computed at the same time.
+        """
         return next((i for i, (parameter, _) in enumerate(self._waiting) if parameter not in self._computing), None)
 
     def _compute_one(self) -> bool:
-        """Compute the first of those waiting; False where there is none."""
+        """Compute the next queued gradient; return False if there is none."""
         with self._news:
             place = self._next()
             if place is None:
@@ -94,26 +99,33 @@ class Loans:
 _mine = threading.local()
 
 
-def loans() -> Loans | None:
-    """To whom the task of this thread may lend gradients; None where nobody is beside it."""
+def deferred_gradients() -> DeferredGradients | None:
+    """Return the queue to which this thread may defer gradients, or None.
+
+    It is None unless the thread runs the first task of a `ConcurrentPair`.
+    """
     return getattr(_mine, "loans", None)
 
 
-class Lanes:
-    """Keeps one thread beside the caller's; what its tasks free stays with it for the next ones."""
+class ConcurrentPair:
+    """A runner of two concurrent tasks, with one persistent thread next to the caller's.
+
+    Memory that a task of this thread frees is reused by the tasks after it.
+    """
 
     def __init__(self) -> None:
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="rlgf-lane")
 
     def run(self, first: Callable[[], S], second: Callable[[], T]) -> tuple[S, T]:
-        """What both return. One after the other with a single thread, or among processes, whose sums must come in one order.
+        """Run both functions concurrently and return both results.
 
-        If both fail, the first one's error is raised.
+        They run one after the other with a single torch thread, and in distributed training, where
+        collective sums must come in one order. If both fail, the first one's error is raised.
         """
         threads = torch.get_num_threads()
-        if threads < 2 or several():
+        if threads < 2 or is_distributed():
             return first(), second()
-        lent = Loans()
+        lent = DeferredGradients()
 
         def beside() -> T:
             torch.set_num_threads(threads // 2)
@@ -124,15 +136,15 @@ class Lanes:
         waiting = self._beside.submit(beside)
         try:
             torch.set_num_threads(threads - threads // 2)
-            # with an odd number of threads it would matter who computes a gradient
+            # with an odd thread count, results would depend on which task computes a gradient
             _mine.loans = lent if threads % 2 == 0 else None
             result = first()
             lent.work()
         finally:
             _mine.loans = None
             lent.close()
-            waiting.exception()  # the other one ends before anybody goes on
+            waiting.exception()  # wait for the second task, even after an error
             torch.set_num_threads(threads)
         beside_result = waiting.result()
-        lent.settle()
+        lent.accumulate()
         return result, beside_result

@@ -1,7 +1,8 @@
-"""Faster ways to the same numbers on a CPU. Each replaces a part of a model; none defines a model.
+"""Faster implementations of model layers on a CPU, with the same results.
 
-`speed_up` puts them in where a model has the part; on other devices, in other precisions and for sizes at which nothing is
-won, every part does what it did before.
+Each replaces a layer of a model; none defines a model. `replace_modules` inserts them where a model
+has the layer. On other devices, in other precisions, and for sizes at which nothing is gained,
+every layer runs its original code.
 """
 
 import math
@@ -16,68 +17,83 @@ from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from rlgf.kernels import native
-from rlgf.kernels.concurrency import loans
+from rlgf.kernels.concurrency import deferred_gradients
 
-LEAST_PRODUCT = 2**22  # see `least_product`
-LEAST_ROWS = 256  # of a product, from which on what is compiled is asked: for fewer, packing costs more
-LEAST_COLUMNS = 32  # and from which columns on: fewer are filled up
-LEAST_LENT = 300_000_000  # multiplications of a gradient from which on another lane may compute it: below, its way costs more
+MIN_MULTIPLICATIONS = 2**22  # see `min_multiplications`
+MIN_ROWS = 256  # of a product for `native.matmul`: with fewer, packing costs more
+MIN_COLUMNS = 32  # of a product for `native.matmul`: fewer are padded
+# multiplications of a gradient that may be deferred: with fewer, the transfer costs more
+MIN_DEFERRED = 300_000_000
 
 
 @cache
 def prefers_onednn() -> bool:
-    """Whether oneDNN multiplies matrices in fp32 faster than the default library: with AVX-512 on AMD's processors, by a tenth.
+    """Return whether oneDNN multiplies fp32 matrices faster than the default library.
 
-    That library is Intel's: on Intel's processors it is the faster one, and layers that need no Python backward beside it.
+    With AVX-512 on AMD processors it is faster by a tenth. The default library is Intel's MKL: on
+    Intel processors it is the faster one, and layers without a Python backward pass are faster,
+    too.
     """
     able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return able and not native.made_by_intel()
+    return able and not native.is_intel()
 
 
-def least_product() -> int:
-    """Multiplications of a product from which on oneDNN is asked: below, the way there costs more than it saves."""
-    return LEAST_PRODUCT // 4 if native.has_wide_units() else LEAST_PRODUCT
+def min_multiplications() -> int:
+    """Return the number of multiplications from which oneDNN is used.
+
+    Below, the call costs more than it saves.
+    """
+    return MIN_MULTIPLICATIONS // 4 if native.has_full_width_avx512() else MIN_MULTIPLICATIONS
 
 
 @cache
-def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for bf16; without them such products are far slower than those of fp32."""
+def has_bf16_matmul() -> bool:
+    """Return whether the processor has bf16 instructions.
+
+    Without them, matrix products are far slower in bf16 than in fp32.
+    """
     known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in known)
 
 
-def product(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`states` [..., in] times `weight` [out, in] transposed, plus `bias`, by the library that is the fastest one."""
-    if _is_compiled(states, weight, weight.shape[0]):
-        made = native.product(states.reshape(-1, states.shape[-1]), weight.t(), None if bias is None else bias.contiguous())
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `states` · `weight`ᵀ + `bias` with the fastest available library.
+
+    `states` is [..., in], `weight` [out, in] and `bias` [out]; returns [..., out].
+    """
+    if _uses_native_matmul(states, weight, weight.shape[0]):
+        made = native.matmul(states.reshape(-1, states.shape[-1]), weight.t(), None if bias is None else bias.contiguous())
         return made.view(*states.shape[:-1], weight.shape[0])
     if states.dtype == torch.float32 and not prefers_onednn():
         return nn.functional.linear(states, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
 
 
-def _is_compiled(states: Tensor, others: Tensor, columns: int) -> bool:
-    """Whether a product in fp32 is made by what is compiled, where that takes less time than the libraries."""
-    if columns < LEAST_COLUMNS:
+def _uses_native_matmul(states: Tensor, others: Tensor, columns: int) -> bool:
+    """Return whether `native` supports an fp32 product and takes less time than the libraries."""
+    if columns < MIN_COLUMNS:
         return False
     rows = states.numel() // states.shape[-1]
     laid = (states.is_contiguous() or (states.dim() == 2 and states.stride(1) == 1)) and 1 in others.stride()
-    return rows >= LEAST_ROWS and laid and states.dtype == torch.float32 and native.multiplies()
+    return rows >= MIN_ROWS and laid and states.dtype == torch.float32 and native.has_matmul()
 
 
-class _Product(torch.autograd.Function):
-    """The same with a gradient. That of the weight is never oneDNN's, which must copy an operand first. Where it takes long, it
-    is lent out: another lane may have the time.
+class _Linear(torch.autograd.Function):
+    """A linear layer with its gradient, computed by the fastest available library.
 
-    Where `used` is the weight in bf16, all products are in bf16, as autocast has them, and the gradients of parameters in fp32.
+    The weight gradient never uses oneDNN, which must copy an operand first. A large one is
+    deferred, so that a concurrent task can compute it.
+
+    If `used` is the weight in bf16, all products are in bf16, as under autocast, and the gradients
+    of parameters in fp32.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor, layer: "_Fast") -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor, layer: "_FastLayer") -> Tensor:
         ctx.layer, ctx.read_as = layer, states.dtype
         states, bias = states.to(used.dtype), None if bias is None else bias.to(used.dtype)
         ctx.save_for_backward(states, used)
-        return product(states, used.t() if layer.CONV else used, bias)
+        return linear(states, used.t() if layer.CONV else used, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
@@ -85,51 +101,62 @@ class _Product(torch.autograd.Function):
         states, weight = ctx.saved_tensors
         for_states, for_weight, for_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            for_states = product(gradient, weight if ctx.layer.CONV else weight.t()).to(ctx.read_as)
+            for_states = linear(gradient, weight if ctx.layer.CONV else weight.t()).to(ctx.read_as)
         flat = gradient.flatten(0, -2)
         if ctx.needs_input_grad[1]:
-            for_weight = _own_or_lent(ctx.layer, flat, states.flatten(0, -2))
+            for_weight = _weight_grad(ctx.layer, flat, states.flatten(0, -2))
         if ctx.needs_input_grad[2]:
-            for_bias = flat.sum(0).float()  # summed in fp32 inside and rounded once, as autocast has it
+            for_bias = flat.sum(0).float()  # summed in fp32 and rounded once, as under autocast
         return for_states, for_weight, for_bias, None, None
 
 
-class _Joint(torch.autograd.Function):
-    """What several layers without biases make of the same states, [..., out of all], as one product."""
+class _FusedProjection(torch.autograd.Function):
+    """Several linear layers without biases on the same states, as one product.
+
+    Returns [..., sum of the layers' widths].
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, layers: tuple["FastLinear", ...], *weights: Tensor) -> Tensor:
         joint = torch.cat(weights)
         ctx.layers = layers
         ctx.save_for_backward(states, joint)
-        return product(states, joint)
+        return linear(states, joint)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         states, joint = ctx.saved_tensors
-        for_states = product(gradient, joint.t()) if ctx.needs_input_grad[0] else None
+        for_states = linear(gradient, joint.t()) if ctx.needs_input_grad[0] else None
         parts = gradient.flatten(0, -2).split([layer.weight.shape[0] for layer in ctx.layers], 1)
         asked = zip(ctx.layers, parts, ctx.needs_input_grad[2:])
         rows = states.flatten(0, -2)
-        return for_states, None, *(_own_or_lent(layer, part, rows) if wanted else None for layer, part, wanted in asked)
+        return for_states, None, *(_weight_grad(layer, part, rows) if wanted else None for layer, part, wanted in asked)
 
 
-def _own_or_lent(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
-    """The gradient of a layer's weight, of that of its result [rows, out] and what it read [rows, in]; None: it is lent out."""
-    layer.in_bf16 = None  # an optimizer is about to change the weight, and a fused one does not count as a version
-    lent = loans() if _multiplications(states, layer.weight) >= LEAST_LENT else None
+def _weight_grad(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
+    """Compute the gradient of a layer's weight, or defer it and return None.
+
+    `gradient` [rows, out] is the gradient of the layer's output, `states` [rows, in] its input.
+    """
+    # the optimizer changes the weight next, and a fused one does not increment its version
+    layer.in_bf16 = None
+    lent = deferred_gradients() if _multiplications(states, layer.weight) >= MIN_DEFERRED else None
     if lent is None:
-        return _for_weight(gradient, states, layer.CONV)
-    lent.lend(layer.weight, partial(_for_weight, gradient, states, layer.CONV))
+        return _compute_weight_grad(gradient, states, layer.CONV)
+    lent.defer(layer.weight, partial(_compute_weight_grad, gradient, states, layer.CONV))
     return None
 
 
-def _for_weight(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
-    """The gradient of a weight, of that of the product [rows, out] and of what was multiplied [rows, in]."""
+def _compute_weight_grad(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
+    """Compute the gradient of a weight.
+
+    `gradient` [rows, out] is the gradient of the product, `states` [rows, in] its input. `conv`:
+    the weight is [in, out].
+    """
     left, right = (states, gradient) if conv else (gradient, states)
-    if _is_compiled(left, right, min(left.shape[1], right.shape[1])):
-        return native.product(left.t(), right)
+    if _uses_native_matmul(left, right, min(left.shape[1], right.shape[1])):
+        return native.matmul(left.t(), right)
     return (left.t() @ right).float()
 
 
@@ -137,41 +164,44 @@ def _multiplications(states: Tensor, weight: Tensor) -> int:
     return states.numel() * weight.numel() // states.shape[-1]
 
 
-def _way(states: Tensor, weight: Tensor) -> torch.dtype | None:
-    """In which precision `_Product` is to multiply.
+def _matmul_dtype(states: Tensor, weight: Tensor) -> torch.dtype | None:
+    """Return the precision in which `_Linear` multiplies; None selects the original layer.
 
-    None, as it is anyway: where nothing is won, and where it is neither in fp32 nor in autocast's bf16.
+    It is None where nothing is gained, and where the precision is neither fp32 nor autocast's bf16.
     """
     multiplications = _multiplications(states, weight)
-    if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < least_product():
+    if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < min_multiplications():
         return None
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
-        return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and multiplies_bf16() else None
-    lends = multiplications >= LEAST_LENT and loans() is not None and torch.is_grad_enabled()
-    faster = prefers_onednn() or _is_compiled(states, weight, weight.numel() // states.shape[-1])
+        return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and has_bf16_matmul() else None
+    lends = multiplications >= MIN_DEFERRED and deferred_gradients() is not None and torch.is_grad_enabled()
+    faster = prefers_onednn() or _uses_native_matmul(states, weight, weight.numel() // states.shape[-1])
     return states.dtype if states.dtype == torch.float32 and (faster or lends) else None
 
 
-class _Fast(nn.Module):
-    """What the two kinds of linear layer share: the way chosen, and the weight in bf16, cast once for many readings."""
+class _FastLayer(nn.Module):
+    """The shared part of both linear layers: the choice of library and the bf16 weight.
 
-    CONV: bool  # whether the weight is [in, out], as GPT-2 has it
-    in_bf16: tuple[int, Tensor] | None = None  # the version of the weight that was cast, and what came of it
+    The weight is cast to bf16 once for several forward passes.
+    """
+
+    CONV: bool  # whether the weight is [in, out], as in GPT-2
+    in_bf16: tuple[int, Tensor] | None = None  # the weight's version, and its cast
 
     def multiply(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """The layer's result by `_Product`, None where that is not to be asked."""
-        way = _way(states, weight)
+        """Compute the layer by `_Linear`, or return None if the original layer is to be used."""
+        way = _matmul_dtype(states, weight)
         if way is None:
             return None
         used = weight if way == weight.dtype else self.weight_in(way, weight)
         if torch.is_grad_enabled():
-            result: Tensor = _Product.apply(states, weight, bias, used, self)
+            result: Tensor = _Linear.apply(states, weight, bias, used, self)
             return result
-        return product(states.to(way), used.t() if self.CONV else used, None if bias is None else bias.to(way))
+        return linear(states.to(way), used.t() if self.CONV else used, None if bias is None else bias.to(way))
 
     def weight_in(self, way: torch.dtype, weight: Tensor) -> Tensor:
-        """The weight in bf16."""
+        """Return the weight in bf16, cast again only if it has changed."""
         if self.in_bf16 is None or self.in_bf16[0] != weight._version:
             self.in_bf16 = (weight._version, weight.detach().to(way))
         return self.in_bf16[1]
@@ -180,42 +210,45 @@ class _Fast(nn.Module):
 _mine = threading.local()
 
 
-def _made() -> dict[nn.Module, Tensor]:
-    """What layers are about to be asked for in this thread, where it was made already."""
+def _precomputed() -> dict[nn.Module, Tensor]:
+    """Return the layer outputs of this thread that were computed in advance."""
     if not hasattr(_mine, "made"):
         _mine.made = {}
     return _mine.made
 
 
-class FastLinear(nn.Linear, _Fast):
-    """`nn.Linear`, faster where it can be."""
+class FastLinear(nn.Linear, _FastLayer):
+    """A linear layer as `nn.Linear`, with faster products where available."""
 
     CONV = False
 
     def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`."""
-        if (made := _made().pop(self, None)) is not None:
+        """Compute the same as `nn.Linear`."""
+        if (made := _precomputed().pop(self, None)) is not None:
             return made
         result = self.multiply(input, self.weight, self.bias)
         return super().forward(input) if result is None else result
 
 
-class FastConv1D(Conv1D, _Fast):
-    """GPT-2's linear layer, its weight the other way round, faster where it can be."""
+class FastConv1D(Conv1D, _FastLayer):
+    """GPT-2's linear layer (weight [in, out]), with faster products where available."""
 
     CONV = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `Conv1D`."""
+        """Compute the same as `Conv1D`."""
         result = self.multiply(x, self.weight, self.bias)
         return super().forward(x) if result is None else result
 
 
 class TanhGELU(nn.Module):
-    """GELU's tanh approximation by the logistic function, ½(1 + tanh u) = σ(2u), which costs a CPU a third of a tanh."""
+    """GELU's tanh approximation, computed by the logistic function.
+
+    ½(1 + tanh u) = σ(2u), which costs a CPU a third of a tanh.
+    """
 
     def forward(self, states: Tensor) -> Tensor:
-        """The activation of `states`, any shape."""
+        """Compute the activation of `states`, any shape."""
         if states.device.type != "cpu":
             return nn.functional.gelu(states, approximate="tanh")
         result: Tensor = _TanhGELU.apply(states)
@@ -225,17 +258,20 @@ class TanhGELU(nn.Module):
 SCALE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715
 
 
-def _whole(*tensors: Tensor) -> bool:
-    """Whether `native` takes these as they are."""
-    return native.takes(*tensors) and all(t.is_contiguous() for t in tensors)
+def _supports_contiguous(*tensors: Tensor) -> bool:
+    """Return whether `native` supports these tensors and all of them are contiguous."""
+    return native.supports(*tensors) and all(t.is_contiguous() for t in tensors)
 
 
 class _TanhGELU(torch.autograd.Function):
-    """By torch's operations it keeps the derivative instead of the argument, so that the backward pass is one product."""
+    """The tanh approximation of GELU, with a backward pass of one product.
+
+    With torch's operations it saves the derivative instead of the argument.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
-        ctx.compiled = _whole(states)
+        ctx.compiled = _supports_contiguous(states)
         if ctx.compiled:
             ctx.save_for_backward(states)
             return native.gelu(states)
@@ -244,46 +280,50 @@ class _TanhGELU(torch.autograd.Function):
             return gate.mul_(states)
         result = states * gate
         slope = torch.addcmul(states.new_tensor(SCALE), states, states, value=3 * SCALE * CUBE).mul_(result)
-        ctx.save_for_backward(torch.lerp(slope, torch.ones_like(gate), gate))  # σ + (1 − σ) x σ · d(2u)/dx
+        # σ + (1 − σ) x σ · d(2u)/dx
+        ctx.save_for_backward(torch.lerp(slope, torch.ones_like(gate), gate))
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return native.gelu_back(kept, gradients[0].contiguous()) if ctx.compiled else kept.mul_(gradients[0])
+        return native.gelu_backward(kept, gradients[0].contiguous()) if ctx.compiled else kept.mul_(gradients[0])
 
 
-class _Gated(torch.autograd.Function):
+class _SiluAndMul(torch.autograd.Function):
     """silu(x) · y of [..., x and y], in one pass over memory and one back."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
         ctx.save_for_backward(states)
-        return native.gated(states)
+        return native.silu_and_mul(states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (states,) = ctx.saved_tensors
-        return native.gated_back(states, gradients[0].contiguous())
+        return native.silu_and_mul_backward(states, gradients[0].contiguous())
 
 
-class _Turned(torch.autograd.Function):
-    """Rotary positions of heads [1, heads, tokens, size], in one pass over memory and one back."""
+class _ApplyRotary(torch.autograd.Function):
+    """Rotary embeddings of heads [1, heads, tokens, size], in one pass over memory and one back."""
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         ctx.save_for_backward(cosines, sines)
-        return native.turned(states[0], cosines[0], sines[0])[None]
+        return native.apply_rotary(states[0], cosines[0], sines[0])[None]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         cosines, sines = ctx.saved_tensors
         gradient = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
-        return native.turned(gradient[0], cosines[0], sines[0], back=True)[None], None, None
+        return native.apply_rotary(gradient[0], cosines[0], sines[0], backward=True)[None], None, None
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x · r · w with r = 1 / √(mean x² + ε), in one pass over memory and one back, where single operations take twenty."""
+    """RMSNorm in one pass over memory and one back.
+
+    It is x · r · w with r = 1 / √(mean x² + ε). Single torch operations take twenty passes.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -294,18 +334,19 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         states, weight, scales = ctx.saved_tensors
-        return *native.rms_norm_back(states, weight, scales, gradients[0].contiguous()), None
+        return *native.rms_norm_backward(states, weight, scales, gradients[0].contiguous()), None
 
 
-RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")  # all the same, under five names
+# five names of the same layer
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 
 
 @cache
 def _with_fast_norm(kind: type) -> type:
-    """A class of `RMS_NORMS` that works by `_RMSNorm` where `native` takes what it is given."""
+    """Return a subclass of a class of `RMS_NORMS` that uses `_RMSNorm` where supported."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not _whole(hidden_states, self.weight):
+        if not _supports_contiguous(hidden_states, self.weight):
             return kind.forward(self, hidden_states)  # pyright: ignore
         result: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         return result
@@ -313,85 +354,113 @@ def _with_fast_norm(kind: type) -> type:
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
-GATED = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")  # down(act(gate(x)) · up(x)), under four names
+# four names of down(act(gate(x)) · up(x))
+GATED_MLPS = ("LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP")
 
 
 @cache
 def _with_fast_gate(kind: type) -> type:
-    """A class of `GATED` with one product for gate and up, and one step for the activation, silu, and what it multiplies."""
+    """Return a subclass of a class of `GATED_MLPS` with a fused gate.
+
+    Gate and up projection are one product; the SiLU activation and its multiplication are one step.
+    """
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        able = getattr(self.up_proj, "out_features", 1) % native.LANES == 0 and native.takes(x)
-        joint = _joint(x, self.gate_proj, self.up_proj) if able else None
-        return kind.forward(self, x) if joint is None else self.down_proj(_Gated.apply(joint))  # pyright: ignore
+        able = getattr(self.up_proj, "out_features", 1) % native.VECTOR_WIDTH == 0 and native.supports(x)
+        joint = _fused_projection(x, self.gate_proj, self.up_proj) if able else None
+        return kind.forward(self, x) if joint is None else self.down_proj(_SiluAndMul.apply(joint))  # pyright: ignore
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
-def _joint(states: Tensor, *layers: Any) -> Tensor | None:
-    """What layers make of the same states, side by side; None where they are not to be asked at once."""
-    if states.numel() < LEAST_ROWS * states.shape[-1] or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+def _fused_projection(states: Tensor, *layers: Any) -> Tensor | None:
+    """Compute several layers on the same states as one product, or return None.
+
+    The outputs are concatenated along the last dimension. None: the layers cannot be fused, or
+    nothing is gained.
+    """
+    if states.numel() < MIN_ROWS * states.shape[-1] or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
     biases: list[Tensor | None] = [layer.bias for layer in layers if type(layer) is FastLinear]
     plain = len(biases) == len(layers) and not any(bias is not None for bias in biases)
     if not plain or any(layer.weight.dtype != states.dtype for layer in layers):
         return None
-    result: Tensor = _Joint.apply(states, layers, *(layer.weight for layer in layers))
+    result: Tensor = _FusedProjection.apply(states, layers, *(layer.weight for layer in layers))
     return result
 
 
-ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")  # q, k, v, then rotary positions
+# q, k and v, then rotary embeddings
+ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
 
 @cache
 def _with_fast_attention(kind: Any) -> type:
-    """A class of `ATTENTIONS` with one product for q, k and v.
+    """Return a subclass of a class of `ATTENTIONS` with one product for q, k and v.
 
-    The rest is transformers' own code, in which the function that turns heads by their positions is `_turn`.
+    The rest is transformers' own code, with `_apply_rotary` in place of its function for rotary
+    embeddings.
     """
     code = kind.forward
-    own = FunctionType(code.__code__, {**code.__globals__, TURN: partial(_turn, code.__globals__[TURN])}, code.__name__)
+    own = FunctionType(
+        code.__code__,
+        {**code.__globals__, ROTARY_FUNCTION: partial(_apply_rotary, code.__globals__[ROTARY_FUNCTION])},
+        code.__name__,
+    )
     own.__kwdefaults__, own.__defaults__ = code.__kwdefaults__, code.__defaults__
 
     def forward(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        joint = _joint(hidden_states, *layers)
+        joint = _fused_projection(hidden_states, *layers)
         if joint is None:
             return own(self, hidden_states, *arguments, **options)
-        _made().update(zip(layers, joint.split([layer.weight.shape[0] for layer in layers], -1)))
+        _precomputed().update(zip(layers, joint.split([layer.weight.shape[0] for layer in layers], -1)))
         try:
             return own(self, hidden_states, *arguments, **options)
         finally:
-            _made().clear()  # where an error came between
+            _precomputed().clear()  # unused outputs are left after an error
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
-TURN = "apply_rotary_pos_emb"  # what transformers calls it
+ROTARY_FUNCTION = "apply_rotary_pos_emb"  # its name in transformers
 
 
-def _turn(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`plain`, faster for a line of tokens in fp32 whose heads have halves of whole vectors."""
+def _apply_rotary(
+    plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *arguments: Any, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Apply rotary embeddings by `native` where supported, otherwise by `plain`.
+
+    Supported are packed rows in fp32 whose heads have halves of whole vectors.
+    """
     able = not arguments and not options and q.dim() == 4 and q.shape[0] == k.shape[0] == cos.shape[0] == 1
-    if able and q.shape[3] % (2 * native.LANES) == 0 and q.shape[3] == cos.shape[2] and native.takes(q, k) and _whole(cos, sin):
-        return _Turned.apply(q, cos, sin), _Turned.apply(k, cos, sin)
+    if (
+        able
+        and q.shape[3] % (2 * native.VECTOR_WIDTH) == 0
+        and q.shape[3] == cos.shape[2]
+        and native.supports(q, k)
+        and _supports_contiguous(cos, sin)
+    ):
+        return _ApplyRotary.apply(q, cos, sin), _ApplyRotary.apply(k, cos, sin)
     return plain(q, k, cos, sin, *arguments, **options)
 
 
 REPLACEMENTS: dict[type, type] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
 
 
-def speed_up(model: nn.Module) -> None:
-    """Put the faster parts into a model. Names, parameters and what is saved stay as they are."""
+def replace_modules(model: nn.Module) -> None:
+    """Replace layers of a model by faster ones, in place.
+
+    Names, parameters and saved files stay as they are.
+    """
     for module in model.modules():
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, TanhGELU())
             elif type(child).__name__ in RMS_NORMS and hasattr(child, "variance_epsilon"):
                 child.__class__ = _with_fast_norm(type(child))
-            elif type(child).__name__ in GATED and isinstance(child.act_fn, nn.SiLU | SiLUActivation):
+            elif type(child).__name__ in GATED_MLPS and isinstance(child.act_fn, nn.SiLU | SiLUActivation):
                 child.__class__ = _with_fast_gate(type(child))
-            elif type(child).__name__ in ATTENTIONS and TURN in getattr(type(child).forward, "__globals__", {}):
+            elif type(child).__name__ in ATTENTIONS and ROTARY_FUNCTION in getattr(type(child).forward, "__globals__", {}):
                 child.__class__ = _with_fast_attention(type(child))
             elif type(child) in REPLACEMENTS:
                 child.__class__ = REPLACEMENTS[type(child)]

@@ -1,49 +1,59 @@
-"""What a task is: prompts, a reward, metrics. A new task is one file beside this one and a line in `tasks.TASKS`."""
+"""Tasks: prompts of three splits, a reward and metrics.
+
+A new task is one file next to this one and an entry in `tasks.registry.TASKS`.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlgf.config import TaskConfig, read_options
-from rlgf.preferences import Pairs
-from rlgf.types import Prompt, TextFunction
+from rlgf.config.loading import read_options
+from rlgf.config.sections import TaskConfig
+from rlgf.data.preferences import Pairs
+from rlgf.types import Prompt, RewardFunction
 
 
 @dataclass(frozen=True)
 class Task:
-    """Prompts of three splits, and functions of texts."""
+    """The prompts of three splits, the reward rule and the options of an evaluation."""
 
     name: str
     train: Sequence[Prompt]
     validation: Sequence[Prompt]
     test: Sequence[Prompt]
-    reward: TextFunction | None = None  # the task's own rule; None where a reward model is needed
-    whole_text: bool = False  # whether a reward model reads prompt and continuation, or the continuation alone
-    pass_mark: float | None = None  # a reward from which on a text counts as passed
-    finals: Mapping[str, Sequence[Prompt]] = field(default_factory=dict[str, Sequence[Prompt]])  # reported beside `test`
-    group: Callable[[Prompt], str] | None = None  # by which a final evaluation tells prompts apart: by their difficulty, say
-    notes: Mapping[str, int] = field(default_factory=dict[str, int])  # rows that could not be used, counted by reason
-    remarks: Mapping[str, int] = field(default_factory=dict[str, int])  # what was done to rows, counted
-    demonstrations: Sequence[Prompt] | None = None  # prompts for SFT, where they are others than those of `train`
+    reward: RewardFunction | None = None  # the task's own rule; None: a reward model is needed
+    scores_full_text: bool = False  # a reward model scores prompt + completion; False: completion
+    pass_threshold: float | None = None  # lowest reward of a completion that passes
+    # reported next to `test`
+    extra_test_splits: Mapping[str, Sequence[Prompt]] = field(default_factory=dict[str, Sequence[Prompt]])
+    # key by which a final evaluation groups prompts, such as their difficulty
+    group: Callable[[Prompt], str] | None = None
+    dropped_rows: Mapping[str, int] = field(default_factory=dict[str, int])  # reason -> rows
+    warnings: Mapping[str, int] = field(default_factory=dict[str, int])  # change -> rows
+    demonstrations: Sequence[Prompt] | None = None  # prompts for SFT; None: `train`
 
 
 @dataclass(frozen=True)
-class TaskKind:
-    """How a task is made from a config."""
+class TaskDefinition:
+    """The functions and options that build a task from a config."""
 
     build: Callable[[TaskConfig, Any], Task]  # (config, tokenizer)
     options: type  # a dataclass: the keys of `task.options`
-    tokenizer: Callable[[TaskConfig], Any] | None = None  # a task's own, where it does not read natural text
-    raw_texts: Callable[[TaskConfig, int], list[str]] | None = None  # for the lm stage: (config, most)
-    preference_pairs: Callable[[TaskConfig, Any, int], Pairs] | None = (
-        None  # for a reward model: (config, tokenizer, least words)
-    )
-    labelled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None  # for a sentiment reward
+    tokenizer: Callable[[TaskConfig], Any] | None = None  # of tasks without natural language
+    # texts of the pretrain stage: (config, most)
+    raw_texts: Callable[[TaskConfig, int], list[str]] | None = None
+    # pairs of a reward model: (config, tokenizer, min words)
+    preference_pairs: Callable[[TaskConfig, Any, int], Pairs] | None = None
+    # texts and labels of a sentiment reward: (config, split)
+    labeled_texts: Callable[[TaskConfig, str], tuple[list[str], list[int]]] | None = None
     needs_data: bool = False
-    has_rule: bool = True  # whether its texts may be scored by a rule of its own, `reward.path=task`
-    instruction: str | None = None  # tells a guide that chats what to do with '{text}'; None: a plain one
+    has_builtin_reward: bool = True  # has a rule of its own, `reward.path=task`
+    instruction: str | None = None  # prompt of a chat guide, with '{text}'; None: a default
 
 
 def task_options(config: TaskConfig, kind: type) -> Any:
-    """`task.options` as the task's own dataclass; unknown keys and wrong types are refused."""
+    """Return `task.options` as the task's own dataclass.
+
+    Raises `UserError` for unknown keys and wrong types.
+    """
     return read_options(config.options, kind, f"task '{config.name}'", "task.options.")

@@ -1,79 +1,85 @@
-"""CommonGen: write a sentence that holds all given concepts. Source: Lin et al. 2020; the paper, section 6; tasks.md.
+"""CommonGen: write a sentence that contains all given concepts.
 
-The prompt is `generate a sentence with: dog frisbee catch.`; every reference of a concept set is a target. The reward is text
-metrics' (SPIDEr in the paper), so the task has no rule of its own.
+Source: Lin et al. 2020; the paper, section 6.
+
+The prompt is `generate a sentence with: dog frisbee catch.`; every reference of a concept set is a
+target. The reward is a text metric (SPIDEr in the paper), so the task has no rule of its own.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlgf.config import TaskConfig
-from rlgf.data import read_rows
+from rlgf.config.sections import TaskConfig
+from rlgf.data.datasets import read_rows
 from rlgf.errors import UserError
 from rlgf.randomness import Purpose, permutation
-from rlgf.tasks.base import Task, TaskKind, task_options
+from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
 
 SPLITS = ("train", "validation", "test")
-HARD = 4  # concepts from which on a prompt counts as hard
+HARD = 4  # concepts; prompts with as many or more are hard
 
 
 @dataclass(frozen=True)
 class Options:
-    """Where rows are, and how many concept sets of the training split are held back for evaluations during training.
+    """The columns of the data, and the number of held-out training concept sets.
 
-    Sentences of concept sets that are held back occur under other sets too; those sets are left out of training.
+    Held-out concept sets are evaluated on during training. Their sentences occur under other sets
+    too; those sets are left out of training.
     """
 
     concepts_column: str = "concepts"
-    references_column: str = "targets"  # a list; in the Hub's form of the data a single text, `target`, on a row of its own
-    held_back: int = 0  # concept sets; 0: the validation split is evaluated on during training
+    references_column: str = "targets"  # a list; on the Hub one text per row, `target`
+    held_out: int = 0  # concept sets; 0: evaluate on the validation split during training
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
-    """Prompts of the dataset's own splits; a final evaluation speaks of validation and test.
+    """Build the task from the dataset's own splits.
 
-    The Hub keeps the test split's references back; validation then stands in its place.
+    A final evaluation reports validation and test. The Hub's test split has no references;
+    validation then takes its place.
     """
     options: Options = task_options(config, Options)
     train, validation, test = (_prompts(config, options, split, split == "test") for split in SPLITS)
-    # files have the easy prompts first, and an evaluation takes as many as it is told to from the beginning
+    # files have the easy prompts first, and an evaluation takes prompts from the beginning
     validation, test = ([prompts[i] for i in permutation(0, Purpose.TASK, 5, len(prompts))] for prompts in (validation, test))
     remarks: dict[str, int] = {}
     watched = validation
-    if options.held_back:
+    if options.held_out:
         every = len(train)
-        train, watched = _hold_back(train, options.held_back)
+        train, watched = _hold_out(train, options.held_out)
         if left_out := every - len(train) - len(watched):
             remarks["training prompts share a sentence with those held back, and are left out"] = left_out
     if not any(prompt.references for prompt in test):
         remarks["test prompts have no references: validation is reported alone"] = len(test)
-        return Task(config.name, train, watched, validation, group=difficulty, remarks=remarks)
-    return Task(config.name, train, watched, test, finals={"validation": validation}, group=difficulty, remarks=remarks)
+        return Task(config.name, train, watched, validation, group=difficulty, warnings=remarks)
+    return Task(
+        config.name, train, watched, test, extra_test_splits={"validation": validation}, group=difficulty, warnings=remarks
+    )
 
 
 def difficulty(prompt: Prompt) -> str:
-    """How hard a prompt is: 'easy' with three concepts, 'hard' with more."""
+    """Return the difficulty of a prompt: 'easy' with three concepts, 'hard' with more."""
     return "hard" if len(prompt.columns["concepts"]) >= HARD else "easy"
 
 
-def _hold_back(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that stay for training, and `count` that are held back, without a sentence in common."""
+def _hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """Return training prompts and `count` held-out prompts, without a sentence in common."""
     if not 0 < count < len(prompts):
-        raise UserError(f"task.options.held_back is {count}, but there are {len(prompts)} training prompts.")
+        raise UserError(f"task.options.held_out is {count}, but there are {len(prompts)} training prompts.")
     held = set(permutation(0, Purpose.TASK, 3, len(prompts))[:count].tolist())
     watched = [prompt for place, prompt in enumerate(prompts) if place in held]
     sentences = {text for prompt in watched for text in prompt.references}
     rest = [prompt for place, prompt in enumerate(prompts) if place not in held]
     train = [prompt for prompt in rest if sentences.isdisjoint(prompt.references)]
     if not train:
-        raise UserError(f"task.options.held_back is {count}: every other training prompt shares a sentence with them.")
+        raise UserError(f"task.options.held_out is {count}: every other training prompt shares a sentence with them.")
     return train, watched
 
 
 def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = False) -> list[Prompt]:
-    """The prompts of a split; `may_hide`: it may be without references, but then altogether."""
+    """Load the prompts of a split; with `may_hide` all of them may lack references."""
     rows = read_rows(_source(config), split, (options.concepts_column,))
     hidden = may_hide and not any(row.get(options.references_column, row.get("target")) for row in rows)
     found: list[tuple[tuple[str, ...], list[str]]] = []
@@ -115,17 +121,17 @@ def _source(config: TaskConfig) -> str:
 
 
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """The training references in a shuffled order, at most `most` (0: all), without those held back."""
+    """Return shuffled training references, at most `most` (0: all), without held-out ones."""
     options: Options = task_options(config, Options)
     prompts = _prompts(config, options, "train")
-    if options.held_back:
-        prompts, _ = _hold_back(prompts, options.held_back)
+    if options.held_out:
+        prompts, _ = _hold_out(prompts, options.held_out)
     texts = [text for prompt in prompts for text in prompt.references]
     order = permutation(0, Purpose.TASK, 4, len(texts))
     return [texts[i] for i in (order[:most] if most else order)]
 
 
-KIND = TaskKind(
-    build, Options, raw_texts=raw_texts, needs_data=True, has_rule=False,
+KIND = TaskDefinition(
+    build, Options, raw_texts=raw_texts, needs_data=True, has_builtin_reward=False,
     instruction="{text}\n\nAnswer with the sentence only: one plain sentence that uses all of these words.",
 )  # fmt: skip

@@ -1,34 +1,41 @@
-"""IMDB: continue a film review so that it turns out positive. Source: the paper, section 6; tasks.md."""
+"""IMDB: continue a film review so that it turns out positive.
+
+Source: the paper, section 6.
+"""
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlgf.config import TaskConfig
-from rlgf.data import read_rows
+from rlgf.config.sections import TaskConfig
+from rlgf.data.datasets import read_rows
 from rlgf.errors import UserError
 from rlgf.randomness import Purpose, permutation
-from rlgf.tasks.base import Task, TaskKind, task_options
+from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which part of a review is the prompt, and where the data's splits are."""
+    """The prompt's part of a review, and the splits and columns of the data."""
 
-    prompt: Literal["half", "first"] = "half"  # the first half by words, its end kept; or exactly the first tokens
-    prompt_tokens: int = 64  # at most ('half') or exactly ('first')
+    prompt: Literal["half", "first"] = "half"  # end of the first half by words; or first tokens
+    prompt_tokens: int = 64  # tokens; at most ('half') or exactly ('first')
     train_split: str = "train"
     test_split: str = "test"  # validation and test prompts both come from here
-    held_out_prompts: int = 5_000  # of each
-    raw_split: str = "unsup"  # unlabelled reviews, for the lm stage
+    held_out_prompts: int = 5_000  # of validation and of test each
+    raw_split: str = "unsup"  # unlabeled reviews, for the pretrain stage
     text_column: str = "text"
     label_column: str = "label"  # 1 is positive
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
-    """Prompts from every review; what follows the prompt in a positive review is a target, in any review a reference."""
+    """Build the task with a prompt from every review.
+
+    The continuation of the prompt in the review is its reference; in a positive review it is also a
+    target.
+    """
     options: Options = task_options(config, Options)
     if options.prompt_tokens < 1:
         raise UserError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be at least 1.")
@@ -40,7 +47,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     half = min(options.held_out_prompts, len(shuffled) // 2)
     if half == 0:
         raise UserError(f"{config.data}: the {options.test_split} split needs at least 2 usable reviews.")
-    return Task(config.name, train, shuffled[:half], shuffled[half : 2 * half], whole_text=True, notes=notes)
+    return Task(config.name, train, shuffled[:half], shuffled[half : 2 * half], scores_full_text=True, dropped_rows=notes)
 
 
 def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, notes: dict[str, int]) -> list[Prompt]:
@@ -63,12 +70,18 @@ def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, n
     return prompts
 
 
-Piece = tuple[tuple[int, ...], str, str] | None  # ids of the prompt, its text, the text that follows; None: too short
+# ids of the prompt, its text, the text that follows; None: the review is too short
+Piece = tuple[tuple[int, ...], str, str] | None
 
 
 def _first_tokens(texts: Sequence[str], count: int, budget: int, tokenizer: Any) -> list[Piece]:
-    """Exactly the first `count` tokens, unless one ends inside a character, which then leaves the prompt whole."""
-    enough = 8 * count + 64  # characters that hold the prompt of nearly every review; the others are encoded whole
+    """Split each text after its first `count` tokens.
+
+    A token that ends inside a character is left out of the prompt, with the others of that
+    character. None stands for a text without a continuation.
+    """
+    # characters, enough for the prompt of nearly every review; the others are encoded whole
+    enough = 8 * count + 64
     encoded = tokenizer([text[:enough] for text in texts], add_special_tokens=False, return_offsets_mapping=True)
     rows = list(zip(encoded["input_ids"], encoded["offset_mapping"]))
     for number, (text, (ids, _)) in enumerate(zip(texts, rows)):
@@ -87,7 +100,7 @@ def _first_tokens(texts: Sequence[str], count: int, budget: int, tokenizer: Any)
 
 
 def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) -> list[Piece]:
-    """The first half by words, of that the last `most` tokens."""
+    """Split each text at half its words; keep the last `most` tokens of the first half."""
     halves: list[int] = []
     for text in texts:
         words = list(re.finditer(r"\S+", text))
@@ -96,7 +109,8 @@ def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) ->
     kept = [tuple(ids[-most:]) for ids in encoded]
     decoded = tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
     for place, prompt in enumerate(decoded):
-        while prompt.startswith("\ufffd") and len(kept[place]) > 1:  # the cut fell inside a character
+        # the truncation fell inside a character
+        while prompt.startswith("\ufffd") and len(kept[place]) > 1:
             kept[place] = kept[place][1:]
             prompt = decoded[place] = tokenizer.decode(kept[place], clean_up_tokenization_spaces=False)
     return [
@@ -106,7 +120,7 @@ def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) ->
 
 
 def _reviews(config: TaskConfig, options: Options, split: str, labelled: bool = True) -> list[dict[str, Any]]:
-    """Rows of a split, each with a text that is not empty and a label that is 0 or 1."""
+    """Load the rows of a split; raise unless texts are nonempty and labels 0 or 1."""
     columns = (options.text_column, options.label_column) if labelled else (options.text_column,)
     rows = read_rows(_source(config), split, columns)
     for number, row in enumerate(rows, 1):
@@ -125,7 +139,7 @@ def _source(config: TaskConfig) -> str:
 
 
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """Unlabelled reviews in a shuffled order, at most `most` (0: all)."""
+    """Return unlabeled reviews in a shuffled order, at most `most` (0: all)."""
     options: Options = task_options(config, Options)
     rows = _reviews(config, options, options.raw_split, labelled=False)
     order = permutation(0, Purpose.TASK, 1, len(rows))
@@ -133,7 +147,7 @@ def raw_texts(config: TaskConfig, most: int) -> list[str]:
 
 
 def labelled_texts(config: TaskConfig, split: str) -> tuple[list[str], list[int]]:
-    """Whole reviews of 'train' or 'test' and their labels, for a sentiment reward."""
+    """Return whole reviews of 'train' or 'test' and their labels, for a sentiment reward."""
     options: Options = task_options(config, Options)
     name = options.train_split if split == "train" else options.test_split
     rows = _reviews(config, options, name)
@@ -146,6 +160,7 @@ INSTRUCTION = (
     "introduction, no quotation marks, and repeat nothing of it.\n\n{text}"
 )
 
-KIND = TaskKind(
-    build, Options, raw_texts=raw_texts, labelled_texts=labelled_texts, needs_data=True, has_rule=False, instruction=INSTRUCTION
+KIND = TaskDefinition(
+    build, Options, raw_texts=raw_texts, labeled_texts=labelled_texts, needs_data=True,
+    has_builtin_reward=False, instruction=INSTRUCTION
 )  # fmt: skip

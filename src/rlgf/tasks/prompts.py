@@ -1,6 +1,7 @@
-"""Your own data: rows with a prompt, and perhaps references, a completion, or a chosen and a rejected response.
+"""Your own data: rows with a prompt and optional references, completion or preference pair.
 
-JSON lines, CSV, Parquet, a folder of these or a Hub dataset; prompts are plain text or conversations. docs/own-data.md.
+JSON lines, CSV, Parquet, a folder of these or a Hub dataset; prompts are plain text or
+conversations. See docs/own-data.md.
 """
 
 import json
@@ -8,58 +9,63 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from rlgf.config import TaskConfig
-from rlgf.data import held_out, read_splits
+from rlgf.config.sections import TaskConfig
+from rlgf.data.chat import PromptBuilder, is_conversation, read_template, with_separator
+from rlgf.data.datasets import held_out_keys, read_splits
+from rlgf.data.preferences import Columns, Pairs, parts_of, read_pairs, reply_text
 from rlgf.errors import UserError
-from rlgf.preferences import Columns, Pairs, parts_of, read_pairs, reply_text
-from rlgf.prompting import PromptReader, is_conversation, read_template, separated
 from rlgf.randomness import Purpose, permutation
-from rlgf.tasks.base import Task, TaskKind, task_options
+from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
 
-HELD_BACK = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}  # what people call these splits
+# usual names of the held-out splits
+HELD_OUT_SPLITS = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 EMPTY = "references that are empty"
 SEEN = "held-out prompts that are training prompts too"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What columns and splits are called, and how prompts are made of them."""
+    """The names of columns and splits, and the format of prompts."""
 
     prompt_column: str = "prompt"  # a text, or a list of messages with role and content
     references_column: str = "references"  # a text or a list of texts
     completion_column: str = "completion"  # a text, or one message by the assistant
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
-    subset: str | None = None  # of a Hub dataset that has several
+    subset: str | None = None  # of a Hub dataset with several
     train_split: str | None = None  # None: 'train', or the only one there is
-    validation_split: str | None = None  # None: found by its name; without one, half of what is held out
+    validation_split: str | None = None  # None: found by name, or half of the held-out rows
     test_split: str | None = None
-    prompt_tokens: int = 0  # most tokens of a prompt; 0: no limit
-    truncation: Literal["right", "left"] = "right"  # which end of a longer one is cut off
-    suffix: str = ""  # ends every plain prompt, and is never cut off
-    separator: str = ""  # between a plain prompt and a response that begins with no white space: " " for most models
-    chat_template: str | None = None  # Jinja, or a file that holds it; None: the tokenizer's own
-    whole_text: bool = False  # whether a classifier as reward reads the prompt too (a reward model always does)
+    prompt_tokens: int = 0  # maximum tokens of a prompt; 0: no limit
+    truncation: Literal["right", "left"] = "right"  # end at which longer ones are truncated
+    suffix: str = ""  # end of every plain prompt, never truncated
+    separator: str = ""  # before responses to plain prompts; " " for most models
+    chat_template: str | None = None  # Jinja, or its file; None: the tokenizer's own
+    # a classifier as reward scores prompt + completion (a reward model always does)
+    scores_full_text: bool = False
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the data, its prompt still a text or a conversation."""
+    """A row of the data whose prompt is still a text or a conversation."""
 
     prompt: Any
     references: list[str]
     targets: list[str]
     columns: Mapping[str, Any]
-    place: str  # for errors
+    place: str  # file, split and row, for error messages
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
-    """A prompt for each row; a completion or a chosen response is its target, otherwise every reference is one."""
+    """Build the task with a prompt for each row.
+
+    The completion or the chosen response is its target; without one every reference is a target.
+    """
     options: Options = task_options(config, Options)
     notes: dict[str, int] = {}
     splits = split_rows(config, options, notes)
-    reader = prompt_reader(options, tokenizer)
+    reader = build_prompt_builder(options, tokenizer)
     train, *held = (_prompts(splits[name], reader) for name in ("train", "validation", "test"))
     seen = {prompt.text for prompt in train}
     for place, prompts in enumerate(held):
@@ -72,28 +78,30 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
             f"{config.data} leaves {len(train)} training, {len(validation)} validation and {len(test)} test prompts: each "
             "needs at least one, and none may be held out that is trained on."
         )
-    if reader.too_long:
-        notes[f"conversations of over {options.prompt_tokens} tokens"] = reader.too_long
-    remarks = {f"prompts cut to {options.prompt_tokens} tokens": reader.cut} if reader.cut else {}
-    return Task(config.name, train, validation, test, whole_text=options.whole_text, notes=notes, remarks=remarks)
+    if reader.num_too_long:
+        notes[f"conversations of over {options.prompt_tokens} tokens"] = reader.num_too_long
+    remarks = {f"prompts cut to {options.prompt_tokens} tokens": reader.num_truncated} if reader.num_truncated else {}
+    return Task(
+        config.name, train, validation, test, scores_full_text=options.scores_full_text, dropped_rows=notes, warnings=remarks
+    )
 
 
-def prompt_reader(options: Options, tokenizer: Any) -> PromptReader:
-    """How these options make prompts of texts and conversations."""
+def build_prompt_builder(options: Options, tokenizer: Any) -> PromptBuilder:
+    """Return the builder of prompts that these options describe."""
     if options.prompt_tokens < 0:
         raise UserError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be 0 (no limit) or more.")
     template = read_template(options.chat_template)
-    return PromptReader(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator)
+    return PromptBuilder(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator)
 
 
 def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pairs:
-    """The pairs of chosen and rejected responses in the training split, and in the test split where there is one."""
+    """Load the preference pairs of the training split, and of the held-out split if any."""
     options: Options = task_options(config, Options)
-    return pairs_of(config, options, prompt_reader(options, tokenizer), least_words)
+    return load_pairs(config, options, build_prompt_builder(options, tokenizer), least_words)
 
 
-def pairs_of(config: TaskConfig, options: Options, reader: PromptReader, least_words: int) -> Pairs:
-    """The pairs in the data of `config`, their prompts made by `reader`."""
+def load_pairs(config: TaskConfig, options: Options, reader: PromptBuilder, least_words: int) -> Pairs:
+    """Load the preference pairs in the data of `config`, with prompts made by `reader`."""
     columns = Columns(options.prompt_column, options.chosen_column, options.rejected_column)
     splits = _splits(config, options)
     found = {
@@ -102,7 +110,7 @@ def pairs_of(config: TaskConfig, options: Options, reader: PromptReader, least_w
     train, dropped = found["train"]
     if not train:
         why = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-        raise UserError(f"{config.data} holds no usable preference pair ({why}): see preferences.least_words.")
+        raise UserError(f"{config.data} holds no usable preference pair ({why}): see preferences.min_words.")
     held = next((found[name] for name in ("test", "validation") if name in found), None)
     test, dropped = (held[0], dropped + held[1]) if held else ([], dropped)
     return Pairs(train, test, dict(dropped))
@@ -117,7 +125,7 @@ def _source(config: TaskConfig) -> str:
 
 
 def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
-    """The rows of 'train' and of what there is of 'validation' and 'test'."""
+    """Load the rows of 'train', and of 'validation' and 'test' if they exist."""
     source = _source(config)
     texts = (options.prompt_column, options.references_column, options.completion_column)
     found = read_splits(source, options.subset, (*texts, options.chosen_column, options.rejected_column))
@@ -133,7 +141,7 @@ def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
         raise UserError(
             f"{source} has the splits {', '.join(sorted(found))}, none of them 'train': name one with task.options.train_split."
         )
-    for name, usual in HELD_BACK.items():
+    for name, usual in HELD_OUT_SPLITS.items():
         name_found = chosen[name] or next((one for one in usual if one in found), None)
         if name_found is not None and name_found != names["train"]:
             names[name] = name_found
@@ -145,10 +153,10 @@ def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
 
 
 def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> dict[str, list[Row]]:
-    """The rows of training, validation and test.
+    """Return the rows of training, validation and test.
 
-    Where the data has one split, a fifth is held out; where one split is held out, its halves are validation and test. Rows
-    with equal prompts stay together.
+    If the data has one split, a fifth of it is held out. If one split is held out, its halves are
+    validation and test. Rows with equal prompts stay together.
     """
     found = {
         name: [_row(options, row, f"{config.data}, split {name}, row {number}", notes) for number, row in enumerate(rows, 1)]
@@ -157,9 +165,9 @@ def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> d
     rows = {name: [row for row in part if row is not None] for name, part in found.items()}
     if len(rows) == 3:
         return rows
-    train, rest = rows["train"], [row for name in HELD_BACK for row in rows.get(name, [])]
+    train, rest = rows["train"], [row for name in HELD_OUT_SPLITS for row in rows.get(name, [])]
     if len(rows) == 1:
-        out = held_out([_key(row) for row in train])
+        out = held_out_keys([_key(row) for row in train])
         rest = [row for row, held in zip(train, out) if held]
         train = [row for row, held in zip(train, out) if not held]
     groups: dict[str, list[Row]] = {}
@@ -173,12 +181,12 @@ def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> d
 
 
 def _key(row: Row) -> str:
-    """What tells prompts apart before they are text."""
+    """Return a key of the prompt by which equal prompts are found."""
     return json.dumps(row.prompt, sort_keys=True)
 
 
 def _row(options: Options, row: Mapping[str, Any], place: str, notes: dict[str, int]) -> Row | None:
-    """One row read; None where two dialogues share no prompt, which is counted."""
+    """Parse a row; count it in `notes` and return None if its dialogues share no prompt."""
     own = {options.prompt_column, options.references_column, options.completion_column, options.chosen_column}
     columns = {name: value for name, value in row.items() if name not in own}
     prompt, chosen = row.get(options.prompt_column), None
@@ -203,26 +211,27 @@ def _row(options: Options, row: Mapping[str, Any], place: str, notes: dict[str, 
 
 
 def _listed(value: Any) -> list[Any]:
-    """References as a list: there may be none, one, or several; a conversation is one."""
+    """Return references as a list: none, one (also a conversation) or several."""
     if value is None:
         return []
     if not isinstance(value, list) or is_conversation(value):
         return [value]
-    return ["" if each is None else each for each in cast("list[Any]", value)]  # which are left out and counted
+    # empty references are dropped and counted later
+    return ["" if each is None else each for each in cast("list[Any]", value)]
 
 
-def _prompts(rows: Sequence[Row], reader: PromptReader) -> list[Prompt]:
+def _prompts(rows: Sequence[Row], reader: PromptBuilder) -> list[Prompt]:
     made = reader([row.prompt for row in rows], [row.place for row in rows])
     return [_with_texts(prompt, row, reader) for prompt, row in zip(made, rows) if prompt is not None]
 
 
-def _with_texts(prompt: Prompt, row: Row, reader: PromptReader) -> Prompt:
+def _with_texts(prompt: Prompt, row: Row, reader: PromptBuilder) -> Prompt:
     references, targets = (tuple(reader.response(prompt, text) for text in texts) for texts in (row.references, row.targets))
-    return replace(prompt, references=references, targets=targets, columns=row.columns)
+    return replace(prompt, references=references, sft_targets=targets, columns=row.columns)
 
 
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """Prompts of the training split, each with its first target, in a shuffled order, at most `most` (0: all)."""
+    """Return shuffled training prompts with their first target, at most `most` (0: all)."""
     options: Options = task_options(config, Options)
     rows = split_rows(config, options, {})["train"]
     order = permutation(0, Purpose.TASK, 1, len(rows))
@@ -233,7 +242,9 @@ def _raw(row: Row, options: Options) -> str:
     target = row.targets[0] if row.targets else ""
     if is_conversation(row.prompt):
         return "\n".join([*(str(message.get("content")) for message in row.prompt), target])
-    return str(row.prompt).removesuffix(options.suffix) + options.suffix + separated(options.separator, target)
+    return str(row.prompt).removesuffix(options.suffix) + options.suffix + with_separator(options.separator, target)
 
 
-KIND = TaskKind(build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_rule=False)
+KIND = TaskDefinition(
+    build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_builtin_reward=False
+)

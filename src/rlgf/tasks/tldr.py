@@ -1,6 +1,9 @@
-"""TL;DR: summarise a Reddit post as its author would. Source: Stiennon et al. 2020; the paper, section 6, C.2; tasks.md.
+"""TL;DR: summarize a Reddit post as its author would.
 
-The data is a folder of posts and comparisons, whose posts are split here once, or a Hub dataset with splits of its own.
+Source: Stiennon et al. 2020; the paper, section 6 and appendix C.2.
+
+The data is a folder of posts and comparisons, whose posts are split here, or a Hub dataset with
+splits of its own.
 """
 
 import re
@@ -10,46 +13,52 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlgf.config import TaskConfig
-from rlgf.data import held_out, read_rows, read_splits
+from rlgf.config.sections import TaskConfig
+from rlgf.data.chat import PromptBuilder
+from rlgf.data.datasets import held_out_keys, read_rows, read_splits
+from rlgf.data.preferences import Columns, Pairs, read_pairs
 from rlgf.errors import UserError
-from rlgf.preferences import Columns, Pairs, read_pairs
-from rlgf.prompting import PromptReader
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks import prompts
-from rlgf.tasks.base import Task, TaskKind, task_options
+from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
 
-ENDING = "TL;DR:"  # of every prompt, never cut off
+ENDING = "TL;DR:"  # of every prompt, never truncated
 POSTS, COMPARISONS, MORE_TEXT = "sft_posts", "comparisons", "tldrhq_train"  # files of the folder
-MARK = 80  # letters and digits: no two of the 3,194 posts of the folder share as many, but for versions of one
-OF_HUB = {"completion_column": "label", "suffix": f"\n{ENDING}", "separator": " "}  # how CarperAI's dataset is read
+# letters and digits: no two of the 3,194 posts of the folder begin with the same ones, except
+# versions of one post
+POST_KEY_LENGTH = 80
+# options of the task prompts for CarperAI's dataset
+HUB_OPTIONS = {"completion_column": "label", "suffix": f"\n{ENDING}", "separator": " "}
 SHARED = "posts with a summary that are left to the reward models"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How long prompts are, and how posts are shared out; the counts are of posts, and for a folder alone."""
+    """The length of prompts and the split of posts.
 
-    prompt_tokens: int = 500  # most, `TL;DR:` included; a longer post is cut on the right
+    Counts are of posts, and apply to a folder only.
+    """
+
+    prompt_tokens: int = 500  # maximum, with `TL;DR:`; longer posts are truncated on the right
     test_posts: int = 256
     validation_posts: int = 128
-    sft_share: float = 0.5  # of the posts with a summary that are neither: for SFT; the rest is for reinforcement learning
+    sft_share: float = 0.5  # of the other posts with a summary: for SFT; the rest is for RL
     comparisons: str | None = None  # preference pairs for a Hub dataset
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
-    """Posts as prompts, their authors' summaries as references and targets."""
+    """Build the task: posts are prompts, their authors' summaries references and targets."""
     options: Options = task_options(config, Options)
     if not _is_folder(config):
-        own = {**OF_HUB, "prompt_tokens": options.prompt_tokens, "validation_split": "valid"}
+        own = {**HUB_OPTIONS, "prompt_tokens": options.prompt_tokens, "validation_split": "valid"}
         return prompts.build(TaskConfig(config.name, _source(config), config.max_new_tokens, options=own), tokenizer)
-    reader = PromptReader(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
-    parts = {name: _prompts(rows, reader, str(config.data)) for name, rows in _shares(config, options).items()}
+    reader = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
+    parts = {name: _prompts(rows, reader, str(config.data)) for name, rows in _split_posts(config, options).items()}
     remarks = {SHARED: len(_rows(config, POSTS)) - sum(map(len, parts.values()))}
-    remarks |= {f"prompts cut to {options.prompt_tokens} tokens": reader.cut} if reader.cut else {}
+    remarks |= {f"prompts cut to {options.prompt_tokens} tokens": reader.num_truncated} if reader.num_truncated else {}
     return Task(
-        config.name, parts["train"], parts["validation"], parts["test"], demonstrations=parts["sft"], remarks=remarks
+        config.name, parts["train"], parts["validation"], parts["test"], demonstrations=parts["sft"], warnings=remarks
     )  # fmt: skip
 
 
@@ -68,7 +77,10 @@ def _file(config: TaskConfig, name: str) -> Path | None:
 
 
 def _is_folder(config: TaskConfig) -> bool:
-    """Whether the data is a folder of posts and comparisons."""
+    """Return whether the data is a folder of posts and comparisons.
+
+    Raises `UserError` if only one of the two files exists.
+    """
     found = {name: _file(config, name) for name in (POSTS, COMPARISONS)}
     if any(found.values()) and not all(found.values()):
         missing = next(name for name, file in found.items() if file is None)
@@ -86,10 +98,13 @@ def _read(source: str, name: str) -> list[dict[str, Any]]:
     return read_rows(source, name, columns.get(name, ("subreddit", "title", "post", "chosen", "rejected")))
 
 
-def _shares(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
-    """The posts that have a summary, once each, in four parts; those that are compared are left to the reward models."""
-    compared = {mark(row["post"]) for row in _rows(config, COMPARISONS)}
-    distinct = {mark(row["post"]): row for row in reversed(_rows(config, POSTS))}
+def _split_posts(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
+    """Split the distinct posts with a summary into test, validation, SFT and train.
+
+    Posts with comparisons are left to the reward models.
+    """
+    compared = {post_key(row["post"]) for row in _rows(config, COMPARISONS)}
+    distinct = {post_key(row["post"]): row for row in reversed(_rows(config, POSTS))}
     posts = [row for post, row in reversed(distinct.items()) if post not in compared]
     order = permutation(0, Purpose.TASK, 5, len(posts)).tolist()
     held = options.test_posts + options.validation_posts
@@ -105,26 +120,29 @@ def _shares(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
     return parts
 
 
-def mark(post: str) -> str:
-    """What tells a post from others: how it begins, in letters and digits; some stand in the data twice, edited at the end."""
-    return "".join(re.findall(r"[^\W_]", post.lower()))[:MARK]
+def post_key(post: str) -> str:
+    """Return the first `MARK` letters and digits of a post, which identify it.
+
+    Some posts are in the data twice, edited at the end.
+    """
+    return "".join(re.findall(r"[^\W_]", post.lower()))[:POST_KEY_LENGTH]
 
 
-def asked(row: Mapping[str, Any]) -> str:
-    """A post in the standard format, up to and without `TL;DR:`."""
+def format_post(row: Mapping[str, Any]) -> str:
+    """Format a post in the standard way, without the final `TL;DR:`."""
     return f"SUBREDDIT: r/{row['subreddit']}\n\nTITLE: {row['title']}\n\nPOST: {row['post']}"
 
 
 def _summary(text: str) -> str:
-    """A summary as it follows `TL;DR:`, behind one space."""
+    """Return a summary as it follows `TL;DR:`, after one space."""
     return " " + text.strip().removeprefix(ENDING).strip()
 
 
-def _prompts(rows: Sequence[Mapping[str, Any]], reader: PromptReader, where: str) -> list[Prompt]:
-    made = reader([asked(row) for row in rows], [f"{where}, post {str(row['title'])[:40]!r}" for row in rows])
+def _prompts(rows: Sequence[Mapping[str, Any]], reader: PromptBuilder, where: str) -> list[Prompt]:
+    made = reader([format_post(row) for row in rows], [f"{where}, post {str(row['title'])[:40]!r}" for row in rows])
     found: list[Prompt] = []
     for row, prompt in zip(rows, made):
-        assert prompt is not None  # only conversations can be
+        assert prompt is not None  # None stands for long conversations only
         texts = (_summary(row["reference"]),) if row["reference"].strip() else ()
         columns = {name: value for name, value in row.items() if name not in ("query", "reference", "post")}
         found.append(Prompt(prompt.text, texts, texts, columns=columns))
@@ -132,22 +150,22 @@ def _prompts(rows: Sequence[Mapping[str, Any]], reader: PromptReader, where: str
 
 
 def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pairs:
-    """Human comparisons of two summaries of a post."""
+    """Load human comparisons of two summaries of a post."""
     options: Options = task_options(config, Options)
     if _is_folder(config):
-        reader = PromptReader(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
+        reader = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
         pairs, dropped = read_pairs(
-            [_compared(row, asked(row)) for row in _rows(config, COMPARISONS)], f"{config.data}, {COMPARISONS}", reader,
-            least_words, Columns(), lambda row: mark(row["post"]),
+            [_compared(row, format_post(row)) for row in _rows(config, COMPARISONS)], f"{config.data}, {COMPARISONS}", reader,
+            least_words, Columns(), lambda row: post_key(row["post"]),
         )  # fmt: skip
         out = _held_posts(config)
-        train, test = ([pair for pair in pairs if (pair.post in out) == held] for held in (False, True))
+        train, test = ([pair for pair in pairs if (pair.group in out) == held] for held in (False, True))
         return Pairs(train, test, dict(dropped))
     if options.comparisons is None:
         raise UserError(
             "a reward model for TL;DR needs pairs: give task.options.comparisons with a Hub name, or preferences.data."
         )
-    reader = PromptReader(tokenizer, options.prompt_tokens, suffix=f"\n{ENDING}")
+    reader = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n{ENDING}")
     splits, found = read_splits(options.comparisons), dict[str, list[Any]]()
     total: dict[str, int] = {}
     for name in ("train", "test"):
@@ -158,9 +176,9 @@ def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pa
 
 
 def _held_posts(config: TaskConfig) -> set[str]:
-    """A fifth of the posts that are compared: no reward model is trained on them, and no language model."""
-    posts = [mark(row["post"]) for row in _rows(config, COMPARISONS)]
-    return {post for post, held in zip(posts, held_out(posts)) if held}
+    """Return the keys of a fifth of the compared posts, on which no model is trained."""
+    posts = [post_key(row["post"]) for row in _rows(config, COMPARISONS)]
+    return {post for post, held in zip(posts, held_out_keys(posts)) if held}
 
 
 def _compared(row: Mapping[str, Any], prompt: str) -> dict[str, Any]:
@@ -168,15 +186,18 @@ def _compared(row: Mapping[str, Any], prompt: str) -> dict[str, Any]:
 
 
 def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """Posts for the model before SFT: those of SFT and reinforcement learning with their summaries, those that reward models
-    are trained on without; and whatever else the folder holds. None of validation or test, none of the held-out pairs."""
+    """Return shuffled texts for pretraining, at most `most` (0: all).
+
+    Posts of SFT and RL with their summaries, posts of the reward models' training pairs without,
+    and the other posts of the folder. Validation, test and the held-out pairs are excluded.
+    """
     options: Options = task_options(config, Options)
     if not _is_folder(config):
-        return prompts.raw_texts(TaskConfig(config.name, _source(config), options=OF_HUB), most)
-    shares = _shares(config, options)
-    texts = [f"{asked(row)}\n\n{ENDING}{_summary(row['reference'])}" for name in ("sft", "train") for row in shares[name]]
+        return prompts.raw_texts(TaskConfig(config.name, _source(config), options=HUB_OPTIONS), most)
+    shares = _split_posts(config, options)
+    texts = [f"{format_post(row)}\n\n{ENDING}{_summary(row['reference'])}" for name in ("sft", "train") for row in shares[name]]
     out = _held_posts(config)
-    texts += dict.fromkeys(asked(row) for row in _rows(config, COMPARISONS) if mark(row["post"]) not in out)
+    texts += dict.fromkeys(format_post(row) for row in _rows(config, COMPARISONS) if post_key(row["post"]) not in out)
     if _file(config, MORE_TEXT):
         texts += [f"POST: {row['post']}\n\n{ENDING} {row['summary']}" for row in _rows(config, MORE_TEXT)]
     order = permutation(0, Purpose.TASK, 1, len(texts))
@@ -188,7 +209,7 @@ INSTRUCTION = (
     "most 35 words. Write only the summary, without quotation marks and without 'TL;DR'.\n\n{text}"
 )
 
-KIND = TaskKind(
-    build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_rule=False,
+KIND = TaskDefinition(
+    build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_builtin_reward=False,
     instruction=INSTRUCTION,
 )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Algorithms as data; advantages, losses and schedules as plain functions."""

@@ -1,0 +1,81 @@
+"""Commands that check a guide or a task before training."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlgf.cli.options import Data, Overrides, Policy, Stages, read_config
+from rlgf.config.loading import override
+from rlgf.config.recipes import RECIPES
+from rlgf.data.text import escape_control_characters
+from rlgf.errors import UserError, unknown
+
+
+def check_guide(
+    spec: Annotated[str, typer.Argument(help="A guide, such as server:MODEL@URL.")],
+    overrides: Overrides = None,
+    prompt: Annotated[str, typer.Option(help="What it shall continue.")] = "The film begins in a quiet town where",
+    prefix: Annotated[
+        str, typer.Option(help="What another has written of the continuation.")
+    ] = " nothing ever happens. One day",
+    max_tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=1)] = 48,
+    recipe_or_yaml: Annotated[
+        str, typer.Option("--recipe", help="Whose guide settings and task's instruction to use.", metavar="RECIPE_OR_YAML")
+    ] = "imdb-small",
+) -> None:
+    """Test a guide: capabilities, samples, latency, cost, and the algorithms it supports.
+
+    The cost is that of a thousand completions.
+    """
+    changes = ["task.min_new_tokens=0", f"task.max_new_tokens={max_tokens}", *(overrides or [])]
+    config = read_config(recipe_or_yaml, changes, guide=spec)
+    from rlgf.cli import console, diagnose
+
+    console.quiet()
+    findings = diagnose.check_guide(config, prompt, prefix, Path("runs") / "stages", console.report)
+    _print_findings(findings)
+    if not any(finding.level == "ok" for finding in findings):
+        raise UserError("this guide cannot be used: mend what is marked ERROR.")
+
+
+def check_task(
+    name: Annotated[str, typer.Argument(help="A task, a recipe, a YAML file, or your own as python:module:KIND.")],
+    overrides: Overrides = None,
+    data: Data = None,
+    policy: Policy = None,
+    stages: Stages = None,
+) -> None:
+    """Check the prompts, targets and reward of a task, without a policy.
+
+    Rewards must be finite, pure and not constant. Targets must continue their prompts, and should
+    score well.
+    """
+    homes = {"toy_reviews": "quickstart"}  # a task name selects the recipe with its settings
+    source = "prompts" if name.startswith("python:") else homes.get(name, name)
+    if source not in RECIPES and not Path(source).is_file():
+        raise unknown("task or recipe", name, [*RECIPES, *homes])
+    named = [f"task.name={name}"] if name.startswith("python:") else []
+    config = read_config(source, [*named, *(overrides or [])], data=data)
+    if policy:
+        config = override(config, [("model.path", policy)])
+    from rlgf.cli import console, diagnose
+
+    console.configure_runtime(config)
+    try:
+        findings = diagnose.check_task(config, stages or Path("runs") / "stages", console.report)
+    except UserError as error:
+        small = f"{source}-small"
+        if small not in RECIPES or config.model.path is None or "tokenizer" not in str(error):
+            raise
+        raise UserError(f"{error} Or check '{small}', the same task with a tokenizer that is made here.") from None
+    _print_findings(findings)
+    if any(finding.level == "error" for finding in findings):
+        raise UserError(f"task '{config.task.name}' cannot be trained as it is: mend what is marked ERROR.")
+
+
+def _print_findings(findings: Sequence[Any]) -> None:
+    for finding in findings:
+        mark = {"ok": "  ok     ", "warning": "  WARNING", "error": "  ERROR  "}[finding.level]
+        typer.echo(f"{mark} {escape_control_characters(finding.text)}")

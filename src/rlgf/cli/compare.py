@@ -1,0 +1,91 @@
+"""Commands for several runs: `rlgf compare` and `rlgf report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlgf.algorithms import guided
+from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_config
+from rlgf.config.loading import override
+from rlgf.config.recipes import controls as recipe_controls
+from rlgf.errors import UserError, unknown
+
+
+def compare(
+    recipe_or_yaml: Recipe,
+    overrides: Overrides = None,
+    algorithms_: Annotated[str, typer.Option("--algorithms", help="Comma-separated; default: all.")] = "",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
+    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own, sharing the cores.")] = 1,
+    controls: Annotated[bool, typer.Option(help="Whether the recipe's control runs are made too.")] = True,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(help="Every algorithm again with each value of a setting, as kl.coefficient=0,0.01; may be repeated."),
+    ] = None,
+    dry_run: DryRun = False,
+    guide: GuideSpec = None,
+    policy: Policy = None,
+    data: Data = None,
+    iterations: Iterations = None,
+    out: Out = None,
+) -> None:
+    """Compare several algorithms and their baselines: tables, figures, completions side by side.
+
+    Finished runs are reused.
+    """
+    config = read_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
+    names = [name.strip() for name in algorithms_.split(",") if name.strip()] or list(guided.ALGORITHMS)
+    for name in names:
+        if name not in guided.ALGORITHMS:
+            raise unknown("algorithm", name, guided.ALGORITHMS)
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise UserError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
+    from rlgf.cli import console, terminal
+    from rlgf.experiments import compare as comparing
+    from rlgf.experiments import variants
+    from rlgf.experiments.report import report_files
+    from rlgf.pipeline import preflight
+
+    preflight.check_to_train(config)
+    console.configure_runtime(config)
+    target = out or Path("runs") / config.recipe
+    varied = variants.parse_vary(config, vary or [])
+    rows = variants.build_variants(config, names, recipe_controls(config) if controls else {}, varied)
+    if dry_run:
+        for row in rows:
+            planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
+            console.print_plan(planned, preflight.check_to_train(planned), row.title)
+        console.report(f"{len(rows)} rows, each with seeds {seeds} (runs at a time: {jobs}), and the baselines, in {target}")
+        return
+    watch = console.ProgressReporter(may_draw=config.guide.spec != "human")
+    try:
+        results = comparing.compare(config, rows, numbers, target, jobs, terminal.report_reuse_once(), watch)
+    finally:
+        watch.close()
+    console.print_comparison(results)
+    console.report(
+        f"{target}: {', '.join(report_files(target))}, results.json, runs/ ({results['seconds_of_this_call']:.0f} s)"
+    )
+
+
+def report(
+    comparison: Annotated[Path, typer.Argument(help="A comparison's folder, with its results.json.", metavar="DIR")],
+    out: Annotated[Path | None, typer.Option(help="Where to write instead of there.", metavar="DIR")] = None,
+) -> None:
+    """Redraw a comparison's tables, figures and completions from its results.json alone."""
+    from rlgf.cli import terminal
+    from rlgf.data.files import read_json
+    from rlgf.experiments.report import report_files, write_report
+
+    path = comparison / "results.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: give the folder of a finished `rlgf compare`.")
+    results = read_json(path)
+    if "rows" not in results:
+        raise UserError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
+    target = out or comparison
+    write_report(results, target)
+    terminal.report(f"{target}: {', '.join(report_files(target))}")

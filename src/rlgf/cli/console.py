@@ -1,0 +1,299 @@
+"""Terminal output: progress, tables, plans, and completions colored by origin.
+
+Data goes to standard output, everything else to standard error. Model output is untrusted:
+control characters are escaped, and it is not parsed as markup.
+"""
+
+import ctypes
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from rlgf.algorithms.guided import Algorithm
+from rlgf.cli.terminal import log, out, print_table, report
+from rlgf.config.schema import Config
+from rlgf.data.text import escape_control_characters
+from rlgf.errors import UserError
+from rlgf.experiments.tables import table_rows
+from rlgf.kernels import native
+from rlgf.models import lora
+from rlgf.models.loading import count_parameters, from_pretrained, shape_config, use_kernels
+from rlgf.pipeline.preflight import needs_guide, training_warnings
+from rlgf.trainer import Progress as Step
+from rlgf.types import GUIDE, POLICY
+
+STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
+
+
+def configure_runtime(config: Config) -> None:
+    """Set up threads, kernels, memory allocation and library logging.
+
+    `runtime.threads` = 0 uses all cores.
+    """
+    torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+    use_kernels(config.runtime.kernels)
+    if config.runtime.device == "cpu" and (reason := native.unavailable_reason()):
+        report(f"Some loops are left to torch, which takes a little longer: {reason}")
+    keep_freed_memory()
+    quiet()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed tensor memory instead of returning it to the system.
+
+    Allocating it again would cost one page fault per 4 KiB.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
+        libc.mallopt(trim_threshold, most)
+        libc.mallopt(mmap_threshold, most)
+
+
+def quiet() -> None:
+    """Turn off the progress bars and notices of transformers and datasets."""
+    import datasets
+    import transformers
+
+    transformers.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+class ProgressReporter:
+    """A progress display: a bar in a terminal, otherwise a line every few seconds."""
+
+    def __init__(self, every_seconds: float = 10.0, may_draw: bool = True) -> None:
+        self.every, self.last = every_seconds, 0.0
+        self.may_draw = may_draw  # a bar would overwrite typed input
+        self.began, self.first = 0.0, 0  # start time, iterations before it
+        self.bar: Progress | None = None
+        self.task: Any = None
+
+    def __call__(self, step: Step) -> None:
+        """Show the progress after one more iteration."""
+        metrics = step.metrics
+        line = f"reward {metrics['score']:.3f} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
+        line += guide_progress(metrics, step.guide_usage)
+        if "profile" in metrics:
+            report(profile_summary(metrics))
+        if log.is_terminal and self.may_draw:
+            self._show_bar(step, line)
+            return
+        now = time.monotonic()
+        if step.iteration <= self.first or not self.began:
+            self.began, self.first = now - metrics["seconds"], step.iteration - 1
+        if step.iteration == step.iterations or now - self.last > self.every:
+            self.last = now
+            left = (now - self.began) / (step.iteration - self.first) * (step.iterations - step.iteration)
+            report(f"{step.iteration}/{step.iterations} iterations · {line} · {left:.0f} s left")
+        if step.iteration == step.iterations:
+            self.began, self.first = 0.0, 0
+
+    def _show_bar(self, step: Step, line: str) -> None:
+        if self.bar is None:
+            columns = [
+                TextColumn("{task.completed}/{task.total} iterations"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+            ]
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=log)
+            self.bar.start()
+            self.task = self.bar.add_task(line, total=step.iterations)
+        self.bar.update(self.task, completed=step.iteration, description=line, total=step.iterations)
+        if step.iteration == step.iterations:
+            self.close()
+
+    def close(self) -> None:
+        """Close the progress bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def profile_summary(metrics: Mapping[str, Any]) -> str:
+    """Summarize an iteration's time by stage and by profiled operation."""
+    stages = {name: metrics[f"seconds_{name}"] for name in ("rollout", "experience", "update")}
+    ordered = sorted(stages, key=lambda name: -stages[name])
+    shares = ", ".join(f"{name} {stages[name]:.2f} s ({stages[name] / metrics['seconds']:.0%})" for name in ordered)
+    operations = ", ".join(f"{name} {share:.0%}" for name, share in metrics["profile"].items())
+    return f"profile of iteration {metrics['iteration']}: {shares}; most of it in {operations}"
+
+
+def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> str:
+    """Summarize an iteration's guide requests, their latency, and the run's cost so far.
+
+    Empty for a guide in this process.
+    """
+    if "guide_attempts" not in metrics:
+        return ""
+    shown = f" · guide {metrics['guide_attempts']:,.0f} requests"
+    if metrics["guide_latency_mean"]:  # zero in a replay
+        shown += f", {metrics['guide_latency_mean']:.2f} s each"
+    if metrics["guide_rows_cached"]:
+        shown += f", {metrics['guide_rows_cached']:,.0f} texts kept from before"
+    if failed := metrics["guide_retried"] + metrics["guide_given_up"]:
+        shown += f", {failed:,.0f} failed"
+    return shown + (f", cost {spent['cost']:.4g} so far" if "cost" in spent else "")
+
+
+def print_comparison(results: Mapping[str, Any]) -> None:
+    """Print the table of a comparison."""
+    headings, rows = table_rows(results)
+    print_table(headings, rows)
+
+
+def print_metrics(metrics: Mapping[str, float]) -> None:
+    """Print names and values of metrics."""
+    print_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
+
+
+def print_evaluation(found: Mapping[str, Any]) -> None:
+    """Print the metrics of all splits and of best-of-n, and the judge's name."""
+    columns: dict[str, Mapping[str, float]] = {"test": found["evaluation"], **found.get("evaluations", {})}
+    if "best_of" in found:
+        columns[f"best of {found['best_of']['samples']}"] = found["best_of"]["evaluation"]
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = [[name, *(f"{column[name]:.4g}" if name in column else "–" for column in columns.values())] for name in names]
+    print_table(["metric", *columns], rows)
+    if "judge" in found:
+        report(f"win rate against the references, by {found['judge']}")
+
+
+def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = True) -> None:
+    """Print a prompt and its completion, each span colored and bracketed by origin."""
+    head = f"iteration {row['iteration']} · completion {row['index']} · reward {row['score']:.3f}"
+    head += f" · switch at token {row['switch_position']}"
+    to.print(Text(head, style="dim"))
+    line = Text().append(escape_control_characters(row["prompt"]), style="dim")
+    for span in row["spans"]:
+        line.append(f" [{span['origin']}:", style=STYLES[span["origin"]])
+        line.append(escape_control_characters(span["text"]), style=STYLES[span["origin"]])
+        line.append("]", style=STYLES[span["origin"]])
+    if row["ended_with_eos"]:
+        line.append(" ■", style="dim")
+    to.print(line, soft_wrap=soft_wrap)
+    to.print()
+
+
+def describe_phases(algorithm: Algorithm) -> list[str]:
+    """Return a readable description of each phase."""
+    names = {POLICY: "policy", GUIDE: "guide"}
+    lines: list[str] = []
+    for phase in algorithm.phases:
+        end = f"the {names[phase.rollout]} writes"
+        if phase.rollin is not None:
+            end = f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
+        lines.append(end)
+    return lines
+
+
+def print_algorithm(algorithm: Algorithm, iterations: int, coins: Sequence[float]) -> None:
+    """Print the phases of an algorithm and the iterations that use each."""
+    out.print(Text(f"{algorithm.title}: {algorithm.summary}", style="bold"))
+    for number, line in enumerate(describe_phases(algorithm)):
+        phase = algorithm.phases[number]
+        critic = "V^π" if phase.rollout == POLICY else "V^g"
+        out.print(Text(f"  phase {number}: {line}; critic {critic}"), soft_wrap=True)
+    names = {POLICY: "policy"}
+    width = 60
+    out.print()
+    for number, phase in enumerate(algorithm.phases):
+        cells = ""
+        for place in range(min(width, iterations)):
+            iteration = place * iterations // min(width, iterations)
+            share = sum(s.fraction for s in algorithm.schedule(iteration, coins[iteration]) if s.phase == number)
+            cells += "·" if share == 0 else "█" if share > 0.99 else "▄"
+        rollin = "nobody" if phase.rollin is None else names.get(phase.rollin, "guide")
+        label = f"{rollin} → {names.get(phase.rollout, 'guide')}"
+        out.print(Text(f"  {label:18}{cells}  iterations 0–{iterations - 1}"))
+    out.print(Text("  █ all texts of the iteration   ▄ a part   · none", style="dim"))
+
+
+def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
+    """Print the plan of a run: phases, models, completions, tokens, memory.
+
+    `title` names the row of a comparison.
+    """
+    ppo, task = config.ppo, config.task
+    out.print(Text(f"{config.recipe}: {title or algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
+    for number, line in enumerate(describe_phases(algorithm)):
+        out.print(Text(f"  phase {number}: {line}"))
+    guide = config.guide.spec if needs_guide(algorithm) or config.distill.num_completions else "not asked"
+    if guide in ("sft", "trained") or guide.startswith("model:"):
+        guide += f" ({config.guide.sampling.describe()})"
+    size, known = _parameters(config)
+    critics = " and ".join("V^π" if origin == POLICY else "V^g" for origin in algorithm.critics)
+    steps = ppo.epochs * -(-ppo.completions_per_iteration // ppo.minibatch_size)
+    vocabulary = config.model.vocabulary or 0
+    memory = _bytes_per_parameter(config, algorithm) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
+    lines = {
+        "data": task.data or "made by the task",
+        "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",
+        "parameters": f"{size:,}" if known else "unknown until it is loaded",
+        "adapters": _adapters(config),
+        "critics": f"{critics} ({config.critic.kind})",
+        "guide": guide,
+        "reward": " + ".join(f"{weight:g} {name}" for name, weight in config.reward.weights.items()) or config.reward.path,
+        "sampling": config.sampling.describe(),
+        "iterations": f"{ppo.iterations} of {ppo.completions_per_iteration} texts; {steps} optimizer steps each",
+        "tokens": f"at most {ppo.completions_per_iteration * task.max_new_tokens:,} written in an iteration",
+        "distilled": f"{config.distill.num_completions:,} texts by the guide, before that"
+        if config.distill.num_completions
+        else "",
+        "in all": f"{ppo.iterations * ppo.completions_per_iteration + config.distill.num_completions:,} texts",
+        "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
+    }
+    for name, value in lines.items():
+        if value:
+            out.print(Text(f"  {name:12}{value}"), soft_wrap=True)
+    for caution in training_warnings(algorithm):
+        out.print(Text(f"  warning: {caution}"), soft_wrap=True)
+
+
+def _adapters(config: Config) -> str:
+    lora_config = config.lora
+    if not lora_config.rank:
+        return ""
+    trained, bits = (
+        "SFT and policy" if lora_config.in_sft else "policy",
+        ", base weights in 4 bits" if lora_config.load_in_4bit else "",
+    )
+    return f"{trained}, rank {lora_config.rank}, alpha {lora_config.alpha:g}{bits}"
+
+
+def _bytes_per_parameter(config: Config, algorithm: Algorithm) -> float:
+    """Return the bytes per policy parameter of a run's models.
+
+    Gradients and moments are included for models that are trained in full.
+    """
+    spec, whole = config.guide.spec, 4.0
+    critics = len(algorithm.critics) if config.critic.kind == "separate" else 0
+    own_guide = needs_guide(algorithm) and (spec == "trained" or spec.startswith(("model:", "run:")))
+    if config.lora.rank:  # one shared copy of the base weights; adapters are small
+        return (0.5 if config.lora.load_in_4bit else whole) + 4 * whole * critics + whole * own_guide
+    return 4 * whole * (1 + critics) + whole * (1 + own_guide + bool(config.evaluation.output_perplexity))
+
+
+def _parameters(config: Config) -> tuple[int, bool]:
+    """Return the policy's number of parameters from its config, and whether it is known."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    path = config.policy or config.model.path
+    try:
+        if path:
+            base = lora.base_of(path) if lora.is_adapter_folder(path) else path
+            wanted: Any = from_pretrained(AutoConfig, base, "model config")
+        else:
+            wanted = shape_config(config.model, config.model.vocabulary or 64)
+        with torch.device("meta"):
+            auto = AutoModelForSeq2SeqLM if wanted.is_encoder_decoder else AutoModelForCausalLM
+            return count_parameters(auto.from_config(wanted)), True
+    except (UserError, OSError, ValueError):
+        return 0, False

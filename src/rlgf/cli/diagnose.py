@@ -1,0 +1,319 @@
+"""The diagnostics of `rlgf check`: a guide's capabilities and a task's validity.
+
+A task is checked without a policy: rewards must be finite, as many as completions, not constant
+and pure; targets must continue their prompts, and should outscore empty and shuffled text.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlgf.algorithms import guided
+from rlgf.config.loading import override
+from rlgf.config.schema import Config
+from rlgf.config.specs import load_object
+from rlgf.data.preferences import Pairs, length_baseline
+from rlgf.data.tokenization import Codec, decode
+from rlgf.errors import RunError, UserError
+from rlgf.generation.openai.client import CONTINUATIONS, Server
+from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
+from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
+from rlgf.guides.base import CompletionRequest, Guide, query_guide
+from rlgf.guides.local import FunctionGuide, TextModelGuide, guide_model_path
+from rlgf.models.loading import load_eos_token_ids, load_language_model, load_tokenizer, max_length_of
+from rlgf.pipeline import build_guide, build_rewards, prepare
+from rlgf.pipeline.final_evaluation import final_prompts
+from rlgf.pipeline.preflight import check
+from rlgf.pipeline.reward_model_stage import load_pairs
+from rlgf.pipeline.run import Report
+from rlgf.pipeline.stages import tokenizer_for
+from rlgf.randomness import Purpose, permutation
+from rlgf.rewards.base import score
+from rlgf.rewards.build import check_reward_columns, check_reward_names
+from rlgf.tasks.base import Task
+from rlgf.tasks.registry import task_definition
+from rlgf.types import Prompt, RewardFunction
+
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One result of a check: its level ('ok', 'warning' or 'error') and its text."""
+
+    level: str
+    text: str
+
+
+def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
+    """Check the prompts, targets and reward of a config's task.
+
+    An 'error' among the findings means that the task cannot be trained.
+    """
+    tokenizer, _ = tokenizer_for(config, config.task, config.model, stages, report)
+    task = prepare.prepare_prompts(config, tokenizer, lambda line: None)
+    sizes = f"{len(task.train):,} / {len(task.validation):,} / {len(task.test):,} train, validation and test prompts"
+    findings = [Finding("ok", sizes)]
+    findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in task.dropped_rows.items()]
+    findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.warnings.items()]
+    findings += check_prompts(task, tokenizer)
+    check_reward_names(config.reward.names)
+    for split, prompts in (("training", task.train), ("validation", task.validation), *final_prompts(task, config).items()):
+        try:
+            check_reward_columns(config.reward, split, prompts)
+        except UserError as error:
+            return [*findings, Finding("error", str(error))]
+    if "preferences" in config.reward.names:  # no reward model is trained for the check
+        return [*findings, *check_pairs(load_pairs(config, stages, report))]
+    made = build_rewards.train_rewards(override(config, [("judge.spec", None)]), stages, report)
+    return findings + check_reward(task, build_rewards.prepare_reward(config, task, made))
+
+
+def check_pairs(pairs: Pairs) -> list[Finding]:
+    """Describe the pairs that a reward model would be trained and evaluated on."""
+    findings = [
+        Finding("ok", f"{len(part):,} {name} pairs about {len({pair.group for pair in part}):,} posts")
+        for name, part in (("training", pairs.train), ("held-out", pairs.test))
+    ]
+    findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in pairs.dropped.items()]
+    rule = length_baseline([*pairs.train, *pairs.test])
+    return [*findings, Finding("ok", f"people preferred the longer response in {100 * rule:.1f} % of them")]
+
+
+def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+    """Query a server in every continuation mode, or another guide on the same prompt.
+
+    Guides that cannot be queried here are described.
+    """
+    spec = config.guide.spec
+    changes: list[tuple[str, object]] = [("algorithm.name", "ppo_pp")]
+    if task_definition(config.task).needs_data:
+        changes.append(("task.data", config.task.data or "."))  # required, but not loaded
+    check(override(config, changes))
+    if spec.startswith("server:"):
+        return _check_server(config, prompt, prefix, stages, report)
+    question = ServerRequest(prompt, prefix, config.task.max_new_tokens, 0)
+    if spec.startswith("python:"):
+        return _query_local_guide(FunctionGuide(load_object(spec, "guide")), question)
+    path = guide_model_path(spec)
+    if path is not None:
+        model = load_language_model(path, config.runtime.device).freeze()
+        # The sample's length is counted in the model's own tokens.
+        ids = model.codec.prompt(Prompt(prompt + prefix))
+        found = Finding("ok", f"a model that reads {max_length_of(path):,} tokens")
+        return [found, *_query_local_guide(TextModelGuide(model, config.guide.sampling), question, ids)]
+    able = spec != "references"
+    return [Finding("ok", _describe_support(able) + ("" if able else "; it cannot finish what another has begun"))]
+
+
+def _query_local_guide(guide: Guide, question: ServerRequest, ids: Sequence[int] = ()) -> list[Finding]:
+    """Query a guide in this process: a rollin and, if it can continue, a rollout."""
+    able, findings = guide.capabilities.can_continue, list[Finding]()
+    for prefix in ("", question.prefix) if able else ("",):
+        began = time.monotonic()
+        request = CompletionRequest(Prompt(question.prompt), ids, prefix, [], question.max_tokens, 0, 0, 0)
+        try:
+            text = query_guide(guide, [request])[0].text
+        except RunError as error:
+            return [Finding("error", str(error))]
+        does = f"finishes {prefix!r}" if prefix else "begins a text"
+        findings.append(Finding("ok", f"{does}, {time.monotonic() - began:.2f} s: {text!r}"))
+    return [*findings, Finding("ok", _describe_support(able))]
+
+
+def _check_server(config: Config, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+    findings: list[Finding] = []
+    settings, chosen = build_guide.guide_settings(config), config.guide.continuation
+    modes = CONTINUATIONS[:-1] if chosen == "auto" else () if chosen == "token_ids" else (chosen,)
+    for mode in modes:
+        server = Server(config.guide.spec, settings, mode, report)
+        questions = (ServerRequest(prompt, part, config.task.max_new_tokens, 0) for part in ("", prefix))
+        findings += _findings(config, server, *questions)
+    path = config.policy or config.model.path
+    if chosen == "token_ids" or (chosen == "auto" and path):
+        findings += _check_token_ids(config, path, prompt, prefix, stages, report)
+    if not any(finding.level == "ok" for finding in findings):
+        return [Finding("error", finding.text) for finding in findings]
+    if chosen == "auto" and not path:
+        findings.append(Finding("ok", "guide.continuation=token_ids: not tried; policy=PATH names a policy to try it with"))
+    return findings
+
+
+def _findings(config: Config, server: Server, begin: ServerRequest, finish: ServerRequest) -> list[Finding]:
+    """Query a server in one continuation mode, and return the findings."""
+    where = f"guide.continuation={server.mode}: "
+    begun = _send(server, begin)
+    if isinstance(begun, str):
+        return [Finding("warning", f"{where}does not write ({begun})")]
+    found = [Finding("ok", f"{where}begins a text, {begun[1]:.2f} s: {begun[0].text!r}")]
+    if server.mode == "none":
+        return [*found, Finding("ok", where + _describe_support(False)), _price(config, begun[0], "rollins")]
+    finished = _send(server, finish)
+    if isinstance(finished, str):
+        found.append(Finding("warning", f"{where}does not finish a prefix ({finished}); " + _describe_support(False)))
+        return [*found, _price(config, begun[0], "rollins")]
+    found.append(Finding("ok", f"{where}finishes {finish.prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
+    found.append(Finding("ok", where + _describe_support(True)))
+    return [*found, _price(config, begun[0], "rollins"), _price(config, finished[0], "rollouts")]
+
+
+def _check_token_ids(config: Config, path: str | None, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+    """Check whether the server accepts token ids of the policy, which must be named."""
+    where = "guide.continuation=token_ids: "
+    if path is None:
+        return [Finding("warning", f"{where}needs to know the policy: name it with policy=PATH")]
+    tokenizer, settings = load_tokenizer(path), build_guide.guide_settings(config)
+    ids = Codec(tokenizer).prompts([Prompt(text) for text in (prompt, prompt + prefix)])
+    budget = config.task.max_new_tokens
+    tokens = TokenIdSetup(tokenizer, load_eos_token_ids(path, tokenizer), max(map(len, ids)) + budget)
+    try:
+        server = connect_by_token_ids(config.guide.spec, settings, tokens, build_guide.response_cache(config, stages), report)
+    except UserError as error:
+        return [Finding("warning", where + str(error))]
+    begin, finish = (ServerRequest("", part, budget, 0, tuple(found)) for part, found in zip(("", prefix), ids))
+    exact = "keeps to a least length" if server.exact else "does not keep to a least length"
+    return [*_findings(config, server, begin, finish), Finding("ok", f"{where}{exact}")]
+
+
+def _send(server: Server, question: ServerRequest) -> tuple[ServerResponse, float] | str:
+    """Return the response and its seconds, or the error message."""
+    began = time.monotonic()
+    try:
+        return server.send(question), time.monotonic() - began
+    except (TransientError, InvalidError, PermanentError) as error:
+        return str(error)
+
+
+def _describe_support(can_continue: bool) -> str:
+    served = [
+        algorithm.title
+        for name in guided.ALGORITHMS
+        if not (algorithm := override(Config(), [("algorithm.name", name)]).algorithm.build()).needs_guide_rollout
+        or can_continue
+    ]
+    return f"serves {', '.join(served)}"
+
+
+def _price(config: Config, answer: ServerResponse, parts: str) -> Finding:
+    """Return the cost of a thousand rollins or rollouts like this one."""
+    guide, bill = config.guide, answer.usage
+    if not bill.known:
+        return Finding("warning", "it does not say what it bills: guide.max_tokens and guide.max_cost cannot be kept")
+    thoughts = f" ({bill.thinking_tokens} of thought)" if bill.thinking_tokens else ""
+    billed = f"{parts}: billed {bill.prompt_tokens} + {bill.completion_tokens} tokens{thoughts}"
+    if guide.price_input is None or guide.price_output is None:
+        unknown_price = "price unknown: give guide.price_input and guide.price_output per million tokens"
+        return Finding("ok", f"{billed}; {unknown_price}")
+    thousand = (bill.prompt_tokens * guide.price_input + bill.completion_tokens * guide.price_output) / 1e3
+    return Finding("ok", f"{billed}: {thousand:.4f} per thousand at the prices given")
+
+
+def check_prompts(task: Task, tokenizer: Any) -> list[Finding]:
+    """Check the prompts, their ids and their targets.
+
+    Prompts must not be empty, ids must decode to the prompt's text, and targets must be among the
+    references.
+    """
+    findings: list[Finding] = []
+    sample = [*task.train[:SAMPLE], *task.test[:SAMPLE]]
+    for prompt in sample:
+        if not Codec(tokenizer).prompt(prompt):
+            return [Finding("error", "a prompt is empty: remove the row")]
+        if prompt.ids is not None and not _ids_match_text(tokenizer, prompt):
+            findings.append(Finding("error", f"the ids of a prompt do not say its text: {prompt.text[:60]!r}"))
+            break
+    bad = [p for p in sample for target in p.sft_targets if not _continues(p, target)]
+    shown = task.demonstrations or task.train
+    targets = sum(bool(prompt.sft_targets) for prompt in shown)
+    repeated = len(task.train) - len({(prompt.text, prompt.ids) for prompt in task.train})
+    if repeated:
+        findings.append(Finding("ok", f"{repeated:,} training prompts say what an earlier one says: they are asked more often"))
+    if bad:
+        what = "a target is empty, is no reference of its prompt, or begins by repeating it"
+        findings.append(Finding("error", f"{what}: {bad[0].text[:60]!r}"))
+    elif targets == 0:
+        findings.append(Finding("warning", "no training prompt has a target: SFT and the MLE term cannot be used"))
+    else:
+        findings.append(Finding("ok", f"{targets:,} targets, each a continuation of its prompt"))
+    return findings
+
+
+def _ids_match_text(tokenizer: Any, prompt: Prompt) -> bool:
+    """Return whether the ids of a prompt decode to its text.
+
+    The text may include a chat template's special tokens.
+    """
+    ids = list(prompt.ids or ())
+    texts = (decode(tokenizer, ids), tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return prompt.text.strip() in [text.strip() for text in texts]
+
+
+def _continues(prompt: Prompt, target: str) -> bool:
+    """Return whether a target can follow its prompt.
+
+    It must be one of the references, and not repeat the prompt.
+    """
+    repeats = len(prompt.text.split()) >= 3 and target.strip().startswith(prompt.text.strip())
+    return bool(target.strip()) and target in prompt.references and not repeats
+
+
+def check_reward(task: Task, reward: RewardFunction) -> list[Finding]:
+    """Check that the reward is finite, pure and not constant.
+
+    There must be one reward per completion. Targets should outscore empty and shuffled text.
+    """
+    prompts = [prompt for prompt in task.train if prompt.sft_targets][:SAMPLE] or list(task.train[:SAMPLE])
+    goals = [(prompt.sft_targets or prompt.references or ("",))[0] for prompt in prompts]
+    kinds = {
+        "targets": goals,
+        "empty texts": [""] * len(prompts),
+        "shuffled targets": [shuffled(g, i) for i, g in enumerate(goals)],
+    }
+    try:
+        scores = {name: score(reward, prompts, texts) for name, texts in kinds.items()}
+        again = score(reward, prompts, goals)
+        alone = [score(reward, prompts[i : i + 1], goals[i : i + 1])[0] for i in range(min(4, len(prompts)))]
+    except RunError as error:
+        return [Finding("error", str(error))]
+    findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each text")]
+    together = scores["targets"]
+    if any(abs(a - b) > 1e-6 for a, b in [*zip(together, again), *zip(together, alone)]):
+        findings.append(Finding("error", "the reward is not pure: the same text got another number the second time or alone"))
+    else:
+        findings.append(Finding("ok", "the reward is pure: the same text gets the same number, alone or among others"))
+    findings.append(_constant(task, reward, [value for values in scores.values() for value in values]))
+    means = {name: statistics.fmean(values) for name, values in scores.items()}
+    for name in ("empty texts", "shuffled targets"):
+        said = f"{name} ({means[name]:.3f})"
+        if means["targets"] > means[name]:
+            findings.append(Finding("ok", f"targets ({means['targets']:.3f}) outscore {said}"))
+        else:
+            reason = "expected of noisy demonstrations, otherwise a sign that targets and reward disagree"
+            findings.append(Finding("warning", f"targets ({means['targets']:.3f}) do not outscore {said}: {reason}"))
+    return findings
+
+
+def _constant(task: Task, reward: RewardFunction, seen: Sequence[float]) -> Finding:
+    """Check that the reward is not constant.
+
+    A sparse reward is evaluated on more targets before it is reported as constant.
+    """
+    values, tried = list(seen), len(seen)
+    for start in range(SAMPLE, len(task.train), 4096):
+        if max(values) > min(values):
+            break
+        part: Sequence[Prompt] = [prompt for prompt in task.train[start : start + 4096] if prompt.sft_targets]
+        values += score(reward, part, [prompt.sft_targets[0] for prompt in part])
+        tried += len(part)
+    if max(values) == min(values):
+        return Finding("error", f"the reward is constant: {values[0]:g} for all {tried:,} texts tried")
+    return Finding("ok", f"the reward is not constant: from {min(values):.3f} to {max(values):.3f} over {tried:,} texts")
+
+
+def shuffled(text: str, number: int) -> str:
+    """Return the words of a text in a permuted order."""
+    words = text.split()
+    return " " + " ".join(words[i] for i in permutation(0, Purpose.TASK, 1000 + number, len(words)))

@@ -1,0 +1,127 @@
+"""Commands that inspect and download: `rlgf list`, `show`, `samples`, `download`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlgf.algorithms import guided
+from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change
+from rlgf.config.loading import dump, override
+from rlgf.config.recipes import RECIPES, recipe
+from rlgf.config.schema import Config
+from rlgf.errors import UserError, unknown
+
+
+def download(
+    what: Annotated[str, typer.Argument(help="'spice': the jars of CoreNLP 3.6.0 (GPL-3.0), about 390 MB.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="A Maven repository's address, or a folder; default: `mvn` asks Maven Central."),
+    ] = None,
+) -> None:
+    """Download files that no Python package provides into the cache folder.
+
+    They are verified by checksum.
+    """
+    if what != "spice":
+        raise unknown("thing to fetch", what, ["spice"])
+    from rlgf.cli import terminal
+    from rlgf.text_metrics import jars
+
+    folder = jars.fetch(source, terminal.report)
+    terminal.report(f"{folder}: SPICE has its jars")
+
+
+def samples(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    iteration: Annotated[
+        int | None, typer.Option(help="Which iteration, from 0 on; default: the last that was logged.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="How many texts.")] = 5,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", help="Texts of the final evaluation, by the policy alone.")
+    ] = False,
+) -> None:
+    """Print completions of a run, each span colored and bracketed by its origin."""
+    from rlgf.data.files import read_complete_lines
+
+    path = run / ("evaluation.jsonl" if evaluation else "rollouts.jsonl")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: {run} is no run, or has not written any texts yet.")
+    rows = read_complete_lines(path)
+    known = sorted({row["iteration"] for row in rows})
+    if not known:
+        raise UserError(f"{path} holds no texts yet.")
+    wanted = known[-1] if iteration is None else iteration
+    if wanted not in known:
+        raise UserError(f"{run} has no iteration {wanted}: it has {known[0]} to {known[-1]}.")
+    from rlgf.cli import console
+
+    for row in [row for row in rows if row["iteration"] == wanted][:count]:
+        console.print_rollout(row)
+
+
+def show(
+    what: Annotated[str, typer.Argument(help="An algorithm, a recipe, or 'config'.")],
+    iterations: Annotated[int, typer.Option(help="Length of the training that is drawn.")] = 40,
+    alpha: Alpha = None,
+    beta: Beta = None,
+    seed: Annotated[int, typer.Option(help="Draws the coins of lols mixed by iteration.")] = 0,
+) -> None:
+    """Draw an algorithm's phases over training, or print a recipe or the default config."""
+    if what == "config":
+        defaults = dump(Config())
+        typer.echo(defaults, nl=False)
+        return
+    if what in RECIPES:
+        typer.echo(dump(recipe(what)), nl=False)
+        return
+    if what not in guided.ALGORITHMS:
+        raise unknown("algorithm or recipe", what, [*guided.ALGORITHMS, *RECIPES, "config"])
+    if iterations < 1:
+        raise UserError(f"--iterations is {iterations}, but must be at least 1.")
+    changes: list[tuple[str, Any]] = [("algorithm.name", what)]
+    if beta is not None:
+        changes += [("algorithm.beta_guide", beta), ("algorithm.beta_policy", beta)]
+    if alpha is not None:
+        changes.append(alpha_change(what, alpha))
+    config = override(Config(), changes, COMMAND_LINE)
+    from rlgf.cli import console
+    from rlgf.randomness import Purpose, uniforms
+
+    coins = [float(uniforms(seed, Purpose.PHASE, number, 1)[0]) for number in range(iterations)]
+    console.print_algorithm(config.algorithm.build(), iterations, coins)
+
+
+def list_() -> None:
+    """List the recipes, tasks, algorithms, guides and metrics."""
+    from rlgf.tasks.registry import TASKS
+    from rlgf.text_metrics.as_rewards import TEXT_FUNCTIONS
+    from rlgf.text_metrics.score import DESCRIPTIONS
+
+    sections: dict[str, dict[str, str]] = {
+        "recipes": {name: (make.__doc__ or "").split("\n")[0] for name, make in RECIPES.items()},
+        "tasks": {name: (sys.modules[kind.build.__module__].__doc__ or "").split("\n")[0] for name, kind in TASKS.items()},
+        "algorithms": {},
+        "guides": {
+            "sft": "the policy's starting point, sampled as guide.sampling says",
+            "trained": "a model of its own, trained here (guide.model, guide.sft)",
+            "model:PATH": "a Hub name or local folder, in this process, with any tokenizer",
+            "run:DIR": "the policy that another run has trained",
+            "server:MODEL@URL": "any OpenAI-compatible server; the key from $OPENAI_API_KEY (docs/guides.md)",
+            "human": "you, at the terminal",
+            "references": "the dataset's references; can begin texts (ppo_pp), not finish them",
+            "python:module:name": "a function from requests to texts",
+        },
+        "metrics as rewards": {name: (make.__doc__ or "").split("\n")[0] for name, make in TEXT_FUNCTIONS.items()},
+        "metrics of rlgf score": DESCRIPTIONS,
+    }
+    for name in guided.ALGORITHMS:
+        built = override(Config(), [("algorithm.name", name)]).algorithm.build()
+        sections["algorithms"][name] = f"{built.title}: {built.summary}"
+    for title, items in sections.items():
+        typer.echo(title)
+        for name, text in items.items():
+            typer.echo(f"  {name:22}{text}")

@@ -1,0 +1,166 @@
+"""Options shared by the commands, and the config that they define."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rlgf.algorithms import guided
+from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, parse_assignment, read_yaml
+from rlgf.config.recipes import RECIPES, recipe
+from rlgf.config.schema import Config
+from rlgf.errors import UserError, unknown
+
+COMMAND_LINE = "command line"  # source of a value, for error messages
+BASELINES = ("zero_shot", "sft", "guide")
+INTERRUPTED = 130  # typer's exit code for Ctrl-C
+
+
+class InterruptedRunError(Exception):
+    """An interrupted training run; the message says how the same command resumes."""
+
+
+Recipe = Annotated[str, typer.Argument(help="A recipe (`rlgf list`) or a YAML file.", metavar="RECIPE_OR_YAML")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Any other field, as section.field=value (`rlgf show config` lists them).")
+]
+Out = Annotated[Path | None, typer.Option(help="The folder to write to.", metavar="DIR")]
+Stages = Annotated[Path | None, typer.Option(help="Where stages are kept and found. Default: OUT/stages.", metavar="DIR")]
+Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
+Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub name or folder), skipping pretrain and sft.")]
+GuideSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references or python:module:name."
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Answers of a guide outside this process from the cache alone.")]
+Seed = Annotated[int | None, typer.Option(help="All randomness follows from it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")]
+Iterations = Annotated[int | None, typer.Option(help="Iterations of writing and learning.")]
+Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
+Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")]
+
+
+def read_config(
+    source: str,
+    overrides: list[str] | None = None,
+    *,
+    algorithm: str | None = None,
+    beta: float | None = None,
+    alpha: float | None = None,
+    guide: str | None = None,
+    policy: str | None = None,
+    data: str | None = None,
+    iterations: int | None = None,
+    seed: int | None = None,
+    offline: bool = False,
+) -> Config:
+    """Load a recipe or a YAML file, and apply flags and assignments.
+
+    A YAML file may change the recipe that it names.
+    """
+    if source in RECIPES:
+        config = recipe(source)
+    elif source.endswith((".yaml", ".yml")) or Path(source).is_file():
+        config = from_yaml(Path(source))
+    else:
+        raise unknown("recipe", source, RECIPES)
+    if algorithm is not None and algorithm not in guided.ALGORITHMS:
+        raise unknown("algorithm", algorithm, guided.ALGORITHMS)
+    name = algorithm or config.algorithm.name
+    changes: list[tuple[str, Any]] = [
+        (key, value)
+        for key, value in {
+            "algorithm.name": algorithm,
+            "algorithm.beta_guide": beta,
+            "algorithm.beta_policy": beta,
+            "guide.spec": guide,
+            "policy": policy,
+            "task.data": data,
+            "ppo.iterations": iterations,
+            "seed": seed,
+            "guide.offline": offline or None,
+        }.items()
+        if value is not None
+    ]
+    if alpha is not None:
+        changes.append(alpha_change(name, alpha))
+    changes += [parse_assignment(text) for text in overrides or []]
+    return override(config, changes, COMMAND_LINE)
+
+
+def from_yaml(path: Path) -> Config:
+    """Load a YAML file: a whole config, or changes to a recipe.
+
+    The key `recipe` names the recipe.
+    """
+    values = read_yaml(path)
+    base = values.get("recipe")
+    if base not in RECIPES:
+        return from_dict(values, str(path))
+    flat: list[tuple[str, Any]] = []
+
+    def walk(mapping: dict[str, Any], prefix: str) -> None:
+        for key, value in mapping.items():
+            free = f"{prefix}{key}" in FREE_FORM_SECTIONS
+            if isinstance(value, dict) and not free:
+                walk(value, f"{prefix}{key}.")  # pyright: ignore[reportUnknownArgumentType]
+            else:
+                flat.append((f"{prefix}{key}", value))
+
+    walk(values, "")
+    return override(recipe(base), flat, str(path))
+
+
+def alpha_change(name: str, alpha: float) -> tuple[str, Any]:
+    """Return the field and value that `--alpha` sets for an algorithm."""
+    if name == "lols":
+        return "algorithm.mixing_weight", alpha
+    if name == "d2lols":
+        if alpha != alpha // 1:
+            raise UserError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
+        return "algorithm.switch_iteration", int(alpha)
+    raise UserError(f"--alpha means nothing to {name}: it belongs to lols and d2lols.")
+
+
+def default_stages(run: Path) -> Path:
+    """Return the folder of a run's stages.
+
+    It is in the run's own folder, or in that of the comparison it belongs to.
+    """
+    own, shared = run / "stages", run.parent.parent / "stages"
+    return shared if shared.is_dir() and not own.is_dir() else own
+
+
+STANDARD_OUTPUT = Path("-")
+
+
+def emit(found: dict[str, Any], json_out: Path | None, show: Callable[[], None]) -> None:
+    """Show the results, and write them as JSON to a file if one is given.
+
+    `--json -` prints the JSON instead of the table.
+    """
+    if json_out == STANDARD_OUTPUT:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    show()
+    if json_out:
+        from rlgf.data.files import write_json
+
+        write_json(json_out, found)
+
+
+def check_writable(path: Path) -> None:
+    """Raise if results cannot be written to `path`, before they are computed."""
+    if path == STANDARD_OUTPUT:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: give --json a file in a folder of yours.")

@@ -1,0 +1,139 @@
+"""Configs from dicts, YAML files and command-line assignments, and back."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from rlgf.config.flatten import to_dict
+from rlgf.config.schema import Config
+from rlgf.errors import UserError, unknown
+
+FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
+    "task.options", "guide.options", "reward.weights", "reward.options", "evaluation.metric_options",
+)  # fmt: skip
+
+
+_adapter: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def from_dict(values: Mapping[str, Any], where: str) -> Config:
+    """Return a config built from nested mappings.
+
+    Errors name the key, its location and the nearest valid key.
+    """
+    check_keys(values, Config, where)
+    try:
+        return _adapter.validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}.") from None
+
+
+def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all: bool = False) -> None:
+    """Raise for a key that the config dataclass `kind` does not have.
+
+    The error suggests the nearest key of the whole config; with `list_all` the nearest of `kind`.
+    """
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values.")
+    hints = get_type_hints(kind)
+    for key, value in cast("Mapping[str, Any]", values).items():
+        if key not in hints:
+            raise unknown(f"key ({where})", key, hints) if list_all else unknown_key(f"{prefix}{key}", where)
+        if dataclasses.is_dataclass(hints[key]):
+            check_keys(value, hints[key], where, f"{prefix}{key}.")
+
+
+def read_options(values: Mapping[str, Any], kind: type, where: str, prefix: str) -> Any:
+    """Return free-form options as an instance of `kind`, their own dataclass.
+
+    Raises `UserError` for unknown keys and wrong types.
+    """
+    check_keys(values, kind, where, prefix, list_all=True)
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{where}: {prefix}{key} = {first.get('input')!r}: {first['msg']}.") from None
+
+
+def unknown_key(key: str, where: str) -> UserError:
+    """Return the error for an unknown config key, with the nearest valid key."""
+    valid = list(all_keys(Config))
+    last = {name.split(".")[-1]: name for name in valid}
+    close = [last[key]] if key in last else difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
+    hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
+    return UserError(f"{where}: unknown key '{key}': {hint}")
+
+
+def all_keys(kind: Any, prefix: str = "") -> list[str]:
+    """Return every dotted key of a config dataclass, sections included."""
+    keys: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += all_keys(hint, f"{prefix}{name}.")
+    return keys
+
+
+def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "override") -> Config:
+    """Return the config with dotted keys replaced: `override(config, [("ppo.epochs", 4)])`."""
+    values = to_dict(config)
+    valid = set(all_keys(Config))
+    for key, value in changes:
+        free = any(key.startswith(f"{section}.") for section in FREE_FORM_SECTIONS)
+        if key not in valid and not free:
+            optional = key.rsplit(".", 1)[0]
+            if optional != "evaluation.sampling":
+                raise unknown_key(key, where)
+        *sections, last = key.split(".")
+        place = values
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+        place[last] = value
+    return from_dict(values, where)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Parse 'section.field=value' into a key and a value; the value is YAML."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"command line: '{text}' is not of the form section.field=value.")
+    try:
+        parsed: Any = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"command line: the value of '{text}' is not valid YAML: quote it.") from None
+    if parsed == value:
+        try:  # YAML 1.1 reads 1e-4 as a string
+            parsed = float(value)
+        except ValueError:
+            parsed = value
+    return key, parsed
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Load the mapping in a YAML file."""
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}.")
+    return cast("dict[str, Any]", values)
+
+
+def dump(config: Config) -> str:
+    """Return the complete config as YAML."""
+    return yaml.safe_dump(_adapter.dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,365 @@
+"""The sections of a config, as frozen dataclasses."""
+
+import dataclasses
+from typing import Any, Literal
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from rlgf.algorithms import guided
+from rlgf.errors import unknown
+from rlgf.types import SamplingParams
+
+STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=STRICT)
+class TaskConfig:
+    """The task: data, length of completions and options.
+
+    `options` belong to the task, which checks them.
+    """
+
+    name: str = "toy_reviews"
+    data: str | None = None  # Hub name, local folder or file
+    max_new_tokens: int = 16
+    min_new_tokens: int = 0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """The model before supervised fine-tuning: pretrained, or new with this shape.
+
+    `path` is a Hub name or local folder; without it a new model is made. A byte-level BPE tokenizer
+    with `vocabulary` tokens is trained on the task's raw text; with 0 the task has its own
+    tokenizer.
+    """
+
+    path: str | None = None
+    architecture: Literal["gpt2", "llama", "t5"] = "gpt2"  # t5: an encoder–decoder
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    max_length: int = 128
+    vocabulary: int = 0
+    init_std: float = 0.02
+
+
+@dataclass(frozen=True, config=STRICT)
+class TrainingConfig:
+    """A supervised training loop; with 0 steps and 0 epochs there is no training."""
+
+    epochs: float = 0.0
+    steps: int = 0  # 0: use epochs
+    batch_size: int = 32
+    learning_rate: float = 3e-4
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = 0
+    adam_beta2: float = 0.999
+    weight_decay: float = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: int | None = None  # None: the run's seed
+
+
+@dataclass(frozen=True, config=STRICT)
+class SupervisedConfig(TrainingConfig):
+    """Supervised training on data.
+
+    `pretrain` trains on raw text, `sft` on targets, reward models on pairs.
+    """
+
+    max_examples: int = 0  # 0: all
+
+
+@dataclass(frozen=True, config=STRICT)
+class DistillConfig(TrainingConfig):
+    """Supervised training on completions that the guide samples before reinforcement learning."""
+
+    num_completions: int = 0  # sampled by the guide; 0: no distillation
+
+
+@dataclass(frozen=True, config=STRICT)
+class RewardConfig:
+    """The reward: a rule, a classifier, a reward model, a text metric or a function.
+
+    `path` is 'task' (the task's own rule), 'ngram' (a small classifier trained here), 'preferences'
+    (a reward model trained here on pairs), a sequence classifier or reward model (Hub name or local
+    folder), a folder made by `rlgf reward`, a text metric ('spider', 'bleu_4', …: `rlgf list`), or
+    'python:module:name'. With `weights`, which replaces `path`, it is a weighted sum of several of
+    these, each logged. `options` are those of text metrics, by metric name.
+    """
+
+    path: str = "task"
+    weights: dict[str, float] = dataclasses.field(default_factory=dict[str, float])  # for a sum
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # of text metrics
+    clip: float | None = None  # bound on |reward|
+    normalize: bool = False  # divide by a running standard deviation around a running mean
+    subtract_reference: bool = False  # subtract the score of the prompt's first reference
+    missing_eos_penalty: float = 0.0  # subtracted from completions truncated at max_new_tokens
+    epochs: int = 8  # of the 'ngram' classifier
+    seed: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the rewards in use."""
+        return tuple(self.weights) or (self.path,)
+
+
+@dataclass(frozen=True, config=STRICT)
+class PreferenceConfig:
+    """A reward model trained here on human preference pairs (reward.path: 'preferences')."""
+
+    data: str | None = None  # pairs: Hub name, folder or file; None: the task's own
+    path: str | None = None  # initial model, Hub name or folder; None: the policy's initial model
+    training: SupervisedConfig = SupervisedConfig(epochs=1.0, learning_rate=1e-5)  # examples: pairs
+    lora_rank: int = 0  # of LoRA adapters; 0: train all weights
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_modules: tuple[str, ...] = ()  # adapted layers; empty: PEFT's default
+    min_words: int = 5  # pairs with a shorter completion are dropped
+
+
+@dataclass(frozen=True, config=STRICT)
+class JudgeConfig:
+    """The judge of completions against references, for the win rate in final evaluations.
+
+    It compares a completion with its prompt's first reference. `spec` is None (no judge),
+    'preferences' (a second reward model, trained here on pairs about other posts), 'model:PATH'
+    (any reward model), or 'server:MODEL@URL' (a chat model). The fields from `order` on are for a
+    server.
+    """
+
+    spec: str | None = None
+    order: Literal["random", "both"] = "random"  # random per row, or each row in both orders
+    template: str | None = None  # prompt template file; None: the paper's, appendix C.2
+    answer_tokens: int = 256
+    thinking_tokens: int = 0  # allowed in addition, for reasoning models
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key
+    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    concurrency: int = 8  # concurrent requests
+    requests_per_minute: float = 0.0  # 0: no limit
+    timeout_seconds: float = 60.0  # for a complete response
+    retries: int = 5  # after a transient failure
+    retry_seconds: float = 1.0  # the first pause, doubled each time up to a minute
+    max_requests: int | None = None  # the evaluation stops there; responses stay cached
+    cache: str | None = None  # response cache file; None: next to the stages
+    offline: bool = False  # use cached responses only
+    seed: int = 0  # of the random order
+
+
+@dataclass(frozen=True, config=STRICT)
+class GuideConfig:
+    """The guide: a model, a server, a person, references or a function.
+
+    `spec` is 'sft' (the policy's initial model with the guide's `sampling`), 'trained' (a model
+    trained here from `model` and `sft`), 'model:PATH', 'run:DIR', 'server:MODEL@URL', 'human',
+    'references', or 'python:module:name'. `options` are task options for its demonstrations. The
+    fields after them are for guides outside this process.
+    """
+
+    spec: str = "sft"
+    sampling: SamplingParams = SamplingParams(top_k=50, top_p=0.92)
+    model: ModelConfig = ModelConfig()
+    sft: SupervisedConfig = SupervisedConfig()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # task options
+    continuation: Literal[
+        "auto", "completion", "token_ids", "assistant", "continue_final_message", "prefix", "instruction", "none"
+    ] = "auto"  # how a prefix is sent; see docs/guides.md
+    instruction: str | None = None  # for a chat model, with '{text}'; None: the task's own
+    system: str | None = None  # system message for a chat model
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key
+    stop: tuple[str, ...] = ()
+    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    tokens_per_policy_token: float = 1.5  # guide tokens allowed per policy token
+    thinking_tokens: int = 0  # allowed in addition, for reasoning models
+    concurrency: int = 8  # concurrent requests
+    requests_per_minute: float = 0.0  # 0: no limit
+    timeout_seconds: float = 60.0  # for a complete response
+    retries: int = 5  # after a transient failure
+    retry_seconds: float = 1.0  # the first pause, doubled each time up to a minute
+    invalid_retries: int = 2  # new requests after an invalid response
+    on_failure: Literal["stop", "wait", "policy"] = "stop"  # after all retries; policy: it samples
+    price_input: float | None = None  # per million tokens, in any currency
+    price_output: float | None = None
+    max_requests: int | None = None  # the run stops there, with a checkpoint
+    max_tokens: int | None = None
+    max_cost: float | None = None
+    cache: str | None = None  # response cache file; None: next to the stages
+    prefetch: int = 2  # iterations of rollins requested ahead, during training; 0: none
+    offline: bool = False  # use cached responses only
+
+
+JUDGE_CONNECTION_FIELDS = (
+    "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "max_requests", "cache",
+    "offline",
+)  # fmt: skip
+# These settings do not change a guide's completions: a run may resume with other values, and its
+# stages stay valid.
+GUIDE_CONNECTION_FIELDS = (
+    "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "on_failure",
+    "price_input", "price_output", "max_requests", "max_tokens", "max_cost", "cache", "prefetch",
+    "offline",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, config=STRICT)
+class AlgorithmConfig:
+    """The algorithm and its parameters; see `rlgf.algorithms`."""
+
+    name: str = "ppo"
+    beta_guide: float = 0.2  # probability of a rollin by the guide (PPO++)
+    beta_policy: float = 0.8  # probability of a policy rollin if the guide rolls out (AggreVaTeD)
+    mixing_weight: float = 0.8  # α of LOLS
+    switch_iteration: int = 20  # α of D2LOLS
+    mix: Literal["advantage", "iteration"] = "advantage"
+    credit: guided.Credit = "gae"
+    switch_guide: guided.SwitchRule = "uniform"
+    switch_policy: guided.SwitchRule = "uniform"
+
+    def build(self) -> guided.Algorithm:
+        """Return the algorithm with these parameters."""
+        betas = (self.beta_guide, self.beta_policy)
+        switches: tuple[guided.SwitchRule, guided.SwitchRule] = (self.switch_guide, self.switch_policy)
+        if self.name == "ppo":
+            return guided.ppo()
+        if self.name == "ppo_pp":
+            return guided.ppo_pp(self.beta_guide, self.switch_guide)
+        if self.name == "aggrevated":
+            return guided.aggrevated(self.beta_policy, self.credit, self.switch_policy)
+        if self.name == "lols":
+            return guided.lols(*betas, self.mixing_weight, self.mix, self.credit, *switches)
+        if self.name == "d2lols":
+            return guided.d2lols(*betas, self.switch_iteration, self.credit, *switches)
+        raise unknown("algorithm", self.name, guided.ALGORITHMS)
+
+
+@dataclass(frozen=True, config=STRICT)
+class PPOConfig:
+    """The collection and the update of one iteration."""
+
+    iterations: int = 40
+    completions_per_iteration: int = 128
+    samples_per_prompt: int = 1
+    epochs: int = 2
+    minibatch_size: int = 128  # completions per optimizer step
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "linear"] = "constant"
+    adam_epsilon: float = 1e-5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # per model
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip_range: float = 0.2
+    whiten_advantages: bool = True
+    loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    old_log_probs: Literal["sampler", "recompute"] = "sampler"
+    ratio_support: Literal["sampled", "full"] = "sampled"  # full: no top-k, top-p; a biased ratio
+    dropout: bool = False
+    target_kl: float | None = None  # stop the epochs if mean (ratio − 1) − log ratio exceeds it
+    check_first_ratio: bool = False  # raise if the first ratio is off by more than 1e-4
+    mle_coefficient: float = 0.0
+    mle_batch: int | None = None  # targets per optimizer step; None: the minibatch size
+
+
+@dataclass(frozen=True, config=STRICT)
+class KLConfig:
+    """The KL penalty between policy and reference model.
+
+    The estimator is k1 in the reward, and k2 or importance-weighted k3 in the loss.
+    """
+
+    coefficient: float = 0.001
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    target: float = 6.0  # nats per completion, for the adaptive controller
+    horizon: int = 10_000  # completions over which the coefficient adapts
+    loss_coefficient: float = 0.0
+    loss_estimator: Literal["k2", "k3"] = "k2"
+
+
+@dataclass(frozen=True, config=STRICT)
+class CriticConfig:
+    """The value model: separate, or sharing weights with the policy.
+
+    `kind` is 'separate' (its own model), 'value_head' (a head on the policy's backbone, with one
+    optimizer and `value_coefficient`), or 'lora' (its own adapter on the policy's base weights,
+    with a head). `path` is the initial model: a run's critic-*/, or a model for a separate critic.
+    """
+
+    kind: Literal["separate", "value_head", "lora"] = "separate"
+    path: str | None = None  # initial model; None: the policy's initial model
+    learning_rate: float = 1e-3
+    value_coefficient: float = 0.5  # value_head only
+    value_clip: float | None = 0.2
+    initial_value: float = 0.0
+    warmup_iterations: int = 0  # initial iterations that train the critic only
+    warm_start_from_guide: bool = False  # d2lols: V^π is initialized as a copy of V^g
+
+
+@dataclass(frozen=True, config=STRICT)
+class EvaluationConfig:
+    """The evaluation of completions by the policy alone, on held-out prompts.
+
+    `metric_options` are stemming, bertscore_model and the other options of the text metrics. Set
+    `also_sampled` if `sampling` is greedy or beam search: final evaluations then also report the
+    reward of completions sampled as in training.
+    """
+
+    every: int = 0  # iterations between evaluations on the validation split; 0: none
+    prompts: int = 128  # in evaluations on the validation split
+    final_prompts: int = 512  # in final evaluations, on the test split
+    sampling: SamplingParams | None = None  # None: as in training
+    seed: int = 0
+    output_perplexity: bool = True  # under the model before SFT; requires one
+    metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as in `rlgf score`
+    metric_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # compared rows
+    also_sampled: bool = False  # reward of sampled completions, in final evaluations
+    best_of: int = 0  # completions per prompt, for best of N in final evaluations; 0: none
+
+
+@dataclass(frozen=True, config=STRICT)
+class LoraConfig:
+    """LoRA adapters in place of whole models.
+
+    Policy, critics, reference and guide share one copy of the base weights. The reference is the
+    frozen adapter of SFT, or, if SFT trained all weights, the base model with adapters off.
+    """
+
+    rank: int = 0  # 0: no adapters
+    alpha: float = 16.0
+    dropout: float = 0.0  # in supervised stages; 0 in reinforcement learning
+    target_modules: tuple[str, ...] = ()  # adapted layers; empty: all linear layers but the head
+    in_sft: bool = False  # train an adapter in supervised fine-tuning too
+    load_in_4bit: bool = False  # base weights in 4 bits, by bitsandbytes
+
+
+@dataclass(frozen=True, config=STRICT)
+class RuntimeConfig:
+    """The machine; with the defaults, results do not depend on it.
+
+    `token_budget` is the number of tokens in one micro-batch. With 0 it is 2,048, or for RL on a
+    GPU the largest that fits, found at the start. `offload` lists models kept in host memory while
+    the GPU does other work. `kernels` is 'auto', 'native' (required), 'torch' (nothing compiled),
+    or 'off' (unchanged transformers).
+    """
+
+    threads: int = 0  # 0: all cores (command line only; the library never sets threads)
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    token_budget: int = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
+    offload: tuple[Literal["reference", "critic"], ...] = ()  # kept in host memory between uses
+    kernels: Literal["auto", "native", "torch", "off"] = "auto"  # off: as in transformers
+    checkpoint_every: int = 10  # iterations; the last checkpoint is always kept
+    trackers: tuple[str, ...] = ("tensorboard",)
+    profile: bool = False  # profile the second iteration into RUN/profile/
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Return the tokens per micro-batch unless the largest that fits is searched for."""
+        return self.token_budget or MICRO_BATCH_TOKENS
+
+
+MICRO_BATCH_TOKENS = 2048  # fewer cost a CPU more calls, more exceed its caches

@@ -1,0 +1,1 @@
+"""Datasets, files, text, tokens, conversations and preference pairs."""

@@ -1,0 +1,122 @@
+"""Files: atomic writes, JSON and JSON lines."""
+
+import gzip
+import io
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from rlgf.errors import UserError
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Load the objects of a JSON-lines file, plain or gzip.
+
+    Raises `UserError` that names a broken line, or for a file that cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return [row for _, row in read_numbered_jsonl(file, str(path))]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+
+
+def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, dict[str, Any]]]:
+    """Load the objects of an open JSON-lines file, each with its line number.
+
+    Gzip is recognized by its first bytes. Empty lines are skipped; `where` names the file in
+    errors. Raises `UserError` for a line that is not a JSON object.
+    """
+    rows: list[tuple[int, dict[str, Any]]] = []
+    number = 0
+    content = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
+    lines = io.TextIOWrapper(content, encoding="utf-8-sig")
+    try:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                row: Any = json.loads(line)
+                if not isinstance(row, dict):
+                    raise UserError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
+                rows.append((number, cast("dict[str, Any]", row)))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{where}, after line {number}: cannot be decoded ({error}).") from None
+    except RecursionError:
+        raise UserError(f"{where}, line {number}: nested too deeply to be read: mend or remove the line.") from None
+    finally:
+        lines.detach()  # the caller closes the file
+    return rows
+
+
+@contextmanager
+def atomic_write(path: Path) -> Generator[BinaryIO]:
+    """Open a temporary file that replaces `path` when the block ends.
+
+    After an error the temporary file is removed and `path` is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        with open(name, "w+b") as file:  # opened by name, since callers may use `file.name`
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file atomically: a reader sees the old content or the new."""
+    with atomic_write(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file atomically."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Load the value of a JSON file; raise `UserError` if that fails."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and make it again.") from None
+
+
+def to_line(row: Mapping[str, Any]) -> str:
+    """Return an object as a line of JSON, with null for numbers that are not finite."""
+    return json.dumps(json_safe(row), ensure_ascii=False) + "\n"
+
+
+def json_safe(value: Any) -> Any:
+    """Replace NaN and infinities in a value by None, as strict JSON demands."""
+    if isinstance(value, Mapping):
+        return {key: json_safe(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Load the objects of a JSON-lines file whose last line may be incomplete."""
+    rows: list[dict[str, Any]] = []
+    # not splitlines(), which also splits at characters that JSON does not escape (U+0085, U+2028)
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            if line:
+                rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,190 @@
+"""Evaluation: rewards and metrics of new completions by one origin alone.
+
+It is the same for a policy, the SFT model and a guide.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlgf.algorithms.guided import Algorithm, guide_only, ppo
+from rlgf.config.loading import read_options
+from rlgf.config.sections import EvaluationConfig
+from rlgf.errors import UserError
+from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
+from rlgf.evaluation.win_rate import PairJudge, win_rate
+from rlgf.models.language_model import LanguageModel
+from rlgf.randomness import Purpose
+from rlgf.rewards.base import continuation_only, score
+from rlgf.rewards.reward_model import RewardModel
+from rlgf.rl.experience import ForwardConfig
+from rlgf.rl.rollout import RolloutConfig, collect_rollout
+from rlgf.rl.tensors import Rollout
+from rlgf.tasks.base import Task
+from rlgf.text_metrics.as_rewards import reference_texts, strip_reply_prefixes
+from rlgf.text_metrics.concepts import concepts_in
+from rlgf.text_metrics.diversity import distinct
+from rlgf.text_metrics.score import Line, Options, build_scorers, reference_metrics, resolve_metric_names
+from rlgf.text_metrics.score import score as score_lines
+from rlgf.types import Prompt, RewardFunction
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """The task, reward, models and judge of an evaluation."""
+
+    task: Task
+    reward: RewardFunction
+    reference: LanguageModel
+    pre_sft_model: LanguageModel | None  # for output perplexity
+    forward_config: ForwardConfig
+    final: EvaluationConfig | None = None  # adds text metrics and sampling; None: not a final one
+    judge: PairJudge | None = None  # compares completions with references, if final
+
+
+def evaluate_policy(
+    rollout_config: RolloutConfig, prompts: Sequence[Prompt], judges: EvaluationContext, seed: int
+) -> tuple[dict[str, float], Rollout, list[float]]:
+    """Evaluate completions that the policy samples alone.
+
+    Returns the metrics (keys: docs/metrics.md), the rollout and the scores of its completions.
+    """
+    rollout_config = dataclasses.replace(rollout_config, seed=seed, token_purpose=Purpose.EVALUATION_TOKEN)
+    rollout, metrics, scores = _collect_and_score(rollout_config, ppo(), prompts, judges)
+    metrics["kl"], metrics["kl_k1"] = kl_to_reference(rollout, rollout_config.policy, judges.reference, judges.forward_config)
+    metrics["perplexity"] = perplexity(rollout_config.policy, prompts, rollout_config.max_new_tokens, judges.forward_config)
+    if judges.final is not None and judges.final.also_sampled:
+        drawing = dataclasses.replace(rollout_config, sampling=judges.forward_config.sampling)
+        drawn = collect_rollout(drawing, ppo(), ppo().schedule(0, 0.0), prompts, range(len(prompts)))
+        values = torch.tensor(score(judges.reward, drawn.prompts, drawn.completions), dtype=torch.float64)
+        metrics |= {"score_sampled": float(values.mean()), "score_sampled_standard_error": standard_error(values)}
+    return metrics, rollout, scores
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of `values`."""
+    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def evaluate_guide(
+    rollout_config: RolloutConfig, prompts: Sequence[Prompt], judges: EvaluationContext, seed: int
+) -> tuple[dict[str, float], Rollout, list[float]]:
+    """Evaluate completions of a guide alone, as `evaluate_policy` does.
+
+    A guide is a black box: the metrics have no KL and no perplexity of its own.
+    """
+    rollout, metrics, scores = _collect_and_score(dataclasses.replace(rollout_config, seed=seed), guide_only(), prompts, judges)
+    return metrics, rollout, scores
+
+
+def _collect_and_score(
+    rollout_config: RolloutConfig, algorithm: Algorithm, prompts: Sequence[Prompt], judges: EvaluationContext
+) -> tuple[Rollout, dict[str, float], list[float]]:
+    rollout = collect_rollout(rollout_config, algorithm, algorithm.schedule(0, 0.0), prompts, range(len(prompts)))
+    scores = score(judges.reward, rollout.prompts, rollout.completions)
+    return rollout, compute_metrics(rollout, scores, judges), scores
+
+
+def compute_metrics(rollout: Rollout, scores: Sequence[float], judges: EvaluationContext) -> dict[str, float]:
+    """Compute the metrics of scored completions of any origin."""
+    prompts = rollout.prompts  # excludes those of failed guide rows
+    values = torch.tensor(scores, dtype=torch.float64)
+    metrics = {
+        "score": float(values.mean()),
+        "score_standard_error": standard_error(values),
+        "completion_length": float(rollout.completion_mask.sum(1).double().mean()),
+        "ended_with_eos": float(rollout.ended_with_eos.double().mean()),
+        "distinct_2": distinct(strip_reply_prefixes(prompts, rollout.completions)),
+        "completions": float(len(scores)),
+    }
+    if judges.task.pass_threshold is not None:
+        metrics["pass_rate"] = float((values >= judges.task.pass_threshold).double().mean())
+    alone = continuation_only(judges.reward)
+    if alone is not None:
+        metrics["score_continuation"] = float(torch.tensor(score(alone, prompts, rollout.completions)).mean())
+    if isinstance(judges.reward, RewardModel):  # its scores have no absolute zero
+        metrics["score_minus_reference"] = mean_reward_gain(judges.reward, prompts, scores)
+    metrics |= text_metrics(judges, prompts, rollout.completions)
+    if judges.judge is not None:
+        metrics |= win_rate(judges.judge, prompts, rollout.completions)
+    if judges.pre_sft_model is not None:
+        metrics["output_perplexity"] = token_perplexity(
+            judges.pre_sft_model, rollout.ids, rollout.prompt_lengths, rollout.completion_mask, judges.forward_config
+        )
+    return metrics
+
+
+def mean_reward_gain(reward: RewardFunction, prompts: Sequence[Prompt], scores: Sequence[float]) -> float:
+    """Return the mean difference between completions' and first references' scores.
+
+    Prompts without references are left out; with no references the mean is nan.
+    """
+    rows = [(prompt, value) for prompt, value in zip(prompts, scores) if prompt.references]
+    references = score(reward, [prompt for prompt, _ in rows], [prompt.references[0] for prompt, _ in rows])
+    return statistics.fmean(value - base for (_, value), base in zip(rows, references)) if rows else math.nan
+
+
+def text_metrics_of(config: EvaluationConfig) -> tuple[list[str], Options]:
+    """Return the keys of a config's text metrics, and their options.
+
+    Raises `UserError` for unknown metrics and options.
+    """
+    options = read_options(config.metric_options, Options, "text metrics", "evaluation.metric_options.")
+    return resolve_metric_names(",".join(config.metrics)), options
+
+
+def check_text_metrics(config: EvaluationConfig, prompts: Sequence[Prompt]) -> None:
+    """Raise, before any training, for text metrics that cannot be computed.
+
+    Either these prompts lack what a metric needs, or it is unavailable.
+    """
+    if not config.metrics:
+        return
+    keys, options = text_metrics_of(config)
+    for prompt in prompts:
+        _line(prompt, "", keys)
+    build_scorers(keys, options)
+
+
+def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
+    """Return a text as input of `rlgf score`, with the prompt's references and concepts."""
+    text, references = prompt.strip_reply_prefix(text), tuple(reference_texts(prompt))
+    comparing = reference_metrics(keys)
+    if comparing and not references:
+        raise UserError(
+            f"evaluation.metrics has {', '.join(comparing)}, but the prompt {prompt.text[:60]!r} has no reference to compare a "
+            "text with: leave these out, or give every held-out prompt references."
+        )
+    if "concept_coverage" not in keys:
+        return Line(text, references)
+    try:
+        return Line(text, references, concepts_in(prompt.columns.get("concepts")))
+    except ValueError as error:
+        raise UserError(
+            f"evaluation.metrics has concept_coverage, but column 'concepts' of the prompt {prompt.text[:60]!r} is not for it "
+            f"({error}): leave it out, or mend the column."
+        ) from None
+
+
+def text_metrics(judges: EvaluationContext, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+    """Compute the text metrics of all completions, and their means per group.
+
+    Groups are those of the task, if it has any. The scale is coco-caption's; keys are those of
+    docs/scoring.md, followed by `_GROUP` for a group.
+    """
+    if judges.final is None or not judges.final.metrics:
+        return {}
+    keys, options = text_metrics_of(judges.final)
+    found = score_lines([_line(prompt, text, keys) for prompt, text in zip(prompts, texts)], keys, options)
+    metrics = {key: float("nan") if value is None else value for key, value in found.corpus.items()}
+    if judges.task.group is not None:
+        groups = [judges.task.group(prompt) for prompt in prompts]
+        for name in sorted(set(groups)):
+            for key, values in found.per_line.items():
+                metrics[f"{key}_{name}"] = statistics.fmean(v for v, group in zip(values, groups) if group == name)
+    return metrics

@@ -1,0 +1,131 @@
+"""The tables of a comparison: one row per policy, one column per metric."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Column:
+    """The display of a metric: heading, digits, and scale as usual in the field."""
+
+    title: str
+    digits: int
+    scale: float = 1.0
+
+
+COLUMNS = {
+    "pass_rate": Column("pass rate", 3),
+    # the training objective; `score` uses the evaluation's sampling parameters
+    "score_sampled": Column("reward, drawn", 3),
+    "score": Column("reward", 3),
+    "score_continuation": Column("reward, continuation alone", 3),
+    "score_minus_reference": Column("reward − reference's", 3),
+    **{f"bleu_{order}": Column(f"BLEU-{order}", 2, 100) for order in (1, 2, 3, 4)},
+    "cider_d": Column("CIDEr-D", 2, 10),
+    "cider_d_easy": Column("CIDEr-D, easy", 2, 10),
+    "cider_d_hard": Column("CIDEr-D, hard", 2, 10),
+    "spice": Column("SPICE", 2, 100),
+    "meteor": Column("METEOR", 3),
+    "rouge1": Column("ROUGE-1", 3),
+    "rouge2": Column("ROUGE-2", 3),
+    "rougeL": Column("ROUGE-L", 3),
+    "rougeLsum": Column("ROUGE-Lsum", 3),
+    "rouge_l": Column("ROUGE-L, captions", 3),
+    **{f"bertscore_{part}": Column(f"BERTScore {part}", 3) for part in ("precision", "recall", "f1")},
+    "concept_coverage": Column("coverage", 3),
+    "kl": Column("KL to SFT", 1),
+    "perplexity": Column("perplexity", 1),
+    "output_perplexity": Column("output-perplexity", 1),
+    **{f"distinct_{length}": Column(f"distinct-{length}", 3) for length in (1, 2, 3)},
+    "self_bleu": Column("self-BLEU", 3),
+    "win_rate": Column("win rate", 3),
+}
+
+
+def mean_and_spread(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
+    """Return 'mean ± population sd' of the known values, or a dash."""
+    known = [value * scale for value in values if value is not None]
+    if not known:
+        return "–"
+    mean = f"{statistics.fmean(known):.{digits}f}"
+    return f"{mean} ± {statistics.pstdev(known):.{digits}f}" if len(known) > 1 else mean
+
+
+def metrics_of(row: Mapping[str, Any], split: str) -> Mapping[str, list[float | None]]:
+    """Return a row's metrics on a split, one value per seed."""
+    return row["metrics"] if split == "test" else row.get("splits", {}).get(split, {})
+
+
+def splits_of(results: Mapping[str, Any]) -> list[str]:
+    """Return the evaluated splits, 'test' first."""
+    return ["test", *dict.fromkeys(split for row in results["rows"] for split in row.get("splits", {}))]
+
+
+def columns_of(results: Mapping[str, Any], split: str = "test") -> list[str]:
+    """Return the columns that any row has.
+
+    The score of a pass/fail reward is omitted, as is a group that is the whole split.
+    """
+    found = [name for name in COLUMNS if any(name in metrics_of(row, split) for row in results["rows"])]
+    found = [name for name in found if not (name == "score" and "pass_rate" in found)]
+    alone = [name for name in found if name.startswith("cider_d_")]
+    return [name for name in found if not (name in alone and len(alone) == 1)]
+
+
+def table_rows(results: Mapping[str, Any], split: str = "test") -> tuple[list[str], list[list[str]]]:
+    """Return the headings and cells of the comparison's table for a split."""
+    names = columns_of(results, split)
+    headings = ["", *(COLUMNS[name].title for name in names), "completions used"]
+    rows: list[list[str]] = []
+    for row in results["rows"]:
+        metrics = metrics_of(row, split)
+        cells = [mean_and_spread(metrics.get(name, []), COLUMNS[name].digits, COLUMNS[name].scale) for name in names]
+        rows.append([row["title"], *cells, f"{row['completions_used']:,}"])
+    return headings, rows
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Return the tables in Markdown, with the conditions they were measured under."""
+    lines: list[str] = []
+    splits = splits_of(results)
+    for split in splits:
+        headings, rows = table_rows(results, split)
+        lines += [f"**{split}**", ""] if len(splits) > 1 else []
+        lines += ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+        lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
+    seeds, machine = results["seeds"], results["machine"]
+    spread = f"mean ± population sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
+    decodings = sorted({f"{row['title']}: {row['sampling']}" for row in results["rows"]})
+    texts = {split: next(iter(metrics_of(results["rows"][0], split).get("completions", [None]))) for split in splits}
+    counted = [f"{count:,.0f} prompts of {split}" for split, count in texts.items() if count]
+    lines += [
+        f"Recipe `{results['recipe']}`; {spread}; {' and '.join(counted)} for each figure. "
+        "KL is exact: summed over every state of a text and the whole vocabulary, averaged over texts. "
+        "Completions used: those of training, and those of a distillation.",
+        "",
+        f"Sampling: {'; '.join(decodings)}." + judge_note(results),
+        "",
+        f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
+        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+        f"rlgf {machine['rlgf']}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def judge_note(results: Mapping[str, Any]) -> str:
+    """Return sentences on the output-perplexity model and the judge.
+
+    The latter includes the number of responses that could not be parsed.
+    """
+    general = results.get("output_perplexity_model")
+    under = f" Output-perplexity: under the model before SFT, {general}." if general else ""
+    if "judge" not in results:
+        return under
+    values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
+    return under + (
+        f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
+        f"{sum(values):.0f} answers could not be read and are left out."
+    )

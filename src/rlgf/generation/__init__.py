@@ -1,0 +1,1 @@
+"""Sampling of completions: the in-process decoder and OpenAI-compatible servers."""

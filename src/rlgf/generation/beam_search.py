@@ -1,0 +1,56 @@
+"""Beam search by transformers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rlgf.generation.base import BATCH_TOKENS, SampledCompletions
+from rlgf.models.forward import autocast, pad_rows
+from rlgf.models.language_model import LanguageModel
+
+
+def beam_search(
+    language_model: LanguageModel,
+    prefixes: Sequence[Sequence[int]],
+    max_new_tokens: Sequence[int],
+    min_new_tokens: Sequence[int],
+    num_beams: int,
+    precision: str,
+    sources: Sequence[Sequence[int]] | None,
+) -> SampledCompletions:
+    """Return the most likely completions found by transformers' beam search with its defaults.
+
+    Nothing is sampled, so the log-probabilities are zero and there is no support.
+    """
+    model, device, ends = language_model.model, language_model.device, list(language_model.eos_token_ids)
+    rows, most = len(prefixes), max(max_new_tokens, default=0)
+    tokens, lengths = torch.zeros((rows, most), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    finished = torch.zeros(rows, dtype=torch.bool)
+    begun = [[] if sources is None else [model.config.decoder_start_token_id] for _ in range(rows)]
+    written = [[*start, *prefix] for start, prefix in zip(begun, prefixes)]
+    families: dict[tuple[int, int, int], list[int]] = {}
+    for row in range(rows):
+        if max_new_tokens[row]:
+            families.setdefault((len(written[row]), max_new_tokens[row], min_new_tokens[row]), []).append(row)
+    for (width, budget, minimum), members in families.items():
+        # all beams of a batch run in one forward pass
+        size = max(1, BATCH_TOKENS // 2 // (num_beams * (width + budget)))
+        for batch in (members[start : start + size] for start in range(0, len(members), size)):
+            ids = torch.tensor([written[row] for row in batch], dtype=torch.int64).to(device)
+            inputs: dict[str, Tensor] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if sources is not None:
+                read = pad_rows([sources[row] for row in batch])
+                mask = (torch.arange(read.shape[1]) < torch.tensor([[len(sources[row])] for row in batch])).long()
+                inputs = {"input_ids": read.to(device), "attention_mask": mask.to(device), "decoder_input_ids": ids}
+            with torch.no_grad(), language_model.activate(), autocast(device, precision):
+                found = model.generate(
+                    **inputs, num_beams=num_beams, do_sample=False, max_new_tokens=budget, min_new_tokens=minimum,
+                    eos_token_id=ends, pad_token_id=ends[0],
+                )  # fmt: skip
+            for row, text in zip(batch, found[:, width:].cpu()):
+                ended = torch.isin(text, torch.tensor(ends)).nonzero().flatten().tolist()
+                length = ended[0] + 1 if ended else len(text)
+                tokens[row, :length], lengths[row], finished[row] = text[:length], length, bool(ended)
+    nothing = torch.zeros((rows, most))
+    return SampledCompletions(tokens, lengths, finished, nothing, nothing, None)

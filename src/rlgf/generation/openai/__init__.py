@@ -1,0 +1,1 @@
+"""OpenAI-compatible servers: client, responses, token ids and cache."""

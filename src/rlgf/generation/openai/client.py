@@ -1,0 +1,361 @@
+"""Client of one OpenAI-compatible server: request bodies and the classification of failures.
+
+Responses are parsed in `responses.py`. Retries, counters and the cache are in `guides/remote.py`.
+"""
+
+import json
+import math
+import os
+import re
+import time
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlgf.config.sections import GuideConfig
+from rlgf.errors import UserError
+from rlgf.generation.openai.cache import ResponseCache, cache_key
+from rlgf.generation.openai.responses import (
+    InvalidError,
+    PermanentError,
+    ServerRequest,
+    ServerResponse,
+    TransientError,
+    read_chat,
+    read_completion,
+    read_ids,
+)
+
+# modes that send text, not token ids
+CONTINUATIONS = ("completion", "assistant", "continue_final_message", "prefix", "instruction", "none")
+INSTRUCTION = (
+    "Continue the text below. Write only what comes next, beginning exactly where it breaks off: no introduction, no quotation "
+    "marks, and repeat nothing of it.\n\n{text}"
+)
+# parameters that are omitted once a server refuses them
+OPTIONAL_PARAMETERS = ("top_p", "temperature", "seed", "n")
+MAX_PAUSE = 3600.0  # seconds; bounds the pause that a server requests
+MAX_RESPONSE_BYTES = 2**26  # of one response
+# error codes sent with status 429 that a retry cannot resolve
+QUOTA_ERRORS = ("insufficient_quota", "billing_hard_limit_reached")
+
+
+class RefusedError(PermanentError):
+    """A refusal of this kind of request, or of a parameter that the reason may name."""
+
+
+class Server:
+    """An OpenAI-compatible server with `model` at `url`, queried in one mode.
+
+    `mode` is one of CONTINUATIONS or 'token_ids'. With token ids the server must share the policy's
+    tokenizer (checked in `token_ids.py`): `end_ids` are the policy's EOS tokens, and `exact` is
+    true if the server respects `min_tokens`.
+    """
+
+    def __init__(
+        self, spec: str, config: GuideConfig, mode: str, report: Callable[[str], None] = lambda line: None,
+        end_ids: Sequence[int] = (), exact: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.url = parse_spec(spec)
+        self.config, self.mode, self.eos_token_ids, self.exact = config, mode, tuple(end_ids), exact
+        # _drop_refused_parameter changes the last two when the server refuses a parameter
+        self._report, self._omitted_parameters, self._token_limit = report, set[str](), "max_tokens"
+        key = read_secret(config.api_key_env)
+        headers = {name: from_environment(value) for name, value in config.extra_headers.items()}
+        try:
+            import openai
+        except ImportError:
+            raise UserError("a guide on a server needs the extra 'server': pip install 'rlgf[server]'.") from None
+        self._openai = openai
+        self._client = openai.OpenAI(
+            base_url=self.url, api_key=key or "none", max_retries=0, timeout=config.timeout_seconds,
+            default_headers=headers,
+        )  # fmt: skip
+        weakref.finalize(self, self._client.close)
+        # a header may have a scheme before its secret ('Bearer …'), and an error only the secret
+        written = [value for name, value in headers.items() if config.extra_headers[name].startswith("$")]
+        self._secrets = [part for secret in (key or "", *written) for part in (secret, *secret.split()) if len(part) > 3]
+
+    def key(self) -> dict[str, Any]:
+        """Return the settings that a response depends on: model, mode, template, decoding.
+
+        The request itself, the address and secrets are not part of it.
+        """
+        config, sampling = self.config, self.config.sampling
+        found = {
+            "model": self.model, "mode": self.mode, "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "top_k": sampling.top_k, "greedy": sampling.greedy, "stop": list(config.stop), "extra_body": config.extra_body,
+            "thinking_tokens": config.thinking_tokens,
+        }  # fmt: skip
+        if self.mode == "token_ids":
+            return {**found, "end_ids": list(self.eos_token_ids)}
+        if self.mode == "completion":
+            return found
+        told = {"system": config.system} if config.system else {}
+        return {**found, "instruction": self.instruction, **told}
+
+    @property
+    def instruction(self) -> str:
+        """Return the template of the user message of a chat request."""
+        return self.config.instruction or INSTRUCTION
+
+    @property
+    def can_continue(self) -> bool:
+        """Return whether the server can continue a prefix."""
+        return self.mode != "none"
+
+    def send(self, question: ServerRequest, again: Callable[[], None] = lambda: None) -> ServerResponse:
+        """Send a request and return the response.
+
+        Raises `TransientError`, `InvalidError` or `PermanentError`. A parameter that the server
+        refuses by name is omitted from then on; `again` is called before each such repetition.
+        """
+        while True:
+            body = self._body(question)
+            try:
+                return self._read(self._exchange(body), question)
+            except RefusedError as error:
+                if not self._drop_refused_parameter(str(error), body):
+                    raise
+            again()
+
+    def tokenize(self, text: str) -> tuple[list[int], int]:
+        """Return the server's tokens of a text without special tokens, and its context length.
+
+        Uses vLLM's `/tokenize`, which is next to `/v1`. Raises `TransientError` or
+        `PermanentError`.
+        """
+        place = re.sub(r"/v1/?$", "", self.url) + "/tokenize"
+        body = {"model": self.model, "prompt": text, "add_special_tokens": False}
+        with self._failures():
+            told: Any = self._client.post(place, cast_to=object, body=body)
+        tokens, context = (told.get("tokens"), told.get("max_model_len")) if isinstance(told, dict) else (None, None)
+        if not isinstance(tokens, list) or not isinstance(context, int):
+            raise PermanentError("its /tokenize does not answer as vLLM's does")
+        return tokens, context
+
+    def _body(self, question: ServerRequest) -> dict[str, Any]:
+        config, sampling = self.config, self.config.sampling
+        body: dict[str, Any] = {"model": self.model, "seed": question.seed, "n": 1}
+        body[self._token_limit] = question.max_tokens + config.thinking_tokens
+        body["temperature"] = 0.0 if sampling.greedy else sampling.temperature
+        if sampling.top_p < 1.0:
+            body["top_p"] = sampling.top_p
+        if config.stop:
+            body["stop"] = list(config.stop)
+        if self.mode == "token_ids":
+            body |= {
+                "prompt": list(question.ids), "min_tokens": question.min_tokens, "top_p": sampling.top_p,
+                "top_k": sampling.top_k, "stop_token_ids": list(self.eos_token_ids), "return_token_ids": True,
+            }  # fmt: skip
+        elif self.mode == "completion":
+            body["prompt"] = question.prompt + question.prefix
+        else:
+            body |= self._messages(question)
+        return {name: value for name, value in body.items() if name not in self._omitted_parameters} | config.extra_body
+
+    def _messages(self, question: ServerRequest) -> dict[str, Any]:
+        """Return the fields of a chat request, with the prefix if there is one."""
+        messages: list[dict[str, Any]] = []
+        if self.config.system:
+            messages.append({"role": "system", "content": self.config.system})
+        if self.mode == "instruction":
+            asked = self.instruction.replace("{text}", question.prompt + question.prefix)
+            return {"messages": [*messages, {"role": "user", "content": asked}]}
+        messages.append({"role": "user", "content": self.instruction.replace("{text}", question.prompt)})
+        if not question.prefix:
+            return {"messages": messages}
+        last: dict[str, Any] = {"role": "assistant", "content": question.prefix}
+        if self.mode == "prefix":
+            last["prefix"] = True
+        fields: dict[str, Any] = {"messages": [*messages, last]}
+        if self.mode == "continue_final_message":
+            fields |= {"continue_final_message": True, "add_generation_prompt": False}
+        return fields
+
+    def _exchange(self, body: Mapping[str, Any]) -> Any:
+        """Send a request body and return the parsed JSON of a complete response."""
+        first = "prompt" if "prompt" in body else "messages"
+        resource: Any = self._client.completions if first == "prompt" else self._client.chat.completions
+        # the rest is sent unchanged, including parameters that the client does not support
+        arguments = {"model": body["model"], first: body[first]}
+        rest = {name: value for name, value in body.items() if name not in arguments}
+        end = time.monotonic() + self.config.timeout_seconds
+        content = bytearray()
+        with self._failures(), resource.with_streaming_response.create(**arguments, extra_body=rest) as response:
+            for part in response.iter_bytes():
+                content += part
+                if time.monotonic() > end:  # the client's timeout restarts at every byte
+                    raise TransientError(f"it took longer than {self.config.timeout_seconds:g} s")
+                if len(content) > MAX_RESPONSE_BYTES:
+                    raise TransientError(f"its answer is longer than {MAX_RESPONSE_BYTES >> 20} MiB")
+        try:
+            data: Any = json.loads(content)
+        except (ValueError, RecursionError):
+            raise TransientError("its answer is no JSON") from None
+        # some servers report errors with status 200
+        if isinstance(data, dict) and data.get("error") and not data.get("choices"):
+            raise TransientError(f"it reports an error: {self._hide(str(data['error']))}")
+        return data
+
+    @contextmanager
+    def _failures(self) -> Generator[None]:
+        """Convert exceptions of the client to `TransientError` or `PermanentError`."""
+        openai = self._openai
+        try:
+            yield
+        except openai.APIStatusError as error:
+            raise self._status_failure(error) from None
+        except openai.APIConnectionError as error:
+            raise TransientError(f"no connection ({type(error.__cause__ or error).__name__})") from None
+        except openai.OpenAIError as error:
+            raise PermanentError(self._hide(str(error))) from None
+        except (TransientError, PermanentError):
+            raise
+        except Exception as error:  # any exception of the transport during the body
+            raise TransientError(f"broken off ({type(error).__name__})") from None
+
+    def _status_failure(self, error: Any) -> Exception:
+        status, detail = int(error.status_code), error.body.get("detail") if isinstance(error.body, dict) else None
+        # FastAPI servers put the reason into `detail`, which the client ignores
+        reason = self._hide(f"{error} - {detail}" if isinstance(detail, str) else str(error))
+        if status == 404 and not re.search(r"/v\d", self.url):
+            reason += "; most servers' addresses end in /v1"
+        if status in (408, 409, 425, 429) or status >= 500:
+            if error.code in QUOTA_ERRORS:
+                return PermanentError(reason)
+            return TransientError(f"HTTP {status}", retry_after(error.response.headers))
+        return RefusedError(reason) if status in (400, 404, 405, 422) else PermanentError(reason)
+
+    def _hide(self, text: str) -> str:
+        """Return the text without secrets, on one line of at most 300 characters."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return " ".join(text.split())[:300]
+
+    def _drop_refused_parameter(self, reason: str, body: Mapping[str, Any]) -> bool:
+        """Rename or omit the parameter that a refusal names, for all later requests.
+
+        Returns whether there was one.
+        """
+        sent = [name for name in OPTIONAL_PARAMETERS if name in body and name not in self.config.extra_body]
+        named = [name for name in sent if re.search(rf"\b{name}\b" if len(name) > 1 else rf"['\"`]{name}['\"`]", reason)]
+        if "max_completion_tokens" in reason and "max_tokens" in body and "messages" in body:
+            self._token_limit = "max_completion_tokens"
+        elif named:
+            if named[0] not in self._omitted_parameters:
+                self._report(f"guide: {named[0]} is left out from now on, as the server refuses it")
+            self._omitted_parameters.add(named[0])
+        else:
+            return False
+        return True
+
+    def _read(self, data: Any, question: ServerRequest) -> ServerResponse:
+        if self.mode == "token_ids":
+            return read_ids(data, question, self.eos_token_ids, self.exact)
+        if self.mode == "completion":
+            return read_completion(data, question, self.config.stop)
+        return read_chat(data, question, self.config.stop, told=self.mode == "instruction")
+
+
+def retry_after(headers: Mapping[str, str]) -> float:
+    """Return the seconds to wait before a retry, from the response headers; 0 by default.
+
+    They are `Retry-After` (seconds or a date) and `retry-after-ms`.
+    """
+    milliseconds, after = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        seconds = float(milliseconds) / 1000 if milliseconds else float(after or 0.0)
+    except ValueError:
+        try:
+            when = parsedate_to_datetime(after or "")
+        except ValueError:
+            return 0.0
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        seconds = (when - datetime.now(UTC)).total_seconds()
+    return 0.0 if math.isnan(seconds) else min(max(0.0, seconds), MAX_PAUSE)
+
+
+def read_secret(variable: str) -> str | None:
+    """Return the secret in an environment variable, or None if it is unset or empty.
+
+    Raises `UserError` for characters that a header cannot contain.
+    """
+    secret = os.environ.get(variable, "").strip()
+    if not (secret.isascii() and secret.isprintable()):
+        raise UserError(f"the environment variable {variable} holds characters that no key has: set it again.")
+    return secret or None
+
+
+def from_environment(value: str) -> str:
+    """Return a value unchanged, or for `$NAME` the environment variable NAME.
+
+    Raises `UserError` if the variable is not set.
+    """
+    if not value.startswith("$"):
+        return value
+    found = read_secret(value[1:])
+    if not found:
+        raise UserError(f"guide.extra_headers names the environment variable {value[1:]}, which is not set: export it.")
+    return found
+
+
+def parse_spec(spec: str) -> tuple[str, str]:
+    """Return the model and the address of `server:MODEL@URL`."""
+    model, _, url = spec.removeprefix("server:").partition("@http")
+    parts = urlsplit("http" + url)
+    if not model or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(
+            f"guide '{spec.split('@')[0]}…' is not of the form server:MODEL@URL with an http:// or https:// address."
+        )
+    if parts.username or parts.password:
+        raise UserError("the guide's address holds a password: put the key into the variable that guide.api_key_env names.")
+    if parts.query or parts.fragment:
+        raise UserError("the guide's address goes on behind a '?' or '#': leave that out; keys come from the environment.")
+    return model, "http" + url
+
+
+def without_address(spec: str) -> str:
+    """Return a guide's spec without the address, which does not affect its completions."""
+    return f"server:{parse_spec(spec)[0]}" if spec.startswith("server:") else spec
+
+
+def connect(spec: str, config: GuideConfig, cache: ResponseCache, report: Callable[[str], None]) -> Server:
+    """Return the server of `spec`, queried with text in the mode of `guide.continuation`.
+
+    'auto' selects text completion if the server supports it, otherwise an instruction to continue,
+    which works with any chat model. The selected mode is stored in the cache, so that a replay uses
+    the same one.
+    """
+    if config.continuation != "auto":
+        return Server(spec, config, config.continuation, report)
+    key = cache_key({"continuation of": parse_spec(spec)[0]})
+    found = cache.get(key)
+    mode = str(found["mode"]) if found else "completion"
+    if found is None and not config.offline:
+        try:
+            mode = _probe_mode(spec, config, report)
+            cache.put(key, {"mode": mode})
+        except TransientError:
+            pass  # undecided: use completion now, probe again in the next run
+        except PermanentError as error:
+            raise UserError(f"the guide at {parse_spec(spec)[1]} refuses ({error}): mend guide.spec or its key.") from None
+    return Server(spec, config, mode, report)
+
+
+def _probe_mode(spec: str, config: GuideConfig, report: Callable[[str], None]) -> str:
+    """Return 'completion' if the server accepts it, otherwise 'instruction'."""
+    question = ServerRequest("Once upon a time", " there was", 8, 0)
+    try:
+        with suppress(InvalidError):
+            Server(spec, config, "completion").send(question)
+        return "completion"
+    except RefusedError as error:
+        with suppress(InvalidError):
+            Server(spec, config, "instruction").send(question)
+        report(f"guide: no text completion ({error}); it is asked to continue by an instruction instead")
+        return "instruction"

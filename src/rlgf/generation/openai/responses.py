@@ -1,0 +1,263 @@
+"""Server responses: completion, end, usage, and three kinds of failure.
+
+Requests are sent in `client.py`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlgf.data.tokenization import join_with_space
+
+TAGS = r"(?:think|thinking|thought|reasoning)"
+THOUGHTS = re.compile(rf"<({TAGS})>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL)
+THOUGHTS_BEGIN, THOUGHTS_END = re.compile(rf"<{TAGS}>|\[THINK\]"), re.compile(rf"</{TAGS}>|\[/THINK\]")
+PREAMBLE = re.compile(r"^\s*(sure|certainly|of course|okay|ok|here is|here's|here are)\b[^\n]{0,120}:\s*\n+", re.IGNORECASE)
+QUOTES = (('"', '"'), ("“", "”"), ("«", "»"))
+FINISH_REASONS = {  # finish reasons of OpenAI and others: true if the completion is complete
+    "stop": True, "eos": True, "eos_token": True, "end_turn": True, "stop_sequence": True,
+    "length": False, "max_tokens": False, "model_length": False,
+}  # fmt: skip
+# a completion that begins with at least this many last words of its prefix repeats them
+REPEATED_WORDS = 3
+
+
+class TransientError(Exception):
+    """A failure that a retry may resolve: busy, interrupted, timed out, garbled."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after  # seconds
+
+
+class InvalidError(Exception):
+    """A response without a usable completion; another seed may give one."""
+
+    def __init__(self, reason: str, bill: "Usage", silent: bool = False) -> None:
+        super().__init__(reason)
+        self.usage = bill
+        self.is_empty = silent  # true if the completion ended immediately, without text
+
+
+class PermanentError(Exception):
+    """A failure that a retry cannot resolve: wrong key, wrong model, wrong request."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The usage of a response as the server reports it, in the server's tokens."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0  # including thinking tokens
+    thinking_tokens: int = 0  # part of completion_tokens
+    known: bool = False  # true if the server reported the usage
+
+
+@dataclass(frozen=True)
+class ServerRequest:
+    """A request to complete a prompt and a prefix, which may be empty.
+
+    With token ids, `ids` replace prompt and prefix.
+    """
+
+    prompt: str
+    prefix: str
+    max_tokens: int  # in the server's tokens
+    seed: int
+    ids: tuple[int, ...] = ()  # prompt and prefix in the policy's tokens
+    min_tokens: int = 0  # no EOS token before; only with token ids
+
+
+@dataclass(frozen=True)
+class ServerResponse:
+    """A completion by a server, without echoes and thoughts."""
+
+    text: str
+    finished: bool  # false if it stopped at max_tokens
+    usage: Usage = field(default_factory=Usage)
+    stripped: bool = False  # true if echo, quotes, preamble or thoughts were removed
+    ids: tuple[int, ...] | None = None  # with token ids: the completion, EOS token included
+
+
+def read_completion(data: Any, question: ServerRequest, stop: Sequence[str] = ()) -> ServerResponse:
+    """Parse the JSON of a text completion.
+
+    The completion continues exactly at the end of the prefix.
+    """
+    choice, bill = _single_choice(data)
+    text, finished = choice.get("text"), _is_finished(choice, bill)
+    return _validate(text, text, finished, bill, stop)
+
+
+def read_chat(data: Any, question: ServerRequest, stop: Sequence[str] = (), told: bool = True) -> ServerResponse:
+    """Parse the JSON of a chat completion.
+
+    Thoughts, preamble, quotation marks and an echo are removed; a space is added after the prefix
+    where needed. `told`: true if the model was instructed in words to continue, so that it may
+    repeat the last words of the prefix.
+    """
+    choice, bill = _single_choice(data)
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        raise TransientError("its answer holds no message")
+    if message.get("refusal"):
+        raise InvalidError("it refused", bill)
+    written, finished = _message_text(message.get("content")), _is_finished(choice, bill)
+    if not isinstance(written, str):
+        return _validate(written, written, finished, bill, stop)
+    text = _unquoted(PREAMBLE.sub("", _without_thoughts(written, bill)), finished)
+    before = question.prompt + question.prefix
+    rest = _without_echo(text, question, bill)
+    if told and rest == text:
+        rest = _without_last_words(text, before)
+    # a completion that echoes the prefix shows whether a space separates the two
+    joined = join_with_space(before, rest) if rest == text else rest
+    return _validate(joined, written, finished, bill, stop, stripped=rest.strip() != written.strip())
+
+
+def read_ids(data: Any, question: ServerRequest, end_ids: Sequence[int], exact: bool) -> ServerResponse:
+    """Parse the token ids of a completion, as vLLM returns them with `return_token_ids`.
+
+    `exact`: true if the completion must have at least min_tokens tokens before its end. A complete
+    completion ends with an EOS token of the policy. One that stopped before both its end and
+    max_tokens was truncated by something else, such as the server's context: raises
+    `PermanentError`.
+    """
+    choice, bill = _single_choice(data)
+    finished, told = _is_finished(choice, bill), choice.get("token_ids")
+    if told is None:
+        raise PermanentError("it tells no token ids, as vLLM does with return_token_ids: choose another guide.continuation")
+    if not isinstance(told, list) or any(type(token) is not int or token < 0 for token in told):
+        raise TransientError("its answer has the wrong types")
+    read = choice.get("prompt_token_ids")
+    if read is not None and read != list(question.ids):
+        raise PermanentError("it read other tokens than it was sent")
+    ids = list(told)
+    if finished and (not ids or ids[-1] not in end_ids):
+        ids = [*ids[:-1], end_ids[0]]  # the server's EOS token differs from the policy's
+    if not finished and len(ids) != question.max_tokens:
+        raise PermanentError(
+            f"it wrote {len(ids)} of {question.max_tokens} tokens and calls that the full length: "
+            "does its context (vLLM's --max-model-len) hold prompt and text?"
+        )
+    if len(ids) > question.max_tokens or (exact and len(ids) - finished < question.min_tokens):
+        raise PermanentError(f"it wrote {len(ids)} tokens where {question.min_tokens} to {question.max_tokens} were asked for")
+    text = choice.get("text")
+    return ServerResponse(text if isinstance(text, str) else "", finished, bill, ids=tuple(ids))
+
+
+def _single_choice(data: Any) -> tuple[dict[str, Any], Usage]:
+    """Return the only choice of a response, and its usage."""
+    choices = data.get("choices") if isinstance(data, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise TransientError("its answer does not hold one choice")
+    return choices[0], _read_usage(data.get("usage"))
+
+
+def _read_usage(usage: Any) -> Usage:
+    def count(place: Any, name: str) -> int:
+        value = place.get(name) if isinstance(place, dict) else None
+        return value if type(value) is int and value > 0 else 0
+
+    if not isinstance(usage, dict):
+        return Usage()
+    thoughts = count(usage.get("completion_tokens_details"), "reasoning_tokens")
+    return Usage(count(usage, "prompt_tokens"), count(usage, "completion_tokens"), thoughts, known="completion_tokens" in usage)
+
+
+def _is_finished(choice: dict[str, Any], bill: Usage) -> bool:
+    why = choice.get("finish_reason")
+    if why == "content_filter":
+        raise InvalidError("it refused", bill)
+    if why in ("tool_calls", "function_call"):
+        raise InvalidError("it called a tool instead of writing", bill)
+    if why not in FINISH_REASONS:
+        raise TransientError("its answer has the wrong types" if why is None else "its answer was broken off")
+    return FINISH_REASONS[why]
+
+
+def _validate(
+    text: Any, written: Any, finished: bool, bill: Usage, stop: Sequence[str], stripped: bool = False
+) -> ServerResponse:
+    """Return the response if its text is valid Unicode and not empty; raise otherwise."""
+    if not (text is None or isinstance(text, str)):
+        raise TransientError("its answer has the wrong types")
+    text = text or ""
+    for end in stop:  # some servers keep the stop string
+        text = text.removesuffix(end)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidError("its text is no valid Unicode", bill) from None
+    if not text.strip():
+        reason = "it wrote nothing" if finished else "its tokens ran out before it wrote anything: raise guide.thinking_tokens"
+        raise InvalidError(reason, bill, silent=finished and not (written or "").strip())
+    return ServerResponse(text, finished, bill, stripped)
+
+
+def _message_text(content: Any) -> Any:
+    """Return the text of a message; of its parts, which may include thoughts, only text parts."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _without_thoughts(text: str, bill: Usage) -> str:
+    """Return the text without thoughts, which are enclosed in tags.
+
+    The first opening tag may be missing, since a chat template can contain it.
+    """
+    text = THOUGHTS_END.split(THOUGHTS.sub("", text))[-1]
+    if THOUGHTS_BEGIN.search(text):
+        raise InvalidError("it was still thinking when its tokens ran out: raise guide.thinking_tokens", bill)
+    return text
+
+
+def _unquoted(text: str, finished: bool) -> str:
+    """Return the text without enclosing quotation marks.
+
+    The closing mark may be missing in a truncated text.
+    """
+    bare = text.strip()
+    for opening, closing in QUOTES:
+        if len(bare) > 1 and bare[0] == opening:
+            if bare[-1] == closing:
+                return bare[1:-1]
+            if not finished and closing not in bare[1:]:
+                return bare[1:]
+    return text
+
+
+def _without_echo(text: str, question: ServerRequest, bill: Usage) -> str:
+    """Return the text without an echo at its start.
+
+    The echo is prompt and prefix, the prefix, or the prompt. Raises `InvalidError` if the text
+    repeats only the beginning of the prefix or of the prompt.
+    """
+    for whole in (question.prompt + question.prefix, question.prefix, question.prompt):
+        words = whole.split()
+        if len(words) < 2:
+            continue
+        head = re.compile(r"\s*" + r"\s+".join(map(re.escape, words)))
+        found = head.match(text)
+        if found:
+            return text[found.end() :]
+    for whole in (question.prefix, question.prompt):
+        opening = whole.split()[:5]
+        if len(opening) == 5 and text.split()[:5] == opening:
+            raise InvalidError("it began anew instead of continuing", bill)
+    return text
+
+
+def _without_last_words(text: str, before: str) -> str:
+    """Return the text without the last words of `before` that it repeats at its start."""
+    words, written = before.split(), text.split()
+    for count in range(min(len(words), len(written)), REPEATED_WORDS - 1, -1):
+        tail = words[-count:]
+        if len(set(tail)) > 1 and written[: count - 1] == tail[:-1] and written[count - 1].startswith(tail[-1]):
+            head = re.compile(r"\s*" + r"\s+".join(map(re.escape, tail)))
+            found = head.match(text)
+            return text[found.end() :] if found else text
+    return text

@@ -1,0 +1,1 @@
+"""Language models and critics based on Hugging Face models, and the forward pass."""

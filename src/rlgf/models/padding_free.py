@@ -1,0 +1,381 @@
+"""Packed forward pass: sequences of different lengths in one row without padding.
+
+Everything in a transformer but attention works token by token, so a micro-batch is evaluated as a
+single packed row of all its tokens. transformers' attention interface is the only hook: inside
+`packed` the registered function unpacks the row into padded rows, attends, and packs the result
+again. Outside it, it is plain SDPA. Models that do not attend through that interface, or that count
+positions in their own way, are evaluated on padded rows instead.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from rlgf.kernels import native
+
+ATTENTION_NAME = "rlgf"
+# widths of padded rows and lengths of packed rows are multiples of this: products of odd sizes
+# take twice as long, and buffers of ever new sizes fragment memory (S: 1.4 GB against 1.0)
+PAD_MULTIPLE = 16
+# padded rows up to this width keep their attention weights for the backward pass; wider ones
+# compute them again
+MAX_STORED_WIDTH = 256
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Sequences as one packed row of tokens, and their layout in padded rows."""
+
+    ids: Tensor  # int64 [1, tokens]
+    positions: Tensor  # int64 [1, tokens], each token's position in its sequence
+    starts: Tensor  # int64 [sequences], start of each sequence in the packed row
+    lengths: list[int]  # tokens of each sequence
+    padded_index: Tensor  # int64 [tokens], each token's index in sequences × width
+    token_index: Tensor  # int64 [sequences × width], the inverse; padding: the last token
+    padding: Tensor  # int64 [padding], indices of the padding in sequences × width
+    num_sequences: int  # number of sequences
+    width: int  # of the padded rows
+    num_skipped: list[int]  # per sequence: first tokens that attention skips (none is selected)
+
+    @cached_property
+    def causal_mask(self) -> Tensor:
+        """Return −∞ for tokens after the query and 0 elsewhere, float [width, width]."""
+        return torch.full((self.width, self.width), -torch.inf, device=self.ids.device).triu_(1)
+
+    @cached_property
+    def padding_mask(self) -> Tensor:
+        """Return −∞ after the end of each sequence and 0 elsewhere, float [sequences, 1, width]."""
+        mask = torch.zeros(self.num_sequences * self.width, device=self.ids.device)
+        return mask.index_fill_(0, self.padding, -torch.inf).view(self.num_sequences, 1, self.width)
+
+    @cached_property
+    def offsets(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return start, skipped tokens and all tokens of each sequence, int64 [sequences] each."""
+        return self.starts, torch.tensor(self.num_skipped), torch.tensor(self.lengths)
+
+    def unpack(self, line: Tensor) -> Tensor:
+        """Unpack [heads, tokens, size] into padded rows, [heads × sequences, width, size]."""
+        return line.index_select(1, self.token_index).view(-1, self.width, line.shape[2])
+
+    def repack(self, rows: Tensor) -> Tensor:
+        """Pack padded rows again, as attention returns them, [1, tokens, heads, size]."""
+        return (
+            rows.view(-1, self.num_sequences * self.width, rows.shape[2])
+            .transpose(0, 1)
+            .index_select(0, self.padded_index)[None]
+        )
+
+
+@dataclass(frozen=True)
+class PackedInputs:
+    """A model's packed inputs: the decoder's, and the encoder's if it has one."""
+
+    decoder: PackedRow
+    encoder: PackedRow | None
+    selected: Tensor  # int64 [selected], tokens of `decoder` whose states are used
+    num_skipped: list[int]  # per sequence of `decoder`: tokens before the first selected one
+
+    @cached_property
+    def last_block(self) -> PackedRow:
+        """Return the decoder's packed row with the skipped tokens of the last block."""
+        return replace(self.decoder, num_skipped=self.num_skipped)
+
+
+@dataclass(frozen=True)
+class _ActivePacking:
+    """The packed inputs that a model is evaluated on, and the modules of its last block."""
+
+    inputs: PackedInputs
+    last_block: frozenset[nn.Module]
+
+
+_active_packing: ContextVar[_ActivePacking | None] = ContextVar("reading", default=None)
+
+
+def pack(ids: Tensor, lengths: Tensor, device: torch.device) -> PackedRow:
+    """Pack the first `lengths[i]` tokens (at least one) of each row of `ids` [sequences, width]."""
+    lengths = lengths.clamp(min=1)
+    texts, longest = ids.shape[0], int(lengths.max())
+    width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+    starts = lengths.cumsum(0) - lengths
+    within = torch.arange(width) < lengths[:, None]
+    places, padding = (part.flatten().nonzero().squeeze(1) for part in (within, ~within))
+    filling = -len(places) % PAD_MULTIPLE  # tokens after the last sequence, never used
+    source = starts[:, None] + torch.arange(width).clamp(max=(lengths - 1)[:, None])
+    return PackedRow(
+        ids=torch.cat([ids[:, :longest][within[:, :longest]], ids[0, :1].expand(filling)])[None].to(device),
+        positions=torch.cat([places % width, places.new_zeros(filling)])[None].to(device),
+        starts=starts,
+        lengths=lengths.tolist(),
+        padded_index=torch.cat([places, padding[:1].expand(filling)]).to(device),
+        token_index=source.flatten().to(device),
+        padding=padding.to(device),
+        num_sequences=texts,
+        width=width,
+        num_skipped=[0] * texts,
+    )
+
+
+class _GatherUnique(torch.autograd.Function):
+    """Rows of a table at distinct indices; the gradient is copied back, not added."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, numbers: Tensor) -> Tensor:
+        ctx.save_for_backward(numbers)
+        ctx.rows = table.shape[0]
+        return table.index_select(0, numbers)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (numbers,) = ctx.saved_tensors
+        return _scatter(gradients[0], numbers, ctx.rows), None
+
+
+class _ScatterUnique(torch.autograd.Function):
+    """The inverse of `_GatherUnique`: rows at distinct indices of a table of zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, numbers: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(numbers)
+        return _scatter(rows, numbers, size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (numbers,) = ctx.saved_tensors
+        return gradients[0].index_select(0, numbers), None, None
+
+
+def _scatter(rows: Tensor, numbers: Tensor, size: int) -> Tensor:
+    return rows.new_zeros((size, *rows.shape[1:])).index_copy_(0, numbers, rows)
+
+
+def gather_unique(table: Tensor, numbers: Tensor) -> Tensor:
+    """Return `table[numbers]` for distinct indices, with a gradient that costs a copy."""
+    result: Tensor = _GatherUnique.apply(table, numbers)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    """Attention within the sequences of packed rows, by `native`.
+
+    It works sequence by sequence without padding, and computes its weights again in the backward
+    pass.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: PackedRow,
+        asked: PackedRow,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        bias = None if bias is None else bias.contiguous()
+        spans = (*asking.offsets, asked.offsets[0], asked.offsets[2])
+        out, normalisers = native.attention(query[0], key[0], value[0], bias, causal, spans, scale)
+        ctx.save_for_backward(query, key, value, bias, out, normalisers)
+        ctx.given = causal, spans, scale
+        return out[None]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, bias, out, normalisers = ctx.saved_tensors
+        gradient = gradients[0][0]
+        gradient = gradient if gradient.stride(2) == 1 else gradient.contiguous()
+        causal, spans, scale = ctx.given
+        for_query, for_key, for_value, for_bias = native.attention_backward(
+            query[0], key[0], value[0], bias, causal, spans, scale, out, normalisers, gradient, ctx.needs_input_grad[3]
+        )
+        lines = (line.transpose(0, 1)[None] for line in (for_query, for_key, for_value))
+        return *lines, for_bias, None, None, None, None
+
+
+class _RowAttention(torch.autograd.Function):
+    """Attention by batched products of all sequences as padded rows.
+
+    It keeps its weights for the backward pass. A padding column holds the values of its sequence's
+    last token and is masked for all queries; the results of padding queries are never used.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: PackedRow,
+        asked: PackedRow,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        q, k, v = asking.unpack(query[0]), asked.unpack(key[0]), asked.unpack(value[0])
+        scores = torch.baddbmm(_additive_mask(asking, asked, causal, bias, q), q, k.transpose(1, 2), alpha=scale)
+        weights = torch.softmax(scores, 2, out=scores)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.asking, ctx.asked, ctx.scale = asking, asked, scale
+        return asking.repack(weights @ v)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights = ctx.saved_tensors
+        asking, asked = ctx.asking, ctx.asked
+        gradient = asking.unpack(gradients[0][0].transpose(0, 1))
+        gradient.view(-1, asking.num_sequences * asking.width, gradient.shape[2]).index_fill_(1, asking.padding, 0.0)
+        for_scores = torch.ops.aten._softmax_backward_data(gradient @ v.transpose(1, 2), weights, 2, weights.dtype)
+        for_bias = for_scores.view(-1, asking.num_sequences, asking.width, asked.width).sum(1) if ctx.needs_input_grad[3] else None
+        for_scores = for_scores * ctx.scale
+        made = (for_scores @ k, asking), (for_scores.transpose(1, 2) @ q, asked), (weights.transpose(1, 2) @ gradient, asked)
+        return *(line.repack(rows).transpose(1, 2) for rows, line in made), for_bias, None, None, None, None
+
+
+def _additive_mask(asking: PackedRow, asked: PackedRow, causal: bool, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """Return the mask and bias that are added to the scores of `rows`.
+
+    `rows` is [heads × sequences, ...]; masked scores get −∞.
+    """
+    hidden = asking.causal_mask if causal else asked.padding_mask
+    if bias is not None:
+        hidden = (bias[:, None] + hidden).expand(-1, asking.num_sequences, -1, -1).reshape(-1, asking.width, asked.width)
+    elif not causal:
+        hidden = hidden.repeat(rows.shape[0] // asking.num_sequences, 1, 1)
+    return hidden.to(rows.dtype)
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
+    forward_config = _active_packing.get()
+    if forward_config is None:
+        return _padded_attention(module, query, key, value, attention_mask, **options)
+    asking, asked, causal = _query_and_key(module, forward_config.inputs)
+    # under autocast, rotary embeddings return fp32
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    scale = options.get("scaling")
+    scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+    bias: Tensor | None = options.get("position_bias") if asking is asked else None
+    bias = None if bias is None else bias[0]
+    wide = None if bias is None else (bias.dtype, *bias.shape)
+    plain = wide in (None, (torch.float32, query.shape[1], asking.width, asked.width)) and not torch.is_autocast_enabled("cpu")
+    if plain and native.supports(query, key, value) and query.shape[3] == key.shape[3] == value.shape[3]:
+        asking = forward_config.inputs.last_block if module in forward_config.last_block else asking
+        return _Attention.apply(query, key, value, bias, causal, asking, asked, scale), None
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    if query.device.type == "cpu" and max(asking.width, asked.width) <= MAX_STORED_WIDTH:
+        return _RowAttention.apply(query, key, value, bias, causal, asking, asked, scale), None
+    q, k, v = (line.unpack(part[0]) for part, line in ((query, asking), (key, asked), (value, asked)))
+    whole = causal and bias is None  # needs no mask: the fastest kernel can be used
+    mask = None if whole else _additive_mask(asking, asked, causal, bias, q).expand(q.shape[0], -1, -1)[None]
+    rows = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, is_causal=whole)
+    return asking.repack(rows[0]), None
+
+
+def _padded_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Any:
+    """Compute attention of padded rows, by transformers or, for single queries, by `native`.
+
+    With a single query per row, torch's operations spend much time next to the sums.
+    """
+    seen = None if attention_mask is None else attention_mask[:, 0, 0]
+    single = query.shape[2] == 1 and query.shape[3] == key.shape[3] == value.shape[3]
+    single = single and native.supports(query, key, value) and not torch.is_autocast_enabled("cpu")
+    masked = seen is None or (seen.dtype == torch.bool and attention_mask is not None and attention_mask.shape[1:3] == (1, 1))
+    if single and masked and not torch.is_grad_enabled() and options.get("position_bias") is None:
+        scale = options.get("scaling")
+        scale = query.shape[3] ** -0.5 if scale is None else float(scale)
+        seen = None if seen is None else seen.expand(query.shape[0], key.shape[2]).contiguous()
+        return native.attention_decode(query, key, value, seen, scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _query_and_key(module: nn.Module, lines: PackedInputs) -> tuple[PackedRow, PackedRow, bool]:
+    """Return the packed rows of the query and the key, and whether attention is causal."""
+    if lines.encoder is None or getattr(module, "is_causal", False):
+        return lines.decoder, lines.decoder, True
+    return (lines.decoder if module.is_decoder else lines.encoder), lines.encoder, False
+
+
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
+    return None if _active_packing.get() is not None else sdpa_mask(*arguments, **options)
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _attend)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)
+
+
+@cache
+def _with_padded_bias(kind: type) -> type:
+    """Return an attention class with a relative-position bias for padded rows.
+
+    Inside `packed` its bias is that of a padded row instead of that of the packed row.
+    """
+
+    def compute_bias(self: Any, query_length: int, key_length: int, *arguments: Any, **options: Any) -> Tensor:
+        forward_config = _active_packing.get()
+        if forward_config is not None:
+            query_length = key_length = _query_and_key(self, forward_config.inputs)[0].width
+        return kind.compute_bias(self, query_length, key_length, *arguments, **options)  # pyright: ignore
+
+    return type(kind.__name__, (kind,), {"compute_bias": compute_bias, "__module__": kind.__module__})
+
+
+def enable(model: Any) -> Any:
+    """Enable packed rows in a model that attends through transformers' interface.
+
+    Decoders must take positions, encoder–decoders must have relative ones: either way a token's
+    index in the packed row is not taken for its position in its sequence. Returns the model,
+    unchanged if it is not supported.
+    """
+    config = model.config
+    able = getattr(model, "_supports_attention_backend", False) or config.is_encoder_decoder
+    able = able and getattr(model, "_supports_sdpa", False) and config._attn_implementation == "sdpa"
+    relative = [module for module in model.modules() if hasattr(module, "compute_bias")]
+    plain = not getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    if able and plain and bool(relative) == bool(config.is_encoder_decoder):
+        model.set_attn_implementation(ATTENTION_NAME)
+        for module in relative:
+            module.__class__ = _with_padded_bias(type(module))
+    return model
+
+
+def is_enabled(model: Any) -> bool:
+    """Return whether a model is evaluated on packed rows."""
+    return getattr(getattr(model, "config", None), "_attn_implementation", None) == ATTENTION_NAME
+
+
+FEED_FORWARD = ("mlp", "DenseReluDense")  # its names in transformers' models
+
+
+@contextmanager
+def packed(model: Any, lines: PackedInputs) -> Generator[None]:
+    """Evaluate a model with packed rows enabled on `lines` within the block.
+
+    In its last block, attention and the feed-forward module work for the selected tokens alone: no
+    later token uses the results for the others, because only the head follows, and it is restricted
+    to the selected ones.
+    """
+    decoder = model.get_decoder() if model.config.is_encoder_decoder else model.base_model
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList)]
+    block = lists[0][-1] if len(lists) == 1 and len(lists[0]) else nn.Identity()
+    parts = [module for name, module in block.named_modules() if name.split(".")[-1] in FEED_FORWARD]
+
+    def select(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        sizes.append(arguments[0].shape[1])
+        return (gather_unique(arguments[0].squeeze(0), lines.selected)[None], *arguments[1:])
+
+    def spread(module: nn.Module, arguments: Any, output: Any) -> Any:
+        laid: Tensor = _ScatterUnique.apply(output.squeeze(0), lines.selected, sizes.pop())
+        return laid[None]
+
+    sizes: list[int] = []
+    handles: list[Any] = []
+    if len(parts) == 1:
+        handles = [parts[0].register_forward_pre_hook(select), parts[0].register_forward_hook(spread)]
+    token = _active_packing.set(_ActivePacking(lines, frozenset(block.modules())))
+    try:
+        yield
+    finally:
+        _active_packing.reset(token)
+        for handle in handles:
+            handle.remove()

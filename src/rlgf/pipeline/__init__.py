@@ -1,0 +1,1 @@
+"""The pipeline from a config to a finished run: checks, stages, training, final evaluation."""

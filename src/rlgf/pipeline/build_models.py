@@ -1,0 +1,118 @@
+"""The models of a run: policy, reference, critics and the model before SFT."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlgf.algorithms.guided import Algorithm
+from rlgf.config.schema import Config
+from rlgf.data.tokenization import Codec
+from rlgf.errors import UserError
+from rlgf.models import lora
+from rlgf.models.critic import Critic, new_critic, new_lora_critic
+from rlgf.models.language_model import POLICY_ADAPTER, LanguageModel
+from rlgf.models.loading import (
+    load_codec,
+    load_eos_token_ids,
+    load_language_model,
+    load_tokenizer,
+    max_length_of,
+    require_language_model,
+)
+from rlgf.models.offload import offload
+from rlgf.pipeline.stage_cache import Report
+from rlgf.pipeline.stages import base_is_known, load_base_model, tokenizer_for
+from rlgf.rl.experience import Models
+from rlgf.types import Origin
+
+
+def build_models(config: Config, algorithm: Algorithm, reference: LanguageModel, start: str, policy_path: str) -> Models:
+    """Return the policy, the reference model and the critics.
+
+    They are separate models, or adapters on the reference's weights.
+    """
+    critic = config.critic
+    policy = (
+        adapted_policy(config, reference, start, policy_path)
+        if config.lora.rank or reference.adapter is not None
+        else load_language_model(policy_path, config.runtime.device)
+    )
+
+    def new(origin: Origin) -> Critic:
+        if critic.kind == "lora":
+            name = f"critic_{origin.name.lower()}"
+            seed = config.seed + origin
+            return new_lora_critic(name, policy, critic.initial_value, config.lora, seed, critic.path)
+        return new_critic(critic.kind, critic.path or policy_path, policy, critic.initial_value)
+
+    models = Models(policy, reference, {origin: new(origin) for origin in algorithm.critics})
+    device = torch.device(config.runtime.device)
+    for module in (
+        *([reference.model] if "reference" in config.runtime.offload else []),
+        *(models.critics.values() if "critic" in config.runtime.offload else []),
+    ):
+        offload(module, device)
+    return models
+
+
+def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_path: str) -> LanguageModel:
+    """Return the policy as a new adapter on the reference's weights.
+
+    It starts from the result of SFT or, if the policy was distilled, of distillation.
+    """
+    model = reference.model
+    if policy_path != start:
+        lora.load(model, policy_path, POLICY_ADAPTER)
+    elif reference.adapter is not None:
+        lora.clone(model, reference.adapter, POLICY_ADAPTER)
+    else:
+        lora.add(model, POLICY_ADAPTER, config.lora, config.seed)
+    return dataclasses.replace(reference, adapter=POLICY_ADAPTER)
+
+
+def merge(folder: str, out: Path) -> None:
+    """Merge an adapter into its base model and write the full model to `out`.
+
+    `folder` is that of a run or of an adapter. Raises `UserError` if there is nothing to merge or
+    `out` is not empty.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"there is no folder {folder}: give that of a run, or of an adapter.")
+    if lora.is_adapter_folder(str(Path(folder) / "policy")):  # a run
+        folder = str(Path(folder) / "policy")
+    if not lora.is_adapter_folder(folder):
+        raise UserError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
+    require_language_model(folder)
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose another --out.")
+    base = load_language_model(lora.base_of(folder))
+    whole = dataclasses.replace(base, model=lora.merged(base.model, folder), tokenizer=load_tokenizer(folder))
+    whole.save(out)
+
+
+def starting_codec(config: Config, stages: Path, report: Report) -> tuple[Codec, int]:
+    """Return the policy's codec and context length, before the policy is built."""
+    path = config.policy or config.model.path
+    if path is None:
+        tokenizer = tokenizer_for(config, config.task, config.model, stages, report)[0]
+        return Codec(tokenizer, config.model.architecture == "t5"), config.model.max_length
+    return load_codec(path), max_length_of(path)
+
+
+def starting_eos_token_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
+    """Return the policy's EOS token ids, before the policy is built."""
+    path = config.policy or config.model.path
+    return (int(tokenizer.eos_token_id),) if path is None else load_eos_token_ids(path, tokenizer)
+
+
+def load_pre_sft_model(config: Config, reference: LanguageModel, stages: Path, report: Report) -> LanguageModel | None:
+    """Return the model before SFT, for output perplexity, or None.
+
+    None if output perplexity is disabled or the model before SFT is unknown. If the reference is an
+    adapter on its weights, or these weights themselves, they are shared.
+    """
+    if not config.evaluation.output_perplexity or not base_is_known(config):
+        return None
+    return load_base_model(config, stages, report, reference).freeze()

@@ -1,0 +1,161 @@
+"""The final evaluation of a run and of its baselines."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlgf.config.schema import Config
+from rlgf.data.files import read_complete_lines
+from rlgf.errors import UserError
+from rlgf.evaluation.best_of_n import evaluate_best_of
+from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, evaluate_guide, evaluate_policy
+from rlgf.guides.local import ModelGuide
+from rlgf.pipeline.stage_cache import Report
+from rlgf.pipeline.stages import load_base_model
+from rlgf.rewards.build import check_reward_columns
+from rlgf.rl.experience import ForwardConfig
+from rlgf.rl.rollout import RolloutConfig
+from rlgf.rl.tensors import Rollout
+from rlgf.runs.directory import RunDirectory
+from rlgf.runs.machine import describe_machine
+from rlgf.runs.recorder import rollout_rows
+from rlgf.tasks.base import Task
+from rlgf.trainer import Components, Trainer
+from rlgf.types import Prompt, SamplingParams
+
+Evaluated = tuple[dict[str, float], Rollout, list[float]]  # metrics, rollout, scores
+EXAMPLES = 8  # completions of the test split stored in the results
+
+
+def examples(rollout: Rollout, scores: Sequence[float]) -> list[dict[str, Any]]:
+    """Return the first completions of a final evaluation, as stored in the results."""
+    shown = zip(rollout.prompts[:EXAMPLES], rollout.completions, scores)
+    return [{"prompt": prompt.text, "text": text, "score": value} for prompt, text, value in shown]
+
+
+def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
+    """Return the final evaluation on the test split and the task's extra splits.
+
+    The result also has the run's settings, time and machine. Completions are written to
+    `evaluation[-SPLIT].jsonl`.
+    """
+    config, codec = trainer.config, trainer.components.models.policy.codec
+    judges = dataclasses.replace(trainer.evaluation_context, final=config.evaluation, judge=trainer.components.judge)
+    found: dict[str, dict[str, float]] = {}
+    shown: list[dict[str, Any]] = []
+    splits = final_prompts(trainer.components.task, config)
+    for split, prompts in splits.items():
+        found[split], rollout, scores = trainer.evaluate(prompts, final=True)
+        path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{split}.jsonl")
+        path.unlink(missing_ok=True)
+        directory.log(path.name, rollout_rows(rollout, scores, config.ppo.iterations, codec))
+        shown = shown or examples(rollout, scores)
+    return {
+        "algorithm": config.algorithm.name,
+        "title": trainer.components.algorithm.title,
+        "recipe": config.recipe,
+        "seed": config.seed,
+        "completions_used": config.ppo.iterations * config.ppo.completions_per_iteration + config.distill.num_completions,
+        "sampling": (config.evaluation.sampling or config.sampling).describe(),
+        **as_results(found),
+        "examples": shown,
+        **extra_results(config, trainer.rollout_config, splits["test"], judges),
+        "token_budget": trainer.forward_config.token_budget,
+        "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
+        "machine": describe_machine(),
+    }
+
+
+def final_prompts(task: Task, config: Config) -> dict[str, Sequence[Prompt]]:
+    """Return the prompts of the final evaluation for each split.
+
+    Splits are 'test' and the task's `extra_test_splits`.
+    """
+    return {
+        split: prompts[: config.evaluation.final_prompts]
+        for split, prompts in {"test": task.test, **task.extra_test_splits}.items()
+    }
+
+
+def check_final_evaluation(task: Task, config: Config) -> None:
+    """Raise `UserError` if the final evaluation cannot be computed.
+
+    Called before anything is trained.
+    """
+    splits = final_prompts(task, config)
+    check_text_metrics(config.evaluation, [prompt for part in splits.values() for prompt in part])
+    for split, prompts in splits.items():
+        check_reward_columns(config.reward, split, prompts)
+        if config.judge.spec and not any(prompt.references for prompt in prompts):
+            raise UserError(
+                f"the judge compares texts with references, and no {split} prompt of task '{task.name}' has one: leave out "
+                "--judge, or give held-out prompts references."
+            )
+
+
+def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Return the metrics of all splits as stored in `results.json`.
+
+    'evaluation' has those of the test split, 'evaluations' those of other splits, if any.
+    """
+    others = {split: metrics for split, metrics in found.items() if split != "test"}
+    return {"evaluation": found["test"], **({"evaluations": others} if others else {})}
+
+
+def extra_results(
+    config: Config, rollout_config: RolloutConfig, prompts: Sequence[Prompt], judges: EvaluationContext
+) -> dict[str, Any]:
+    """Return the judge's name, the output-perplexity model and best-of-n metrics.
+
+    Each is included only if it is configured.
+    """
+    found: dict[str, Any] = {"judge": judges.judge.name} if judges.judge else {}
+    if judges.pre_sft_model is not None:
+        found["output_perplexity_model"] = config.model.path or "a model trained here on the task's raw text"
+    samples = config.evaluation.best_of
+    if samples:
+        rollout_config = dataclasses.replace(rollout_config, sampling=best_of_n_sampling(config))
+        metrics, _, _ = evaluate_best_of(rollout_config, prompts, judges, samples, config.evaluation.seed)
+        found["best_of"] = {"samples": samples, "sampling": best_of_n_sampling(config).describe(), "evaluation": metrics}
+    return found
+
+
+def best_of_n_sampling(config: Config) -> SamplingParams:
+    """Return the sampling parameters of best-of-n.
+
+    They are those of evaluations, unless these always return the same completion (greedy, beams).
+    """
+    sampling = config.evaluation.sampling
+    return config.sampling if sampling is None or sampling.greedy or sampling.num_beams > 1 else sampling
+
+
+def evaluate_baselines(parts: Components, stages: Path, report: Report) -> dict[str, dict[str, Any]]:
+    """Return the final evaluations of `evaluation.baselines`, on the prompts of every run."""
+    config, seed = parts.config, parts.config.evaluation.seed
+    forward_config = ForwardConfig(config.sampling, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision)
+    judges = EvaluationContext(
+        parts.task, parts.reward, parts.models.reference, parts.pre_sft_model, forward_config, config.evaluation, parts.judge
+    )
+    sampling = config.evaluation.sampling or config.sampling
+    rollout_config = RolloutConfig(
+        parts.models.reference, parts.guide, sampling, config.task.max_new_tokens, config.task.min_new_tokens,
+        config.seed, config.runtime.precision,
+    )  # fmt: skip
+
+    def row(title: str, how: str, evaluate: Callable[[Sequence[Prompt]], Evaluated]) -> dict[str, Any]:
+        found = {split: evaluate(prompts) for split, prompts in final_prompts(parts.task, config).items()}
+        metrics = as_results({split: measured for split, (measured, _, _) in found.items()})
+        return {"title": title, "sampling": how, **metrics, "examples": examples(*found["test"][1:]), "completions_used": 0}
+
+    found: dict[str, dict[str, Any]] = {}
+    if "zero_shot" in config.evaluation.baselines:
+        before = dataclasses.replace(rollout_config, policy=load_base_model(config, stages, report, parts.models.reference))
+        found["zero_shot"] = row("zero-shot", sampling.describe(), lambda p: evaluate_policy(before, p, judges, seed))
+    if "sft" in config.evaluation.baselines:
+        found["sft"] = row("SFT", sampling.describe(), lambda p: evaluate_policy(rollout_config, p, judges, seed))
+        found["sft"] |= extra_results(config, rollout_config, final_prompts(parts.task, config)["test"], judges)
+    if "guide" in config.evaluation.baselines and parts.guide is not None:
+        how = config.guide.sampling.describe() if isinstance(parts.guide, ModelGuide) else "its own"
+        found["guide"] = row("guide", how, lambda p: evaluate_guide(rollout_config, p, judges, seed))
+    return found

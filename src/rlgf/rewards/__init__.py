@@ -1,0 +1,1 @@
+"""Rewards: functions of prompts and completions that return a score each."""

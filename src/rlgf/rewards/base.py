@@ -1,0 +1,55 @@
+"""Rewards as functions of prompts and completions, with checked results."""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from rlgf.errors import RunError, UserError
+from rlgf.types import Prompt, RewardFunction
+
+
+def score_full_text(judge: RewardFunction) -> RewardFunction:
+    """Return a reward that scores each prompt joined with its completion."""
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
+        return judge(prompts, [prompt.text + text for prompt, text in zip(prompts, texts)])
+
+    reward.judge = judge  # pyright: ignore[reportFunctionMemberAccess]
+    return reward
+
+
+def continuation_only(reward: RewardFunction) -> RewardFunction | None:
+    """Return the reward inside `score_full_text`, which scores completions alone, or None."""
+    return getattr(reward, "judge", None)
+
+
+def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """Call a reward and check that it returns one finite number for each completion.
+
+    Every failure raises `RunError`.
+    """
+    try:
+        answer: Any = reward(prompts, texts)
+        values: list[Any] = list(answer.tolist() if hasattr(answer, "tolist") else answer)
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(
+            f"the reward failed on {len(texts)} texts ({type(error).__name__}: {error}): mend it and run again."
+        ) from error
+    if len(values) != len(texts):
+        raise RunError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
+    for value, text in zip(values, texts):
+        if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
+            raise RunError(f"the reward of the text {text[:60]!r} is {value!r}: it must be a finite number.")
+    return [float(value) for value in values]
+
+
+def probe_reward(reward: RewardFunction, prompts: Sequence[Prompt]) -> None:
+    """Call a reward on a few texts before training; raise `UserError` if it fails."""
+    texts = [prompt.references[0] if prompt.references else "a text" for prompt in prompts]
+    try:
+        score(reward, [*prompts, prompts[0]], [*texts, ""])
+    except RunError as error:
+        raise UserError(f"probe: {error}") from error.__cause__

@@ -1,0 +1,127 @@
+"""Construction of the configured reward, and checks of its names and columns."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlgf.config.sections import RewardConfig
+from rlgf.config.specs import load_object
+from rlgf.errors import UserError, unknown
+from rlgf.models import lora
+from rlgf.models.language_model import LanguageModel
+from rlgf.rewards.base import score_full_text
+from rlgf.rewards.classifier import SequenceClassifier
+from rlgf.rewards.ngram import NgramClassifier
+from rlgf.rewards.reward_model import is_reward_model, load_reward_model, require_reward_model
+from rlgf.rewards.weighted_sum import WeightedSum
+from rlgf.tasks.base import Task
+from rlgf.text_metrics.as_rewards import TEXT_FUNCTIONS, build_text_function, require_columns, strip_reply_prefixes
+from rlgf.types import Prompt, RewardFunction
+
+
+def build_reward(
+    config: RewardConfig,
+    task: Task,
+    stage_folders: Mapping[str, Path],
+    device: str = "cpu",
+    backbone: LanguageModel | None = None,
+) -> RewardFunction:
+    """Build the reward of `reward.path`, or the weighted sum of `reward.weights`.
+
+    `made` maps 'ngram' and 'preferences', if used, to the folders of their stages. A reward model
+    that is an adapter is loaded onto the weights of `backbone` if it was trained for them.
+    """
+    check_reward_names(config.names)
+    load = partial(load_reward_model, device=device, backbone=backbone)
+    if config.weights:
+        parts = {name: (weight, _build(name, config, task, stage_folders, load)) for name, weight in config.weights.items()}
+        return WeightedSum(parts)
+    return _build(config.path, config, task, stage_folders, load)
+
+
+def _build(
+    path: str, config: RewardConfig, task: Task, made: Mapping[str, Path], load: Callable[[str], RewardFunction]
+) -> RewardFunction:
+    """Build one reward by name.
+
+    For a task that scores the full text, a classifier takes prompt and completion together.
+    """
+    if path == "task":
+        if task.reward is None:
+            raise missing_rule_error(task.name)
+        return task.reward
+    if path.startswith("python:"):
+        return bind_columns(load_object(path, "reward"))
+    if path in TEXT_FUNCTIONS:
+        return build_text_function(path, task.train, config.options.get(path))
+    folder = made.get(path) or Path(path).expanduser()
+    judge: RewardFunction
+    place = str(made.get(path, path))
+    if (folder / "ngram.json").is_file():
+        judge = NgramClassifier.load(folder)
+    elif lora.is_adapter_folder(place) or is_reward_model(place):
+        return load(place)
+    else:
+        judge = SequenceClassifier(place)
+    return (
+        score_full_text(judge)
+        if task.scores_full_text
+        else lambda prompts, texts: judge(prompts, strip_reply_prefixes(prompts, texts))
+    )
+
+
+def missing_rule_error(task: str) -> UserError:
+    """Return the error for a task without a reward of its own."""
+    return UserError(
+        f"task '{task}' has no rule of its own: set reward.path to 'ngram', 'preferences', a metric, a classifier or a reward "
+        "model, or 'python:module:name'."
+    )
+
+
+def check_reward_names(names: Sequence[str]) -> None:
+    """Raise if a reward does not exist, from the configs of the models alone.
+
+    Rewards that this run trains are skipped.
+    """
+    for name in names:
+        if name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS or name.startswith("python:"):
+            continue
+        folder = Path(name).expanduser()
+        if not folder.exists() and difflib.get_close_matches(name, TEXT_FUNCTIONS, n=1, cutoff=0.8):
+            raise unknown("reward", name, TEXT_FUNCTIONS)
+        require_reward_model(name)
+        if not (folder / "ngram.json").is_file():
+            is_reward_model(name)  # raises if there is no such model
+
+
+def check_reward_columns(config: RewardConfig, split: str, prompts: Sequence[Prompt]) -> None:
+    """Raise `UserError` if prompts lack the columns that a metric needs as a reward."""
+    for name in config.names:
+        if name in TEXT_FUNCTIONS:
+            try:
+                require_columns(name, prompts, config.options.get(name) or {})
+            except UserError as error:
+                raise UserError(f"{split} prompts: {error}") from None
+
+
+def bind_columns(function: Callable[..., Any]) -> RewardFunction:
+    """Return a function of `prompts` and `texts` alone.
+
+    If `function` has parameters `references` or `columns`, they receive those of each prompt.
+    """
+    try:
+        named = inspect.signature(function).parameters
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return function
+    readers: dict[str, Callable[[Prompt], Any]] = {"references": lambda p: p.references, "columns": lambda p: p.columns}
+    wanted = {name: read for name, read in readers.items() if name in named}
+    if not wanted:
+        return function
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
+        return function(prompts, texts, **{name: [read(prompt) for prompt in prompts] for name, read in wanted.items()})
+
+    return reward

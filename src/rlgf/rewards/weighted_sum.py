@@ -1,0 +1,59 @@
+"""Weighted sums of rewards, and the scores of their terms."""
+
+from collections.abc import Callable, Sequence
+
+from rlgf.rewards.base import score
+from rlgf.rewards.reward_model import AdapterRewardModel, RewardModel
+from rlgf.text_metrics.as_rewards import TermSum
+from rlgf.types import Prompt, RewardFunction
+
+
+class WeightedSum(TermSum):
+    """A weighted sum of rewards, with the result of each one checked."""
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """Return the weighted sum for each completion."""
+        return self.total({name: score(reward, prompts, texts) for name, (_, reward) in self.terms.items()})
+
+
+Batch = tuple[Sequence[Prompt], Sequence[str]]
+
+
+def no_op() -> None:
+    """Do nothing, as the default callback."""
+
+
+def score_components(
+    reward: RewardFunction, batches: Sequence[Batch], on_weights_released: Callable[[], None] = no_op
+) -> list[tuple[list[float], dict[str, list[float]]]]:
+    """Return for each batch the rewards of its completions and those of each term.
+
+    The terms are those of a sum, by name, `TERM/TERM` for nested sums; other rewards have none.
+    Rewards that use the policy's weights are evaluated first; `on_weights_released` is called after
+    them.
+    """
+    if not isinstance(reward, TermSum):
+        if not uses_policy_weights(reward):
+            on_weights_released()
+        found = [(score(reward, *batch), dict[str, list[float]]()) for batch in batches]
+        on_weights_released()
+        return found
+    terms: list[dict[str, list[float]]] = [{} for _ in batches]
+    parts: list[dict[str, list[float]]] = [{} for _ in batches]
+    own = [name for name, (_, term) in reward.terms.items() if uses_policy_weights(term)]
+    for name in [*own, *(name for name in reward.terms if name not in own)]:
+        if name not in own:
+            on_weights_released()
+        for place, (values, inner) in enumerate(score_components(reward.terms[name][1], batches)):
+            terms[place][name] = values
+            parts[place] |= {name: values, **{f"{name}/{part}": said for part, said in inner.items()}}
+    on_weights_released()
+    totals = [reward.total({name: said[name] for name in reward.terms}) for said in terms]
+    return [(score(lambda *_, total=total: total, *batch), said) for total, batch, said in zip(totals, batches, parts)]
+
+
+def uses_policy_weights(reward: RewardFunction) -> bool:
+    """Return whether a reward uses the policy's weights, where one adapter is active at a time."""
+    if isinstance(reward, TermSum):
+        return any(uses_policy_weights(term) for _, term in reward.terms.values())
+    return isinstance(reward, RewardModel) and isinstance(reward.model, AdapterRewardModel)

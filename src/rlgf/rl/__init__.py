@@ -1,0 +1,1 @@
+"""The reinforcement-learning iteration: rollout, experience, update."""

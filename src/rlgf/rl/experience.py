@@ -1,0 +1,367 @@
+"""From a rollout to an experience: log-probabilities, values, advantages and returns.
+
+All are computed before the first update, by these rules:
+
+- The reward is placed at the last completion token.
+- The critic of a row's rollout origin values the row: V^π after a policy rollout, V^g after a guide
+  rollout.
+- V^π is fitted to reward plus KL penalty. V^g is fitted to the reward alone; the KL penalty of a
+  token is added to the advantage A^g of that token instead.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlgf.algorithms import losses
+from rlgf.algorithms.advantages import explained_variance, gae, moments, place_at_end, td_errors, whiten
+from rlgf.algorithms.guided import PhaseWeight
+from rlgf.config.sections import PPOConfig
+from rlgf.distributed import all_reduce_moments
+from rlgf.kernels.concurrency import ConcurrentPair
+from rlgf.models import padding_free
+from rlgf.models.critic import Critic
+from rlgf.models.forward import MicroBatch, backbone_states, is_encoder_decoder, micro_batches, token_logits
+from rlgf.models.language_model import LanguageModel
+from rlgf.models.log_probs import token_log_probs
+from rlgf.models.offload import on_device
+from rlgf.rl.tensors import Experience, Rollout
+from rlgf.types import GUIDE, POLICY, Origin, SamplingParams
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, the reference model and the critics."""
+
+    policy: LanguageModel
+    reference: LanguageModel
+    critics: Mapping[Origin, Critic]  # V^π at POLICY, V^g at GUIDE, if the algorithm needs them
+
+
+@dataclass(frozen=True)
+class ForwardConfig:
+    """The settings that all forward passes share."""
+
+    sampling: SamplingParams
+    ppo: PPOConfig
+    token_budget: int  # tokens of a micro-batch
+    precision: str = "fp32"
+
+
+def policy_log_probs(
+    rollout: Rollout,
+    rows: Tensor,
+    columns: Tensor,
+    logits: Tensor,
+    eos_token_ids: Sequence[int],
+    forward_config: ForwardConfig,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Compute the policy's log-probabilities for the PPO ratio.
+
+    With `ppo.ratio_support` 'full', under the full softmax at temperature 1; otherwise under the
+    sampling distribution: temperature, top-k and top-p support, and no EOS token before
+    `min_new_tokens`.
+
+    Args:
+        rollout: the rollout that holds the tokens.
+        rows: int64 [tokens], the rows of the tokens.
+        columns: int64 [tokens], the columns of the tokens.
+        logits: the logits at these tokens, [tokens, vocabulary].
+        eos_token_ids: the ids of all EOS tokens.
+        forward_config: temperature and ratio support.
+        inplace_backward: as in `rlgf.models.log_probs.token_log_probs`.
+
+    Returns:
+        [tokens].
+    """
+    tokens = rollout.ids[rows, columns].to(logits.device)
+    if forward_config.ppo.ratio_support == "full":
+        return token_log_probs(logits, tokens, inplace_backward=inplace_backward)
+    support = rollout.support.select(rows, columns) if rollout.support is not None else None
+    if support is not None:
+        support = type(support)(support.counts.to(logits.device), support.ids.to(logits.device))
+    forbidden = (rollout.response_position[rows, columns] < rollout.min_new_tokens).to(logits.device)
+    ends = torch.tensor(list(eos_token_ids), device=logits.device)
+    return token_log_probs(logits, tokens, forward_config.sampling.temperature, support, forbidden, ends, inplace_backward)
+
+
+class RolloutScorer:
+    """A rollout to run several models on, without gradients.
+
+    Micro-batches are built once per selection of tokens and reused by all models of the same kind.
+    """
+
+    def __init__(self, rollout: Rollout, forward_config: ForwardConfig) -> None:
+        self.rollout, self.forward_config = rollout, forward_config
+        self.packed: list[tuple[tuple[bool, bool], Tensor, list[MicroBatch]]] = []
+
+    def batches(self, model: Any, selected: Tensor) -> list[MicroBatch]:
+        """Return the micro-batches of the selected tokens in the model's input format."""
+        kind = (padding_free.is_enabled(model), is_encoder_decoder(model))
+        for known, tokens, batches in self.packed:
+            if known == kind and torch.equal(tokens, selected):
+                return batches
+        rollout = self.rollout
+        made = list(micro_batches(model, rollout.ids, rollout.prompt_lengths, selected, self.forward_config.token_budget))
+        self.packed.append((kind, selected, made))
+        return made
+
+    def run_model(self, model: LanguageModel, selected: Tensor) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
+        """Run a model on the selected tokens; yield one micro-batch at a time.
+
+        Yields:
+            The micro-batch, its logits [tokens, vocabulary] and its hidden states [tokens, hidden]
+            before these tokens.
+        """
+        with on_device(model.model):
+            for batch in self.batches(model.model, selected):
+                with torch.no_grad():
+                    logits, states = token_logits(model, batch, self.forward_config.precision)
+                yield batch, logits, states
+
+    def full_log_probs(self, selected: Tensor, model: LanguageModel) -> Tensor:
+        """Compute full-softmax log-probabilities of the selected tokens.
+
+        Returns:
+            [rows, width] at temperature 1, zero outside the selection.
+        """
+        values = torch.zeros(self.rollout.ids.shape)
+        for batch, logits, _ in self.run_model(model, selected):
+            values[batch.token_index] = self._full(batch, logits)
+        return values
+
+    def recompute(self, policy: LanguageModel) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Recompute the log-probabilities of the policy's tokens in a forward pass.
+
+        Returns:
+            Log-probabilities as the PPO ratio uses them, [rows, width]; full-softmax
+            log-probabilities, [rows, width]; hidden states of each micro-batch, [tokens, hidden].
+        """
+        sampled, full = torch.zeros(self.rollout.ids.shape), torch.zeros(self.rollout.ids.shape)
+        seen: list[Tensor] = []
+        for batch, logits, states in self.run_model(policy, self.rollout.by_policy):
+            own = policy_log_probs(self.rollout, *batch.token_index, logits, policy.eos_token_ids, self.forward_config)
+            sampled[batch.token_index], full[batch.token_index] = own.cpu(), self._full(batch, logits)
+            seen.append(states)
+        return sampled, full, seen
+
+    def values(self, selected: Tensor, critic: Critic, policy: LanguageModel, seen: Sequence[Tensor]) -> Tensor:
+        """Compute the values of the states before the selected tokens.
+
+        A critic that shares the policy's backbone reuses `seen`, the policy's hidden states from
+        `recompute`, if the selection is the same.
+
+        Returns:
+            [rows, width], zero outside the selection.
+        """
+        values = torch.zeros(self.rollout.ids.shape)
+        trunk = policy.backbone() if critic.backbone is None else critic.backbone
+        known = bool(seen) and torch.equal(selected, self.rollout.by_policy)
+        with torch.no_grad(), on_device(critic):
+            for place, batch in enumerate(self.batches(trunk.model, selected)):
+                hidden = None
+                if critic.backbone is None:
+                    hidden = seen[place] if known else backbone_states(trunk, batch, self.forward_config.precision)
+                values[batch.token_index] = critic(batch, self.forward_config.precision, hidden).cpu()
+        return values
+
+    def _full(self, batch: MicroBatch, logits: Tensor) -> Tensor:
+        """Compute full-softmax log-probabilities of a micro-batch's tokens, [tokens]."""
+        return token_log_probs(logits, self.rollout.ids[batch.token_index].to(logits.device)).cpu()
+
+
+@dataclass(frozen=True)
+class TokenLogProbs:
+    """The log-probabilities and values of a rollout, independent of its reward.
+
+    Shapes as in `Experience`.
+    """
+
+    old_log_probs: Tensor
+    reference_log_probs: Tensor
+    kl: Tensor
+    values: Mapping[Origin, Tensor]  # by each critic, zero in rows that do not need it
+
+
+def compute_log_probs(
+    rollout: Rollout,
+    phase_weights: Sequence[PhaseWeight],
+    models: Models,
+    forward_config: ForwardConfig,
+    concurrency: ConcurrentPair | None = None,
+) -> TokenLogProbs:
+    """Compute log-probabilities, reference log-probabilities and values of a rollout.
+
+    No reward is needed, so this may run concurrently with scoring. The policy is run only with
+    `ppo.old_log_probs` 'recompute'; otherwise the log-probabilities of sampling are used. With
+    `lanes`, reference and critics run concurrently if they take about the same time.
+    """
+    sweep, seen = RolloutScorer(rollout, forward_config), list[Tensor]()
+    old, full = rollout.log_probs, rollout.full_log_probs
+    if forward_config.ppo.old_log_probs == "recompute":
+        old, full, seen = sweep.recompute(models.policy)
+    if forward_config.ppo.ratio_support == "full":
+        old = full
+
+    def by_critics() -> dict[Origin, Tensor]:
+        values: dict[Origin, Tensor] = {}
+        for origin, critic in models.critics.items():
+            concerned = (rollout.rollout_by == origin) | (advantage_weights(rollout, phase_weights, origin) != 0)
+            if bool(concerned.any()):
+                selected = rollout.completion_mask & concerned[:, None]
+                values[origin] = sweep.values(selected, critic, models.policy, seen)
+        return values
+
+    by_reference = partial(sweep.full_log_probs, rollout.by_policy, models.reference)
+    reference, values = run_with_critics(concurrency, models.reference.model, rollout, by_reference, by_critics)
+    return TokenLogProbs(old, reference, losses.kl_k1(full, reference) * rollout.by_policy, values)
+
+
+def run_with_critics(
+    concurrency: ConcurrentPair | None, model: Any, rollout: Rollout, task: Callable[[], S], critics: Callable[[], T]
+) -> tuple[S, T]:
+    """Run a language model's task and the critics' task; return both results.
+
+    They run concurrently if `lanes` is given and both take about the same time.
+    """
+    return concurrency.run(task, critics) if concurrency and _costs_alike(model, rollout) else (task(), critics())
+
+
+def _costs_alike(model: Any, rollout: Rollout) -> bool:
+    """Return whether a language model takes about as long as a critic.
+
+    A critic has no language-model head, and the head can be most of the work.
+    """
+    head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
+    body = sum(parameter.numel() for parameter in model.parameters()) - head
+    return 3 * head * int(rollout.by_policy.sum()) <= 2 * body * int(rollout.lengths.sum())
+
+
+def make_experience(
+    rollout: Rollout,
+    phase_weights: Sequence[PhaseWeight],
+    credit: str,
+    scores: Sequence[float],
+    rewards: Sequence[float],
+    token_log_probs: TokenLogProbs,
+    ppo: PPOConfig,
+    kl_coefficient: float,
+) -> Experience:
+    """Compute advantages and value targets of a rollout.
+
+    Args:
+        rollout: the completions.
+        phase_weights: the phase weights of the iteration.
+        credit: the advantage estimator (see `assign_credit`).
+        scores: the task's rewards, [rows].
+        rewards: the shaped rewards to optimize, [rows].
+        token_log_probs: log-probabilities and values.
+        ppo: γ, λ and whether advantages are whitened.
+        kl_coefficient: the factor of the KL penalty, in reward per nat.
+
+    Returns:
+        The experience. Its advantages are Σ_x weight_x A^x over the origins x with a critic: A^x is
+        given by `assign_credit` in rows with rollout origin x, and consists of one-step errors in
+        the other rows. Its returns are GAE plus value, by the critic of each row's rollout origin.
+    """
+    kl, penalty = token_log_probs.kl, -kl_coefficient * token_log_probs.kl
+    terminal = place_at_end(torch.tensor(list(rewards)), rollout.completion_mask)
+    advantages, returns, values = (torch.zeros(rollout.ids.shape) for _ in range(3))
+    for origin, estimate in token_log_probs.values.items():
+        own = (rollout.rollout_by == origin)[:, None]
+        reward = terminal + penalty if origin == POLICY else terminal
+        one_step = td_errors(reward, estimate, rollout.completion_mask, ppo.gamma)
+        sampled = gae(reward, estimate, rollout.completion_mask, ppo.gamma, ppo.gae_lambda)
+        credited = torch.where(own, assign_credit(rollout, origin, credit, one_step, sampled), one_step)
+        if origin == GUIDE:
+            credited = credited + penalty
+        advantages += advantage_weights(rollout, phase_weights, origin)[:, None] * credited
+        values += own * estimate
+        returns += own * rollout.after_switch * (sampled + estimate)
+
+    trained = rollout.trained_tokens(credit)
+    advantages = advantages * trained
+    stats = _stats(rollout, trained, scores, rewards, kl, advantages, values, returns)
+    if ppo.whiten_advantages:
+        advantages = whiten(advantages, trained, all_reduce_moments(moments(advantages, trained)))
+    return Experience(
+        rollout,
+        credit,
+        torch.tensor(list(scores)),
+        token_log_probs.old_log_probs,
+        token_log_probs.reference_log_probs,
+        kl,
+        values * rollout.completion_mask,
+        returns,
+        advantages,
+        stats,
+    )
+
+
+def assign_credit(rollout: Rollout, rollout_by: Origin, credit: str, one_step: Tensor, gae_estimate: Tensor) -> Tensor:
+    """Select the advantage estimate of each token in rows of the critic's own origin.
+
+    After a policy rollout: GAE. After a guide rollout, by `credit`:
+
+    - 'gae': GAE.
+    - 'td': GAE at the last token before the switch, the token that the guide actually continued;
+      one-step errors at the tokens before it.
+    - 'switch': GAE; only that last token is trained (see `Rollout.trained_tokens`).
+
+    Args:
+        rollout: the completions.
+        rollout_by: the rollout origin.
+        credit: 'gae', 'td' or 'switch'.
+        one_step: one-step temporal-difference errors, [rows, width].
+        gae_estimate: GAE, [rows, width].
+
+    Returns:
+        [rows, width].
+    """
+    if rollout_by == POLICY or credit != "td":
+        return gae_estimate
+    at_switch = rollout.response_position == rollout.switch_position[:, None] - 1
+    return torch.where(at_switch, gae_estimate, one_step)
+
+
+def advantage_weights(rollout: Rollout, phase_weights: Sequence[PhaseWeight], origin: Origin) -> Tensor:
+    """Return the weight of A^π (POLICY) or A^g (GUIDE) for each row, [rows]."""
+    by_phase = {share.phase: share.policy_weight if origin == POLICY else share.guide_weight for share in phase_weights}
+    return torch.tensor([by_phase[phase] for phase in rollout.phase.tolist()])
+
+
+def _stats(
+    rollout: Rollout, trained: Tensor, scores: Sequence[float], rewards: Sequence[float], kl: Tensor, advantages: Tensor,
+    values: Tensor, returns: Tensor,
+) -> dict[str, float]:  # fmt: skip
+    """Compute the metrics of an experience (docs/metrics.md)."""
+    by_policy, after = rollout.by_policy, rollout.after_switch
+    writers = by_policy.any(1)
+    alone = (rollout.rollout_by == POLICY) & (rollout.switch_position == 0)
+    score, reward = torch.tensor(list(scores)), torch.tensor(list(rewards))
+    return {
+        "score": float(score.mean()),
+        "score_policy_only": float(score[alone].mean()) if bool(alone.any()) else float("nan"),
+        "reward": float(reward.mean()),
+        "kl_k1": float(kl.sum() / max(1, int(writers.sum()))),
+        "kl_k1_per_token": float(kl.sum() / max(1, int(by_policy.sum()))),
+        "completion_length": float(rollout.completion_mask.sum(1).float().mean()),
+        "switch_position_mean": float(rollout.switch_position.float().mean()),
+        "policy_tokens": int(by_policy.sum()),
+        "guide_tokens": int(rollout.by_guide.sum()),
+        "trained_tokens": int(trained.sum()),
+        "critic_tokens": int(after.sum()),
+        "guide_completions": int(rollout.by_guide.any(1).sum()),
+        "advantage_mean": float(advantages[trained].mean()) if bool(trained.any()) else 0.0,
+        "advantage_std": float(advantages[trained].std(unbiased=False)) if bool(trained.any()) else 0.0,
+        "value_mean": float(values[after].mean()) if bool(after.any()) else 0.0,
+        "explained_variance": explained_variance(values[after], returns[after]),
+    }

@@ -1,0 +1,409 @@
+"""Generation of rollouts from prompts, an algorithm, a policy and a guide.
+
+The steps are the same for every algorithm and row: a random number decides whether the row has a
+rollin; the rollin origin generates it; it is truncated to the switch position h; the rollout origin
+generates the rest.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+from rlgf.algorithms.guided import Algorithm, Phase, PhaseWeight, sample_switch
+from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations, replace_surrogates
+from rlgf.errors import RunError
+from rlgf.generation.base import SampledCompletions
+from rlgf.generation.decoder import sample_completions, split_context
+from rlgf.guides.base import Completion, CompletionRequest, Guide, query_guide
+from rlgf.models.forward import pad_rows
+from rlgf.models.language_model import LanguageModel
+from rlgf.models.log_probs import SampledSupport
+from rlgf.randomness import Purpose, permutation, uniform_rows, uniforms
+from rlgf.rl.tensors import Rollout
+from rlgf.types import GUIDE, POLICY, Origin, Prompt, SamplingParams
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """The settings of generation that stay the same during a run."""
+
+    policy: LanguageModel
+    guide: Guide | None
+    sampling: SamplingParams  # of the policy
+    max_new_tokens: int  # of a completion, in tokens
+    min_new_tokens: int  # completion tokens before which EOS is forbidden
+    seed: int
+    precision: str = "fp32"
+    token_purpose: Purpose = Purpose.POLICY_TOKEN
+
+
+@dataclass
+class _Row:
+    """A row during generation."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    index: int
+    phase: int
+    rollout_by: Origin
+    ids: list[int] = field(default_factory=list[int])
+    origin: list[int] = field(default_factory=list[int])
+    log_probs: list[float] = field(default_factory=list[float])
+    full_log_probs: list[float] = field(default_factory=list[float])
+    supports: list[torch.Tensor] = field(default_factory=list[torch.Tensor])
+    switch_position: int = 0
+    ended_with_eos: bool = False
+    guide_completion: str | None = None
+    guide_failed: bool = False  # the query for the current part failed
+
+
+def select_prompts(prompts: Sequence[Prompt], seed: int, indices: Sequence[int], samples_per_prompt: int) -> list[Prompt]:
+    """Select the prompt of each trajectory index.
+
+    Consecutive groups of `samples_per_prompt` indices take the next prompt of the current pass over
+    the data; each pass has its own random order.
+    """
+    orders: dict[int, list[int]] = {}
+    chosen: list[Prompt] = []
+    for index in indices:
+        turn, place = divmod(index // samples_per_prompt, len(prompts))
+        if turn not in orders:
+            orders[turn] = permutation(seed, Purpose.PROMPT_ORDER, turn, len(prompts)).tolist()
+        chosen.append(prompts[orders[turn][place]])
+    return chosen
+
+
+def allocate_rows(phase_weights: Sequence[PhaseWeight], num_rows: int) -> list[int]:
+    """Return the number of rows of each phase weight; the sum is `texts`."""
+    edges = [0.0]
+    for share in phase_weights:
+        edges.append(edges[-1] + share.fraction)
+    counts = [round(edge * num_rows / edges[-1]) for edge in edges]
+    return [after - before for before, after in pairwise(counts)]
+
+
+def collect_rollout(
+    rollout_config: RolloutConfig, algorithm: Algorithm, phase_weights: Sequence[PhaseWeight], prompts: Sequence[Prompt],
+    indices: Sequence[int],
+    samples_per_prompt: int = 1,
+) -> Rollout:  # fmt: skip
+    """Generate one completion per prompt.
+
+    Args:
+        rollout_config: models and lengths.
+        algorithm: its phases assign rollin and rollout origins.
+        phase_weights: the phase weights of the iteration.
+        prompts: one per row.
+        indices: the global trajectory indices, one per row; all random numbers depend on them.
+        samples_per_prompt: the number of consecutive indices that form a group.
+    """
+    rows = _new_rows(rollout_config, algorithm, phase_weights, prompts, indices)
+    names = ("discarded_tokens", "switches_moved", "guide_requests", "guide_completions_truncated", "guide_completions_changed")
+    names += ("guide_rows_substituted", "guide_rows_dropped")
+    counts: dict[str, int] = dict.fromkeys(names, 0)
+    begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, rollout_config.seed)]
+    _roll_in(rollout_config, algorithm, begun, counts)
+    for author in (POLICY, GUIDE):
+        open_rows = [
+            row
+            for row in rows
+            if row.rollout_by == author and not row.ended_with_eos and len(row.ids) < rollout_config.max_new_tokens
+        ]
+        _extend_rows(rollout_config, author, open_rows, [rollout_config.max_new_tokens] * len(open_rows), counts)
+    rows = _handle_failed_rows(rollout_config, rows, counts)
+    return _as_rollout(rollout_config, rows, samples_per_prompt, counts)
+
+
+def _new_rows(
+    rollout_config: RolloutConfig,
+    algorithm: Algorithm,
+    phase_weights: Sequence[PhaseWeight],
+    prompts: Sequence[Prompt],
+    indices: Sequence[int],
+) -> list[_Row]:
+    """Return the rows of an iteration, before any token is generated."""
+    phases = [
+        share.phase for share, count in zip(phase_weights, allocate_rows(phase_weights, len(prompts))) for _ in range(count)
+    ]
+    encoded = rollout_config.policy.codec.prompts(prompts)
+    return [
+        _Row(prompt, ids, index, phase, algorithm.phases[phase].rollout)
+        for prompt, ids, index, phase in zip(prompts, encoded, indices, phases)
+    ]
+
+
+def rollin_requests(
+    rollout_config: RolloutConfig,
+    algorithm: Algorithm,
+    phase_weights: Sequence[PhaseWeight],
+    prompts: Sequence[Prompt],
+    indices: Sequence[int],
+) -> list[CompletionRequest]:
+    """Return the rollin requests that `collect_rollout` will send to the guide.
+
+    They do not depend on the policy, so they can be sent ahead of the iteration.
+    """
+    rows = _new_rows(rollout_config, algorithm, phase_weights, prompts, indices)
+    rows = [row for row in rows if algorithm.phases[row.phase].rollin == GUIDE]
+    begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, rollout_config.seed)]
+    ends = [_known_switch(rollout_config, algorithm.phases[row.phase], row, GUIDE) for row in begun]
+    pairs = [(row, rollout_config.max_new_tokens if end is None else end) for row, end in zip(begun, ends)]
+    return _requests(rollout_config, [(row, end) for row, end in pairs if end > 0])
+
+
+def _handle_failed_rows(rollout_config: RolloutConfig, rows: list[_Row], counts: dict[str, int]) -> list[_Row]:
+    """Let the policy complete rows whose guide rollout failed; drop empty ones.
+
+    The switch position moves to the end of such a row, so that the guide's critic trains on none of
+    its states. A row without any token would have been generated by the guide only: it is dropped.
+    """
+    left = [row for row in rows if row.guide_failed and row.ids]
+    _extend_rows(rollout_config, POLICY, left, [rollout_config.max_new_tokens] * len(left), counts)
+    for row in left:
+        row.switch_position = len(row.ids)
+    kept = [row for row in rows if row.ids or not row.guide_failed]
+    counts["guide_rows_substituted"] += len(left)
+    counts["guide_rows_dropped"] += len(rows) - len(kept)
+    if not kept:
+        raise RunError("the guide gave none of an iteration's texts: mend it, or set guide.on_failure=wait.")
+    return kept
+
+
+def _has_rollin(phase: Phase, row: _Row, seed: int) -> bool:
+    """Sample whether a row has a rollin."""
+    return phase.rollin is not None and uniforms(seed, Purpose.ROLLIN, row.index, 1)[0] < phase.beta
+
+
+def _roll_in(rollout_config: RolloutConfig, algorithm: Algorithm, rows: Sequence[_Row], counts: dict[str, int]) -> None:
+    """Generate the rollins and truncate them to their switch positions."""
+    for author in (POLICY, GUIDE):
+        members = [row for row in rows if algorithm.phases[row.phase].rollin == author]
+        planned = [_known_switch(rollout_config, algorithm.phases[row.phase], row, author) for row in members]
+        _extend_rows(
+            rollout_config, author, members, [rollout_config.max_new_tokens if h is None else h for h in planned], counts
+        )
+        for row, h in zip(members, planned):
+            phase = algorithm.phases[row.phase]
+            if row.guide_failed:  # no rollin: the rollout starts at the prompt
+                row.guide_failed = False
+                counts["guide_rows_substituted"] += 1
+                continue
+            drawn = (
+                _sample_switch_position(rollout_config, phase, row, author, len(row.ids)) if h is None else min(h, len(row.ids))
+            )
+            row.switch_position = _snap_to_character(rollout_config, row, drawn)
+            counts["switches_moved"] += row.switch_position < drawn
+            _shorten(row, row.switch_position, counts)
+
+
+def _known_switch(rollout_config: RolloutConfig, phase: Phase, row: _Row, origin: Origin) -> int | None:
+    """Return the switch position if it is known before the rollin, else None.
+
+    Then only h rollin tokens need to be generated. It is known with the rule 'horizon', and if
+    `min_new_tokens` equals `max_new_tokens` and the rollin origin respects them exactly.
+    """
+    exact = origin == POLICY or (rollout_config.guide is not None and rollout_config.guide.capabilities.exact_length)
+    if phase.switch == "horizon" or (exact and rollout_config.min_new_tokens == rollout_config.max_new_tokens):
+        return _sample_switch_position(rollout_config, phase, row, origin, rollout_config.max_new_tokens)
+    return None
+
+
+def _sample_switch_position(rollout_config: RolloutConfig, phase: Phase, row: _Row, origin: Origin, length: int) -> int:
+    """Sample the switch position of a rollin of `length` tokens."""
+    draw = float(uniforms(rollout_config.seed, Purpose.SWITCH, row.index, 1)[0])
+    return sample_switch(phase.switch, origin, length, rollout_config.max_new_tokens, draw)
+
+
+def _snap_to_character(rollout_config: RolloutConfig, row: _Row, switch_position: int) -> int:
+    """Move a switch position back (to 0 at the lowest) out of a multi-byte character.
+
+    This is done for every rollout origin, also one that continues token ids, so that the prefix is
+    the same for all. It depends on the prefix only, so a switch position known before the rollin
+    moves like a sampled one. At `max_new_tokens` there is no rollout, and the length stays.
+    """
+    return (
+        complete_utf8_prefix(rollout_config.policy.tokenizer, row.ids[:switch_position])
+        if switch_position < rollout_config.max_new_tokens
+        else switch_position
+    )
+
+
+def _shorten(row: _Row, length: int, counts: dict[str, int]) -> None:
+    """Keep the first `length` completion tokens."""
+    if length < len(row.ids):
+        counts["discarded_tokens"] += len(row.ids) - length
+        row.ended_with_eos = False
+        for column in (row.ids, row.origin, row.log_probs, row.full_log_probs, row.supports):
+            del column[length:]
+
+
+def _extend_rows(
+    rollout_config: RolloutConfig, origin: Origin, rows: Sequence[_Row], max_lengths: Sequence[int], counts: dict[str, int]
+) -> None:
+    """Extend row i to at most `ends[i]` completion tokens, by policy or guide."""
+    pairs = [(row, end) for row, end in zip(rows, max_lengths) if end > len(row.ids)]
+    if not pairs:
+        return
+    if origin == POLICY:
+        _sample_policy(rollout_config, pairs)
+    else:
+        _query_guide(rollout_config, pairs, counts)
+
+
+def _sample_policy(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]]) -> None:
+    """Sample tokens from the policy, up to the given completion length of each row."""
+    budgets = [end - len(row.ids) for row, end in pairs]
+    starts = [len(row.ids) for row, _ in pairs]
+    sources, prefixes = split_context(rollout_config.policy.model, [(row.prompt_ids, row.ids) for row, _ in pairs])
+    written: SampledCompletions = sample_completions(
+        rollout_config.policy,
+        prefixes,
+        budgets,
+        [max(0, rollout_config.min_new_tokens - start) for start in starts],
+        uniform_rows(rollout_config.seed, rollout_config.token_purpose, [row.index for row, _ in pairs], max(budgets), starts),
+        rollout_config.sampling,
+        rollout_config.precision,
+        sources,
+    )
+    parts: list[torch.Tensor] = []
+    if written.support is not None:
+        parts = list(written.support.ids.split(written.support.counts.flatten().tolist()))
+    width = written.tokens.shape[1]
+    for i, (row, _) in enumerate(pairs):
+        length = int(written.lengths[i])
+        row.ids += written.tokens[i, :length].tolist()
+        row.origin += [POLICY] * length
+        row.log_probs += written.log_probs[i, :length].tolist()
+        row.full_log_probs += written.full_log_probs[i, :length].tolist()
+        row.supports += parts[i * width : i * width + length] if parts else [torch.zeros(0, dtype=torch.int64)] * length
+        row.ended_with_eos = bool(written.ended_with_eos[i])
+
+
+def _query_guide(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]], counts: dict[str, int]) -> None:
+    """Query the guide to continue each row, up to its given completion length."""
+    assert rollout_config.guide is not None
+    requests = _requests(rollout_config, pairs)
+    counts["guide_requests"] += len(requests)
+    answers = query_guide(rollout_config.guide, requests)
+    _record_guide_completions(rollout_config, [row for row, _ in pairs], answers, counts)
+    for (row, end), answer in zip(pairs, answers):
+        if answer.failed:
+            row.guide_failed = True
+            continue
+        ids, finished, cut = encode_guide_completion(
+            rollout_config.policy, answer, end - len(row.ids), has_prefix=bool(row.ids)
+        )
+        counts["guide_completions_truncated"] += cut
+        row.ids += ids
+        row.origin += [GUIDE] * len(ids)
+        row.log_probs += [0.0] * len(ids)
+        row.full_log_probs += [0.0] * len(ids)
+        row.supports += [torch.zeros(0, dtype=torch.int64)] * len(ids)
+        row.ended_with_eos = finished
+
+
+def _requests(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]]) -> list[CompletionRequest]:
+    """Build the requests to continue each row up to its given completion length."""
+    prefixes = rollout_config.policy.codec.decode([row.prompt_ids for row, _ in pairs], [row.ids for row, _ in pairs])
+    return [
+        CompletionRequest(
+            row.prompt, row.prompt_ids, prefix, list(row.ids), end - len(row.ids),
+            max(0, rollout_config.min_new_tokens - len(row.ids)), row.index, rollout_config.seed,
+        )
+        for (row, end), prefix in zip(pairs, prefixes)
+    ]  # fmt: skip
+
+
+def _record_guide_completions(
+    rollout_config: RolloutConfig, rows: Sequence[_Row], answers: Sequence[Completion], counts: dict[str, int]
+) -> None:
+    """Store the text of a text guide's completions.
+
+    Count those that change when the policy's tokenizer encodes and decodes them.
+    """
+    codec = rollout_config.policy.codec
+    written = [(row, answer.text) for row, answer in zip(rows, answers) if answer.ids is None and not answer.failed]
+    if not written:
+        return
+    before = [row.ids if codec.is_encoder_decoder else [*row.prompt_ids, *row.ids] for row, _ in written]
+    ids = [codec.response(text, has_prefix=bool(row.ids)) for row, text in written]
+    back = decode_continuations(codec.tokenizer, before, ids)
+    for (row, text), again in zip(written, back):
+        row.guide_completion = replace_surrogates(text)
+        counts["guide_completions_changed"] += again != text
+
+
+def encode_guide_completion(
+    policy: LanguageModel, completion: Completion, max_new_tokens: int, has_prefix: bool = False
+) -> tuple[list[int], bool, bool]:
+    """Encode a guide's completion in policy tokens.
+
+    A finished completion gets the policy's EOS token if it fits; a truncated one does not. Tokens
+    after an EOS token that the guide generated are dropped.
+
+    Args:
+        policy: the model whose tokenizer is used.
+        completion: the guide's completion, as text or token ids.
+        max_new_tokens: the maximum number of tokens.
+        has_prefix: whether the row has completion tokens before this part.
+
+    Returns:
+        The token ids; whether they end with an EOS token; whether tokens were dropped.
+
+    Raises:
+        RunError: a token id is outside the policy's vocabulary.
+    """
+    if completion.ids is not None:
+        ids = list(completion.ids)
+    else:
+        ids = policy.codec.response(completion.text, has_prefix)
+        ids = [*ids, policy.eos_token_id] if completion.finished and len(ids) < max_new_tokens else ids
+    if any(not 0 <= token < policy.vocab_size for token in ids):
+        raise RunError(
+            f"the guide wrote token ids outside the policy's vocabulary of {policy.vocab_size}: it must use its tokenizer."
+        )
+    whole = len(ids)
+    ended = next((place + 1 for place, token in enumerate(ids) if token in policy.eos_token_ids), len(ids))
+    ids = ids[:ended]
+    kept = ids[:max_new_tokens]
+    return kept, bool(kept) and kept[-1] in policy.eos_token_ids, len(kept) < whole
+
+
+def _as_rollout(
+    rollout_config: RolloutConfig, rows: Sequence[_Row], samples_per_prompt: int, counts: dict[str, int]
+) -> Rollout:
+    """Build the rollout tensors of the completed rows."""
+    prompts = [row.prompt_ids for row in rows]
+    fronts = [[0.0] * len(prompt) for prompt in prompts]
+    support = None
+    if rollout_config.sampling.restricts_support:
+        sizes = pad_rows([[*[0] * len(row.prompt_ids), *[len(part) for part in row.supports]] for row in rows])
+        parts = [part for row in rows for part in row.supports]
+        support = SampledSupport(sizes, torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64))
+    counts["truncated_completions"] = sum(not row.ended_with_eos for row in rows)
+    return Rollout(
+        prompts=[row.prompt for row in rows],
+        completions=rollout_config.policy.codec.decode(prompts, [row.ids for row in rows]),
+        ids=pad_rows([[*row.prompt_ids, *row.ids] for row in rows]),
+        origin=pad_rows([[*[int(Origin.PROMPT)] * len(row.prompt_ids), *row.origin] for row in rows]).to(torch.uint8),
+        switch_position=torch.tensor([row.switch_position for row in rows]),
+        rollout_by=torch.tensor([int(row.rollout_by) for row in rows], dtype=torch.uint8),
+        phase=torch.tensor([row.phase for row in rows]),
+        ended_with_eos=torch.tensor([row.ended_with_eos for row in rows]),
+        index=torch.tensor([row.index for row in rows]),
+        group=torch.tensor([row.index // samples_per_prompt for row in rows]),
+        log_probs=_floats([[*front, *row.log_probs] for front, row in zip(fronts, rows)]),
+        full_log_probs=_floats([[*front, *row.full_log_probs] for front, row in zip(fronts, rows)]),
+        support=support,
+        min_new_tokens=rollout_config.min_new_tokens,
+        counters=counts,
+        guide_completions=[row.guide_completion for row in rows],
+    )
+
+
+def _floats(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    """Pad rows of floats on the right with zeros, [rows, width]."""
+    width = max((len(row) for row in rows), default=0)
+    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in rows]).view(len(rows), width)

@@ -1,0 +1,104 @@
+"""Reward shaping and the KL coefficient.
+
+Both have state that training updates and that checkpoints hold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from rlgf.config.sections import KLConfig, RewardConfig
+from rlgf.rewards.base import score
+from rlgf.types import Prompt, RewardFunction
+
+
+@dataclass
+class KLController:
+    """The coefficient of the KL penalty: fixed, or adapted to a target KL.
+
+    Adaptive: c ← c (1 + clip(KL / target − 1, ±0.2) · rows / horizon).
+
+    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
+    """
+
+    config: KLConfig
+    coefficient: float
+
+    def update(self, kl: float, num_completions: int) -> None:
+        """Update the coefficient after `texts` rows with a mean KL of `kl` nats."""
+        if self.config.controller == "adaptive":
+            error = min(max(kl / self.config.target - 1, -0.2), 0.2)
+            self.coefficient *= 1 + error * num_completions / self.config.horizon
+
+
+@dataclass
+class RunningStats:
+    """Running count, mean and sum of squared deviations (Welford's algorithm)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    deviations: float = 0.0
+
+    def add(self, value: float) -> None:
+        """Add one value."""
+        self.count += 1
+        change = value - self.mean
+        self.mean += change / self.count
+        self.deviations += change * (value - self.mean)
+
+    @property
+    def scale(self) -> float:
+        """Return the population standard deviation, or 1 if it is zero or undefined."""
+        return (self.deviations / self.count) ** 0.5 or 1.0 if self.count > 1 else 1.0
+
+
+class RewardShaper:
+    """The steps from the task's score to the optimized reward; all off by default."""
+
+    def __init__(self, config: RewardConfig, reward: RewardFunction) -> None:
+        self.config, self.reward, self.running_stats = config, reward, RunningStats()
+        # scores of first references, computed once; keyed by the prompt's id()
+        self._baselines: dict[int, tuple[Prompt, float]] = {}
+
+    def shape(self, scores: Sequence[float], prompts: Sequence[Prompt], ended_with_eos: Sequence[bool]) -> list[float]:
+        """Compute the optimized rewards from scores, [rows].
+
+        In this order, as configured: subtract the score of the prompt's first reference; normalize
+        by the running mean and standard deviation; clip; subtract the penalty of completions
+        without an EOS token.
+        """
+        new = self.missing_baselines(prompts)
+        if new:
+            self.add_baselines(new, score(self.reward, new, [prompt.references[0] for prompt in new]))
+        values = list(scores)
+        if self.config.subtract_reference:
+            values = [value - self._baselines[id(prompt)][1] for value, prompt in zip(values, prompts)]
+        if self.config.normalize:
+            for value in values:
+                self.running_stats.add(value)
+            values = [(value - self.running_stats.mean) / self.running_stats.scale for value in values]
+        if self.config.clip is not None:
+            values = [min(max(value, -self.config.clip), self.config.clip) for value in values]
+        penalty = self.config.missing_eos_penalty
+        return [value - (0.0 if ended else penalty) for value, ended in zip(values, ended_with_eos)]
+
+    def missing_baselines(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+        """Return the prompts whose first reference still needs a score, each once.
+
+        Empty unless references are subtracted.
+        """
+        if not self.config.subtract_reference:
+            return []
+        return list({id(prompt): prompt for prompt in prompts if id(prompt) not in self._baselines}.values())
+
+    def add_baselines(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
+        """Store the scores of first references."""
+        # the prompt is stored as well, so that its id() stays unique
+        self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(prompts, scores)}
+
+    def state(self) -> dict[str, float]:
+        """Return the state for a checkpoint: the running statistics."""
+        return asdict(self.running_stats)
+
+    def load_state(self, state: dict[str, float]) -> None:
+        """Load the state of a checkpoint."""
+        self.running_stats = RunningStats(**state)

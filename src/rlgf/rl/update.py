@@ -1,0 +1,379 @@
+"""Optimizer steps on an experience.
+
+The policy trains on the tokens it generated; the critic of an origin trains on the states after the
+switch in the rows with that rollout origin. The losses do not depend on the algorithm.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlgf.algorithms import losses
+from rlgf.algorithms.schedules import learning_rate_factor
+from rlgf.config.sections import CriticConfig, KLConfig, PPOConfig
+from rlgf.distributed import all_reduce_sum
+from rlgf.errors import RunError
+from rlgf.kernels.concurrency import ConcurrentPair
+from rlgf.models.critic import Critic
+from rlgf.models.forward import micro_batches, token_logits
+from rlgf.models.log_probs import token_log_probs
+from rlgf.models.offload import on_device
+from rlgf.randomness import Purpose, permutation, uniforms
+from rlgf.rl.experience import ForwardConfig, Models, policy_log_probs, run_with_critics
+from rlgf.rl.tensors import Experience, Rollout
+from rlgf.supervised.examples import Example
+from rlgf.supervised.loop import nll_backward
+from rlgf.types import Origin
+
+FIRST_RATIO_TOLERANCE = 1e-4
+
+
+class Updater:
+    """The optimizers of policy and critics, and the optimizer steps of an iteration."""
+
+    def __init__(
+        self,
+        models: Models,
+        forward_config: ForwardConfig,
+        kl: KLConfig,
+        critic: CriticConfig,
+        targets: Sequence[Example],
+        seed: int,
+    ) -> None:
+        self.models, self.forward_config, self.kl, self.critic = models, forward_config, kl, critic
+        self.targets, self.seed = targets, seed
+        self.shares_backbone = critic.kind == "value_head"
+        # policy and critics run concurrently if they share nothing, not even dropout's generator
+        apart = critic.kind == "separate" and models.policy.device.type == "cpu" and not forward_config.ppo.dropout
+        self.concurrency = ConcurrentPair() if apart else None
+        for language_model in (models.policy, models.reference):
+            language_model.model.eval()  # no dropout, so that the first ratio is exactly 1
+        for value in models.critics.values():
+            value.eval()
+        ppo = forward_config.ppo
+        policy_parameters = models.policy.trainable_parameters()
+        if self.shares_backbone:
+            policy_parameters += [p for value in models.critics.values() for p in value.trainable_parameters()]
+        self.policy_optimizer = _adam(policy_parameters, ppo.learning_rate, ppo)
+        self.critic_optimizers: dict[Origin, torch.optim.Optimizer] = {}
+        if not self.shares_backbone:
+            for origin, value in models.critics.items():
+                self.critic_optimizers[origin] = _adam(value.trainable_parameters(), critic.learning_rate, ppo)
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Return the optimizer steps of an iteration without early stopping."""
+        ppo = self.forward_config.ppo
+        return ppo.epochs * math.ceil(ppo.completions_per_iteration / ppo.minibatch_size)
+
+    def update(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """Run all epochs of an iteration; the models are updated in place.
+
+        Returns:
+            Metrics (docs/metrics.md): means over the optimizer steps that report them, and the
+            number of steps.
+        """
+        with ExitStack() as stack:
+            for origin, critic in self.models.critics.items():
+                stack.enter_context(on_device(critic, self.critic_optimizers.get(origin)))
+            return self._epochs(experience, iteration)
+
+    def probe_memory(self, max_tokens: int, width: int, max_new_tokens: int) -> None:
+        """Run forward and backward on the largest micro-batch, to test that memory suffices.
+
+        Memory is also allocated for the state of the optimizers, and a tenth of the device's memory
+        as a reserve. No gradient or state is kept.
+
+        Args:
+            max_tokens: the tokens of the micro-batch.
+            width: the length of the longest row.
+            max_new_tokens: the number of its last tokens whose logits and values are computed.
+
+        Raises:
+            torch.OutOfMemoryError: the micro-batch does not fit.
+        """
+        policy, precision = self.models.policy, self.forward_config.precision
+        ids = torch.zeros((max(1, max_tokens // width), width), dtype=torch.int64)
+        starts = torch.full((len(ids),), width - max_new_tokens)
+        asked = (torch.arange(width) >= width - max_new_tokens).expand(len(ids), -1)
+        optimizers = [self.policy_optimizer, *self.critic_optimizers.values()]
+        trained = [p for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state]
+        with ExitStack() as stack:
+            for origin, critic in self.models.critics.items():
+                stack.enter_context(on_device(critic, self.critic_optimizers.get(origin)))
+            kept = [torch.empty_like(p) for p in trained for _ in range(2)]
+            for batch in micro_batches(policy.model, ids, starts, asked, max_tokens):
+                logits, hidden = token_logits(policy, batch, precision)
+                loss = token_log_probs(logits, ids[batch.token_index].to(logits.device)).sum()
+                for critic in self.models.critics.values():
+                    loss = loss + critic(batch, precision, hidden if self.shares_backbone else None).sum()
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+            if policy.device.type == "cuda":
+                kept.append(
+                    torch.empty(torch.cuda.mem_get_info(policy.device)[1] // 10, dtype=torch.uint8, device=policy.device)
+                )
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    def _epochs(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """Run the optimizer steps of all epochs until done or stopped by `ppo.target_kl`."""
+        ppo = self.forward_config.ppo
+        self.models.policy.model.train(ppo.dropout)
+        seen: dict[str, list[float]] = {}
+        steps = 0
+        stopped = False
+        texts = experience.rollout.ids.shape[0]
+        for epoch in range(ppo.epochs):
+            order = permutation(self.seed, Purpose.MINIBATCH, iteration * ppo.epochs + epoch, texts)
+            for start in range(0, texts, ppo.minibatch_size):
+                rows = torch.from_numpy(order[start : start + ppo.minibatch_size]).sort().values
+                stats = self._step(experience, rows, iteration, steps)
+                steps += 1
+                for key, value in stats.items():
+                    seen.setdefault(key, []).append(value)
+                if ppo.target_kl is not None and stats["approx_kl"] > ppo.target_kl:
+                    stopped = True
+                    break
+            if stopped:
+                break
+        self.models.policy.model.eval()
+        means = {key: sum(values) / len(values) for key, values in seen.items()}
+        return {**means, "optimizer_steps": steps, "stopped_early": float(stopped)}
+
+    def _step(self, experience: Experience, rows: Tensor, iteration: int, done: int) -> dict[str, float]:
+        """Run one optimizer step of policy and critics on a minibatch; return its metrics.
+
+        Args:
+            experience: the experience of the iteration.
+            rows: int64 [rows], the rows of the minibatch.
+            iteration: the 0-based iteration.
+            done: the number of steps done in this iteration.
+        """
+        learns, ppo = iteration >= self.critic.warmup_iterations, self.forward_config.ppo
+        step = iteration * self.steps_per_iteration + done
+        factor = learning_rate_factor(ppo.schedule, step, ppo.iterations * self.steps_per_iteration)
+        policy = partial(self._policy_gradients, experience, rows, step, learns)
+        critic_rate = self.critic.learning_rate * factor
+
+        def critics() -> dict[str, float]:
+            gradients = self._critic_gradients(experience, rows)
+            # no model is updated before the first ratio was checked
+            return gradients | self._critic_optimizer_steps(critic_rate) if done else gradients
+
+        model, rollout = self.models.policy.model, experience.rollout
+        (stats, policy_moved), valued = run_with_critics(self.concurrency, model, rollout, policy, critics)
+        ratio_error = stats.pop("ratio_error")
+        if done == 0:
+            self._check_first_ratio(ratio_error)
+            valued |= {"first_ratio_error": ratio_error, **self._critic_optimizer_steps(critic_rate)}
+        if policy_moved:
+            stats["policy_grad_norm"] = _optimizer_step(self.policy_optimizer, ppo.learning_rate * factor, ppo.max_grad_norm)
+        return {**stats, **valued, "learning_rate": ppo.learning_rate * factor}
+
+    def _check_first_ratio(self, error: float) -> None:
+        """Raise RunError if the first PPO ratio of an iteration differs from 1."""
+        if self.forward_config.ppo.check_first_ratio and error > FIRST_RATIO_TOLERANCE:
+            raise RunError(
+                f"the first ratio is off by {error:.2g}: sampling and training disagree; set ppo.old_log_probs=recompute."
+            )
+
+    def _policy_gradients(
+        self, experience: Experience, rows: Tensor, step: int, policy_enabled: bool
+    ) -> tuple[dict[str, float], bool]:
+        """Accumulate the gradients of surrogate, KL and MLE losses.
+
+        Also those of the value losses if the critics share the policy's backbone.
+
+        Returns:
+            The metrics, and whether the policy has gradients to step with.
+        """
+        ppo, rollout, policy = self.forward_config.ppo, experience.rollout, self.models.policy
+        trained = rollout.trained_tokens(experience.credit)[rows] & policy_enabled
+        weights = losses.token_weights(
+            trained, ppo.loss_aggregation, all_reduce_sum(losses.weight_total(trained, ppo.loss_aggregation))
+        )
+        valued = _value_weights(rollout, rows, ppo.loss_aggregation) if self.shares_backbone else {}
+        selected = trained.clone()
+        for value_weights in valued.values():
+            selected |= value_weights > 0
+        sums = {"policy_loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "ratio_error": 0.0, "kl_loss": 0.0}
+        sums |= {"value_loss": 0.0, "value_clip_fraction": 0.0} if valued else {}
+        starts, budget = rollout.prompt_lengths[rows], self.forward_config.token_budget
+        for batch in micro_batches(policy.model, rollout.ids[rows], starts, selected, budget):
+            logits, hidden = token_logits(policy, batch, self.forward_config.precision)
+            local, columns = batch.token_index
+            chosen = trained[local, columns]
+            loss = logits.new_zeros(())
+            if bool(chosen.any()):
+                chosen_logits = logits if bool(chosen.all()) else logits[chosen]  # indexing copies
+                token_rows, token_columns = rows[local[chosen]], columns[chosen]
+                loss = loss + self._surrogate(
+                    experience, token_rows, token_columns, chosen_logits, weights[local, columns][chosen], sums
+                )
+            if not policy_enabled:  # critic warm-up: no gradient into the shared backbone
+                hidden = hidden.detach()
+            for origin, value_weights in valued.items():
+                here = value_weights[local, columns] > 0
+                if bool(here.any()):
+                    values = self.models.critics[origin](batch, self.forward_config.precision, hidden[here])
+                    picked = value_weights[local[here], columns[here]]
+                    part = self._value_loss(experience, rows[local[here]], columns[here], values, picked, sums)
+                    loss = loss + self.critic.value_coefficient * part
+            loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        tokens = max(1.0, all_reduce_sum(float(trained.sum())))
+        for key in ("clip_fraction", "approx_kl"):
+            sums[key] = all_reduce_sum(sums[key]) / tokens
+        moved = bool(selected.any())
+        if ppo.mle_coefficient and policy_enabled:
+            batch = self._mle_batch(step)
+            sums["mle_targets_truncated"] = float(sum(example.truncated for example in batch))
+            sums["mle_loss"] = nll_backward(
+                policy, batch, ppo.mle_coefficient, self.forward_config.precision, self.forward_config.token_budget
+            )
+            moved = True
+        return sums, moved
+
+    def _surrogate(
+        self, experience: Experience, rows: Tensor, columns: Tensor, logits: Tensor, weights: Tensor,
+        sums: dict[str, float],
+    ) -> Tensor:  # fmt: skip
+        """Compute the policy's loss on trained tokens of a micro-batch; add to the metrics.
+
+        Args:
+            experience: the experience of the iteration.
+            rows: int64 [tokens], the rows of the tokens.
+            columns: int64 [tokens], the columns of the tokens.
+            logits: [tokens, vocabulary].
+            weights: [tokens], from `losses.token_weights`.
+            sums: the metrics, updated in place.
+        """
+        ppo, device = self.forward_config.ppo, logits.device
+        only = not self.kl.loss_coefficient  # no other use of the logits
+        log_probs = policy_log_probs(
+            experience.rollout, rows, columns, logits, self.models.policy.eos_token_ids, self.forward_config, only
+        )
+        old = experience.old_log_probs[rows, columns].to(device)
+        advantages = experience.advantages[rows, columns].to(device)
+        loss, ratio = losses.ppo_loss(log_probs, old, advantages, weights.to(device), ppo.clip_range)
+        sums["policy_loss"] += float(loss.detach())
+        with torch.no_grad():
+            off = ratio - 1
+            sums["clip_fraction"] += float((off.abs() > ppo.clip_range).sum())
+            sums["approx_kl"] += float((off - (log_probs - old)).sum())
+            sums["ratio_error"] = max(sums["ratio_error"], float(off.abs().max()))
+        if self.kl.loss_coefficient:
+            full = token_log_probs(logits, experience.rollout.ids[rows, columns].to(device))
+            reference = experience.reference_log_probs[rows, columns].to(device)
+            kl = losses.kl_loss(full, reference, ratio, weights.to(device), self.kl.loss_estimator)
+            sums["kl_loss"] += float(kl.detach())
+            loss = loss + self.kl.loss_coefficient * kl
+        return loss
+
+    def _critic_gradients(self, experience: Experience, rows: Tensor) -> dict[str, float]:
+        """Accumulate the gradients of separate critics; return the metrics."""
+        if self.shares_backbone:
+            return {}
+        sums = {"value_loss": 0.0, "value_clip_fraction": 0.0}
+        rollout = experience.rollout
+        for origin, weights in _value_weights(rollout, rows, self.forward_config.ppo.loss_aggregation).items():
+            critic: Critic = self.models.critics[origin]
+            assert critic.backbone is not None
+            starts, budget = rollout.prompt_lengths[rows], self.forward_config.token_budget
+            for batch in micro_batches(critic.backbone.model, rollout.ids[rows], starts, weights > 0, budget):
+                values = critic(batch, self.forward_config.precision)
+                local, columns = batch.token_index
+                loss = self._value_loss(experience, rows[local], columns, values, weights[batch.token_index], sums)
+                loss.backward()  # pyright: ignore[reportUnknownMemberType]
+        return sums
+
+    def _critic_optimizer_steps(self, learning_rate: float) -> dict[str, float]:
+        """Step the optimizer of each separate critic; return the largest gradient norm."""
+        norms = [
+            _optimizer_step(o, learning_rate, self.forward_config.ppo.max_grad_norm) for o in self.critic_optimizers.values()
+        ]
+        return {"critic_grad_norm": max(norms)} if norms else {}
+
+    def _value_loss(
+        self,
+        experience: Experience,
+        rows: Tensor,
+        columns: Tensor,
+        values: Tensor,
+        weights: Tensor,
+        sums: dict[str, float],
+    ) -> Tensor:
+        """Compute the value loss at the tokens `(rows, columns)`; add to the metrics."""
+        device = values.device
+        old, goal = experience.values[rows, columns].to(device), experience.returns[rows, columns].to(device)
+        loss, clipped = losses.value_loss(values, old, goal, weights.to(device), self.critic.value_clip)
+        sums["value_loss"] += float(loss.detach())
+        sums["value_clip_fraction"] += float((weights * clipped.cpu()).sum())
+        return loss
+
+    def _mle_batch(self, step: int) -> list[Example]:
+        """Sample the examples of the MLE loss at an optimizer step."""
+        size = self.forward_config.ppo.mle_batch or self.forward_config.ppo.minibatch_size
+        draws = uniforms(self.seed, Purpose.MLE, step, size)
+        return [self.targets[int(draw * len(self.targets))] for draw in draws]
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of models and optimizers for a checkpoint."""
+        return {
+            "policy": self.models.policy.trainable_state(),
+            "critics": {int(origin): critic.trainable_state() for origin, critic in self.models.critics.items()},
+            "policy_optimizer": self.policy_optimizer.state_dict(),
+            "critic_optimizers": {int(origin): o.state_dict() for origin, o in self.critic_optimizers.items()},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Load the state of a checkpoint."""
+        self.models.policy.load_trainable_state(state["policy"])
+        self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        for origin, critic in self.models.critics.items():
+            critic.load_trainable_state(state["critics"][int(origin)])
+        for origin, optimizer in self.critic_optimizers.items():
+            optimizer.load_state_dict(state["critic_optimizers"][int(origin)])
+
+
+def _value_weights(rollout: Rollout, rows: Tensor, aggregation: str) -> dict[Origin, Tensor]:
+    """Compute the weights of the states that each critic trains on.
+
+    Returns:
+        [rows, width] by rollout origin; origins without states on any process are missing.
+    """
+    weights: dict[Origin, Tensor] = {}
+    for origin in (Origin.POLICY, Origin.GUIDE):
+        selected = (rollout.after_switch & (rollout.rollout_by == origin)[:, None])[rows]
+        denominator = all_reduce_sum(losses.weight_total(selected, aggregation))
+        if denominator:
+            weights[origin] = losses.token_weights(selected, aggregation, denominator)
+    return weights
+
+
+def _adam(parameters: list[torch.nn.Parameter], learning_rate: float, ppo: PPOConfig) -> torch.optim.Optimizer:
+    """Return a fused AdamW optimizer."""
+    return torch.optim.AdamW(parameters, learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True)
+
+
+def _optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float, max_norm: float) -> float:
+    """Clip the gradients, step, and clear them; return the gradient norm before clipping.
+
+    Without any gradient, no step is done and the norm is 0.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not parameters:
+        return 0.0
+    length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = float(length)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    # the fused step divides the gradients by grad_scale: clipping needs no extra pass over memory
+    optimizer.grad_scale = length / max_norm if norm > max_norm else None  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

@@ -1,0 +1,1 @@
+"""The run directory, rollout records, trackers, profiles and the machine."""

@@ -1,1 +1,0 @@
-"""Metrics of texts: for files (`rlgf score`, `score.py`) and as rewards (`functions.py`). The scoring is done by libraries."""

@@ -1,0 +1,1 @@
+"""Supervised training: language modeling, SFT, distillation and reward modeling."""

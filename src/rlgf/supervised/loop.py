@@ -1,0 +1,125 @@
+"""The supervised training loop.
+
+It trains language models (raw text), SFT (targets), distillation (guide completions) and reward
+models.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from rlgf.algorithms.schedules import learning_rate_factor
+from rlgf.config.sections import TrainingConfig
+from rlgf.models.forward import micro_batches, pad_rows, token_logits
+from rlgf.models.language_model import LanguageModel
+from rlgf.models.log_probs import token_log_probs
+from rlgf.randomness import Purpose, permutation
+from rlgf.supervised.examples import Example
+
+T = TypeVar("T")
+
+
+def planned_steps(config: TrainingConfig, examples: int) -> int:
+    """Return the number of optimizer steps of a supervised stage."""
+    return config.steps or math.ceil(config.epochs * examples / config.batch_size)
+
+
+def fit(
+    language_model: LanguageModel,
+    examples: Sequence[Example],
+    config: TrainingConfig,
+    seed: int,
+    token_budget: int,
+    report: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Train in place by maximum likelihood.
+
+    The loss is the mean over the tokens of an optimizer step. Returns the metrics of
+    `training_loop`, the loss in nats per token.
+    """
+
+    def backward(batch: Sequence[Example]) -> tuple[float, int]:
+        loss = nll_backward(language_model, batch, 1.0, config.precision, token_budget)
+        return loss, sum(len(example.ids) - example.start for example in batch)
+
+    return training_loop(
+        language_model.model, language_model.trainable_parameters(), examples, config, seed, backward, report, "tokens"
+    )
+
+
+def training_loop(
+    model: Any,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[T],
+    config: TrainingConfig,
+    seed: int,
+    backward: Callable[[Sequence[T]], tuple[float, int]],
+    report: Callable[[str], None],
+    unit: str,
+) -> dict[str, float]:
+    """Train `parameters` in shuffled passes over examples.
+
+    `backward` adds a batch's gradient and returns its loss and its number of `unit`s. Returns the
+    mean loss over the last tenth of the steps, the steps, the units trained and the seconds.
+    """
+    model.train()
+    steps = planned_steps(config, len(examples))
+    optimizer = torch.optim.AdamW(
+        parameters, config.learning_rate, betas=(0.9, config.adam_beta2), eps=1e-8, weight_decay=config.weight_decay,
+        fused=True,
+    )  # fmt: skip
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate_factor(config.schedule, step, steps, config.warmup_steps)
+    )
+    losses: list[float] = []
+    done, began, order, passes = 0, time.monotonic(), [], 0
+    for step in range(steps):
+        while len(order) < config.batch_size:
+            order += permutation(seed, Purpose.SUPERVISED, passes, len(examples)).tolist()
+            passes += 1
+        batch, order = [examples[i] for i in order[: config.batch_size]], order[config.batch_size :]
+        loss, count = backward(batch)
+        losses.append(loss)
+        done += count
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if (step + 1) % max(1, steps // 20) == 0:
+            recent = losses[-max(1, steps // 20) :]
+            speed = done / (time.monotonic() - began)
+            left = (steps - step - 1) * (time.monotonic() - began) / (step + 1)
+            report(
+                f"step {step + 1}/{steps} · loss {sum(recent) / len(recent):.3f} · {speed:,.0f} {unit}/s · {left:.0f} s left"
+            )
+    model.eval()
+    last = losses[-max(1, steps // 10) :]
+    return {
+        "loss": sum(last) / max(1, len(last)), "steps": steps, unit: done, "seconds": time.monotonic() - began,
+    }  # fmt: skip
+
+
+def nll_backward(
+    language_model: LanguageModel, batch: Sequence[Example], coefficient: float, precision: str, token_budget: int
+) -> float:
+    """Add `coefficient` times the gradient of a batch's mean negative log-likelihood.
+
+    The mean is over the batch's tokens. Returns the mean, without the coefficient.
+    """
+    ids = pad_rows([example.ids for example in batch])
+    columns = torch.arange(ids.shape[1])
+    starts = torch.tensor([max(1, example.start) for example in batch])
+    lengths = torch.tensor([len(example.ids) for example in batch])
+    selected = (columns >= starts[:, None]) & (columns < lengths[:, None])
+    total = max(1, int(selected.sum()))
+    loss_sum = 0.0
+    for part in micro_batches(language_model.model, ids, starts, selected, token_budget):
+        logits, _ = token_logits(language_model, part, precision)
+        loss = -token_log_probs(logits, ids[part.token_index].to(logits.device), inplace_backward=True).sum() / total
+        (coefficient * loss).backward()
+        loss_sum += float(loss.detach())
+    return loss_sum

@@ -1,0 +1,252 @@
+"""The text metrics as functions of (prompts, texts), for rewards and a task's own metrics.
+
+Each uses the references or a column of the prompts. Each is pure: the value of a text depends on
+its prompt and on nothing else in the batch. All are on coco-caption's scale, and finite for an
+empty text.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from pydantic import ConfigDict, ValidationError, validate_call
+
+from rlgf.errors import UserError, unknown
+from rlgf.text_metrics import captions, rouge
+from rlgf.text_metrics.bertscore import BertScore
+from rlgf.text_metrics.concepts import ConceptCoverage, concepts_in
+from rlgf.text_metrics.diversity import repetition
+from rlgf.types import Prompt, RewardFunction
+
+# (texts, the references of each) -> one number per text
+Measure = Callable[[list[str], list[Sequence[str]]], list[float]]
+
+
+def build_text_function(
+    name: str, train_prompts: Sequence[Prompt] = (), options: Mapping[str, Any] | None = None
+) -> RewardFunction:
+    """Build the function of that name, one of `TEXT_FUNCTIONS`.
+
+    CIDEr-D and SPIDEr take their document frequencies from the references of `train_prompts`, one
+    document per prompt.
+
+    Raises `UserError` for an unknown name or option, and for missing jars, Java, packages or
+    models: these are checked at once, not at the first text.
+    """
+    if name not in TEXT_FUNCTIONS:
+        raise unknown("text function", name, TEXT_FUNCTIONS)
+    make, given = TEXT_FUNCTIONS[name], dict(options or {})
+    known = [key for key in inspect.signature(make).parameters if key not in ("train_prompts", "key")]
+    for key in given:
+        if key not in known:
+            if not known:
+                raise UserError(f"'{name}' takes no options, but was given '{key}': remove it.")
+            raise unknown(f"option of '{name}'", key, known)
+    fixed = {"train_prompts": train_prompts, "key": name}
+    wanted = {key: value for key, value in fixed.items() if key in inspect.signature(make).parameters}
+    try:
+        return validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))(make)(**given, **wanted)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "missing_keyword_only_argument":
+            raise UserError(f"'{name}' needs the option '{first['loc'][0]}': set it.") from None
+        raise UserError(f"option '{first['loc'][0]}' of '{name}' is {first['input']!r}: {first['msg']}.") from None
+
+
+class TermSum:
+    """The weighted sum of several functions."""
+
+    def __init__(self, terms: Mapping[str, tuple[float, RewardFunction]]) -> None:
+        self.terms = terms
+
+    def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
+        """Return the weighted sum for each text of the functions' values by name."""
+        weights = [weight for weight, _ in self.terms.values()]
+        return [math.fsum(w * value for w, value in zip(weights, values)) for values in zip(*parts.values())]
+
+    def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        """Return the weighted sum for each text."""
+        return self.total({name: list(function(prompts, texts)) for name, (_, function) in self.terms.items()})
+
+
+def strip_reply_prefixes(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[str]:
+    """Remove the prefix that a chat template puts before every reply."""
+    return [prompt.strip_reply_prefix(text) for prompt, text in zip(prompts, texts)]
+
+
+def reference_texts(prompt: Prompt) -> list[str]:
+    """Return the nonempty references of a prompt, without the prefix of replies."""
+    return [said for reference in prompt.references if (said := prompt.strip_reply_prefix(reference)).strip()]
+
+
+def on_text(measure: Measure) -> RewardFunction:
+    """Return a measure of texts and references as a function of prompts and texts.
+
+    The function raises `ValueError` for a prompt without references.
+    """
+
+    def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        references: list[Sequence[str]] = []
+        for prompt in prompts:
+            group = reference_texts(prompt)
+            if not group:
+                raise ValueError(f"the prompt {prompt.text[:60]!r} has no references to compare a text with")
+            references.append(group)
+        return measure(strip_reply_prefixes(prompts, texts), references) if texts else []
+
+    return function
+
+
+def on_tokens(measure: Measure) -> RewardFunction:
+    """Return `on_text` of a measure on PTB tokens, which are cached."""
+    tokenizer = captions.shared_tokenizer()
+    return on_text(lambda texts, references: measure(tokenizer(texts), list(tokenizer.groups(references))))
+
+
+def require_columns(name: str, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> None:
+    """Raise `UserError` if prompts lack the columns or references of a text function."""
+    if name in WITHOUT_PROMPT_COLUMNS:
+        return
+    if name == "concept_coverage":
+        column = options.get("column", "concepts")
+        lacking, what = [prompt for prompt in prompts if not _has_concepts(prompt, column)], f"concepts in column '{column}'"
+    else:
+        lacking, what = [prompt for prompt in prompts if not reference_texts(prompt)], "a reference to compare a text with"
+    if lacking:
+        raise UserError(
+            f"'{name}' as a reward needs {what} for every prompt, and {len(lacking):,} of {len(prompts):,} have none, "
+            f"{lacking[0].text[:60]!r} among them: give them one, or leave those rows out."
+        )
+
+
+def _has_concepts(prompt: Prompt, column: str) -> bool:
+    try:
+        return bool(concepts_in(prompt.columns.get(column)))
+    except ValueError:
+        return False
+
+
+def cider_measure(train_prompts: Sequence[Prompt]) -> Measure:
+    """Return CIDEr-D on tokens, with document frequencies of these prompts' references."""
+    documents = [
+        group for prompt in train_prompts if (group := [prompt.strip_reply_prefix(text) for text in prompt.references])
+    ]
+    if not documents:
+        raise UserError("CIDEr-D needs training prompts with references, from which its document frequencies come.")
+    return captions.CiderD(captions.shared_tokenizer().groups(documents))
+
+
+def cider_d(*, train_prompts: Sequence[Any]) -> RewardFunction:
+    """Compute CIDEr-D, 0 to 10."""
+    return on_tokens(cider_measure(train_prompts))
+
+
+def spice() -> RewardFunction:
+    """Compute SPICE, 0 to 1."""
+    return on_tokens(captions.Spice())
+
+
+def spider(*, train_prompts: Sequence[Any], cider_coefficient: float = 1.0, spice_coefficient: float = 1.0) -> RewardFunction:
+    """Compute SPIDEr, the sum of CIDEr-D and SPICE, each times its coefficient."""
+    return TermSum(
+        {"cider_d": (cider_coefficient, cider_d(train_prompts=train_prompts)), "spice": (spice_coefficient, spice())}
+    )
+
+
+def bleu(*, key: str) -> RewardFunction:
+    """Compute BLEU of one text, without smoothing, 0 to 1."""
+    order = int(key.removeprefix("bleu_"))
+    return on_tokens(lambda texts, references: captions.bleu(texts, references)[1][order - 1])
+
+
+def meteor() -> RewardFunction:
+    """Compute METEOR, 0 to 1."""
+    return on_tokens(lambda texts, references: captions.meteor(texts, references)[1])
+
+
+def rouge_l() -> RewardFunction:
+    """Compute ROUGE-L of the caption tools, 0 to 1."""
+    return on_tokens(captions.rouge_l)
+
+
+def rouge_n(*, key: str, stemming: bool = False) -> RewardFunction:
+    """Compute ROUGE of the summarization tools against the best reference, 0 to 1."""
+    scorer = rouge.Rouge(stemming, (key,))
+    return on_text(lambda texts, references: scorer(texts, references)[key])
+
+
+def bert_score(*, key: str, model: str = "roberta-large", layers: int | None = None, batch_size: int = 64) -> RewardFunction:
+    """Compute BERTScore against the best reference; raise if a text exceeds the model's length."""
+    scorer = BertScore(model, layers, batch_size)
+
+    def measure(texts: list[str], references: list[Sequence[str]]) -> list[float]:
+        cut = scorer.count_truncated([*texts, *(reference for group in references for reference in group)])
+        if cut:
+            raise ValueError(f"{cut} of the texts are longer than '{model}' reads")
+        return scorer(texts, references)[key]
+
+    return on_text(measure)
+
+
+def concept_coverage(*, column: str = "concepts") -> RewardFunction:
+    """Compute the share of the prompt's concepts that a text mentions, 0 to 1."""
+    coverage = ConceptCoverage(captions.shared_tokenizer())
+
+    def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        concepts: list[tuple[str, ...]] = []
+        for prompt in prompts:
+            try:
+                concepts.append(concepts_in(prompt.columns.get(column)))
+            except ValueError as error:
+                raise ValueError(f"column '{column}' of the prompt {prompt.text[:60]!r}: {error}") from None
+        return coverage(strip_reply_prefixes(prompts, texts), concepts)
+
+    return function
+
+
+def length_penalty(*, maximum: int, minimum: int = 0) -> RewardFunction:
+    """Compute minus the number of words above the maximum or below the minimum.
+
+    It is 0 between them.
+    """
+    if not 0 <= minimum <= maximum:
+        raise UserError(f"'length_penalty' has minimum {minimum} and maximum {maximum}: they must be 0 or more, and in order.")
+
+    def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        lengths = [len(text.split()) for text in strip_reply_prefixes(prompts, texts)]
+        return [0.0 - max(length - maximum, minimum - length, 0) for length in lengths]
+
+    return function
+
+
+def repetition_penalty(*, order: int = 3) -> RewardFunction:
+    """Compute minus the share of a text's word n-grams that are repetitions.
+
+    It is 0 for a text without any.
+    """
+    if order < 1:
+        raise UserError(f"'repetition_penalty' has order {order}, but must have at least 1.")
+
+    def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        return [0.0 - repetition(text, order) for text in strip_reply_prefixes(prompts, texts)]
+
+    return function
+
+
+WITHOUT_PROMPT_COLUMNS = ("length_penalty", "repetition_penalty")  # independent of the prompt
+
+TEXT_FUNCTIONS: dict[str, Callable[..., RewardFunction]] = {
+    "cider_d": cider_d,
+    "spice": spice,
+    "spider": spider,
+    **{f"bleu_{order}": bleu for order in range(1, captions.ORDERS + 1)},
+    "meteor": meteor,
+    "rouge_l": rouge_l,
+    **dict.fromkeys(rouge.KEYS, rouge_n),
+    **dict.fromkeys(("bertscore_precision", "bertscore_recall", "bertscore_f1"), bert_score),
+    "concept_coverage": concept_coverage,
+    "length_penalty": length_penalty,
+    "repetition_penalty": repetition_penalty,
+}
+"""The functions by name; their keyword arguments are their options."""

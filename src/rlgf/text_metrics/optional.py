@@ -1,0 +1,11 @@
+"""Optional packages, and the error that names the extra to install."""
+
+import importlib.util
+
+from rlgf.errors import UserError
+
+
+def require_extra(what: str, extra: str, *modules: str) -> None:
+    """Raise `UserError` unless all these modules are installed."""
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        raise UserError(f"{what} needs the extra '{extra}': pip install 'rlgf[{extra}]'.")

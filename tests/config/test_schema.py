@@ -1,0 +1,256 @@
+"""Configs: what is refused and in which words, and that what is written is read back."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlgf.config.flatten import to_dict
+from rlgf.config.loading import all_keys, dump, from_dict, override, parse_assignment, read_yaml
+from rlgf.config.schema import Config
+from rlgf.config.sections import AlgorithmConfig
+from rlgf.errors import UserError
+from rlgf.types import SamplingParams
+
+
+def overridden(*assignments: str) -> Config:
+    return override(Config(), [parse_assignment(text) for text in assignments])
+
+
+# keys
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("ppo.epoch", "ppo.epochs"),
+        ("ppo.learnig_rate", "ppo.learning_rate"),
+        ("epochs", "ppo.epochs|reward.epochs|pretrain.epochs|sft.epochs|distill.epochs|guide.sft.epochs"),
+        ("algoritm.name", "algorithm.name"),
+        ("kl.coeficient", "kl.coefficient"),
+        ("sampling.topk", "sampling.top_k"),
+        ("guide.sampling.top-p", "guide.sampling.top_p"),
+        ("target_kl", "ppo.target_kl"),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"override: unknown key '{key}': did you mean '({nearest})'"):
+        override(Config(), [(key, 1)])
+
+
+def test_a_key_like_no_other_is_answered_with_where_to_look() -> None:
+    with pytest.raises(UserError, match="`rlgf show config` lists every key"):
+        override(Config(), [("qqqqqqqq", 1)])
+
+
+def test_unknown_keys_in_a_file_are_named_with_the_file_at_every_depth() -> None:
+    with pytest.raises(UserError, match=r"a\.yaml: unknown key 'pppo': did you mean 'ppo'"):
+        from_dict({"pppo": {}}, "a.yaml")
+    with pytest.raises(UserError, match=r"a\.yaml: unknown key 'ppo\.epoch': did you mean 'ppo\.epochs'"):
+        from_dict({"ppo": {"epoch": 1}}, "a.yaml")
+    with pytest.raises(UserError, match=r"a\.yaml: unknown key 'guide\.sampling\.topk'"):
+        from_dict({"guide": {"sampling": {"topk": 1}}}, "a.yaml")
+
+
+def test_unknown_keys_of_an_optional_section_are_refused_too() -> None:
+    with pytest.raises(UserError, match=r"evaluation\.sampling\.topk"):
+        from_dict({"evaluation": {"sampling": {"topk": 1}}}, "a.yaml")
+    with pytest.raises(UserError, match=r"evaluation\.sampling\.topk"):
+        overridden("evaluation.sampling.topk=1")
+
+
+def test_all_keys_lists_sections_and_leaves() -> None:
+    keys = all_keys(Config)
+    assert {"seed", "ppo", "ppo.epochs", "guide.sampling.top_p", "guide.model.width"} <= set(keys)
+    assert len(keys) == len(set(keys))
+
+
+# types and bounds
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "ppo.epochs=many",
+        "ppo.epochs=1.5",
+        "ppo.learning_rate=fast",
+        "ppo.schedule=cosine",
+        "algorithm.mix=both",
+        "algorithm.credit=tdd",
+        "kl.loss_estimator=k1",
+        "runtime.precision=fp16",
+        "ppo.whiten_advantages=perhaps",
+        "ppo=3",
+        "task.options=3",
+        "sampling.top_k=0.5",
+    ],
+)
+def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment: str) -> None:
+    with pytest.raises(UserError, match=f"override: .*{assignment.split('=')[0]}"):
+        overridden(assignment)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("ppo.iterations=0", "ppo.iterations is 0, but must be at least 1"),
+        ("ppo.completions_per_iteration=0", "ppo.completions_per_iteration is 0, but must be at least 1"),
+        ("ppo.epochs=-1", "ppo.epochs is -1, but must be at least 1"),
+        ("ppo.minibatch_size=0", "ppo.minibatch_size is 0, but must be at least 1"),
+        ("task.max_new_tokens=0", "task.max_new_tokens is 0, but must be at least 1"),
+        ("task.min_new_tokens=17", r"task.min_new_tokens is 17, but must lie within \[0, .*16"),
+        ("task.min_new_tokens=-1", "task.min_new_tokens is -1"),
+        ("algorithm.beta_guide=1.5", r"algorithm.beta_guide is 1.5, but must lie within \[0, 1\]"),
+        ("algorithm.beta_policy=-0.5", "algorithm.beta_policy is -0.5, but must lie within"),
+        ("ppo.gamma=1.01", "ppo.gamma is 1.01, but must lie within"),
+        ("ppo.gae_lambda=.nan", "ppo.gae_lambda is nan, but must lie within"),
+        ("sampling.temperature=0", "sampling needs temperature > 0"),
+        ("sampling.top_p=0", "sampling needs temperature > 0, top_k >= 0, 0 < top_p <= 1"),
+        ("guide.sampling.top_k=-1", "guide.sampling needs"),
+        ("sampling.greedy=true", "sampling.greedy is for evaluation"),
+        ("ppo.samples_per_prompt=3", r"ppo.completions_per_iteration \(128\) must be a multiple of ppo.samples_per_prompt"),
+        ("ppo.learning_rate=-1", "ppo.learning_rate"),
+        ("ppo.clip_range=-1", "ppo.clip_range"),
+        ("kl.target=0", "kl.target"),
+        ("kl.horizon=0", "kl.horizon"),
+        ("runtime.precision=bf16", "set ppo.old_log_probs=recompute"),
+    ],
+)
+def test_a_number_that_cannot_be_trained_with_is_refused_with_what_would_do(assignment: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        overridden(assignment)
+
+
+def test_pairs_of_numbers_that_go_together_are_accepted() -> None:
+    assert overridden("runtime.precision=bf16", "ppo.old_log_probs=recompute").runtime.precision == "bf16"
+    assert overridden("ppo.samples_per_prompt=4").ppo.samples_per_prompt == 4
+    assert overridden("task.min_new_tokens=16").task.min_new_tokens == 16
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1  # type: ignore[misc]
+
+
+# assignments
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("a.b=1e-4", 1e-4),
+        ("a.b=1E5", 1e5),
+        ("a.b=-2.5e-3", -2.5e-3),
+        ("a.b=3", 3),
+        ("a.b=0.5", 0.5),
+        ("a.b=true", True),
+        ("a.b=null", None),
+        ("a.b=", None),
+        ("a.b=[tensorboard, trackio]", ["tensorboard", "trackio"]),
+        ("a.b={c: 1}", {"c": 1}),
+        ("a.b=python:module:name", "python:module:name"),
+        ("a.b=x=y", "x=y"),
+        ("a.b='1e-4'", "1e-4"),
+    ],
+)
+def test_an_assignment_is_a_key_and_a_yaml_value(text: str, value: Any) -> None:
+    assert parse_assignment(text) == ("a.b", value)
+    assert type(parse_assignment(text)[1]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["ppo.epochs", "=3", "", "ppo.epochs=[1", "policy={a", "policy=a: b: c"])
+def test_what_is_no_assignment_is_a_user_error(text: str) -> None:
+    with pytest.raises(UserError, match="command line"):
+        parse_assignment(text)
+
+
+def test_a_learning_rate_in_scientific_notation_is_a_number_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
+    assert overridden("ppo.learning_rate=1e-4").ppo.learning_rate == 1e-4
+    path = tmp_path / "a.yaml"
+    path.write_text("ppo:\n  learning_rate: 1e-4\n")
+    assert from_dict(read_yaml(path), str(path)).ppo.learning_rate == 1e-4
+
+
+def test_overrides_change_what_they_name_and_nothing_else() -> None:
+    config = overridden("ppo.epochs=4", "task.options.slots=3", "evaluation.sampling.top_k=5", "seed=9")
+    expected = to_dict(Config())
+    expected["ppo"]["epochs"] = 4
+    expected["task"]["options"]["slots"] = 3
+    expected["evaluation"]["sampling"] = dataclasses.asdict(SamplingParams(top_k=5))
+    expected["seed"] = 9
+    assert to_dict(config) == expected
+    assert to_dict(Config())["ppo"]["epochs"] == 2
+
+
+# files
+
+
+def test_a_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
+    config = overridden(
+        "ppo.learning_rate=1e-7", "evaluation.sampling.greedy=true", "runtime.trackers=[]", "task.options.slots=3",
+        "reward.clip=2", "guide.spec='model:größer'", "ppo.target_kl=null",
+    )  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert from_dict(read_yaml(path), str(path)) == config
+    assert dump(from_dict(read_yaml(path), str(path))) == dump(config)
+    assert from_dict(read_yaml(path), str(path)).runtime.trackers == ()
+
+
+def test_a_dump_holds_every_key() -> None:
+    values = yaml.safe_load(dump(Config()))
+    assert set(values) == {field.name for field in dataclasses.fields(Config)}
+    assert from_dict(values, "a.yaml") == Config()
+
+
+@settings(max_examples=10)
+@given(st.floats(1e-12, 1e3), st.integers(1, 10**9), st.floats(0, 1), st.text(max_size=20))
+def test_numbers_and_texts_survive_a_dump(rate: float, iterations: int, beta: float, name: str) -> None:
+    changes = [
+        ("ppo.learning_rate", rate), ("ppo.iterations", iterations), ("algorithm.beta_guide", beta), ("recipe", name),
+    ]  # fmt: skip
+    config = override(Config(), changes)
+    assert from_dict(yaml.safe_load(dump(config)), "a.yaml") == config
+
+
+def test_files_that_cannot_be_read_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"missing\.yaml cannot be read: No such file"):
+        read_yaml(tmp_path / "missing.yaml")
+    broken = tmp_path / "broken.yaml"
+    for content, message in (("a: [1", "is not valid YAML"), ("- 1", "must hold keys and values"), ("", "but holds None")):
+        broken.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read_yaml(broken)
+
+
+def test_a_section_that_is_no_mapping_is_refused() -> None:
+    with pytest.raises(UserError, match=r"a\.yaml: ppo must be a mapping"):
+        from_dict({"ppo": [1]}, "a.yaml")
+
+
+# the algorithm
+
+
+def test_numbers_become_the_algorithm_they_describe() -> None:
+    def built(**values: Any) -> Any:
+        return AlgorithmConfig(beta_guide=0.25, beta_policy=0.75, **values).build()
+
+    assert built(name="ppo").name == "ppo"
+    assert built(name="ppo_pp", switch_guide="paper").phases[0].switch == "paper"
+    assert built(name="ppo_pp").phases[0].beta == 0.25
+    aggrevated = built(name="aggrevated", credit="td", switch_policy="horizon")
+    assert (aggrevated.phases[0].beta, aggrevated.phases[0].switch, aggrevated.credit) == (0.75, "horizon", "td")
+    lols = built(name="lols", mixing_weight=0.25)
+    assert [(share.policy_weight, share.guide_weight) for share in lols.schedule(0, 0.0)] == [(0.25, 0.75)] * 2
+    assert [phase.beta for phase in lols.phases] == [0.25, 0.75]
+    d2lols = built(name="d2lols", switch_iteration=5)
+    assert [d2lols.schedule(iteration, 0.0)[0].phase for iteration in (4, 5)] == [1, 0]
+
+
+def test_an_unknown_algorithm_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UserError, match="unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"):
+        AlgorithmConfig(name="ppo_plus").build()

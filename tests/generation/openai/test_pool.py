@@ -1,0 +1,613 @@
+"""Guides on servers: how they are asked, what their failures lead to, what is kept and counted."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+
+import fault_server
+from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
+from helpers import config_of, tiny_trainer
+from rlgf.algorithms.guided import d2lols, ppo_pp
+from rlgf.config.loading import override
+from rlgf.config.schema import Config
+from rlgf.config.sections import GuideConfig, TaskConfig
+from rlgf.errors import RunError, UserError
+from rlgf.generation.openai.cache import ResponseCache
+from rlgf.generation.openai.client import Server, connect, parse_spec
+from rlgf.guides.base import Completion, CompletionRequest, query_guide
+from rlgf.guides.human import HumanGuide
+from rlgf.guides.remote import RemoteGuide
+from rlgf.pipeline.build_guide import guide_settings
+from rlgf.types import GUIDE, Prompt, SamplingParams
+
+pytestmark = pytest.mark.server
+
+FILM = "The film begins in a quiet town"
+CHAT = ("assistant", "continue_final_message", "prefix", "instruction")
+
+
+def remote(server: FaultServer, folder: Path, mode: str = "completion", **options: Any) -> RemoteGuide:
+    quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4}
+    config = GuideConfig(**{**quick, **options})
+    spec = f"server:fault-model@{server.url}"
+    cache = ResponseCache(folder / "answers.sqlite")
+    return RemoteGuide(Server(spec, config, mode), config, cache, sleep=lambda seconds: None)
+
+
+def requests(count: int, prefix: str = "") -> list[CompletionRequest]:
+    return [CompletionRequest(Prompt(f"{FILM} {i}"), [1], prefix, [2] if prefix else [], 12, 0, i, 0) for i in range(count)]
+
+
+def sums_hold(counts: dict[str, float]) -> bool:
+    asked = counts["guide_attempts"] == counts["guide_answered"] + counts["guide_retried"] + counts["guide_given_up"]
+    served = counts["guide_rows_answered"] + counts["guide_rows_cached"] + counts["guide_rows_given_up"]
+    return asked and counts["guide_rows_needed"] == served
+
+
+@pytest.fixture
+def healthy() -> Iterator[FaultServer]:
+    with FaultServer() as server:
+        yield server
+
+
+@pytest.mark.parametrize("mode", ["completion", *CHAT])
+def test_every_way_of_asking_brings_texts_in_order(healthy: FaultServer, tmp_path: Path, mode: str) -> None:
+    texts = query_guide(remote(healthy, tmp_path, mode), requests(6, " and then"))
+    again = query_guide(remote(healthy, tmp_path / "fresh", mode), list(reversed(requests(6, " and then"))))
+    assert [text.text for text in texts] == [text.text for text in reversed(again)]
+    assert len({text.text for text in texts}) > 3
+    assert all(text.text[0].isspace() for text in texts)  # one space at the joint
+
+
+def test_chat_dialects_put_the_prefix_where_the_server_continues_it(healthy: FaultServer, tmp_path: Path) -> None:
+    bodies = {}
+    for mode in CHAT:
+        query_guide(remote(healthy, tmp_path / mode, mode), requests(1, " and then"))
+        bodies[mode] = healthy.requests[-1]["body"]
+    for mode in ("assistant", "continue_final_message", "prefix"):
+        assert bodies[mode]["messages"][-1]["content"] == " and then"
+        assert bodies[mode]["messages"][-1]["role"] == "assistant"
+    assert bodies["prefix"]["messages"][-1]["prefix"] is True
+    assert bodies["continue_final_message"]["continue_final_message"] is True
+    assert bodies["continue_final_message"]["add_generation_prompt"] is False
+    assert bodies["instruction"]["messages"][-1]["content"].endswith("a quiet town 0 and then")
+
+
+@pytest.mark.parametrize("kind", TRANSIENT)
+def test_a_transient_failure_is_asked_again_and_leaves_no_trace_in_the_text(tmp_path: Path, kind: str) -> None:
+    with FaultServer() as server:
+        wanted = query_guide(remote(server, tmp_path / "a"), requests(2))
+    with FaultServer(first(1, kind), hang_seconds=0.2) as server:
+        guide = remote(server, tmp_path / "b", timeout_seconds=0.6)
+        assert query_guide(guide, requests(2)) == wanted
+        counts = guide.pop_metrics()
+        assert counts["guide_attempts"] == server.asked  # as the other side counts
+    assert counts["guide_retried"] == 2
+    assert counts["guide_answered"] == 2
+    assert sums_hold(counts)
+
+
+@pytest.mark.parametrize("kind", ["empty", "refusal", "surrogate"])
+@pytest.mark.parametrize("mode", ["completion", "instruction"])
+def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) -> None:
+    with FaultServer(first(1, kind)) as server:  # each draw is another question, and its first attempt fails
+        guide = remote(server, tmp_path, mode, invalid_retries=1)
+        with pytest.raises(RunError, match=r"no usable text .* in 2 draws"):
+            query_guide(guide, requests(1))
+        counts = guide.pop_metrics()
+    assert counts["guide_answers_invalid"] == 2
+    assert counts["guide_rows_given_up"] == 1
+    assert sums_hold(counts)
+    seeds = [request["body"]["seed"] for request in server.requests]
+    assert len(set(seeds)) == 2
+
+
+@pytest.mark.parametrize("kind", fault_server.PERMANENT)
+def test_a_permanent_failure_stops_at_once(tmp_path: Path, kind: str) -> None:
+    with FaultServer(always(kind)) as server:
+        guide = remote(server, tmp_path)
+        with pytest.raises(RunError, match="refuses"):
+            query_guide(guide, requests(1))
+        assert len(server.requests) == 1
+
+
+def test_an_address_without_v1_is_told_to_lack_it(healthy: FaultServer, tmp_path: Path) -> None:
+    spec = f"server:fault-model@{healthy.url.removesuffix('/v1')}"
+    config = GuideConfig()
+    guide = RemoteGuide(Server(spec, config, "completion"), config, ResponseCache(tmp_path / "answers.sqlite"))
+    with pytest.raises(RunError, match=r"No such path: /completions; most servers' addresses end in /v1"):
+        query_guide(guide, requests(1))
+
+
+def test_when_retries_are_used_up_the_run_stops(tmp_path: Path) -> None:
+    with FaultServer(always("503")) as server:
+        guide = remote(server, tmp_path, retries=2)
+        with pytest.raises(RunError, match=r"failed 3 times \(HTTP 503\)"):
+            query_guide(guide, requests(1))
+        assert guide.pop_metrics()["guide_attempts"] == 3
+
+
+def test_with_wait_it_waits_for_the_server_to_come_back(tmp_path: Path) -> None:
+    with FaultServer(first(9, "503")) as server:
+        guide = remote(server, tmp_path, retries=1, on_failure="wait")
+        assert len(query_guide(guide, requests(1))) == 1
+        assert guide.pop_metrics()["guide_retried"] == 9
+
+
+def test_retry_after_is_honoured(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    with FaultServer(first(1, "429_retry_after")) as server:
+        guide = remote(server, tmp_path)
+        guide._sleep = pauses.append  # pyright: ignore[reportPrivateUsage]
+        query_guide(guide, requests(1))
+    assert len(pauses) == 1
+
+
+def test_answers_are_kept_and_replayed_without_a_server(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        wanted = query_guide(remote(server, tmp_path), requests(5))
+        query_guide(remote(server, tmp_path), requests(5))
+        assert len(server.requests) == 5
+    gone = remote(server, tmp_path, offline=True)
+    assert query_guide(gone, requests(5)) == wanted
+    counts = gone.pop_metrics()  # as in the run that is replayed
+    assert (counts["guide_rows_answered"], counts["guide_rows_cached"], counts["guide_attempts"]) == (5, 0, 5)
+    assert gone.state() == {"begun": 0}  # but nothing is asked or paid
+    with pytest.raises(RunError, match="offline"):
+        query_guide(gone, requests(6))
+
+
+def test_the_cache_asks_neither_address_nor_how_the_guide_is_reached(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        wanted = query_guide(remote(server, tmp_path), requests(2))
+    with FaultServer() as other:
+        assert query_guide(remote(other, tmp_path, concurrency=1, retries=9), requests(2)) == wanted
+        assert not other.requests
+
+
+WRITER = """
+import sys, time
+from contextlib import ExitStack
+from pathlib import Path
+from rlgf.guides.cache import AnswerCache
+print("ready", flush=True)
+begin = float(sys.stdin.readline())
+for number in range(40):  # at the same moments
+    time.sleep(max(0, begin + 0.02 * number - time.time()))
+    AnswerCache(Path(sys.argv[1]) / f"{number}.sqlite")
+cache = AnswerCache(Path(sys.argv[1]) / "0.sqlite")
+for number in range(300):
+    cache.put(f"question {number}", {"text": sys.argv[2]})
+print([cache.get(f"question {number}")["text"] for number in range(300)])
+"""
+
+
+def test_processes_that_ask_the_same_go_on_with_the_same_answers(tmp_path: Path) -> None:
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with ExitStack() as stack:
+        processes = [
+            stack.enter_context(subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), name], **pipes))
+            for name in ("a", "b")
+        ]
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        begin = time.time() + 0.1  # both open new files, and ask, at once
+        with ThreadPoolExecutor(2) as pool:
+            outputs = list(pool.map(lambda process: process.communicate(f"{begin}\n")[0], processes))
+        assert [process.returncode for process in processes] == [0, 0]
+    assert outputs[0] == outputs[1]
+    assert len(ResponseCache(tmp_path / "0.sqlite")) == 300
+
+
+def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer, tmp_path: Path) -> None:
+    guide = remote(healthy, tmp_path, max_requests=3)  # four at once
+    with pytest.raises(RunError, match=r"max_requests=3"):
+        query_guide(guide, requests(5))
+    assert len(healthy.requests) == 3
+    assert len(guide.cache) == 2 * 3  # each with what it took
+    resumed = remote(healthy, tmp_path, max_requests=3, concurrency=1)
+    resumed.load_state(guide.state())
+    with pytest.raises(RunError, match=r"max_requests=3"):
+        query_guide(resumed, requests(5))
+    assert len(healthy.requests) == 3
+
+
+def test_costs_follow_from_tokens_and_prices(healthy: FaultServer, tmp_path: Path) -> None:
+    guide = remote(healthy, tmp_path, price_input=1.0, price_output=10.0)
+    query_guide(guide, requests(3))
+    counts = guide.pop_metrics()
+    assert counts["guide_cost"] == pytest.approx((counts["guide_prompt_tokens"] + 10 * counts["guide_completion_tokens"]) / 1e6)
+    assert counts["guide_cost"] > 0
+    with pytest.raises(UserError, match="max_cost needs"):
+        override(Config(), [("guide.max_cost", 1.0)])
+
+
+def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123")
+    with FaultServer(api_key="sk-secret-123") as server:
+        query_guide(remote(server, tmp_path), requests(1))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-456")
+    with FaultServer(api_key="sk-secret-123") as server, pytest.raises(RunError) as caught:
+        query_guide(remote(server, tmp_path / "other"), requests(1))
+    assert "sk-" not in str(caught.value)
+    monkeypatch.setenv("MODEL_HEADER", "Bearer sk-header-789")
+    echo = FaultServer(complaint=lambda body: "the token sk-header-789 is too old")
+    with echo as server, pytest.raises(RunError, match=r"the token \*\*\* is too old") as caught:
+        query_guide(remote(server, tmp_path / "headers", extra_headers={"Authorization": "$MODEL_HEADER"}), requests(1))
+    assert all(b"sk-" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extra_headers": {"Authorization": "Bearer abc"}}, {"extra_headers": {"x-goog-api-key": "abc"}},
+        {"extra_headers": {"Helicone-Auth": "abc"}}, {"extra_headers": {"X-Session-Token": "abc"}},
+        {"extra_headers": {"X-Proxy": "Bearer abc"}}, {"extra_headers": {"X-Proxy": "sk-abc"}},
+        {"extra_body": {"access_token": "abc"}}, {"extra_body": {"user": "sk-abc"}},
+        {"extra_body": {"api_key": "abc"}}, {"extra_body": {"provider": {"apiKey": "abc"}}},
+    ],
+)  # fmt: skip
+def test_written_out_secrets_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"environment|guide\.extra_headers"):
+        Config(guide=GuideConfig(**changes))
+
+
+def test_what_is_no_secret_is_not_refused() -> None:
+    harmless = {"extra_headers": {"HTTP-Referer": "https://host", "X-Title": "films", "X-Author": "me"}}
+    Config(guide=GuideConfig(**harmless, extra_body={"return_token_ids": True, "max_completion_tokens": 5}))
+
+
+def test_secrets_that_cannot_be_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for address in ("http://me:secret@host/v1", "http://host/v1?key=secret", "http://host/v1#secret"):
+        with pytest.raises(UserError) as caught:
+            parse_spec(f"server:m@{address}")
+        assert "secret" not in str(caught.value)
+    with pytest.raises(UserError, match="MODEL_HEADER, which is not set"):
+        Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
+    for key in ("sk-ключ", "sk-a\x07b", "sk-a\nb"):
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as caught:
+            Server("server:m@http://host/v1", GuideConfig(), "completion")
+        assert "sk-" not in str(caught.value)
+
+
+def test_white_space_around_a_key_is_not_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-123\n")
+    with FaultServer(api_key="sk-secret-123") as server:
+        query_guide(remote(server, tmp_path), requests(1))
+
+
+def particular(body: dict[str, Any]) -> str | None:
+    """What a reasoning model's server says of the parameters that it refuses."""
+    if "max_tokens" in body:
+        return "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+    if "temperature" in body:
+        return "Unsupported value: 'temperature' does not support 0.7 with this model. Only the default (1) value is supported."
+    return "Unsupported parameter: 'n'" if "n" in body else None
+
+
+def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) -> None:
+    reports: list[str] = []
+    all_are_here = Barrier(4)
+
+    def complaint(body: dict[str, Any]) -> str | None:
+        if {"max_tokens", "temperature"} <= set(body):  # side by side: all four are refused before one is adapted
+            all_are_here.wait(5)
+        return particular(body)
+
+    with FaultServer(complaint=complaint) as server:
+        guide = remote(server, tmp_path, "instruction", sampling=SamplingParams(temperature=0.7), retries=0)
+        guide.server._report = reports.append  # pyright: ignore[reportPrivateUsage]
+        assert len(query_guide(guide, requests(4))) == 4
+        body = server.requests[-1]["body"]
+        counts = guide.pop_metrics()
+        assert (counts["guide_attempts"], counts["guide_answered"]) == (server.asked, 4)
+        assert guide.state()["begun"] == server.asked > 8
+    assert sums_hold(counts)
+    assert "max_completion_tokens" in body
+    assert not {"max_tokens", "temperature", "n"} & set(body)
+    assert sorted(reports) == [
+        "guide: n is left out from now on, as the server refuses it",
+        "guide: temperature is left out from now on, as the server refuses it",
+    ]
+
+
+def test_of_two_parameters_that_exclude_each_other_the_temperature_stays(tmp_path: Path) -> None:
+    def either(body: dict[str, Any]) -> str | None:
+        both = "temperature" in body and "top_p" in body
+        return "`temperature` and `top_p` cannot both be specified for this model. Please use only one." if both else None
+
+    with FaultServer(complaint=either) as server:
+        query_guide(remote(server, tmp_path, sampling=SamplingParams(temperature=0.7, top_p=0.9)), requests(1))
+        assert server.requests[-1]["body"]["temperature"] == 0.7
+        assert "top_p" not in server.requests[-1]["body"]
+
+
+def test_what_was_asked_for_in_extra_body_is_never_left_out(tmp_path: Path) -> None:
+    with FaultServer(complaint=particular) as server:
+        guide = remote(server, tmp_path, extra_body={"temperature": 0.7, "max_tokens": None, "n": None})
+        with pytest.raises(RunError, match=r"refuses .*max_tokens"):
+            query_guide(guide, requests(1))
+
+
+def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path: Path) -> None:
+    reports: list[str] = []
+    with FaultServer(lambda key, attempt: None) as server:
+        cache = ResponseCache(tmp_path / "a.sqlite")
+        assert connect(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "completion"
+    with FaultServer(paths=(fault_server.CHAT,)) as server:
+        cache = ResponseCache(tmp_path / "b.sqlite")
+        assert connect(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "instruction"
+    assert "no text completion" in reports[0]
+    assert connect(f"server:m@{server.url}", GuideConfig(offline=True), cache, reports.append).mode == "instruction"
+
+
+def test_a_wrong_key_says_nothing_about_how_to_ask(tmp_path: Path) -> None:
+    cache = ResponseCache(tmp_path / "answers.sqlite")
+    with FaultServer(api_key="right") as server, pytest.raises(UserError, match=r"refuses \(Error code: 401"):
+        connect(f"server:m@{server.url}", GuideConfig(), cache, print)
+    assert len(cache) == 0
+    with FaultServer(always("503")) as server:
+        assert connect(f"server:m@{server.url}", GuideConfig(), cache, print).mode == "completion"
+    assert len(cache) == 0
+
+
+def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp_path: Path) -> None:
+    with FaultServer(always("empty")) as server:
+        guide = remote(server, tmp_path, invalid_retries=2)
+        assert query_guide(guide, requests(1, " and then")) == [Completion("", True)]
+        assert server.asked == 3
+        counts = guide.pop_metrics()
+        assert (counts["guide_answers_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
+        with pytest.raises(RunError, match="wrote nothing"):  # to a prompt there is always something to add
+            query_guide(guide, requests(1))
+    assert query_guide(remote(server, tmp_path, invalid_retries=2, offline=True), requests(1, " and then")) == [
+        Completion("", True)
+    ]
+
+
+def test_a_used_up_quota_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(fault_server.ERRORS, 429, ("You exceeded your quota.", "insufficient_quota", "insufficient_quota"))
+    with FaultServer(always("429")) as server:
+        with pytest.raises(RunError, match=r"refuses .*exceeded your quota"):
+            query_guide(remote(server, tmp_path), requests(1))
+        assert server.asked == 1
+
+
+def test_limits_on_tokens_need_a_server_that_counts_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = fault_server.answer_of
+    monkeypatch.setattr(fault_server, "answer_of", lambda *asked: {**plain(*asked), "usage": None})
+    with FaultServer() as server:
+        query_guide(remote(server, tmp_path / "a"), requests(1))
+        with pytest.raises(RunError, match="does not say what an answer costs"):
+            query_guide(remote(server, tmp_path / "b", max_tokens=100), requests(1))
+
+
+def test_pauses_are_told_and_end_when_nothing_is_left_to_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question is refused for good, while the others wait for a server that wants to be left alone for a minute."""
+    monkeypatch.setattr(fault_server, "RETRY_AFTER", "60")
+
+    def plan(key: str, attempt: int) -> str:
+        return "429_retry_after" if key != refused else "403"
+
+    reports: list[str] = []
+    with FaultServer(delay=0.2) as server:
+        query_guide(remote(server, tmp_path / "a"), requests(4))
+        refused = fault_server.request_key(fault_server.COMPLETIONS, server.requests[0]["body"])
+        server.schedule = plan
+        guide = remote(server, tmp_path / "b")
+        guide._sleep, guide._report = None, reports.append  # pyright: ignore[reportPrivateUsage]
+        began = time.monotonic()
+        with pytest.raises(RunError, match="refuses"):
+            query_guide(guide, requests(4))
+        assert time.monotonic() - began < 10
+    assert reports in ([], ["guide: HTTP 429; asked again in 60 s"])  # the one refused may have been the first
+
+
+def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_server, "RETRY_AFTER", "60")
+    reports: list[str] = []
+    with FaultServer(first(2, "429_retry_after")) as server:
+        guide = remote(server, tmp_path)
+        guide._report = reports.append  # pyright: ignore[reportPrivateUsage]
+        query_guide(guide, requests(3))
+    assert reports == ["guide: HTTP 429; asked again in 60 s"]
+
+
+@pytest.mark.parametrize("name", ["imdb", "toy_reviews"])
+def test_a_task_tells_a_chat_model_what_to_do_and_so_may_you(tmp_path: Path, name: str) -> None:
+    """The template is part of what an answer is kept under, where one is used."""
+    task = Config(task=TaskConfig(name))
+    told = guide_settings(task).instruction
+    assert told is not None
+    assert "{text}" in told
+    mine = guide_settings(override(task, [("guide.instruction", "Go on: {text}")]))
+    assert mine.instruction == "Go on: {text}"
+    with pytest.raises(UserError, match=r"put \{text\} there"):
+        override(task, [("guide.instruction", "Go on!")])
+    with FaultServer() as server:
+        for mode in ("instruction", "assistant", "completion"):
+            for instruction in (told, mine.instruction):
+                query_guide(remote(server, tmp_path / mode, mode, instruction=instruction), requests(1))
+        contents = [request["body"]["messages"][0]["content"] for request in server.requests[:4]]
+    assert contents[:2] == [told.replace("{text}", f"{FILM} 0"), f"Go on: {FILM} 0"]
+    assert contents[2:] == contents[:2]
+    assert server.asked == 5  # a completion has no template, so the second was kept
+
+
+# --- training -----------------------------------------------------------------------------------------------------------
+
+VOCABULARY = re.findall(r"\w+", " ".join(fault_server.WORDS))
+
+
+def trained(server: FaultServer, folder: Path, **options: Any) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Metrics of a small D2LOLS run with both phases, and its rows."""
+    guide = remote(server, folder, **options)
+    algorithm = d2lols(0.5, 0.5, 2)
+    config = config_of(ppo__completions_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4)
+    trainer = tiny_trainer(algorithm, config, guide)
+    steps = [trainer.step(i) for i in range(4)]
+    return [metrics for metrics, _ in steps], [experience.rollout.completions for _, experience in steps]
+
+
+def comparable(metrics: Sequence[dict[str, Any]], but: str = "guide_(attempts|retried)$") -> list[str]:
+    """Metrics without times; where faults are compared with none, without how often had to be asked."""
+    left_out = re.compile(f"seconds|per_second|latency|{but}" if but else "seconds|per_second|latency")
+    return [
+        json.dumps({k: v for k, v in row.items() if not left_out.search(k)}, sort_keys=True, default=str) for row in metrics
+    ]
+
+
+def test_transient_faults_change_nothing_bit_for_bit(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        metrics, texts = trained(server, tmp_path / "a")
+    with FaultServer(a_third(TRANSIENT), hang_seconds=0.2) as server:
+        faulty, same = trained(server, tmp_path / "b", concurrency=8)
+        assert server.faults.total() > 5
+        assert sum(row["guide_attempts"] for row in faulty) == server.asked
+    assert same == texts
+    assert comparable(faulty) == comparable(metrics)
+    assert all(sums_hold(row) for row in [*metrics, *faulty])
+
+
+def test_invalid_faults_give_the_same_run_twice_and_no_row_is_lost(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        with FaultServer(a_third((*TRANSIENT, *INVALID)), hang_seconds=0.2) as server:
+            runs.append(trained(server, tmp_path / name, invalid_retries=9, concurrency=8))
+            assert sum(row["guide_attempts"] for row in runs[-1][0]) == server.asked
+    assert runs[0][1] == runs[1][1]
+    assert comparable(runs[0][0], but="") == comparable(runs[1][0], but="")
+    assert all(sums_hold(row) for row in runs[0][0])
+
+
+def test_a_run_replays_offline_to_the_same_metrics(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        metrics, texts = trained(server, tmp_path)
+    again, same = trained(server, tmp_path, offline=True)
+    assert same == texts
+    assert comparable(again, but="") == comparable(metrics, but="")
+
+
+# --- a person -----------------------------------------------------------------------------------------------------------
+
+
+def answering(*lines: str) -> tuple[list[str], Any]:
+    """What was shown, and a keyboard that types these lines."""
+    typed, shown = list(lines), list[str]()
+
+    def read(mark: str) -> str:
+        if not typed:
+            raise EOFError
+        return typed.pop(0)
+
+    return shown, (read, shown.append)
+
+
+def test_a_person_continues_skips_undoes_and_is_not_asked_twice(tmp_path: Path) -> None:
+    cache = ResponseCache(tmp_path / "answers.sqlite")
+    shown, (read, show) = answering("goes well.", "wrong", "undo", "right\\nly", "skip")
+    texts = HumanGuide(cache, read, show).complete(requests(3, " and then"))
+    assert [text.text for text in texts] == [" goes well.", " right\nly", ""]
+    assert all(text.finished for text in texts)
+    assert any("[[ and then]]" in line for line in shown)
+    assert HumanGuide(cache, read, show).complete(requests(3, " and then")) == texts
+
+
+def test_answers_of_a_person_who_leaves_are_kept(tmp_path: Path) -> None:
+    cache = ResponseCache(tmp_path / "answers.sqlite")
+    _, (read, show) = answering("one")
+    with pytest.raises(RunError, match="nobody is at the terminal"):
+        query_guide(HumanGuide(cache, read, show), requests(2))
+    _, (read, show) = answering("two")
+    assert [text.text for text in query_guide(HumanGuide(cache, read, show), requests(2))] == [" one", " two"]
+
+
+def test_what_a_person_is_shown_is_escaped(tmp_path: Path) -> None:
+    shown, (read, show) = answering("fine")
+    HumanGuide(ResponseCache(tmp_path / "a.sqlite"), read, show).complete(requests(1, " \x1b[2J"))
+    assert not any("\x1b" in line for line in shown)
+
+
+# --- the policy in the guide's stead ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["ppo_pp", "aggrevated", "d2lols"])
+def test_with_policy_the_run_goes_on_without_the_guide(tmp_path: Path, name: str) -> None:
+    """Half of the prompts are never answered: rollins are skipped, rollouts finished by the policy, lone texts dropped."""
+
+    def half(key: str, attempt: int) -> str | None:
+        return "503" if int(key[:2], 16) % 2 else None
+
+    algorithm = override(Config(), [("algorithm.name", name), ("algorithm.beta_policy", 0.5), ("algorithm.beta_guide", 0.5)])
+    runs: list[list[dict[str, Any]]] = []
+    with FaultServer(half) as server:
+        for options in ({}, {"offline": True}):
+            guide = remote(server, tmp_path, on_failure="policy", retries=1, **options)
+            config = config_of(ppo__completions_per_iteration=16, ppo__minibatch_size=16, ppo__iterations=2)
+            trainer = tiny_trainer(algorithm.algorithm.build(), config, guide)
+            steps = [trainer.step(i) for i in range(2)]
+            runs.append([metrics for metrics, _ in steps])
+            for metrics, experience in steps:
+                rollout = experience.rollout
+                given_up = metrics["guide_rows_substituted"] + metrics["guide_rows_dropped"]
+                assert metrics["guide_rows_given_up"] == given_up > 0
+                assert sums_hold(metrics)
+                assert len(rollout.completions) == 16 - metrics["guide_rows_dropped"]
+                alone = (rollout.rollout_by == GUIDE) & ~rollout.by_guide.any(1)
+                assert not bool(rollout.after_switch[alone].any())  # the guide's critic learns nothing from them
+                assert bool((rollout.switch_position[alone] == rollout.completion_mask.sum(1)[alone]).all())
+                assert bool(experience.advantages.isfinite().all())
+    assert comparable(runs[0], but="") == comparable(runs[1], but="")
+    if name == "ppo_pp":
+        assert all(metrics["guide_rows_dropped"] == 0 for metrics in runs[0])
+
+
+# --- asking ahead -------------------------------------------------------------------------------------------------------
+
+
+def ppo_pp_run(server: FaultServer, folder: Path, ahead: int) -> tuple[list[str], list[int]]:
+    """Comparable metrics of a PPO++ run, and how many requests the server had seen after each iteration."""
+    config = config_of(ppo__completions_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4, guide__prefetch=ahead)
+    trainer = tiny_trainer(ppo_pp(0.5), config, remote(server, folder))
+    metrics: list[dict[str, Any]] = []
+    seen: list[int] = []
+    for iteration in range(4):
+        metrics.append(trainer.step(iteration)[0])
+        seen.append(int(sum(row["guide_rows_needed"] for row in metrics)))
+    if trainer.prefetcher is not None:
+        trainer.prefetcher.close()
+    assert all(row["guide_rows_cached"] == 0 for row in metrics)  # asked ahead in this run is answered, not cached
+    return comparable(metrics), seen
+
+
+def test_asking_ahead_changes_no_result_and_asks_nothing_twice(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        plain, needed = ppo_pp_run(server, tmp_path / "a", 0)
+        assert len(server.requests) == needed[-1]
+    with FaultServer(delay=0.01) as server:
+        ahead, _ = ppo_pp_run(server, tmp_path / "b", 2)
+        assert len(server.requests) == needed[-1]
+        assert len({json.dumps(request["body"]) for request in server.requests}) == needed[-1]
+    assert ahead == plain
+
+
+def test_the_next_iterations_are_asked_for_while_this_one_is_written(tmp_path: Path) -> None:
+    with FaultServer() as server:
+        config = config_of(ppo__completions_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4, guide__prefetch=2)
+        trainer = tiny_trainer(ppo_pp(1.0), config, remote(server, tmp_path))
+        trainer.collect_rollout(0)
+        assert trainer.prefetcher is not None
+        trainer.prefetcher._pool.shutdown(wait=True)  # pyright: ignore[reportPrivateUsage]
+        assert len(server.requests) == 36  # this iteration's and two more

@@ -1,0 +1,97 @@
+"""Names and docstrings: no old name is left, and every docstring reads like a sentence."""
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = sorted((ROOT / "src").rglob("*.py"))
+DOCUMENTS = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / "bench" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "results").rglob("README.md")),
+]  # fmt: skip
+RENAMED = tomllib.loads((ROOT / "tools" / "renamed.toml").read_text(encoding="utf-8"))
+
+FORBIDDEN = {
+    "What", "Whether", "Who", "Whom", "Whose", "Where", "Which", "How", "Within", "That", "Those", "Nothing",
+}  # fmt: skip
+"""Words that no docstring begins with: they make a clause, not a sentence."""
+NOT_VERBS = {"The", "A", "An", "This", "These", "It", "Its", "Everything", "All", "Some", "Each", "One", "Same"}
+MAX_WORDS = 16  # fifteen, and a name in backticks that counts as one
+
+
+def docstrings(path: Path) -> list[tuple[str, ast.AST, str]]:
+    """Return place, node and first line of every docstring in a file."""
+    found: list[tuple[str, ast.AST, str]] = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            text = ast.get_docstring(node)
+            if text:
+                name = getattr(node, "name", "module")
+                found.append((f"{path.relative_to(ROOT)}:{name}", node, text.splitlines()[0]))
+    return found
+
+
+def problem(node: ast.AST, line: str) -> str | None:
+    """Return what is wrong with the first line of a docstring, or None."""
+    first = re.sub(r"\W+$", "", line.split()[0])
+    if first in FORBIDDEN:
+        return f"begins with {first}"
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and first in NOT_VERBS:
+        return f"begins with {first} instead of a verb"
+    if len(re.findall(r"\w[\w'’-]*", re.sub(r"`[^`]*`", "x", line))) > MAX_WORDS:
+        return "is a long first sentence"
+    return None
+
+
+def test_every_docstring_begins_as_a_sentence() -> None:
+    wrong = [
+        f"{place}: {line!r} {what}"
+        for path in SOURCES
+        for place, node, line in docstrings(path)
+        if (what := problem(node, line))
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("Return the mean.", None),
+        ("Whether it is so.", "begins with Whether"),
+        ("The mean of values.", "begins with The instead of a verb"),
+        (" ".join(["word"] * 17), "is a long first sentence"),
+    ],
+)
+def test_the_check_of_docstrings_tells_good_from_bad(line: str, expected: str | None) -> None:
+    assert problem(ast.parse("def f(): ...").body[0], line) == expected
+
+
+def old_names() -> list[tuple[str, re.Pattern[str]]]:
+    """Return every old name that is not also a word of today, with a pattern that finds it."""
+    names: list[tuple[str, re.Pattern[str]]] = []
+    for old in RENAMED["config"]:
+        if "." in old:
+            names.append((old, re.compile(rf"(?<![\w./-]){re.escape(old)}(?![\w])")))
+    for old in RENAMED["config_values"]:
+        names.append((old, re.compile(rf"(?<![\w.]){re.escape(old)}(?!\w)")))
+    for old in RENAMED["metrics"]:
+        if "_" in old:
+            names.append((old, re.compile(rf"(?<!\w){old}(?!\w)")))
+    for old in RENAMED["commands"]:
+        names.append((f"rlgf {old}", re.compile(rf"\brlgf {old}\b")))
+    for old in RENAMED["public"]:
+        if "." in old or "_" in old:
+            names.append((old, re.compile(rf"(?<![\w.]){re.escape(old)}(?!\w)")))
+    return names
+
+
+def test_no_old_name_is_left() -> None:
+    found: list[str] = []
+    for path in [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").glob("*.py")), *DOCUMENTS]:
+        text = path.read_text(encoding="utf-8")
+        found += [f"{path.relative_to(ROOT)}: {name}" for name, pattern in old_names() if pattern.search(text)]
+    assert found == []
