@@ -16,7 +16,10 @@ ORDER = {
         "experiments cli"
     ),
     "algorithms": "__init__ advantages guided losses schedules",
-    "cli": "__init__ diagnose options terminal console check compare evaluate inspect train app",
+    "cli": (
+        "__init__ diagnose options terminal schedule console check compare evaluate inspect "
+        "train app"
+    ),
     "config": "__init__ flatten sections specs validation schema loading recipes",
     "data": "hub __init__ chat files datasets preferences text tokenization",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",

@@ -16,7 +16,7 @@ from typing import Any
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
 from rlgf.config.flatten import to_dict
 from rlgf.config.schema import Config
-from rlgf.errors import RunError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.evaluation.win_rate import PairJudge
 from rlgf.guides.base import CompletionRequest, Guide, TracksUsage
@@ -74,23 +74,31 @@ class Trainer:
     Call `run`, or call `collect_rollout`, `make_experience` and `update` in a loop of your own.
     """
 
-    def __init__(self, parts: Components) -> None:
-        config = parts.config
-        self.components, self.config = parts, config
+    def __init__(self, components: Components) -> None:
+        config = components.config
+        missing = [origin.name.lower() for origin in components.algorithm.critics if origin not in components.models.critics]
+        if missing:  # their advantages would be zero
+            raise ConfigError(
+                f"{components.algorithm.title} needs a critic for rollouts by the {' and the '.join(missing)}, and "
+                "components.models.critics has none: add one."
+            )
+        self.components, self.config = components, config
         self.forward_config = ForwardConfig(
             config.sampling, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision
         )
         self.rollout_config = RolloutConfig(
-            parts.models.policy, parts.guide, config.sampling, config.task.max_new_tokens, config.task.min_new_tokens,
+            components.models.policy, components.guide, config.sampling, config.task.max_new_tokens, config.task.min_new_tokens,
             config.seed, config.runtime.precision,
         )  # fmt: skip
-        self.updater = Updater(parts.models, self.forward_config, config.kl, config.critic, parts.sft_targets, config.seed)
-        self.kl = KLController(config.kl, config.kl.coefficient)
-        self.shaper = RewardShaper(config.reward, parts.reward)
-        self.evaluation_context = EvaluationContext(
-            parts.task, parts.reward, parts.models.reference, parts.pre_sft_model, self.forward_config
+        self.updater = Updater(
+            components.models, self.forward_config, config.kl, config.critic, components.sft_targets, config.seed
         )
-        if not config.runtime.token_budget and parts.models.policy.device.type != "cpu":
+        self.kl = KLController(config.kl, config.kl.coefficient)
+        self.shaper = RewardShaper(config.reward, components.reward)
+        self.evaluation_context = EvaluationContext(
+            components.task, components.reward, components.models.reference, components.pre_sft_model, self.forward_config
+        )
+        if not config.runtime.token_budget and components.models.policy.device.type != "cpu":
             self._set_token_budget(self._find_token_budget())
         self.prefetcher = self._prefetcher()
         self.iteration = 0  # number of iterations done
@@ -232,7 +240,7 @@ class Trainer:
             on_progress: called after each iteration.
 
         Raises:
-            RunError: a guide or a reward failed; a checkpoint was written first.
+            TrainingError: a guide or a reward failed; a checkpoint was written first.
         """
         config, iterations = self.config, self.config.ppo.iterations
         trackers = Trackers(config.runtime.trackers, directory.folder / "trackers", to_dict(config)) if directory else None
@@ -254,7 +262,7 @@ class Trainer:
                     if directory and trackers:
                         self._log(directory, trackers, metrics, experience)
                 on_progress(Progress(self.iteration, iterations, metrics, self._guide_usage()))
-        except RunError:
+        except TrainingError:
             if directory:
                 directory.save_checkpoint(self.iteration, self.state())
             raise

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+FORMAT_VERSION = 1
+"""The version of the formats of configs, checkpoints, stages and results in files."""
+
 
 class Origin(IntEnum):
     """The origin of a token: padding, the prompt, the policy or the guide."""

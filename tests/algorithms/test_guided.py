@@ -25,7 +25,7 @@ from rlgf.algorithms.guided import (
     sample_switch,
     single_phase,
 )
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.types import GUIDE, POLICY, Origin
 
 COINS = (0.0, 0.25, 0.5, 0.75, 1 - 2**-53)
@@ -112,31 +112,31 @@ def test_the_edges_of_the_uniform_reach_the_ends_of_the_range_and_no_further(
 @pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
 def test_a_beta_that_is_no_probability_is_refused(beta: float) -> None:
     for build in (ppo_pp, aggrevated, lambda value: lols(value, 0.5, 0.5), lambda value: d2lols(0.5, value, 1)):
-        with pytest.raises(UserError, match=r"beta is .*, but it is a probability: choose a value within \[0, 1\]"):
+        with pytest.raises(ConfigError, match=r"beta is .*, but it is a probability: choose a value within \[0, 1\]"):
             build(beta)
 
 
 def test_the_horizon_rule_is_refused_for_a_guide_rollin() -> None:
-    with pytest.raises(UserError, match="'horizon' is a rule for policy rollins"):
+    with pytest.raises(ConfigError, match="'horizon' is a rule for policy rollins"):
         ppo_pp(0.5, "horizon")
-    with pytest.raises(UserError, match="'horizon' is a rule for policy rollins"):
+    with pytest.raises(ConfigError, match="'horizon' is a rule for policy rollins"):
         lols(0.5, 0.5, 0.5, switch_guide="horizon")
     assert aggrevated(0.5, switch="horizon").phases[0].switch == "horizon"
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
 def test_an_alpha_of_lols_that_is_no_weight_is_refused(alpha: float) -> None:
-    with pytest.raises(UserError, match="for lols it is a weight"):
+    with pytest.raises(ConfigError, match="for lols it is a weight"):
         lols(0.5, 0.5, alpha)
 
 
 def test_an_alpha_of_d2lols_that_counts_nothing_is_refused() -> None:
-    with pytest.raises(UserError, match="for d2lols it counts iterations"):
+    with pytest.raises(ConfigError, match="for d2lols it counts iterations"):
         d2lols(0.5, 0.5, -1)
 
 
 def test_an_unknown_mix_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="unknown mix 'advantages': did you mean 'advantage'"):
+    with pytest.raises(ConfigError, match="unknown mix 'advantages': did you mean 'advantage'"):
         lols(0.5, 0.5, 0.5, mix="advantages")  # type: ignore[arg-type]
 
 

@@ -13,7 +13,7 @@ from rlgf.config.flatten import to_dict
 from rlgf.config.loading import all_keys, dump, from_dict, override, parse_assignment, read_yaml
 from rlgf.config.schema import Config
 from rlgf.config.sections import AlgorithmConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.types import SamplingParams
 
 
@@ -38,28 +38,28 @@ def overridden(*assignments: str) -> Config:
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest(key: str, nearest: str) -> None:
-    with pytest.raises(UserError, match=f"override: unknown key '{key}': did you mean '({nearest})'"):
+    with pytest.raises(ConfigError, match=f"override: unknown key '{key}': did you mean '({nearest})'"):
         override(Config(), [(key, 1)])
 
 
 def test_a_key_like_no_other_is_answered_with_where_to_look() -> None:
-    with pytest.raises(UserError, match="`rlgf show config` lists every key"):
+    with pytest.raises(ConfigError, match="`rlgf show config` lists every key"):
         override(Config(), [("qqqqqqqq", 1)])
 
 
 def test_unknown_keys_in_a_file_are_named_with_the_file_at_every_depth() -> None:
-    with pytest.raises(UserError, match=r"a\.yaml: unknown key 'pppo': did you mean 'ppo'"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: unknown key 'pppo': did you mean 'ppo'"):
         from_dict({"pppo": {}}, "a.yaml")
-    with pytest.raises(UserError, match=r"a\.yaml: unknown key 'ppo\.epoch': did you mean 'ppo\.epochs'"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: unknown key 'ppo\.epoch': did you mean 'ppo\.epochs'"):
         from_dict({"ppo": {"epoch": 1}}, "a.yaml")
-    with pytest.raises(UserError, match=r"a\.yaml: unknown key 'guide\.sampling\.topk'"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: unknown key 'guide\.sampling\.topk'"):
         from_dict({"guide": {"sampling": {"topk": 1}}}, "a.yaml")
 
 
 def test_unknown_keys_of_an_optional_section_are_refused_too() -> None:
-    with pytest.raises(UserError, match=r"evaluation\.sampling\.topk"):
+    with pytest.raises(ConfigError, match=r"evaluation\.sampling\.topk"):
         from_dict({"evaluation": {"sampling": {"topk": 1}}}, "a.yaml")
-    with pytest.raises(UserError, match=r"evaluation\.sampling\.topk"):
+    with pytest.raises(ConfigError, match=r"evaluation\.sampling\.topk"):
         overridden("evaluation.sampling.topk=1")
 
 
@@ -90,7 +90,7 @@ def test_all_keys_lists_sections_and_leaves() -> None:
     ],
 )
 def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment: str) -> None:
-    with pytest.raises(UserError, match=f"override: .*{assignment.split('=')[0]}"):
+    with pytest.raises(ConfigError, match=f"override: .*{assignment.split('=')[0]}"):
         overridden(assignment)
 
 
@@ -121,7 +121,7 @@ def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment
     ],
 )
 def test_a_number_that_cannot_be_trained_with_is_refused_with_what_would_do(assignment: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ConfigError, match=message):
         overridden(assignment)
 
 
@@ -164,7 +164,7 @@ def test_an_assignment_is_a_key_and_a_yaml_value(text: str, value: Any) -> None:
 
 @pytest.mark.parametrize("text", ["ppo.epochs", "=3", "", "ppo.epochs=[1", "policy={a", "policy=a: b: c"])
 def test_what_is_no_assignment_is_a_user_error(text: str) -> None:
-    with pytest.raises(UserError, match="command line"):
+    with pytest.raises(ConfigError, match="command line"):
         parse_assignment(text)
 
 
@@ -203,7 +203,7 @@ def test_a_dumped_config_is_read_back_equal(tmp_path: Path) -> None:
 
 def test_a_dump_holds_every_key() -> None:
     values = yaml.safe_load(dump(Config()))
-    assert set(values) == {field.name for field in dataclasses.fields(Config)}
+    assert set(values) == {"format_version", *(field.name for field in dataclasses.fields(Config))}
     assert from_dict(values, "a.yaml") == Config()
 
 
@@ -217,18 +217,27 @@ def test_numbers_and_texts_survive_a_dump(rate: float, iterations: int, beta: fl
     assert from_dict(yaml.safe_load(dump(config)), "a.yaml") == config
 
 
+def test_a_config_of_another_format_version_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "old.yaml"
+    file.write_text(dump(Config()).replace("format_version: 1", "format_version: 7"))
+    with pytest.raises(ConfigError, match=r"old\.yaml has format version 7, and this rlgf reads version 1"):
+        read_yaml(file)
+    with pytest.raises(ConfigError, match="a run has format version 7"):
+        from_dict({"format_version": 7}, "a run")
+
+
 def test_files_that_cannot_be_read_are_user_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.yaml cannot be read: No such file"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml cannot be read: No such file"):
         read_yaml(tmp_path / "missing.yaml")
     broken = tmp_path / "broken.yaml"
     for content, message in (("a: [1", "is not valid YAML"), ("- 1", "must hold keys and values"), ("", "but holds None")):
         broken.write_text(content)
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ConfigError, match=message):
             read_yaml(broken)
 
 
 def test_a_section_that_is_no_mapping_is_refused() -> None:
-    with pytest.raises(UserError, match=r"a\.yaml: ppo must be a mapping"):
+    with pytest.raises(ConfigError, match=r"a\.yaml: ppo must be a mapping"):
         from_dict({"ppo": [1]}, "a.yaml")
 
 
@@ -252,5 +261,5 @@ def test_numbers_become_the_algorithm_they_describe() -> None:
 
 
 def test_an_unknown_algorithm_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UserError, match="unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"):
+    with pytest.raises(ConfigError, match="unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"):
         AlgorithmConfig(name="ppo_plus").build()

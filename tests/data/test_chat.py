@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlgf.data.chat import ChatTemplate, PromptBuilder, is_conversation, messages_of, normalize_whitespace, read_template
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS, DataError
 from rlgf.evaluation.chat_judge import fill_template
 from rlgf.pipeline.stages import train_tokenizer
 from rlgf.text_metrics.as_rewards import build_text_function
@@ -73,7 +73,7 @@ def test_a_reply_stands_behind_the_prompt_as_the_template_writes_it(tokenizer: A
 
 
 def test_a_tokenizer_without_a_template_says_how_to_give_one(tokenizer: Any):
-    with pytest.raises(UserError, match="row 7 is a conversation, but the tokenizer has no chat template: give one with task"):
+    with pytest.raises(DataError, match="row 7 is a conversation, but the tokenizer has no chat template: give one with task"):
         PromptBuilder(tokenizer)([ASKED], ["row 7"])
     (prompt,) = PromptBuilder(tokenizer, template=TEMPLATE)([ASKED], ["row 7"])
     assert prompt is not None
@@ -81,7 +81,7 @@ def test_a_tokenizer_without_a_template_says_how_to_give_one(tokenizer: Any):
 
 
 def test_what_a_template_refuses_is_an_error_with_its_row_and_reason(tokenizer: Any):
-    with pytest.raises(UserError, match=r"row 2: the chat template refuses .*only user and assistant may speak"):
+    with pytest.raises(INPUT_ERRORS, match=r"row 2: the chat template refuses .*only user and assistant may speak"):
         PromptBuilder(tokenizer, template=BRACKETS)([ASKED], ["row 2"])
 
 
@@ -90,13 +90,13 @@ def test_a_template_is_a_file_or_a_text(tmp_path: Any):
     assert read_template(str(tmp_path / "chat.jinja")) == TEMPLATE
     assert read_template(TEMPLATE) == TEMPLATE
     assert read_template(None) is None
-    with pytest.raises(UserError, match="neither a file nor a Jinja template"):
+    with pytest.raises(INPUT_ERRORS, match="neither a file nor a Jinja template"):
         read_template(str(tmp_path / "other.jinja"))
 
 
 @pytest.mark.parametrize("value", [[{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}]])
 def test_messages_without_a_text_are_refused(chatty: Any, value: Any):
-    with pytest.raises(UserError, match="row 3: message 1 must have a 'role' and a 'content' that are texts"):
+    with pytest.raises(INPUT_ERRORS, match="row 3: message 1 must have a 'role' and a 'content' that are texts"):
         PromptBuilder(chatty)([value], ["row 3"])
 
 
@@ -109,7 +109,7 @@ def test_what_is_a_conversation():
 
 @pytest.mark.parametrize("value", ["", "  \n", None, 3])
 def test_empty_prompts_and_other_things_are_refused(tokenizer: Any, value: Any):
-    with pytest.raises(UserError, match="row 4: the prompt"):
+    with pytest.raises(INPUT_ERRORS, match="row 4: the prompt"):
         PromptBuilder(tokenizer)([value], ["row 4"])
 
 
@@ -135,7 +135,7 @@ def test_a_suffix_that_is_there_is_not_written_twice(word_tokenizer: Any):
     (prompt,) = PromptBuilder(word_tokenizer, suffix=" =>")(["review of =>"], ["row 1"])
     assert prompt is not None
     assert prompt.text == "review of =>"
-    with pytest.raises(UserError, match="the prompt is empty"):
+    with pytest.raises(INPUT_ERRORS, match="the prompt is empty"):
         PromptBuilder(word_tokenizer, suffix=" =>")([" =>"], ["row 1"])
 
 
@@ -173,7 +173,7 @@ def test_as_much_is_kept_as_fits():
 
 
 def test_a_limit_that_holds_no_more_than_the_suffix_is_refused():
-    with pytest.raises(UserError, match="alone has"):
+    with pytest.raises(INPUT_ERRORS, match="alone has"):
         PromptBuilder(PROPERTY_TOKENIZER, 3, suffix=SUFFIX)
 
 
@@ -242,7 +242,7 @@ def test_calls_of_tools_and_texts_in_parts_are_messages():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]
     found = messages_of([{"role": "assistant", "tool_calls": calls}, {"role": "tool", "content": parts}], "row 1")
     assert found == ({"role": "assistant", "tool_calls": calls, "content": ""}, {"role": "tool", "content": "one two"})
-    with pytest.raises(UserError, match="row 1: message 1 must have"):
+    with pytest.raises(INPUT_ERRORS, match="row 1: message 1 must have"):
         messages_of([{"role": "user", "content": [{"type": "image"}]}], "row 1")
 
 

@@ -14,7 +14,7 @@ import pytest
 from rlgf.data import hub
 from rlgf.data.datasets import read_rows
 from rlgf.data.files import read_json, read_jsonl, write_file, write_json
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 
 ROWS = [{"text": "größer\n", "label": 1}, {"text": "", "label": 0}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -53,33 +53,33 @@ def test_a_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_column_is_named_with_its_row_and_those_there_are(tmp_path: Path) -> None:
     path = file_with(tmp_path / "a.jsonl", LINES + '{"text": "no label"}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl, row 3: there is no column 'label'; it has text\."):
+    with pytest.raises(INPUT_ERRORS, match=r"a\.jsonl, row 3: there is no column 'label'; it has text\."):
         read_rows(str(path), "train", ["text", "label"])
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     for name, write in (("a.jsonl", lambda text: text.encode()), ("a.jsonl.gz", lambda text: gzip.compress(text.encode()))):
         (tmp_path / name).write_bytes(write(LINES + '{"text": \n'))
-        with pytest.raises(UserError, match=f"{name}, line 3: not valid JSON"):
+        with pytest.raises(INPUT_ERRORS, match=f"{name}, line 3: not valid JSON"):
             read_rows(str(tmp_path / name), "train")
 
 
 def test_a_file_whose_name_says_nothing_is_refused_with_the_names_that_do(tmp_path: Path) -> None:
     path = file_with(tmp_path / "a.txt", "hello\n")
-    with pytest.raises(UserError, match=r"line 1: not valid JSON .* how their names end \(\.jsonl\[\.gz\], \.csv"):
+    with pytest.raises(INPUT_ERRORS, match=r"line 1: not valid JSON .* how their names end \(\.jsonl\[\.gz\], \.csv"):
         read_rows(str(path), "train")
 
 
 def test_a_line_that_is_no_object_is_named(tmp_path: Path) -> None:
     path = file_with(tmp_path / "a.jsonl", LINES + "[1, 2]\n")
-    with pytest.raises(UserError, match="line 3: expected an object, found list"):
+    with pytest.raises(INPUT_ERRORS, match="line 3: expected an object, found list"):
         read_rows(str(path), "train")
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     for content in ("", "\n\n"):
         path = file_with(tmp_path / "a.jsonl", content)
-        with pytest.raises(UserError, match=r"a\.jsonl holds no rows"):
+        with pytest.raises(INPUT_ERRORS, match=r"a\.jsonl holds no rows"):
             read_rows(str(path), "train")
 
 
@@ -97,7 +97,7 @@ def test_a_file_that_cannot_be_decoded_is_refused(tmp_path: Path, harm: str) -> 
             "wrong stream": bytes(damaged),
         }[harm]
     )
-    with pytest.raises(UserError, match=r"cannot be decoded|not valid JSON"):
+    with pytest.raises(INPUT_ERRORS, match=r"cannot be decoded|not valid JSON"):
         read_rows(str(path), "train")
 
 
@@ -113,7 +113,7 @@ def test_what_is_no_file_is_asked_of_the_datasets_library(monkeypatch: pytest.Mo
     )
     assert read_rows("someone/reviews", "validation", ["text"]) == ROWS
     assert asked == [("someone/reviews", "validation")]
-    with pytest.raises(UserError, match=r"someone/reviews \(validation\), row 1: there is no column 'title'"):
+    with pytest.raises(INPUT_ERRORS, match=r"someone/reviews \(validation\), row 1: there is no column 'title'"):
         read_rows("someone/reviews", "validation", ["title"])
 
 
@@ -125,16 +125,16 @@ def test_a_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.Mon
         sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset, config=SimpleNamespace(HF_HUB_OFFLINE=True))
     )
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: True)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(INPUT_ERRORS) as caught:
         read_rows("someone/reviews", "train")
     assert str(caught.value) == (
         "data 'someone/reviews', split 'train' cannot be loaded (no such thing): "
         "give a Hub name, a folder, or a file (.jsonl[.gz], .csv, .tsv, .parquet or .json)."
     )
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
-    with pytest.raises(UserError, match="there is no such file or folder, and the Hugging Face Hub does not answer"):
+    with pytest.raises(INPUT_ERRORS, match="there is no such file or folder, and the Hugging Face Hub does not answer"):
         read_rows("someone/reviews", "train")
-    with pytest.raises(UserError, match=r"rows\.csv.* cannot be loaded \(there is no such file or folder\)"):
+    with pytest.raises(INPUT_ERRORS, match=r"rows\.csv.* cannot be loaded \(there is no such file or folder\)"):
         read_rows("rows.csv", "train")
 
 
@@ -189,12 +189,12 @@ def test_json_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 
 def test_json_that_cannot_be_read_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"missing\.json cannot be read"):
+    with pytest.raises(INPUT_ERRORS, match=r"missing\.json cannot be read"):
         read_json(tmp_path / "missing.json")
-    with pytest.raises(UserError, match=r"broken\.json cannot be read"):
+    with pytest.raises(INPUT_ERRORS, match=r"broken\.json cannot be read"):
         read_json(file_with(tmp_path / "broken.json", "{"))
     (tmp_path / "bytes.json").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"bytes\.json cannot be read"):
+    with pytest.raises(INPUT_ERRORS, match=r"bytes\.json cannot be read"):
         read_json(tmp_path / "bytes.json")
 
 

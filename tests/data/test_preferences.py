@@ -13,7 +13,7 @@ from rlgf.config.schema import Config
 from rlgf.config.sections import PreferenceConfig, TaskConfig
 from rlgf.data.chat import PromptBuilder
 from rlgf.data.preferences import Columns, Pair, Pairs, length_baseline, pairwise_accuracy, parts_of, read_pairs, split_for_role
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 from rlgf.pipeline import reward_model_stage
 from rlgf.tasks import prompts
 from rlgf.types import Prompt
@@ -63,7 +63,7 @@ def test_responses_may_be_texts_in_parts():
     explicit = {"prompt": asked, "chosen": [said("assistant", "Alien")], "rejected": said("assistant", "no", "ne")}
     assert parts_of(explicit, Columns(), "row 1") == (asked, "Alien", "none")
     picture = {"role": "assistant", "content": [{"type": "image", "url": "x"}]}
-    with pytest.raises(UserError, match="a response must be a text or one message"):
+    with pytest.raises(INPUT_ERRORS, match="a response must be a text or one message"):
         parts_of({**explicit, "chosen": picture}, Columns(), "row 1")
 
 
@@ -84,9 +84,9 @@ def test_what_cannot_be_compared_is_dropped_and_counted(word_tokenizer: Any):
 
 
 def test_rows_without_sides_are_refused(word_tokenizer: Any):
-    with pytest.raises(UserError, match=r"row 1: there is no column 'rejected'; it has chosen, prompt"):
+    with pytest.raises(INPUT_ERRORS, match=r"row 1: there is no column 'rejected'; it has chosen, prompt"):
         pairs_of([{"prompt": "plot", "chosen": " great plot"}], word_tokenizer)
-    with pytest.raises(UserError, match="must be two texts or two conversations"):
+    with pytest.raises(INPUT_ERRORS, match="must be two texts or two conversations"):
         pairs_of([{"chosen": 1, "rejected": 2}], word_tokenizer)
 
 
@@ -119,7 +119,7 @@ def test_a_test_split_is_used_without_posts_that_are_trained_on():
 
 
 def test_too_few_posts_are_refused():
-    with pytest.raises(UserError, match="about 0 posts to train on and 1 to measure on"):
+    with pytest.raises(INPUT_ERRORS, match="about 0 posts to train on and 1 to measure on"):
         split_for_role(Pairs(made(1), []), 1, 0)
 
 

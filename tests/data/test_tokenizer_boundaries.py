@@ -21,7 +21,7 @@ from rlgf.data.tokenization import (
     encode_continuation,
     replace_surrogates,
 )
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.guides.base import Completion, CompletionRequest, Guide, query_guide
 from rlgf.guides.local import FunctionGuide, ModelGuide, TextModelGuide, guide_model_path
 from rlgf.models.language_model import LanguageModel
@@ -329,7 +329,7 @@ def test_its_budget_is_enough_for_the_policys_and_ends_at_its_context(byte_token
     ids = Codec(byte_tokenizer).prompt(Prompt(request().prompt.text + last))
     assert len(ids) == 63
     assert len(guide.complete([request(prefix=last)])[0].text) == 1
-    with pytest.raises(RunError, match="the guide reads 64 tokens"):
+    with pytest.raises(TrainingError, match="the guide reads 64 tokens"):
         query_guide(guide, [request(prefix=last + "a")])
 
 
@@ -362,10 +362,10 @@ def test_a_guide_of_another_tokenizer_begins_and_finishes(byte_tokenizer: Any, w
 def test_a_run_is_a_guide_once_it_has_a_policy(tmp_path: Path) -> None:
     assert guide_model_path("model:some/where") == "some/where"
     assert guide_model_path("references") is None
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(ConfigError, match="holds no run"):
         guide_model_path(f"run:{tmp_path}")
     (tmp_path / "config.yaml").write_text("seed: 0\n")
-    with pytest.raises(UserError, match="has no policy yet"):
+    with pytest.raises(ConfigError, match="has no policy yet"):
         guide_model_path(f"run:{tmp_path}")
     (tmp_path / "policy").mkdir()
     assert guide_model_path(f"run:{tmp_path}") == str(tmp_path / "policy")
@@ -398,7 +398,7 @@ def test_a_model_of_any_tokenizer_guides_a_run_and_that_run_another(tmp_path: Pa
     for weight, saved in zip(guide.language_model.model.parameters(), trainer.components.models.policy.model.parameters()):
         assert torch.equal(weight, saved)
     for missing in ("nowhere", str(tmp_path)):
-        with pytest.raises(UserError, match="holds no run"):
+        with pytest.raises(ConfigError, match="holds no run"):
             prepare(override(config, [("guide.spec", f"run:{missing}")]), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 
@@ -406,5 +406,5 @@ def test_a_model_of_any_tokenizer_guides_a_run_and_that_run_another(tmp_path: Pa
 def test_a_short_guide_of_the_policys_tokenizer_is_refused(tmp_path: Path, word_tokenizer: Any) -> None:
     model_of(word_tokenizer, seed=3, context=16).save(tmp_path / "model")
     config = override(quickstart(), [*SMALL, ("guide.spec", f"model:{tmp_path / 'model'}")])
-    with pytest.raises(UserError, match="reads 16 tokens"):
+    with pytest.raises(ConfigError, match="reads 16 tokens"):
         prepare(config, tmp_path / "stages")

@@ -11,7 +11,7 @@ import torch
 from helpers import END, SMALL, small, tiny_model, word_reward
 from rlgf.cli import app
 from rlgf.config.sections import ModelConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.best_of_n import MAX_SAMPLES, best_of, concatenate, select
 from rlgf.experiments.compare import compare
 from rlgf.experiments.variants import build_variants
@@ -98,9 +98,9 @@ def test_rows_are_selected_and_joined_with_all_that_belongs_to_them():
 
 
 def test_what_cannot_be_drawn_several_times_is_refused():
-    with pytest.raises(UserError, match="needs decoding that draws"):
+    with pytest.raises(ConfigError, match="needs decoding that draws"):
         best_of(rollout_config(sampling=SamplingParams(greedy=True)), PROMPTS, word_reward, 4, 0)
-    with pytest.raises(UserError, match="choose a number from 1 to 65,536"):
+    with pytest.raises(ConfigError, match="choose a number from 1 to 65,536"):
         best_of(rollout_config(), PROMPTS, word_reward, 0, 0)
 
 
@@ -141,7 +141,7 @@ def evaluated(arguments: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_policy_of_another_vocabulary_is_refused_before_anything_is_trained(tmp_path: Path):
     folder = tmp_path / "model"
     new_language_model(ModelConfig(layers=1, width=8, heads=1), train_tokenizer(["other words"] * 9, 260), 0).save(folder)
-    with pytest.raises(UserError, match="has another vocabulary"):
+    with pytest.raises(ConfigError, match="has another vocabulary"):
         evaluate_policy_on_test(small(), str(folder), tmp_path / "stages", no_report)
     assert not (tmp_path / "stages").exists()
 
@@ -178,5 +178,5 @@ def test_baselines_that_cannot_be_are_refused(
 
 def test_zero_shot_is_refused_where_only_the_policy_is_given(tmp_path: Path):
     config = small(("policy", "somewhere"))
-    with pytest.raises(UserError, match="does not say which one that was"):
+    with pytest.raises(ConfigError, match="does not say which one that was"):
         load_base_model(config, tmp_path, lambda line: None)

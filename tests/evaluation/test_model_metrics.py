@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlgf.config.sections import EvaluationConfig, PPOConfig, TaskConfig
-from rlgf.errors import RunError
+from rlgf.errors import TrainingError
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_guide, evaluate_policy
 from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.guides import base
@@ -147,5 +147,5 @@ def test_a_model_guides_text_depends_on_seed_trajectory_and_position_alone(tiny_
     "answer", [[Completion(None, True)], [Completion("", True, ["x"])], [3], "text", [Completion("", False)]]
 )  # type: ignore[list-item,arg-type]
 def test_an_unusable_answer_of_a_guide_is_refused(answer: Any):
-    with pytest.raises(RunError):
+    with pytest.raises(TrainingError):
         base.query_guide(FunctionGuide(lambda requests: answer), [request()])

@@ -11,7 +11,7 @@ from helpers import small, word_reward
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.sections import JudgeConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import (
     TEMPLATE,
     ChatJudge,
@@ -93,9 +93,9 @@ def test_another_question_must_say_where_its_parts_stand(tmp_path: Path):
     path.write_text("Which is kinder to [context]?\n(A) [summary 1]\n(B) [summary 2]\n")
     assert fill_template(load_template(str(path)), Prompt("you"), "a", "b") == (None, "Which is kinder to you?\n(A) a\n(B) b")
     path.write_text("Which is kinder to [context]?")
-    with pytest.raises(UserError, match=r"where \[summary 1\] and \[summary 2\] shall stand"):
+    with pytest.raises(ConfigError, match=r"where \[summary 1\] and \[summary 2\] shall stand"):
         load_template(str(path))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         load_template(str(tmp_path / "nothing.txt"))
 
 
@@ -200,12 +200,12 @@ def test_a_server_is_asked_for_the_likeliest_answer_with_the_system_message_apar
     ],
 )
 def test_judges_that_cannot_be_are_refused_before_any_work(spec: str, words: str):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ConfigError, match=words):
         check(small(("judge.spec", spec)))
 
 
 def test_secrets_of_a_judge_come_from_the_environment():
-    with pytest.raises(UserError, match=r"judge\.extra_headers\.X-Api-Key is written out"):
+    with pytest.raises(ConfigError, match=r"judge\.extra_headers\.X-Api-Key is written out"):
         override(small(), [("judge.extra_headers", {"X-Api-Key": "abc"})])
 
 
@@ -222,11 +222,11 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_judge_on_a_server_is_asked_before_anything_is_trained(tmp_path: Path):
     spec = "server:chat@http://127.0.0.1:9/v1"
     changes = [("judge.spec", spec), ("judge.retries", 0)]
-    with pytest.raises(UserError, match="probe: the judge"):
+    with pytest.raises(ConfigError, match="probe: the judge"):
         prepare(small(*changes), tmp_path / "stages")
     assert not list((tmp_path / "stages").glob("sft*"))
     assert prepare(small(*changes, ("judge.offline", True)), tmp_path / "stages").judge is not None
-    with pytest.raises(UserError, match="probe: the judge"):
+    with pytest.raises(ConfigError, match="probe: the judge"):
         evaluate_policy_on_test(small(*changes), None, tmp_path / "others", lambda line: None)
     assert not list((tmp_path / "others").glob("sft*"))
 
@@ -239,5 +239,5 @@ def test_a_judge_without_anything_to_compare_with_is_refused_before_any_work(tmp
         ("pretrain.steps", 0), ("sft.epochs", 0.0),
         ("reward.path", "repetition_penalty"), ("model.vocabulary", 300),
     ])  # fmt: skip
-    with pytest.raises(UserError, match=r"no test prompt of task 'prompts' has one: leave out --judge"):
+    with pytest.raises(ConfigError, match=r"no test prompt of task 'prompts' has one: leave out --judge"):
         prepare(config, tmp_path / "stages")

@@ -8,7 +8,7 @@ from helpers import SMALL, small
 from rlgf.cli import app
 from rlgf.config.loading import override
 from rlgf.config.recipes import Control
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.experiments import figures
 from rlgf.experiments.compare import compare
 from rlgf.experiments.tables import markdown, mean_and_spread
@@ -49,7 +49,7 @@ def test_a_folder_with_another_run_is_refused_before_anything_runs(tmp_path: Pat
     config = small()
     rows = build_variants(config, ["ppo"], {})
     compare(config, rows, [0], tmp_path)
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(ConfigError, match="another run"):
         compare(override(config, [("ppo.epochs", 1)]), build_variants(config, ["ppo", "lols"], {}), [0], tmp_path)
     assert not (tmp_path / "runs" / "lols-seed0").exists()
 
@@ -61,7 +61,7 @@ def test_an_algorithm_that_the_guide_cannot_serve_is_refused_before_anything_run
     monkeypatch.chdir(tmp_path)
     for spec in ("references", "python:begins_only:guide"):
         config = small(("guide.spec", spec))
-        with pytest.raises(UserError, match=r"cannot finish a prefix .* LOLS asks of it"):
+        with pytest.raises(ConfigError, match=r"cannot finish a prefix .* LOLS asks of it"):
             compare(config, build_variants(config, ["ppo", "ppo_pp", "lols"], {}), [0], tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 

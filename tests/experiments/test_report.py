@@ -7,7 +7,7 @@ import pytest
 
 from helpers import small
 from rlgf.cli import app
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.experiments import figures
 from rlgf.experiments.compare import compare
 from rlgf.experiments.report import report_files, side_by_side, write_report
@@ -133,7 +133,7 @@ def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
         "ppo.epochs=.5": "ppo.epochs",
         "kl.coefficient=-1": "kl.coefficient",
     }.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(ConfigError, match=message):
             parse_vary(config, [text])
 
 

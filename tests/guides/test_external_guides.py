@@ -24,7 +24,7 @@ from rlgf.config.loading import override
 from rlgf.config.recipes import imdb_small, quickstart
 from rlgf.config.schema import Config
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.models.language_model import LanguageModel
 from rlgf.pipeline.final_evaluation import evaluate_baselines
@@ -84,11 +84,11 @@ def test_a_key_that_expires_stops_the_run_with_a_checkpoint_and_it_goes_on_with_
             if progress.iteration == 3:
                 server.api_key = "sk-second-key-456"
 
-        with pytest.raises(RunError, match=r"refuses \(Error code: 401"):
+        with pytest.raises(TrainingError, match=r"refuses \(Error code: 401"):
             train(asked, tmp_path / "run", stages, on_progress=expire)
         assert (tmp_path / "run" / "checkpoints" / "iteration-000003").is_dir()
         assert not (tmp_path / "run" / "results.json").exists()
-        with pytest.raises(UserError, match=r"refuses \(Error code: 401"):  # nothing is trained with a wrong key
+        with pytest.raises(ConfigError, match=r"refuses \(Error code: 401"):  # nothing is trained with a wrong key
             train(override(asked, [kept(tmp_path, "none")]), tmp_path / "none", tmp_path / "no-stages")
         assert not list((tmp_path / "no-stages").glob("sft*"))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-second-key-456")
@@ -103,11 +103,11 @@ def test_a_key_that_expires_stops_the_run_with_a_checkpoint_and_it_goes_on_with_
 def test_a_run_goes_on_at_another_address(tmp_path: Path, stages: Path) -> None:
     with FaultServer() as server:
         first = config(server, kept(tmp_path))
-        with pytest.raises(RunError, match=r"used up \(12 of guide.max_requests=12\)"):
+        with pytest.raises(TrainingError, match=r"used up \(12 of guide.max_requests=12\)"):
             train(override(first, [("guide.max_requests", 12)]), tmp_path / "run", stages)
     with FaultServer() as other:
         train(config(other, kept(tmp_path)), tmp_path / "run", stages)
-        with pytest.raises(UserError, match="holds another run"):
+        with pytest.raises(ConfigError, match="holds another run"):
             train(config(other, kept(tmp_path), ("guide.spec", f"server:other@{other.url}")), tmp_path / "run", stages)
     assert len(read_complete_lines(tmp_path / "run" / "metrics.jsonl")) == 4
 
@@ -160,7 +160,7 @@ def test_money_counts_over_runs_that_were_killed(tmp_path: Path, stages: Path) -
         paid = sum(row["guide_cost"] for row in read_complete_lines(metrics))
         assert spent["cost"] >= paid > 0
         server.delay = 0.0
-        with pytest.raises(RunError, match=r"guide.max_cost"):
+        with pytest.raises(TrainingError, match=r"guide.max_cost"):
             train(override(asked, [("guide.max_cost", spent["cost"])]), tmp_path / "run", stages)
         reports: list[Progress] = []
         train(asked, tmp_path / "run", stages, on_progress=reports.append)
@@ -174,7 +174,7 @@ def test_limits_count_texts_to_distil_over_runs_that_were_stopped(tmp_path: Path
         asked = config(server, kept(tmp_path), ("distill.num_completions", 16), ("distill.steps", 2), ("algorithm.name", "ppo"))
         limited = override(asked, [("guide.max_requests", 12)])
         for _ in range(2):
-            with pytest.raises(RunError, match=r"used up \(12 of guide.max_requests=12\)"):
+            with pytest.raises(TrainingError, match=r"used up \(12 of guide.max_requests=12\)"):
                 train(limited, tmp_path / "run", tmp_path / "stages")
             assert server.asked - 1 == 12  # one finds out how it can be asked
         train(override(limited, [("guide.max_requests", 100)]), tmp_path / "run", tmp_path / "stages")
@@ -316,7 +316,7 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
 
 def test_a_person_is_not_asked_offline(tmp_path: Path, stages: Path) -> None:
     asked = override(quickstart(), [*SMALL, ("guide.spec", "human"), ("guide.offline", True), kept(tmp_path)])
-    with pytest.raises(RunError, match="answers are not in"):
+    with pytest.raises(TrainingError, match="answers are not in"):
         train(asked, tmp_path / "run", stages)
     assert len(ResponseCache(tmp_path / "answers.sqlite")) == 0
 
@@ -372,7 +372,7 @@ def test_a_check_tries_functions_and_models_and_knows_what_others_can_do(
     assert [text for _, text in found["begins"]][1:] == ["serves PPO, PPO++"]
     assert found["bad"][0][0] == "error"
     assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot finish what another has begun"
-    with pytest.raises(UserError, match="holds no run"):
+    with pytest.raises(ConfigError, match="holds no run"):
         checked("run:nowhere", tmp_path)
     new_tiny_model("llama").save(tmp_path / "model")
     found["model"] = checked(f"model:{tmp_path / 'model'}", tmp_path)

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config
 from helpers import asked
 from rlgf.config.sections import ModelConfig
 from rlgf.data.hub import hub_is_reachable
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models.critic import new_critic
 from rlgf.models.forward import group_by_length, iter_logits, pad_rows, token_logits
 from rlgf.models.language_model import LanguageModel
@@ -110,7 +110,7 @@ def test_a_critic_of_another_vocabulary_is_refused(tiny_model: LanguageModel, wo
     new_language_model(ModelConfig(layers=1, width=16, heads=2), word_tokenizer, 0).save(tmp_path)
     text = (tmp_path / "config.json").read_text().replace('"vocab_size": 42', '"vocab_size": 40')
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError):
+    with pytest.raises(ConfigError):
         new_critic("separate", str(tmp_path), tiny_model, 0.0)
 
 

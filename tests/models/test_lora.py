@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from helpers import asked, config_of, parameters, tiny_model, word_reward
 from rlgf.algorithms.guided import lols, ppo
 from rlgf.config.sections import LoraConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.guides.local import ModelGuide
 from rlgf.models import lora
 from rlgf.models.forward import pad_rows, token_logits
@@ -101,22 +101,22 @@ def test_an_adapter_is_saved_loaded_and_merged_as_transformers_reads_it(tmp_path
     logits = theirs(input_ids=torch.tensor([[5, 9, 12, 7]])).logits[0]
     assert torch.allclose(logits[[0, 2]], says(policy)[:2], atol=1e-5)
     build_models.merge(str(tmp_path), tmp_path / "whole")  # as of a run
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(ConfigError, match="there is no folder"):
         build_models.merge(str(tmp_path / "nothing"), tmp_path / "another")
     whole = load_language_model(str(tmp_path / "whole"))
     assert not lora.has_adapters(whole.model)
     assert torch.allclose(says(whole), says(policy), atol=1e-5)
-    with pytest.raises(UserError, match="holds no adapter"):
+    with pytest.raises(ConfigError, match="holds no adapter"):
         build_models.merge(str(tmp_path / "whole"), tmp_path / "again")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file is a file: choose another --out"):
+    with pytest.raises(ConfigError, match="file is a file: choose another --out"):
         build_models.merge(str(tmp_path / "policy"), tmp_path / "file")
 
 
 def test_the_adapter_of_a_critic_is_not_merged_into_a_language_model(tmp_path: Path) -> None:
     trainer = trainer_on(saved(tmp_path / "base"), ppo())
     trainer.components.models.critics[POLICY].save(tmp_path / "critic")
-    with pytest.raises(UserError, match="a critic or a reward model, which would lose its head"):
+    with pytest.raises(ConfigError, match="a critic or a reward model, which would lose its head"):
         build_models.merge(str(tmp_path / "critic"), tmp_path / "whole")
 
 
@@ -138,11 +138,11 @@ def test_after_sft_with_an_adapter_that_is_the_reference_and_the_beginning(tmp_p
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"lora\.rank is 0"):
+    with pytest.raises(ConfigError, match=r"lora\.rank is 0"):
         config_of(critic__kind="lora")
-    with pytest.raises(UserError, match=r"need adapters"):
+    with pytest.raises(ConfigError, match=r"need adapters"):
         config_of(lora__in_sft=True)
-    with pytest.raises(UserError, match=r"lora\.dropout is 1"):
+    with pytest.raises(ConfigError, match=r"lora\.dropout is 1"):
         config_of(lora__dropout=1.0)
 
 
@@ -161,5 +161,22 @@ def test_a_critic_is_saved_with_its_head_and_begins_another(kind: str, tmp_path:
 
 def test_a_critic_without_an_adapter_cannot_become_one(tmp_path: Path) -> None:
     start = saved(tmp_path / "base")
-    with pytest.raises(UserError, match=r"holds no adapter, which critic\.kind=lora needs"):
+    with pytest.raises(ConfigError, match=r"holds no adapter, which critic\.kind=lora needs"):
         trainer_on(start, ppo(), critic__path=start)
+
+
+def test_after_a_block_the_adapter_that_was_active_before_is_active_again():
+    base = tiny_model()
+    lora.add(base.model, "first", LoraConfig(rank=2), 0)
+    lora.add(base.model, "second", LoraConfig(rank=2), 1)
+    layer = next(iter(lora._layers(base.model)))
+    with lora.activate(base.model, "first"):
+        with lora.activate(base.model, "second"):
+            assert list(layer.active_adapters) == ["second"]
+        assert list(layer.active_adapters) == ["first"]
+        with lora.activate(base.model, None):
+            assert layer.disable_adapters
+        assert not layer.disable_adapters
+        with pytest.raises(RuntimeError, match="inside"), lora.activate(base.model, "second"):
+            raise RuntimeError("inside")
+        assert list(layer.active_adapters) == ["first"]

@@ -10,7 +10,7 @@ from helpers import config_of, parameters, tiny_model, tiny_parts
 from rlgf.algorithms.guided import Algorithm, d2lols, ppo
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.guides.local import ModelGuide
 from rlgf.models import offload as offloading
 from rlgf.models.memory import find_micro_batch_size
@@ -98,7 +98,7 @@ class Moves:
     ],
 )
 def test_what_cannot_be_offloaded_is_refused(changes: list[tuple[str, Any]], words: str):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ConfigError, match=words):
         check(override(Config(), changes))
 
 
@@ -113,7 +113,7 @@ def test_the_largest_micro_batch_that_fits_is_found(room: int, most: int, found:
 
     assert find_micro_batch_size(attempt, most) == found
     assert max(tried) <= 2 * found
-    with pytest.raises(UserError, match="does not fit in the accelerator's memory"):
+    with pytest.raises(ConfigError, match="does not fit in the accelerator's memory"):
         find_micro_batch_size(lambda tokens: attempt(10**10), most)
 
 

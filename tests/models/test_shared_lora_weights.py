@@ -12,7 +12,7 @@ from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
 from rlgf.config.sections import LoraConfig, ModelConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.guides.local import ModelGuide
 from rlgf.models import loading, lora
 from rlgf.models.loading import load_language_model, new_language_model
@@ -106,7 +106,7 @@ def test_weights_in_four_bits_are_so_in_every_stage_and_in_evaluations(tmp_path:
 
 
 def test_adapters_are_not_trained_on_weights_that_are_stored_nowhere(tmp_path: Path):
-    with pytest.raises(UserError, match=r"model is a new one: give model\.path, or set pretrain\.steps"):
+    with pytest.raises(ConfigError, match=r"model is a new one: give model\.path, or set pretrain\.steps"):
         train(small(("lora.rank", 2), ("lora.in_sft", True)), tmp_path)
 
 
@@ -116,7 +116,7 @@ def test_a_reward_model_of_an_encoder_decoder_is_refused_before_any_work(tmp_pat
         ("reward.path", "preferences"), ("preferences.data", str(tmp_path / "pairs.jsonl")),
         ("preferences.training.steps", 2), ("model.architecture", "t5"),
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"start from the policy, an encoder–decoder.*give preferences\.path"):
+    with pytest.raises(ConfigError, match=r"start from the policy, an encoder–decoder.*give preferences\.path"):
         prepare(config, tmp_path / "stages")
     assert not list((tmp_path / "stages").glob("*sft*"))
 
@@ -166,7 +166,7 @@ def test_an_adapter_that_brings_more_than_layers_has_a_model_of_its_own(base: Pa
     assert load_language_model(str(folder), share_weights_with=below).model is not below.model
     assert lora.adapter_names(below.model) == []
     changes = ("policy", str(folder)), ("lora.rank", 2), ("critic.kind", "lora")
-    with pytest.raises(UserError, match="not only LoRA layers"):
+    with pytest.raises(ConfigError, match="not only LoRA layers"):
         prepare(small(*changes), tmp_path / "stages")
 
 
@@ -217,13 +217,13 @@ def test_what_could_only_fail_later_is_refused_before_any_work(
             value = value.replace(name, path) if isinstance(value, str) else value
         return value
 
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ConfigError, match=words):
         prepare(small(*((name, fill(value)) for name, value in changes)), tmp_path / "work")
     assert not list((tmp_path / "work").glob("*"))
 
 
 def test_targets_that_a_model_has_not_are_an_error_with_a_name(base: Path):
-    with pytest.raises(UserError, match=r"lora\.target_modules are \['nowhere'\]"):
+    with pytest.raises(ConfigError, match=r"lora\.target_modules are \['nowhere'\]"):
         lora.add(load_language_model(str(base)).model, "new", LoraConfig(rank=2, target_modules=("nowhere",)), 0)
 
 
@@ -232,7 +232,7 @@ def test_heads_are_not_taken_for_policies(tmp_path: Path):
     train(config, tmp_path / "run", tmp_path / "stages")
     reward = next((tmp_path / "stages").glob("reward-*"))
     for folder in (next((tmp_path / "run").glob("critic-*")), reward):
-        with pytest.raises(UserError, match="adapter of a critic or a reward model"):
+        with pytest.raises(ConfigError, match="adapter of a critic or a reward model"):
             load_language_model(str(folder))
 
 
@@ -247,11 +247,11 @@ def test_a_reward_model_made_in_four_bits_is_another_one(tmp_path: Path):
 
 def test_a_reward_that_nobody_named_and_a_person_who_is_not_there_are_refused_from_the_config(monkeypatch: pytest.MonkeyPatch):
     rows = override(recipe("prompts"), [("task.data", str(Path(__file__)))])
-    with pytest.raises(UserError, match="task 'prompts' has no rule of its own"):
+    with pytest.raises(ConfigError, match="task 'prompts' has no rule of its own"):
         check_to_train(rows)
     asked = small(("guide.spec", "human"), ("algorithm.name", "ppo_pp"))
     monkeypatch.setattr(preflight, "has_no_terminal", lambda: True)
-    with pytest.raises(UserError, match="asked at a terminal, and there is none"):
+    with pytest.raises(ConfigError, match="asked at a terminal, and there is none"):
         check_to_train(asked)
     check_to_train(override(asked, [("algorithm.name", "ppo")]))  # who asks nobody needs nobody
 

@@ -19,7 +19,7 @@ from rlgf.cli.diagnose import check_reward
 from rlgf.config.loading import dump, override
 from rlgf.config.recipes import quickstart
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import RunError, UserError
+from rlgf.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.run import train
 from rlgf.tasks.base import Task
@@ -96,6 +96,28 @@ def test_a_run_goes_on_from_its_last_checkpoint(tmp_path: Path, stages: Path, mo
     assert timeless(tmp_path / "whole" / "metrics.jsonl") == timeless(tmp_path / "parts" / "metrics.jsonl")
 
 
+def test_files_of_another_format_version_are_refused(tmp_path: Path):
+    config, run = small(("runtime.checkpoint_every", 1)), tmp_path / "run"
+    train(config, run, tmp_path / "stages")
+    (stage,) = tmp_path.glob("stages/sft-*/stage.json")
+    found = json.loads(stage.read_text())
+    assert found["format_version"] == json.loads((run / "results.json").read_text())["format_version"] == 1
+    (run / "results.json").write_text(json.dumps({"evaluation": {}}))
+    with pytest.raises(DataError, match=r"results\.json has format version None, and this rlgf reads version 1"):
+        train(config, run, tmp_path / "stages")
+    (run / "results.json").unlink()
+    (state,) = run.glob("checkpoints/*/state.pt")
+    torch.save({**torch.load(state, weights_only=True), "format_version": 0}, state)
+    with pytest.raises(CheckpointError, match=r"state\.pt has format version 0"):
+        train(config, run, tmp_path / "stages")
+    stage.write_text(json.dumps({**found, "format_version": 0}))
+    with pytest.raises(DataError, match=r"stage\.json has format version 0"):
+        train(config, tmp_path / "other", tmp_path / "stages")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().partition("\n")[2])
+    with pytest.raises(ConfigError, match="before format version 1"):
+        train(config, run, tmp_path / "stages")
+
+
 def test_a_complete_run_is_reused(tmp_path: Path, stages: Path):
     config = small()
     train(config, tmp_path / "run", stages)
@@ -131,7 +153,7 @@ def test_a_guide_that_fails_while_training_leaves_a_checkpoint(tmp_path: Path, s
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     config = small(("algorithm.name", "ppo_pp"), ("guide.spec", "python:late_guide:guide"), ("algorithm.beta_guide", 1.0))
-    with pytest.raises(RunError, match="guide"):
+    with pytest.raises(TrainingError, match="guide"):
         train(config, tmp_path / "run", stages)
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(saved) == 1
@@ -153,7 +175,7 @@ def test_a_reward_that_fails_its_probe_is_refused(
     name = f"reward_{abs(hash(body))}"
     (tmp_path / f"{name}.py").write_text(f"def reward(prompts, texts):\n    {body}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ConfigError, match=words):
         prepare(small(("reward.path", f"python:{name}:reward")), stages)
 
 
@@ -164,7 +186,7 @@ def test_a_guide_that_fails_its_probe_is_refused(tmp_path: Path, stages: Path, m
     name = f"guide_{abs(hash(body))}"
     (tmp_path / f"{name}.py").write_text(f"def guide(requests):\n    {body}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(UserError, match="probe"):
+    with pytest.raises(ConfigError, match="probe"):
         prepare(small(("guide.spec", f"python:{name}:guide"), ("algorithm.name", "aggrevated")), stages)
 
 
@@ -224,17 +246,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 
 def test_an_output_folder_that_holds_another_run_is_refused(tmp_path: Path, stages: Path):
     train(small(), tmp_path / "run", stages)
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(ConfigError, match="another run"):
         train(small(("seed", 1)), tmp_path / "run", stages)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="not a run"):
+    with pytest.raises(ConfigError, match="not a run"):
         train(small(), tmp_path / "other", stages)
 
 
 def test_a_folder_that_cannot_be_made_is_not_taken_for_a_full_disk(tmp_path: Path):
     """As under /proc, where there is no space either."""
-    with pytest.raises(UserError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be made"):
         train(small(), "/proc/no-such-folder/run", tmp_path / "stages")
     assert not list(tmp_path.iterdir())
 
@@ -302,13 +324,13 @@ def test_no_disk_space_is_refused_before_anything_is_made(tmp_path: Path, monkey
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage(10, 10, 0))
-    with pytest.raises(UserError, match="make room"):
+    with pytest.raises(ConfigError, match="make room"):
         train(small(), tmp_path / "run", tmp_path / "stages")
     assert not (tmp_path / "stages").exists()
 
 
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match="exceeds the model's context"):
+    with pytest.raises(ConfigError, match="exceeds the model's context"):
         prepare(small(("model.max_length", 8)), tmp_path)
 
 
@@ -328,7 +350,7 @@ def test_a_model_without_an_end_token_is_refused(tmp_path: Path, stages: Path):
         path.write_text(json.dumps(values))
     special = tmp_path / "model" / "special_tokens_map.json"
     special.unlink(missing_ok=True)
-    with pytest.raises(UserError, match="no end token"):
+    with pytest.raises(ConfigError, match="no end token"):
         prepare(small(("policy", str(tmp_path / "model"))), stages)
 
 
@@ -368,7 +390,7 @@ def test_a_setting_that_was_taken_away_makes_another_run(tmp_path: Path, change:
     plain = quickstart()
     changed = override(plain, [change])
     RunDirectory(tmp_path, changed).create(changed)
-    with pytest.raises(UserError, match="another run"):
+    with pytest.raises(ConfigError, match="another run"):
         RunDirectory(tmp_path, plain)
 
 
@@ -378,10 +400,10 @@ def test_a_reward_that_fails_while_evaluating_leaves_the_iteration_and_a_checkpo
     from rlgf import trainer
 
     def fails(self, prompts):
-        raise RunError("the reward failed")
+        raise TrainingError("the reward failed")
 
     monkeypatch.setattr(trainer.Trainer, "evaluate", fails)
-    with pytest.raises(RunError):
+    with pytest.raises(TrainingError):
         train(small(), tmp_path / "run", stages)
     assert len(read_complete_lines(tmp_path / "run" / "metrics.jsonl")) == 2
     assert (tmp_path / "run/checkpoints/iteration-000002").is_dir()
@@ -399,7 +421,7 @@ def test_a_reward_that_fails_while_evaluating_leaves_the_iteration_and_a_checkpo
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_made(tmp_path: Path, change: tuple[str, object]):
-    with pytest.raises(UserError):
+    with pytest.raises(ConfigError):
         prepare(small(("algorithm.name", "lols"), change), tmp_path / "stages")
     assert not (tmp_path / "stages").exists()
 
@@ -411,7 +433,7 @@ def test_rewards_may_be_numbers_of_numpy_and_torch():
 
     for values in (np.array([0.5, 1.0]), torch.tensor([0.5, 1.0]), [np.float32(0.5), np.int64(1)], (0.5, 1)):
         assert score(lambda prompts, texts, values=values: values, [], ["a", "b"]) == [0.5, 1.0]
-    with pytest.raises(RunError):
+    with pytest.raises(TrainingError):
         score(lambda prompts, texts: [True, False], [], ["a", "b"])
 
 
@@ -430,7 +452,7 @@ def test_a_profile_says_what_an_iteration_spends_its_time_on(tmp_path: Path, sta
 
 
 def test_four_bits_are_refused_where_they_cannot_be_trained_through(tmp_path: Path):
-    with pytest.raises(UserError, match=r"lora\.load_in_4bit needs a GPU"):
+    with pytest.raises(ConfigError, match=r"lora\.load_in_4bit needs a GPU"):
         train(small(("lora.rank", 2), ("lora.load_in_4bit", True)), tmp_path)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rlgf.data.files import write_json
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards.ngram import PAIRS, VOCABULARY, NgramClassifier, accuracy, as_bag, features, fragments, train_ngram
 from rlgf.types import Prompt
@@ -132,11 +132,11 @@ def test_accuracy_is_the_share_on_the_right_side_of_one_half(
 
 @pytest.mark.parametrize("labels", [[0, 0], [1, 1], [0, 2], [-1, 1]])
 def test_other_labels_than_0_and_1_are_refused(labels: list[int], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs labels 0 and 1"):
+    with pytest.raises(ConfigError, match="needs labels 0 and 1"):
         train_ngram(tmp_path, (["a", "b"], labels), (["a"], [0]), 1, 0, lambda line: None)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "ngram.json", {"kind": "other"})
-    with pytest.raises(UserError, match="is not an n-gram reward"):
+    with pytest.raises(ConfigError, match="is not an n-gram reward"):
         NgramClassifier.load(tmp_path)

@@ -19,7 +19,7 @@ from rlgf.algorithms.losses import preference_loss
 from rlgf.config.sections import LoraConfig, ModelConfig, PreferenceConfig, RewardConfig, SupervisedConfig
 from rlgf.data.chat import ChatTemplate
 from rlgf.data.preferences import Pair, Pairs
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import mean_reward_gain
 from rlgf.models.critic import new_critic
 from rlgf.models.loading import load_language_model, new_language_model
@@ -230,7 +230,7 @@ def test_pairs_with_a_response_that_cannot_be_read_whole_are_left_out_and_counte
         "pairs with equal sides": 2, "pairs with a response of more tokens than the reward model reads (48)": 1,
     }  # fmt: skip
     assert reward.num_truncated == 0
-    with pytest.raises(UserError, match=r"1 pairs with a response .* leave none to train on or to measure on"):
+    with pytest.raises(ConfigError, match=r"1 pairs with a response .* leave none to train on or to measure on"):
         drop_too_long(reward, Pairs([long], fine))
 
 
@@ -283,9 +283,9 @@ def test_a_reward_of_one_label_is_a_reward_model_and_reads_the_prompt(start: Pat
 
 def test_what_is_no_reward_model_is_refused(start: Path, tmp_path: Path):
     assert not is_reward_model(str(start))
-    with pytest.raises(UserError, match="no reward model can be loaded"):
+    with pytest.raises(ConfigError, match="no reward model can be loaded"):
         load_reward_model(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="is a classifier of 2 labels"):
+    with pytest.raises(ConfigError, match="is a classifier of 2 labels"):
         load_reward_model(str(start))
 
 

@@ -20,7 +20,7 @@ from rlgf.algorithms.guided import (
     sample_switch,
     single_phase,
 )
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide, query_guide
 from rlgf.guides.local import FunctionGuide, ModelGuide, ReferenceGuide
 from rlgf.models.forward import token_logits
@@ -450,22 +450,22 @@ FAILURES: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", FAILURES)
 def test_what_is_not_a_text_for_each_request_is_a_run_error(name: str, policy: LanguageModel) -> None:
     answer, message = FAILURES[name]
-    with pytest.raises(RunError, match=message):
+    with pytest.raises(TrainingError, match=message):
         run(rollout_config(policy, FunctionGuide(bad(answer))), aggrevated(0.0))
 
 
 def test_a_prompt_without_a_reference_is_a_run_error_of_the_references_guide(policy: LanguageModel) -> None:
-    with pytest.raises(RunError, match="has no reference"):
+    with pytest.raises(TrainingError, match="has no reference"):
         run(rollout_config(policy, ReferenceGuide()), ppo_pp(1.0), [Prompt("review of : plot =>")], [0])
 
 
 def test_every_failure_of_a_guide_is_one_kind_of_error() -> None:
-    for error in (UserError("a"), RunError("b"), ValueError("c")):
+    for error in (ConfigError("a"), TrainingError("b"), ValueError("c")):
 
         def fail(requests: Sequence[CompletionRequest], error: Exception = error) -> list[str]:
             raise error
 
-        with pytest.raises(RunError, match=str(error)):
+        with pytest.raises(TrainingError, match=str(error)):
             query_guide(FunctionGuide(fail), [CompletionRequest(PROMPTS[0], [1], "", [], 3, 0, 0, 0)])
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlgf.config.sections import KLConfig, RewardConfig
-from rlgf.errors import RunError
+from rlgf.errors import TrainingError
 from rlgf.rl.shaping import KLController, RewardShaper, RunningStats
 from rlgf.types import Prompt
 
@@ -114,7 +114,7 @@ def test_a_restored_shaper_goes_on_as_if_never_stopped() -> None:
 
 def test_a_reward_that_fails_on_references_is_a_run_error() -> None:
     shaper = RewardShaper(RewardConfig(subtract_reference=True), lambda prompts, texts: [float("nan")] * len(texts))
-    with pytest.raises(RunError, match="must be a finite number"):
+    with pytest.raises(TrainingError, match="must be a finite number"):
         shaper.shape([1.0, 1.0], PROMPTS, [True, True])
 
 

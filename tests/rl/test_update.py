@@ -32,8 +32,9 @@ from helpers import (
 from rlgf.algorithms import guided
 from rlgf.algorithms.guided import Algorithm
 from rlgf.config.schema import Config
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.models.critic import new_critic
+from rlgf.models.forward import iter_logits
 from rlgf.rl.experience import Models, RolloutScorer
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.supervised.examples import Example
@@ -255,8 +256,28 @@ def test_without_the_stored_support_the_first_ratio_would_be_wrong() -> None:
     trainer = tiny_trainer(guided.ppo(), config)
     experience = trainer.make_experience(trainer.collect_rollout(0), 0)
     forgotten = replace(experience, rollout=replace(experience.rollout, support=None))
-    with pytest.raises(RunError, match="first ratio"):
+    with pytest.raises(TrainingError, match="first ratio"):
         trainer.update(forgotten, 0)
+
+
+def test_entropy_is_that_of_the_full_softmax_at_the_trained_tokens() -> None:
+    trainer = tiny_trainer(guided.ppo_pp(0.5), config_of(sampling__top_k=3, sampling__temperature=0.5, ppo__minibatch_size=8))
+    policy, rollout = trainer.components.models.policy, trainer.collect_rollout(0)
+    ids, starts = rollout.ids, rollout.prompt_lengths
+    expected = [
+        torch.distributions.Categorical(logits=logits).entropy()
+        for _, logits, _ in iter_logits(policy, ids, starts, rollout.by_policy, 1000, "fp32")
+    ]
+    stats = trainer.update(trainer.make_experience(rollout, 0), 0)
+    assert stats["entropy"] == pytest.approx(float(torch.cat(expected).mean()), abs=1e-5)
+
+
+def test_a_trainer_without_the_critic_that_its_algorithm_needs_is_refused() -> None:
+    trainer = tiny_trainer(guided.d2lols(0.5, 0.5, 1), config_of())
+    models = trainer.components.models
+    lacking = replace(trainer.components, models=replace(models, critics={POLICY: models.critics[POLICY]}))
+    with pytest.raises(ConfigError, match="D2LOLS needs a critic for rollouts by the guide"):
+        Trainer(lacking)
 
 
 def test_dropout_is_off_unless_it_is_asked_for() -> None:
@@ -269,7 +290,7 @@ def test_dropout_is_off_unless_it_is_asked_for() -> None:
 
 def test_the_check_of_the_first_ratio_stops_a_run_and_is_off_by_default() -> None:
     config = config_of(ppo__dropout=True, ppo__check_first_ratio=True)
-    with pytest.raises(RunError, match="recompute"):
+    with pytest.raises(TrainingError, match="recompute"):
         tiny_trainer(guided.ppo(), config, policy=tiny_model(dropout=0.5)).step(0)
     assert not Config().ppo.check_first_ratio
 
@@ -455,7 +476,7 @@ def test_a_critic_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
     other = tiny_model()
     other.model.resize_token_embeddings(50)
     other.save(tmp_path / "other")
-    with pytest.raises(UserError, match="50 embeddings"):
+    with pytest.raises(ConfigError, match="50 embeddings"):
         new_critic("separate", str(tmp_path / "other"), tiny_model(), 0.0)
 
 

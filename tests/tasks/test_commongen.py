@@ -12,7 +12,7 @@ from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
 from rlgf.config.sections import EvaluationConfig, ModelConfig, PPOConfig, RewardConfig, SupervisedConfig, TaskConfig
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, text_metrics
 from rlgf.experiments.tables import columns_of, markdown
 from rlgf.pipeline import stages
@@ -72,7 +72,7 @@ def test_a_test_split_whose_references_are_kept_back_is_not_reported(tmp_path: P
     assert task.warnings == {"test prompts have no references: validation is reported alone": 3}
     hidden[0]["target"] = "A dog catches a frisbee."  # some, but not all
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hidden))
-    with pytest.raises(UserError, match="split test, row 2: 'targets' \\(or 'target'\\) must hold at least one text"):
+    with pytest.raises(INPUT_ERRORS, match="split test, row 2: 'targets' \\(or 'target'\\) must hold at least one text"):
         commongen.build(task_config(source), None)
 
 
@@ -83,7 +83,7 @@ def test_concept_sets_are_held_out_from_training_for_evaluations(tmp_path: Path)
     assert task.validation[0] not in task.train
     assert len(task.extra_test_splits["validation"]) == 3
     assert not task.warnings
-    with pytest.raises(UserError, match="held_out is 3, but there are 3"):
+    with pytest.raises(INPUT_ERRORS, match="held_out is 3, but there are 3"):
         commongen.build(task_config(data(tmp_path), held_out=3), None)
 
 
@@ -99,7 +99,7 @@ def test_no_sentence_of_concept_sets_held_out_is_trained_on(tmp_path: Path):
     assert set(commongen.raw_texts(config, 0)) == trained
     left_out = 6 - len(task.train) - len(task.validation)
     assert task.warnings == {"training prompts share a sentence with those held back, and are left out": left_out}
-    with pytest.raises(UserError, match="held_out is 1: every other training prompt shares a sentence with them"):
+    with pytest.raises(INPUT_ERRORS, match="held_out is 1: every other training prompt shares a sentence with them"):
         commongen.build(task_config(data(tmp_path, [ROWS[0]] * 3), held_out=1), None)
 
 
@@ -113,7 +113,7 @@ def test_no_sentence_of_concept_sets_held_out_is_trained_on(tmp_path: Path):
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, row: dict[str, Any], message: str):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(INPUT_ERRORS, match=message):
         commongen.build(task_config(data(tmp_path, [row])), None)
 
 
@@ -194,7 +194,7 @@ def test_an_encoder_decoder_learns_with_every_kind_of_critic(
 def test_span_corruption_needs_sentinels(tmp_path: Path):
     texts = [text for row in ROWS for text in row["targets"]]
     model = type("Model", (), {"tokenizer": train_tokenizer(texts, 300), "end_id": 0})()
-    with pytest.raises(UserError, match="needs the tokens <extra_id_0>"):
+    with pytest.raises(INPUT_ERRORS, match="needs the tokens <extra_id_0>"):
         corrupt_spans(texts, model, 0)
 
 
@@ -253,9 +253,9 @@ def test_what_reads_with_the_policys_weights_is_asked_first_and_the_rest_when_th
 
 
 def test_a_text_metric_that_there_is_not_is_refused():
-    with pytest.raises(UserError, match="unknown reward 'spidr': did you mean 'spider'"):
+    with pytest.raises(INPUT_ERRORS, match="unknown reward 'spidr': did you mean 'spider'"):
         build_reward(RewardConfig(path="spidr"), task(), {})
-    with pytest.raises(UserError, match=r"length_penalty.*maximum"):
+    with pytest.raises(INPUT_ERRORS, match=r"length_penalty.*maximum"):
         build_reward(RewardConfig(path="length_penalty"), task(), {})
 
 
@@ -274,7 +274,7 @@ def test_a_text_metric_that_there_is_not_is_refused():
     ],
 )
 def test_text_metrics_that_prompts_are_not_made_for_are_refused(prompt: Prompt, metrics: tuple[str, ...], words: str):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(INPUT_ERRORS, match=words):
         check_text_metrics(EvaluationConfig(metrics=metrics), [prompt])
     check_text_metrics(EvaluationConfig(metrics=("distinct_1",)), [prompt])
 
@@ -292,16 +292,16 @@ def test_options_of_a_final_evaluations_text_metrics():
         for options in ({}, {"stemming": True})
     ]
     assert found == [{"rouge1": 0.0}, {"rouge1": 1.0}]
-    with pytest.raises(UserError, match="did you mean 'stemming'"):
+    with pytest.raises(INPUT_ERRORS, match="did you mean 'stemming'"):
         check_text_metrics(EvaluationConfig(metrics=("rouge1",), metric_options={"steming": True}), prompts)
-    with pytest.raises(UserError, match=r"metric_options\.stemming = 'often'"):
+    with pytest.raises(INPUT_ERRORS, match=r"metric_options\.stemming = 'often'"):
         check_text_metrics(EvaluationConfig(metrics=("rouge1",), metric_options={"stemming": "often"}), prompts)
 
 
 def test_weights_and_options_that_no_reward_can_have_are_refused():
-    with pytest.raises(UserError, match=r"reward\.weights\.bleu_4 is nan"):
+    with pytest.raises(INPUT_ERRORS, match=r"reward\.weights\.bleu_4 is nan"):
         override(Config(), [("reward.weights", {"bleu_4": float("nan")})])
-    with pytest.raises(UserError, match=r"unknown reward in reward\.options 'rouge2'"):
+    with pytest.raises(INPUT_ERRORS, match=r"unknown reward in reward\.options 'rouge2'"):
         override(Config(), [("reward.path", "rouge1"), ("reward.options", {"rouge2": {"stemming": True}})])
 
 

@@ -13,7 +13,7 @@ from rlgf.config.recipes import imdb as imdb_recipe
 from rlgf.config.recipes import imdb_small
 from rlgf.config.sections import TaskConfig
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 from rlgf.pipeline.run import train
 from rlgf.pipeline.stages import train_tokenizer
 from rlgf.tasks import imdb
@@ -95,7 +95,7 @@ def test_reviews_that_are_too_short_are_counted(tmp_path: Path, tokenizer: Any):
 )
 def test_unusable_reviews_are_refused(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], words: str):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(INPUT_ERRORS, match=words):
         imdb.KIND.build(config(tmp_path), tokenizer)
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlgf.cli import app
 from rlgf.config.loading import check_keys
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.tasks import prompts
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "own-data.md").read_text()
@@ -83,7 +83,7 @@ def test_the_options_that_the_page_names_are_there():
     for column in ("completion_column", "references_column", "chosen_column", "rejected_column", "truncation", "suffix"):
         assert f"`{column}" in PAGE
         check_keys({column: None}, prompts.Options, "the page")
-    with pytest.raises(UserError, match="help"):
+    with pytest.raises(ConfigError, match="help"):
         check_keys({"help": 1}, prompts.Options, "the page")
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlgf.cli import app
 from rlgf.config.sections import TaskConfig
 from rlgf.data.datasets import held_out_keys
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 from rlgf.pipeline.stages import train_tokenizer
 from rlgf.tasks import prompts
 from rlgf.tasks.base import Task
@@ -83,7 +83,7 @@ def test_a_cell_that_says_na_is_a_word_and_an_empty_one_no_reference(tmp_path: P
 def test_a_table_that_holds_nothing_or_is_broken_says_so(content: str, words: str, tmp_path: Path, tokenizer: Any):
     path = tmp_path / "rows.csv"
     path.write_text(content)
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(INPUT_ERRORS, match=words):
         task_of(path, tokenizer)
 
 
@@ -99,9 +99,9 @@ def test_a_folder_of_splits_is_taken_as_it_is(tmp_path: Path, tokenizer: Any):
 def test_one_held_out_split_serves_for_validation_and_test(tmp_path: Path, tokenizer: Any):
     write(tmp_path / "mine.jsonl", ROWS[:10])
     write(tmp_path / "yours.jsonl", ROWS[10:])
-    with pytest.raises(UserError, match="has the splits mine, yours, none of them 'train'"):
+    with pytest.raises(INPUT_ERRORS, match="has the splits mine, yours, none of them 'train'"):
         task_of(tmp_path, tokenizer)
-    with pytest.raises(UserError, match="test_split is 'theirs'"):
+    with pytest.raises(INPUT_ERRORS, match="test_split is 'theirs'"):
         task_of(tmp_path, tokenizer, train_split="mine", test_split="theirs")
     task = task_of(tmp_path, tokenizer, train_split="mine", test_split="yours")
     assert (len(task.train), len(task.validation), len(task.test)) == (10, 5, 5)
@@ -138,7 +138,7 @@ def test_held_out_prompts_that_are_trained_on_are_left_out_and_counted(tmp_path:
     assert task.dropped_rows == {prompts.SEEN: 2}
     assert len(task.validation) + len(task.test) == 6
     write(tmp_path / "test.jsonl", ROWS[:10])
-    with pytest.raises(UserError, match="10 training, 0 validation and 0 test prompts"):
+    with pytest.raises(INPUT_ERRORS, match="10 training, 0 validation and 0 test prompts"):
         task_of(tmp_path, tokenizer)
 
 
@@ -163,7 +163,7 @@ def test_columns_may_have_other_names(tmp_path: Path, tokenizer: Any):
     task = task_of(path, tokenizer, prompt_column="question", completion_column="answer")
     assert {prompt.columns["prompt"] for prompt in task.train} == {"a column like any other"}
     assert all(prompt.sft_targets == (prompt.text.removeprefix("ask"),) for prompt in task.train)
-    with pytest.raises(UserError, match="row 1: there is no 'asked'; the row has answer, prompt, question"):
+    with pytest.raises(INPUT_ERRORS, match="row 1: there is no 'asked'; the row has answer, prompt, question"):
         task_of(path, tokenizer, prompt_column="asked")
 
 
@@ -189,7 +189,7 @@ def test_conversations_and_texts_may_stand_side_by_side(tmp_path: Path, tokenize
 
 def test_a_completion_of_several_turns_is_refused(tmp_path: Path, tokenizer: Any):
     rows = [{"prompt": "ask", "completion": [said("assistant", "a"), said("user", "b")]}]
-    with pytest.raises(UserError, match="row 1: a response must be a text or one message by the assistant"):
+    with pytest.raises(INPUT_ERRORS, match="row 1: a response must be a text or one message by the assistant"):
         task_of(write(tmp_path / "rows.jsonl", rows), tokenizer)
 
 
@@ -221,16 +221,16 @@ def test_prompts_are_cut_and_it_is_said_how_many(tmp_path: Path, word_tokenizer:
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path, tokenizer: Any):
-    with pytest.raises(UserError, match="needs data"):
+    with pytest.raises(INPUT_ERRORS, match="needs data"):
         prompts.build(TaskConfig("prompts"), tokenizer)
-    with pytest.raises(UserError, match="holds no rows"):
+    with pytest.raises(INPUT_ERRORS, match="holds no rows"):
         task_of(write(tmp_path / "rows.jsonl", []), tokenizer)
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"broken\.parquet' cannot be loaded"):
+    with pytest.raises(INPUT_ERRORS, match=r"broken\.parquet' cannot be loaded"):
         task_of(tmp_path / "broken.parquet", tokenizer)
-    with pytest.raises(UserError, match="prompt_tokens is -1"):
+    with pytest.raises(INPUT_ERRORS, match="prompt_tokens is -1"):
         task_of(write(tmp_path / "rows.jsonl", ROWS), tokenizer, prompt_tokens=-1)
-    with pytest.raises(UserError, match="truncation"):
+    with pytest.raises(INPUT_ERRORS, match="truncation"):
         task_of(write(tmp_path / "rows.jsonl", ROWS), tokenizer, truncation="middle")
 
 
@@ -312,7 +312,7 @@ def test_a_task_of_the_users_own_is_one_short_file(
         ["check", "task", "python:counting_task:KIND", "model.vocabulary=300", "task.options.mots=4"], monkeypatch, capsys
     )
     assert (code, "'mots': choose from: highest" in " ".join(err.split())) == (2, True), err
-    with pytest.raises(UserError, match=r"must be a rlgf\.tasks\.base\.TaskDefinition"):
+    with pytest.raises(INPUT_ERRORS, match=r"must be a rlgf\.tasks\.base\.TaskDefinition"):
         task_definition(TaskConfig("python:counting_task:build"))
 
 

@@ -13,7 +13,7 @@ from rlgf.config.recipes import tldr_small
 from rlgf.config.sections import TaskConfig
 from rlgf.data.files import read_jsonl
 from rlgf.data.preferences import Pairs, length_baseline, split_for_role
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 from rlgf.evaluation.win_rate import win_rate
 from rlgf.pipeline.build_rewards import prepare_judge
 from rlgf.pipeline.stages import train_tokenizer
@@ -102,7 +102,7 @@ def test_a_prompt_is_the_standard_format_and_ends_with_tldr_however_short_it_mus
             assert prompt.text.startswith("SUBREDDIT: r/boats")
             assert len(tokenizer(prompt.text)["input_ids"]) <= limit
             assert prompt.text.endswith("What now?\n\nTL;DR:") == (limit == 500)
-    with pytest.raises(UserError, match=r"suffix .* alone has"):
+    with pytest.raises(INPUT_ERRORS, match=r"suffix .* alone has"):
         tldr.build(TaskConfig("tldr", config.data, options={**config.options, "prompt_tokens": 2}), tokenizer)
 
 
@@ -136,15 +136,15 @@ def test_raw_texts_hold_no_post_of_validation_or_test_nor_of_the_held_out_pairs(
 
 def test_what_is_missing_is_named(tmp_path: Path, config: TaskConfig, tokenizer: Any):
     (tmp_path / "comparisons.jsonl").rename(tmp_path / "other.jsonl")
-    with pytest.raises(UserError, match=r"holds no comparisons\.jsonl\[\.gz\]"):
+    with pytest.raises(INPUT_ERRORS, match=r"holds no comparisons\.jsonl\[\.gz\]"):
         tldr.build(config, tokenizer)
-    with pytest.raises(UserError, match="task 'tldr' needs data"):
+    with pytest.raises(INPUT_ERRORS, match="task 'tldr' needs data"):
         tldr.build(TaskConfig("tldr"), tokenizer)
 
 
 def test_too_few_posts_are_refused(tmp_path: Path, tokenizer: Any):
     config = folder_of(tmp_path, [post(name) for name in NAMES[:4]], [pair("yew")])
-    with pytest.raises(UserError, match=r"no post is left for sft of 4: lower task\.options\.test_posts"):
+    with pytest.raises(INPUT_ERRORS, match=r"no post is left for sft of 4: lower task\.options\.test_posts"):
         tldr.build(config, tokenizer)
 
 
@@ -177,7 +177,7 @@ def test_a_hub_dataset_has_splits_of_its_own_and_its_comparisons_beside_it(token
         assert prompt.text.endswith("\nTL;DR:")
         assert prompt.text.count("TL;DR:") == 1
         assert len(tokenizer(prompt.text)["input_ids"]) <= 64
-    with pytest.raises(UserError, match=r"needs pairs: give task\.options\.comparisons"):
+    with pytest.raises(INPUT_ERRORS, match=r"needs pairs: give task\.options\.comparisons"):
         tldr.preference_pairs(TaskConfig("tldr", "someone/tldr"), tokenizer, 5)
 
 

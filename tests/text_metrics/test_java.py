@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlgf.cli.app import app
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.text_metrics import jars, java
 from rlgf.text_metrics.jars import Jar
 from rlgf.text_metrics.java import Java
@@ -81,7 +81,7 @@ def test_a_worker_that_was_killed_between_questions_is_started_again(stand_in: C
 def test_a_worker_that_dies_of_a_question_is_asked_once_more(stand_in: Callable[..., Java], tmp_path: Path) -> None:
     handle = stand_in()
     assert handle.request("die_once", mark=str(tmp_path / "mark"), text="a")[1] == "a"
-    with pytest.raises(RunError, match=r"Java died twice at the same task \(die\); the last it said: .*out of memory"):
+    with pytest.raises(TrainingError, match=r"Java died twice at the same task \(die\); the last it said: .*out of memory"):
         handle.request("die")
     assert handle.request("echo", text="a")[1] == "a"
 
@@ -89,7 +89,7 @@ def test_a_worker_that_dies_of_a_question_is_asked_once_more(stand_in: Callable[
 def test_a_failure_in_java_is_an_error_and_the_worker_stays(stand_in: Callable[..., Java]) -> None:
     handle = stand_in()
     first = handle.request("echo")[0]
-    with pytest.raises(RunError, match=r"Java failed at a task \(fail\): NullPointerException: oh"):
+    with pytest.raises(TrainingError, match=r"Java failed at a task \(fail\): NullPointerException: oh"):
         handle.request("fail")
     assert handle.request("echo")[0] == first
 
@@ -122,7 +122,7 @@ def test_threads_get_their_own_answers(stand_in: Callable[..., Java]) -> None:
     ],
 )
 def test_java_that_is_missing_too_old_or_does_not_start(stand_in: Callable[..., Java], start: str, message: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ConfigError) as caught:
         stand_in(start).start()
     assert str(caught.value).startswith(message)
 
@@ -183,14 +183,14 @@ def test_names_paths_and_coordinates_are_mavens() -> None:
 def test_jars_are_looked_for_in_the_variable_then_in_the_cache(
     tmp_path: Path, small_jars: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ConfigError) as caught:
         jars.find()
     assert str(caught.value) == (
         f"SPICE needs parser-1.0.jar and parser-1.0-models.jar, which are not in {small_jars}: run "
         "`rlgf download spice`, or set RLGF_CORENLP to a folder that has them."
     )
     monkeypatch.setenv(jars.VARIABLE, str(tmp_path / "mine"))
-    with pytest.raises(UserError, match=f"which are not in {tmp_path}/mine nor in {small_jars}"):
+    with pytest.raises(ConfigError, match=f"which are not in {tmp_path}/mine nor in {small_jars}"):
         jars.find()
     repository(small_jars, flat=True)
     assert jars.find()[0].parent == small_jars
@@ -228,19 +228,19 @@ def test_fetching_from_an_address(served: tuple[Path, str], small_jars: Path, fl
 def test_a_wrong_sum_leaves_nothing_behind(tmp_path: Path, served: tuple[Path, str], small_jars: Path) -> None:
     repository(served[0], flat=True, harm="x")
     for source in (served[1], str(served[0])):
-        with pytest.raises(UserError, match=r"parser-1.0.jar from .* has the SHA-256 sum .*, but should have 0000"):
+        with pytest.raises(ConfigError, match=r"parser-1.0.jar from .* has the SHA-256 sum .*, but should have 0000"):
             jars.fetch(source, lambda line: None)
         assert list(small_jars.iterdir()) == []
 
 
 def test_a_source_that_has_nothing(tmp_path: Path, served: tuple[Path, str], small_jars: Path) -> None:
-    with pytest.raises(UserError, match=r"has neither parser-1.0.jar nor edu/example/parser/1.0/parser-1.0.jar"):
+    with pytest.raises(ConfigError, match=r"has neither parser-1.0.jar nor edu/example/parser/1.0/parser-1.0.jar"):
         jars.fetch(str(tmp_path / "nothing"), lambda line: None)
-    with pytest.raises(UserError, match=r"parser-1.0.jar cannot be had from http://127.0.0.1:\d+ \(.*404.*\): give --from"):
+    with pytest.raises(ConfigError, match=r"parser-1.0.jar cannot be had from http://127.0.0.1:\d+ \(.*404.*\): give --from"):
         jars.fetch(served[1], lambda line: None)
-    with pytest.raises(UserError, match=r"cannot be had from http://127.0.0.1:1/x \(.*refused.*\)"):
+    with pytest.raises(ConfigError, match=r"cannot be had from http://127.0.0.1:1/x \(.*refused.*\)"):
         jars.fetch("http://127.0.0.1:1/x", lambda line: None)
-    with pytest.raises(UserError, match="--from has a name or a password in it") as caught:
+    with pytest.raises(ConfigError, match="--from has a name or a password in it") as caught:
         jars.fetch("http://me:secret@127.0.0.1:1/x", lambda line: None)
     assert "secret" not in str(caught.value)
     assert list(small_jars.iterdir()) == []
@@ -258,7 +258,7 @@ def test_a_transfer_that_breaks_off_is_an_error(tmp_path: Path, small_jars: Path
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        with pytest.raises(UserError, match="the connection ended after 4 of 1,000 bytes"):
+        with pytest.raises(ConfigError, match="the connection ended after 4 of 1,000 bytes"):
             jars.fetch(f"http://127.0.0.1:{server.server_port}", lambda line: None)
         server.shutdown()
     assert list(small_jars.iterdir()) == []
@@ -292,18 +292,18 @@ cp {source}/$name $out/"""
 def test_maven_that_fails_or_is_not_installed(tmp_path: Path, small_jars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maven(tmp_path / "bin", "echo '[ERROR] Unknown host'; exit 1", monkeypatch)
     with pytest.raises(
-        UserError, match=r"Maven could not fetch edu.example:parser:1.0:jar \(it said: \[ERROR\] Unknown host\)"
+        ConfigError, match=r"Maven could not fetch edu.example:parser:1.0:jar \(it said: \[ERROR\] Unknown host\)"
     ):
         jars.fetch(None, lambda line: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"`mvn` is not installed, .* or give --from"):
+    with pytest.raises(ConfigError, match=r"`mvn` is not installed, .* or give --from"):
         jars.fetch(None, lambda line: None)
     assert list(small_jars.iterdir()) == []
 
 
 def test_only_spice_can_be_fetched() -> None:
     assert CliRunner().invoke(app, ["download", "corenlp"]).exit_code == 1
-    with pytest.raises(UserError, match="unknown thing to fetch 'corenlp': choose from: spice"):
+    with pytest.raises(ConfigError, match="unknown thing to fetch 'corenlp': choose from: spice"):
         CliRunner().invoke(app, ["download", "corenlp"], catch_exceptions=False)
 
 

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlgf.cli.app import app
-from rlgf.errors import RunError
+from rlgf.errors import TrainingError
 from rlgf.rewards.weighted_sum import score_components
 from rlgf.text_metrics import captions, jars, score
 from rlgf.text_metrics.as_rewards import build_text_function
@@ -160,7 +160,7 @@ def test_spice_of_images_and_its_parses_on_disk(
     JAVA.close()
     shelf.write_bytes(b"no database" * 1000)
     with pytest.raises(
-        RunError, match=r"parses-.*sqlite, where SPICE keeps its parses, cannot be used \(.*\): remove it, or set"
+        TrainingError, match=r"parses-.*sqlite, where SPICE keeps its parses, cannot be used \(.*\): remove it, or set"
     ):
         spice_of(part)
     shelf.unlink()

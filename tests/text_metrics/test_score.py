@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rlgf.cli.app import app
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 from rlgf.text_metrics import captions, score
 from rlgf.text_metrics.as_rewards import TEXT_FUNCTIONS, build_text_function, on_text
 from rlgf.text_metrics.diversity import distinct, repetition, self_bleu
@@ -113,9 +113,9 @@ def test_groups_and_keys_in_the_order_of_the_table() -> None:
         "bleu_4", "rouge_l", "rouge1", "rouge2", "rougeL", "rougeLsum", "distinct_1", "distinct_2", "distinct_3",
     ]  # fmt: skip
     assert score.resolve_metric_names(score.DEFAULT)[:4] == ["bleu_1", "bleu_2", "bleu_3", "bleu_4"]
-    with pytest.raises(UserError, match=r"unknown metric 'spiec': did you mean 'spice'\?"):
+    with pytest.raises(INPUT_ERRORS, match=r"unknown metric 'spiec': did you mean 'spice'\?"):
         score.resolve_metric_names("bleu,spiec")
-    with pytest.raises(UserError, match="--metrics is empty"):
+    with pytest.raises(INPUT_ERRORS, match="--metrics is empty"):
         score.resolve_metric_names(" , ")
 
 
@@ -160,18 +160,18 @@ GOOD = {"prediction": "a", "references": ["b"], "concepts": ["c"]}
 )
 def test_a_bad_line_is_one_sentence_that_names_it(tmp_path: Path, row: Any, message: str) -> None:
     file = written(tmp_path / "texts.jsonl", GOOD, row)
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(INPUT_ERRORS) as caught:
         score.read_lines(file, ["bleu_1", "concept_coverage"])
     assert str(caught.value).startswith(f"{file}, {message}")
 
 
 def test_files_that_are_empty_or_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="has no lines: give a file with a JSON object per line"):
+    with pytest.raises(INPUT_ERRORS, match="has no lines: give a file with a JSON object per line"):
         score.read_lines(written(tmp_path / "empty.jsonl", ""), ["bleu_1"])
-    with pytest.raises(UserError, match="cannot be read: No such file or directory"):
+    with pytest.raises(INPUT_ERRORS, match="cannot be read: No such file or directory"):
         score.read_lines(str(tmp_path / "none.jsonl"), ["bleu_1"])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"prediction": "a"}\n' * 1000)[:60])
-    with pytest.raises(UserError, match="cannot be decoded"):
+    with pytest.raises(INPUT_ERRORS, match="cannot be decoded"):
         score.read_lines(str(tmp_path / "cut.jsonl.gz"), ["distinct_1"])
 
 
@@ -227,7 +227,7 @@ def test_json_to_standard_output_comes_alone(tmp_path: Path, monkeypatch: pytest
 def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
     file = written(tmp_path / "texts.jsonl", GOOD)
     for place in (tmp_path, Path(file) / "scores.json"):
-        with pytest.raises(UserError, match=r"cannot be written"):
+        with pytest.raises(INPUT_ERRORS, match=r"cannot be written"):
             CliRunner().invoke(app, ["score", file, "--metrics", "rouge1", "--json", str(place)], catch_exceptions=False)
 
 
@@ -243,7 +243,7 @@ def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     lines = [Line("a", ("b",))]
     for key, extra in (("bleu_4", "captions"), ("rouge1", "rouge"), ("bertscore_f1", "bertscore"), ("self_bleu", "captions")):
-        with pytest.raises(UserError, match=rf"pip install 'rlgf\[{extra}\]'"):
+        with pytest.raises(INPUT_ERRORS, match=rf"pip install 'rlgf\[{extra}\]'"):
             score.score(lines, [key], Options())
 
 
@@ -287,7 +287,7 @@ def test_a_prompt_without_what_a_function_reads_is_an_error() -> None:
     ],
 )
 def test_wrong_names_and_options(name: str, options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(INPUT_ERRORS) as caught:
         build_text_function(name, PROMPTS, options)
     assert str(caught.value).startswith(message)
 
@@ -306,7 +306,7 @@ class SpiceOfOneJar(captions.Spice):
 
 
 def test_spice_refuses_texts_that_its_parser_would_take_minutes_for() -> None:
-    with pytest.raises(UserError, match=r"at most 150 words .* text 2 or a reference of it has 151"):
+    with pytest.raises(INPUT_ERRORS, match=r"at most 150 words .* text 2 or a reference of it has 151"):
         SpiceOfOneJar()(["a", "a"], [["b"], ["c", "d " * 151]])
 
 
@@ -391,7 +391,7 @@ def found_alone(encoder: str) -> float:
 def test_bertscore_of_what_cannot_be_loaded(
     encoder: str, quiet_loading: None, model: str, layers: int | None, message: str
 ) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(INPUT_ERRORS) as caught:
         build_text_function("bertscore_f1", options={"model": encoder if model == "ENCODER" else model, "layers": layers})
     assert str(caught.value).startswith(message)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 from rlgf.types import GUIDE, POLICY, Origin
 
 Credit = Literal["gae", "td", "switch"]
@@ -36,11 +36,11 @@ class Phase:
     switch: SwitchRule = "uniform"
 
     def __post_init__(self) -> None:
-        """Raise UserError if `beta` or `switch` is invalid."""
+        """Raise ConfigError if `beta` or `switch` is invalid."""
         if not 0.0 <= self.beta <= 1.0:
-            raise UserError(f"beta is {self.beta:g}, but it is a probability: choose a value within [0, 1].")
+            raise ConfigError(f"beta is {self.beta:g}, but it is a probability: choose a value within [0, 1].")
         if self.switch == "horizon" and self.rollin == GUIDE:
-            raise UserError("switch 'horizon' is a rule for policy rollins: choose 'uniform' or 'paper' here.")
+            raise ConfigError("switch 'horizon' is a rule for policy rollins: choose 'uniform' or 'paper' here.")
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def lols(
     Source: the paper, algorithm 4.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise UserError(f"alpha is {alpha:g}, but for lols it is a weight: choose a value within [0, 1].")
+        raise ConfigError(f"alpha is {alpha:g}, but for lols it is a weight: choose a value within [0, 1].")
     phases = _both(beta_guide, beta_policy, switch_guide, switch_policy)
     plan: Callable[[int, float], tuple[PhaseWeight, ...]]
     if mix == "advantage":
@@ -222,7 +222,7 @@ def d2lols(
     Source: the paper, algorithm 3.
     """
     if alpha < 0:
-        raise UserError(f"alpha is {alpha}, but for d2lols it counts iterations: choose 0 or more.")
+        raise ConfigError(f"alpha is {alpha}, but for d2lols it counts iterations: choose 0 or more.")
 
     def plan(iteration: int, coin: float) -> tuple[PhaseWeight, ...]:
         return (single_phase(1, GUIDE),) if iteration < alpha else (single_phase(0, POLICY),)

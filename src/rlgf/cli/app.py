@@ -12,7 +12,7 @@ import typer
 from rlgf import __version__
 from rlgf.cli import check, compare, evaluate, inspect, train
 from rlgf.cli.options import INTERRUPTED, InterruptedRunError
-from rlgf.errors import RunError, UserError
+from rlgf.errors import RlgfError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,10 +59,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
-    except UserError as error:
-        _fail(str(error), 2)
-    except RunError as error:
-        _fail(str(error), 3)
+    except RlgfError as error:
+        _fail(str(error), error.exit_code)
     except InterruptedRunError as error:
         _fail(f"interrupted; {error}", INTERRUPTED)
     except SystemExit as end:

@@ -10,7 +10,7 @@ from rlgf.cli.options import Data, Overrides, Policy, Stages, read_config
 from rlgf.config.loading import override
 from rlgf.config.recipes import RECIPES
 from rlgf.data.text import escape_control_characters
-from rlgf.errors import UserError, unknown
+from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
 
 
 def check_guide(
@@ -37,7 +37,7 @@ def check_guide(
     findings = diagnose.check_guide(config, prompt, prefix, Path("runs") / "stages", console.report)
     _print_findings(findings)
     if not any(finding.level == "ok" for finding in findings):
-        raise UserError("this guide cannot be used: mend what is marked ERROR.")
+        raise ConfigError("this guide cannot be used: mend what is marked ERROR.")
 
 
 def check_task(
@@ -65,14 +65,14 @@ def check_task(
     console.configure_runtime(config)
     try:
         findings = diagnose.check_task(config, stages or Path("runs") / "stages", console.report)
-    except UserError as error:
+    except INPUT_ERRORS as error:
         small = f"{source}-small"
         if small not in RECIPES or config.model.path is None or "tokenizer" not in str(error):
             raise
-        raise UserError(f"{error} Or check '{small}', the same task with a tokenizer that is made here.") from None
+        raise ConfigError(f"{error} Or check '{small}', the same task with a tokenizer that is made here.") from None
     _print_findings(findings)
     if any(finding.level == "error" for finding in findings):
-        raise UserError(f"task '{config.task.name}' cannot be trained as it is: mend what is marked ERROR.")
+        raise ConfigError(f"task '{config.task.name}' cannot be trained as it is: mend what is marked ERROR.")
 
 
 def _print_findings(findings: Sequence[Any]) -> None:

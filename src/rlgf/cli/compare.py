@@ -9,7 +9,7 @@ from rlgf.algorithms import guided
 from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_config
 from rlgf.config.loading import override
 from rlgf.config.recipes import controls as recipe_controls
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 
 
 def compare(
@@ -42,7 +42,7 @@ def compare(
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
-        raise UserError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
+        raise ConfigError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
     from rlgf.cli import console, terminal
     from rlgf.experiments import compare as comparing
     from rlgf.experiments import variants
@@ -77,15 +77,16 @@ def report(
 ) -> None:
     """Redraw a comparison's tables, figures and completions from its results.json alone."""
     from rlgf.cli import terminal
-    from rlgf.data.files import read_json
+    from rlgf.data.files import read_json, require_format
     from rlgf.experiments.report import report_files, write_report
 
     path = comparison / "results.json"
     if not path.is_file():
-        raise UserError(f"{path} does not exist: give the folder of a finished `rlgf compare`.")
+        raise ConfigError(f"{path} does not exist: give the folder of a finished `rlgf compare`.")
     results = read_json(path)
+    require_format(results, path)
     if "rows" not in results:
-        raise UserError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
+        raise ConfigError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
     target = out or comparison
     write_report(results, target)
     terminal.report(f"{target}: {', '.join(report_files(target))}")

@@ -7,7 +7,7 @@ control characters are escaped, and it is not parsed as markup.
 import ctypes
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,17 +16,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from rlgf.algorithms.guided import Algorithm
+from rlgf.cli.schedule import describe_phases
 from rlgf.cli.terminal import log, out, print_table, report
 from rlgf.config.schema import Config
 from rlgf.data.text import escape_control_characters
-from rlgf.errors import UserError
+from rlgf.errors import INPUT_ERRORS
 from rlgf.experiments.tables import table_rows
 from rlgf.kernels import native
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config, use_kernels
 from rlgf.pipeline.preflight import needs_guide, training_warnings
 from rlgf.trainer import Progress as Step
-from rlgf.types import GUIDE, POLICY
+from rlgf.types import POLICY
 
 STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
 
@@ -182,40 +183,6 @@ def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = T
     to.print()
 
 
-def describe_phases(algorithm: Algorithm) -> list[str]:
-    """Return a readable description of each phase."""
-    names = {POLICY: "policy", GUIDE: "guide"}
-    lines: list[str] = []
-    for phase in algorithm.phases:
-        end = f"the {names[phase.rollout]} writes"
-        if phase.rollin is not None:
-            end = f"with probability {phase.beta:g} the {names[phase.rollin]} begins; the {names[phase.rollout]} finishes"
-        lines.append(end)
-    return lines
-
-
-def print_algorithm(algorithm: Algorithm, iterations: int, coins: Sequence[float]) -> None:
-    """Print the phases of an algorithm and the iterations that use each."""
-    out.print(Text(f"{algorithm.title}: {algorithm.summary}", style="bold"))
-    for number, line in enumerate(describe_phases(algorithm)):
-        phase = algorithm.phases[number]
-        critic = "V^π" if phase.rollout == POLICY else "V^g"
-        out.print(Text(f"  phase {number}: {line}; critic {critic}"), soft_wrap=True)
-    names = {POLICY: "policy"}
-    width = 60
-    out.print()
-    for number, phase in enumerate(algorithm.phases):
-        cells = ""
-        for place in range(min(width, iterations)):
-            iteration = place * iterations // min(width, iterations)
-            share = sum(s.fraction for s in algorithm.schedule(iteration, coins[iteration]) if s.phase == number)
-            cells += "·" if share == 0 else "█" if share > 0.99 else "▄"
-        rollin = "nobody" if phase.rollin is None else names.get(phase.rollin, "guide")
-        label = f"{rollin} → {names.get(phase.rollout, 'guide')}"
-        out.print(Text(f"  {label:18}{cells}  iterations 0–{iterations - 1}"))
-    out.print(Text("  █ all texts of the iteration   ▄ a part   · none", style="dim"))
-
-
 def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     """Print the plan of a run: phases, models, completions, tokens, memory.
 
@@ -295,5 +262,5 @@ def _parameters(config: Config) -> tuple[int, bool]:
         with torch.device("meta"):
             auto = AutoModelForSeq2SeqLM if wanted.is_encoder_decoder else AutoModelForCausalLM
             return count_parameters(auto.from_config(wanted)), True
-    except (UserError, OSError, ValueError):
+    except (*INPUT_ERRORS, OSError, ValueError):
         return 0, False

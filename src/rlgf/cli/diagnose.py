@@ -17,7 +17,7 @@ from rlgf.config.schema import Config
 from rlgf.config.specs import load_object
 from rlgf.data.preferences import Pairs, length_baseline
 from rlgf.data.tokenization import Codec, decode
-from rlgf.errors import RunError, UserError
+from rlgf.errors import INPUT_ERRORS, TrainingError
 from rlgf.generation.openai.client import CONTINUATIONS, Server
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
@@ -64,7 +64,7 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     for split, prompts in (("training", task.train), ("validation", task.validation), *final_prompts(task, config).items()):
         try:
             check_reward_columns(config.reward, split, prompts)
-        except UserError as error:
+        except INPUT_ERRORS as error:
             return [*findings, Finding("error", str(error))]
     if "preferences" in config.reward.names:  # no reward model is trained for the check
         return [*findings, *check_pairs(load_pairs(config, stages, report))]
@@ -117,7 +117,7 @@ def _query_local_guide(guide: Guide, question: ServerRequest, ids: Sequence[int]
         request = CompletionRequest(Prompt(question.prompt), ids, prefix, [], question.max_tokens, 0, 0, 0)
         try:
             text = query_guide(guide, [request])[0].text
-        except RunError as error:
+        except TrainingError as error:
             return [Finding("error", str(error))]
         does = f"finishes {prefix!r}" if prefix else "begins a text"
         findings.append(Finding("ok", f"{does}, {time.monotonic() - began:.2f} s: {text!r}"))
@@ -171,7 +171,7 @@ def _check_token_ids(config: Config, path: str | None, prompt: str, prefix: str,
     tokens = TokenIdSetup(tokenizer, load_eos_token_ids(path, tokenizer), max(map(len, ids)) + budget)
     try:
         server = connect_by_token_ids(config.guide.spec, settings, tokens, build_guide.response_cache(config, stages), report)
-    except UserError as error:
+    except INPUT_ERRORS as error:
         return [Finding("warning", where + str(error))]
     begin, finish = (ServerRequest("", part, budget, 0, tuple(found)) for part, found in zip(("", prefix), ids))
     exact = "keeps to a least length" if server.exact else "does not keep to a least length"
@@ -276,7 +276,7 @@ def check_reward(task: Task, reward: RewardFunction) -> list[Finding]:
         scores = {name: score(reward, prompts, texts) for name, texts in kinds.items()}
         again = score(reward, prompts, goals)
         alone = [score(reward, prompts[i : i + 1], goals[i : i + 1])[0] for i in range(min(4, len(prompts)))]
-    except RunError as error:
+    except TrainingError as error:
         return [Finding("error", str(error))]
     findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each text")]
     together = scores["targets"]

@@ -19,7 +19,7 @@ from rlgf.cli.options import (
 )
 from rlgf.config.loading import override
 from rlgf.config.recipes import RECIPES
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 
 
 def evaluate(
@@ -53,14 +53,14 @@ def evaluate(
     if baseline is not None and baseline not in BASELINES:
         raise unknown("baseline", baseline, BASELINES)
     if baseline is not None and policy is not None:
-        raise UserError("--baseline and --policy both say whose texts are measured: give one of them.")
+        raise ConfigError("--baseline and --policy both say whose texts are measured: give one of them.")
     if baseline == "guide" and best_of is not None:
-        raise UserError("--best-of keeps the best texts of a policy, and a guide is none: leave it out.")
+        raise ConfigError("--best-of keeps the best texts of a policy, and a guide is none: leave it out.")
     folder = Path(run_or_recipe)
     is_run = (folder / "config.yaml").is_file()
     if not is_run and run_or_recipe not in RECIPES and not folder.is_file():
         hint = f"give one of those in {folder / 'runs'}" if (folder / "runs").is_dir() else "see `rlgf list`"
-        raise UserError(f"{run_or_recipe} is neither a run (it has no config.yaml) nor a recipe: {hint}.")
+        raise ConfigError(f"{run_or_recipe} is neither a run (it has no config.yaml) nor a recipe: {hint}.")
     config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=data)
     if prompts is not None:
         config = override(config, [("evaluation.final_prompts", prompts)], COMMAND_LINE)
@@ -70,7 +70,7 @@ def evaluate(
         config = override(config, [("judge.spec", judge)], COMMAND_LINE)
     chosen = policy or (str(folder / "policy") if is_run and baseline is None else None)
     if is_run and chosen and policy is None and not (folder / "policy").is_dir():
-        raise UserError(
+        raise ConfigError(
             f"{folder} has no policy/ yet: finish the run with `rlgf train {folder / 'config.yaml'} --out {folder}`."
         )
     from rlgf.cli import console, terminal

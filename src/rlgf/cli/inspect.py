@@ -11,7 +11,7 @@ from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change
 from rlgf.config.loading import dump, override
 from rlgf.config.recipes import RECIPES, recipe
 from rlgf.config.schema import Config
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 
 
 def download(
@@ -49,14 +49,14 @@ def samples(
 
     path = run / ("evaluation.jsonl" if evaluation else "rollouts.jsonl")
     if not path.is_file():
-        raise UserError(f"{path} does not exist: {run} is no run, or has not written any texts yet.")
+        raise ConfigError(f"{path} does not exist: {run} is no run, or has not written any texts yet.")
     rows = read_complete_lines(path)
     known = sorted({row["iteration"] for row in rows})
     if not known:
-        raise UserError(f"{path} holds no texts yet.")
+        raise ConfigError(f"{path} holds no texts yet.")
     wanted = known[-1] if iteration is None else iteration
     if wanted not in known:
-        raise UserError(f"{run} has no iteration {wanted}: it has {known[0]} to {known[-1]}.")
+        raise ConfigError(f"{run} has no iteration {wanted}: it has {known[0]} to {known[-1]}.")
     from rlgf.cli import console
 
     for row in [row for row in rows if row["iteration"] == wanted][:count]:
@@ -68,7 +68,7 @@ def show(
     iterations: Annotated[int, typer.Option(help="Length of the training that is drawn.")] = 40,
     alpha: Alpha = None,
     beta: Beta = None,
-    seed: Annotated[int, typer.Option(help="Draws the coins of lols mixed by iteration.")] = 0,
+    seed: Annotated[int, typer.Option(help="Draws the uniform_numbers of lols mixed by iteration.")] = 0,
 ) -> None:
     """Draw an algorithm's phases over training, or print a recipe or the default config."""
     if what == "config":
@@ -81,18 +81,18 @@ def show(
     if what not in guided.ALGORITHMS:
         raise unknown("algorithm or recipe", what, [*guided.ALGORITHMS, *RECIPES, "config"])
     if iterations < 1:
-        raise UserError(f"--iterations is {iterations}, but must be at least 1.")
+        raise ConfigError(f"--iterations is {iterations}, but must be at least 1.")
     changes: list[tuple[str, Any]] = [("algorithm.name", what)]
     if beta is not None:
         changes += [("algorithm.beta_guide", beta), ("algorithm.beta_policy", beta)]
     if alpha is not None:
         changes.append(alpha_change(what, alpha))
     config = override(Config(), changes, COMMAND_LINE)
-    from rlgf.cli import console
+    from rlgf.cli.schedule import print_algorithm
     from rlgf.randomness import Purpose, uniforms
 
-    coins = [float(uniforms(seed, Purpose.PHASE, number, 1)[0]) for number in range(iterations)]
-    console.print_algorithm(config.algorithm.build(), iterations, coins)
+    uniform_numbers = [float(uniforms(seed, Purpose.PHASE, number, 1)[0]) for number in range(iterations)]
+    print_algorithm(config.algorithm.build(), iterations, uniform_numbers)
 
 
 def list_() -> None:

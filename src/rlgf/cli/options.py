@@ -12,7 +12,7 @@ from rlgf.algorithms import guided
 from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, parse_assignment, read_yaml
 from rlgf.config.recipes import RECIPES, recipe
 from rlgf.config.schema import Config
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 
 COMMAND_LINE = "command line"  # source of a value, for error messages
 BASELINES = ("zero_shot", "sft", "guide")
@@ -122,9 +122,9 @@ def alpha_change(name: str, alpha: float) -> tuple[str, Any]:
         return "algorithm.mixing_weight", alpha
     if name == "d2lols":
         if alpha != alpha // 1:
-            raise UserError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
+            raise ConfigError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
         return "algorithm.switch_iteration", int(alpha)
-    raise UserError(f"--alpha means nothing to {name}: it belongs to lols and d2lols.")
+    raise ConfigError(f"--alpha means nothing to {name}: it belongs to lols and d2lols.")
 
 
 def default_stages(run: Path) -> Path:
@@ -161,6 +161,6 @@ def check_writable(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from None
+        raise ConfigError(f"{path} cannot be written: {error.strerror or error}.") from None
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{path} cannot be written: give --json a file in a folder of yours.")
+        raise ConfigError(f"{path} cannot be written: give --json a file in a folder of yours.")

@@ -26,7 +26,7 @@ from rlgf.cli.options import (
     read_config,
 )
 from rlgf.config.loading import override
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 
 
 def train(
@@ -104,9 +104,9 @@ def _stage(name: str, source: str, overrides: list[str] | None, policy: str | No
             load_pairs(config, shelf, console.report)
         make["reward"] = lambda config, shelf, report, target: preference_stage(config, shelf, report, "reward", target)
     if name == "sft" and not (config.sft.steps or config.sft.epochs):
-        raise UserError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
+        raise ConfigError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
     if name == "sft" and policy:
-        raise UserError("--policy skips the sft stage: give model.path=... to fine-tune that model.")
+        raise ConfigError("--policy skips the sft stage: give model.path=... to fine-tune that model.")
     folder = make[name](config, shelf, console.report, target)
     metrics = json.loads((Path(folder) / "stage.json").read_text())["metrics"]
     console.print_metrics(metrics)

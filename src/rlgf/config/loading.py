@@ -11,7 +11,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from rlgf.config.flatten import to_dict
 from rlgf.config.schema import Config
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
+from rlgf.types import FORMAT_VERSION
 
 FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
     "task.options", "guide.options", "reward.weights", "reward.options", "evaluation.metric_options",
@@ -26,13 +27,23 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
 
     Errors name the key, its location and the nearest valid key.
     """
+    if isinstance(values, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        values = _without_format_version(values, where)
     check_keys(values, Config, where)
     try:
         return _adapter.validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {key} = {first.get('input')!r}: {first['msg']}.") from None
+        raise _as_config_error(error, where) from None
+
+
+def _as_config_error(error: ValidationError, where: str, separator: str = ": ") -> ConfigError:
+    """Return the first of pydantic's errors as one sentence; a check of ours keeps its own."""
+    first = error.errors()[0]
+    ours = first.get("ctx", {}).get("error")
+    if isinstance(ours, ConfigError):
+        return ours
+    key = ".".join(str(part) for part in first["loc"])
+    return ConfigError(f"{where}{separator}{key} = {first.get('input')!r}: {first['msg']}.")
 
 
 def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all: bool = False) -> None:
@@ -41,7 +52,7 @@ def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all
     The error suggests the nearest key of the whole config; with `list_all` the nearest of `kind`.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values.")
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values.")
     hints = get_type_hints(kind)
     for key, value in cast("Mapping[str, Any]", values).items():
         if key not in hints:
@@ -53,25 +64,23 @@ def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all
 def read_options(values: Mapping[str, Any], kind: type, where: str, prefix: str) -> Any:
     """Return free-form options as an instance of `kind`, their own dataclass.
 
-    Raises `UserError` for unknown keys and wrong types.
+    Raises `ConfigError` for unknown keys and wrong types.
     """
     check_keys(values, kind, where, prefix, list_all=True)
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{where}: {prefix}{key} = {first.get('input')!r}: {first['msg']}.") from None
+        raise _as_config_error(error, f"{where}: {prefix}", "") from None
 
 
-def unknown_key(key: str, where: str) -> UserError:
+def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
     valid = list(all_keys(Config))
     last = {name.split(".")[-1]: name for name in valid}
     close = [last[key]] if key in last else difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
     hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
-    return UserError(f"{where}: unknown key '{key}': {hint}")
+    return ConfigError(f"{where}: unknown key '{key}': {hint}")
 
 
 def all_keys(kind: Any, prefix: str = "") -> list[str]:
@@ -108,11 +117,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """Parse 'section.field=value' into a key and a value; the value is YAML."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise UserError(f"command line: '{text}' is not of the form section.field=value.")
+        raise ConfigError(f"command line: '{text}' is not of the form section.field=value.")
     try:
         parsed: Any = yaml.safe_load(value)
     except yaml.YAMLError:
-        raise UserError(f"command line: the value of '{text}' is not valid YAML: quote it.") from None
+        raise ConfigError(f"command line: the value of '{text}' is not valid YAML: quote it.") from None
     if parsed == value:
         try:  # YAML 1.1 reads 1e-4 as a string
             parsed = float(value)
@@ -122,18 +131,28 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Load the mapping in a YAML file."""
+    """Load the mapping in a YAML file, without its format version."""
     try:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path} must hold keys and values, but holds {type(values).__name__}.")
-    return cast("dict[str, Any]", values)
+        raise ConfigError(f"{path} must hold keys and values, but holds {type(values).__name__}.")
+    return _without_format_version(cast("dict[str, Any]", values), str(path))
+
+
+def _without_format_version(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values without their format version; raise if that is another one."""
+    version = values.get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        raise ConfigError(f"{where} has format version {version}, and this rlgf reads version {FORMAT_VERSION}: convert it.")
+    return {key: value for key, value in values.items() if key != "format_version"}
 
 
 def dump(config: Config) -> str:
-    """Return the complete config as YAML."""
-    return yaml.safe_dump(_adapter.dump_python(config, mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the complete config as YAML, with the version of its format."""
+    return f"format_version: {FORMAT_VERSION}\n" + yaml.safe_dump(
+        _adapter.dump_python(config, mode="json"), sort_keys=False, allow_unicode=True
+    )

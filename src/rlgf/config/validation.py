@@ -10,7 +10,7 @@ from rlgf.config.sections import (
     GuideConfig,
     RewardConfig,
 )
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 
 AT_LEAST_ONE = """
     task.max_new_tokens ppo.iterations ppo.completions_per_iteration ppo.samples_per_prompt ppo.epochs ppo.minibatch_size
@@ -66,7 +66,7 @@ def check_numbers(config: Any) -> None:
         for key in keys.split():
             value = flat[key]
             if value is not None and not holds(value):
-                raise UserError(f"{key} is {value:g}, but {words}.")
+                raise ConfigError(f"{key} is {value:g}, but {words}.")
     _check_sampling(config)
     _check_pairs(config)
     _check_guide(config.guide)
@@ -79,16 +79,18 @@ def _check_sampling(config: Any) -> None:
     decodings["evaluation.sampling"] = config.evaluation.sampling or config.sampling
     for name, sampling in decodings.items():
         if not sampling.temperature > 0 or sampling.top_k < 0 or not 0.0 < sampling.top_p <= 1.0 or sampling.num_beams < 1:
-            raise UserError(f"{name} needs temperature > 0, top_k >= 0, 0 < top_p <= 1 and num_beams >= 1; it has {sampling}.")
+            raise ConfigError(
+                f"{name} needs temperature > 0, top_k >= 0, 0 < top_p <= 1 and num_beams >= 1; it has {sampling}."
+            )
     if not config.sampling.is_stochastic:
         how = "greedy" if config.sampling.greedy else "num_beams"
-        raise UserError(f"sampling.{how} is for evaluation: a policy that does not sample cannot learn from its choices.")
+        raise ConfigError(f"sampling.{how} is for evaluation: a policy that does not sample cannot learn from its choices.")
 
 
 def _check_reward(reward: RewardConfig) -> None:
     for name, weight in reward.weights.items():
         if not math.isfinite(weight):
-            raise UserError(f"reward.weights.{name} is {weight}, but must be a number.")
+            raise ConfigError(f"reward.weights.{name} is {weight}, but must be a number.")
     for name in reward.options:
         if name not in reward.names:
             raise unknown("reward in reward.options", name, reward.names)
@@ -96,12 +98,12 @@ def _check_reward(reward: RewardConfig) -> None:
 
 def _check_guide(guide: GuideConfig) -> None:
     if guide.max_cost is not None and (guide.price_input is None or guide.price_output is None):
-        raise UserError("guide.max_cost needs guide.price_input and guide.price_output (per million tokens): give both.")
+        raise ConfigError("guide.max_cost needs guide.price_input and guide.price_output (per million tokens): give both.")
     if guide.instruction is not None and "{text}" not in guide.instruction:
-        raise UserError("guide.instruction does not say where the text goes that is to be continued: put {text} there.")
+        raise ConfigError("guide.instruction does not say where the text goes that is to be continued: put {text} there.")
     check_secrets("guide", guide.extra_headers, guide.extra_body)
     if guide.continuation == "token_ids" and (guide.stop or guide.thinking_tokens):
-        raise UserError(
+        raise ConfigError(
             "guide.stop and guide.thinking_tokens are about text, but guide.continuation is token_ids: leave them out."
         )
 
@@ -110,13 +112,13 @@ def check_secrets(section: str, headers: Mapping[str, str], body: Mapping[str, A
     """Raise for secrets written out in the settings of a server."""
     for name, value in headers.items():
         if (SECRET_NAME.search(name) or SECRET_VALUE.match(value)) and not value.startswith("$"):
-            raise UserError(
+            raise ConfigError(
                 f"{section}.extra_headers.{name} is written out, but secrets come from the environment: write $NAME of a "
                 "variable."
             )
     for name, value in flatten(body).items():
         if SECRET_FIELD.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
-            raise UserError(
+            raise ConfigError(
                 f"{section}.extra_body.{name} looks like a secret, which would stay in files: use {section}.api_key_env or "
                 f"{section}.extra_headers."
             )
@@ -126,24 +128,24 @@ def _check_pairs(config: Any) -> None:
     ppo, task = config.ppo, config.task
     for name, shape in {"model": config.model, "guide.model": config.guide.model}.items():
         if shape.width % shape.heads:
-            raise UserError(f"{name}.width is {shape.width}, but must be a multiple of {name}.heads = {shape.heads}.")
+            raise ConfigError(f"{name}.width is {shape.width}, but must be a multiple of {name}.heads = {shape.heads}.")
     if not 0 <= task.min_new_tokens <= task.max_new_tokens:
-        raise UserError(
+        raise ConfigError(
             f"task.min_new_tokens is {task.min_new_tokens}, but must lie within [0, {task.max_new_tokens}] (max_new_tokens)."
         )
     if ppo.completions_per_iteration % ppo.samples_per_prompt:
-        raise UserError(
+        raise ConfigError(
             f"ppo.completions_per_iteration ({ppo.completions_per_iteration}) must be a multiple of ppo.samples_per_prompt "
             f"({ppo.samples_per_prompt})."
         )
     lora = config.lora
     if config.critic.kind == "lora" and not lora.rank:
-        raise UserError("critic.kind is 'lora', but lora.rank is 0: set lora.rank, or choose another critic.kind.")
+        raise ConfigError("critic.kind is 'lora', but lora.rank is 0: set lora.rank, or choose another critic.kind.")
     if (lora.in_sft or lora.load_in_4bit) and not lora.rank:
-        raise UserError("lora.in_sft and lora.load_in_4bit need adapters: set lora.rank.")
+        raise ConfigError("lora.in_sft and lora.load_in_4bit need adapters: set lora.rank.")
     if not 0.0 <= lora.dropout < 1.0:
-        raise UserError(f"lora.dropout is {lora.dropout:g}, but must lie within [0, 1).")
+        raise ConfigError(f"lora.dropout is {lora.dropout:g}, but must lie within [0, 1).")
     if config.runtime.precision == "bf16" and ppo.old_log_probs == "sampler":
-        raise UserError(
+        raise ConfigError(
             "runtime.precision is bf16, in which sampling and training disagree by percents: set ppo.old_log_probs=recompute."
         )

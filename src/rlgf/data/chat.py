@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from rlgf.errors import UserError
+from rlgf.errors import DataError
 from rlgf.types import Message, Prompt
 
 PROBE = "rlgf-probe"  # placeholder for a reply while a template is inspected
@@ -23,13 +23,13 @@ def is_conversation(value: object) -> bool:
 def messages_of(value: Any, where: str) -> tuple[Message, ...]:
     """Return the messages of a conversation, each validated to have a role and a text.
 
-    Raises `UserError` for a message without them; `where` names the conversation in the error.
+    Raises `ConfigError` for a message without them; `where` names the conversation in the error.
     """
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
         role, content = message.get("role"), content_of(message)
         if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(
+            raise DataError(
                 f"{where}: message {number} must have a 'role' and a 'content' that are texts, but is {str(message)[:80]!r}."
             )
         # other fields stay, such as a name or tool calls
@@ -58,7 +58,7 @@ def content_of(message: Mapping[str, Any]) -> Any:
 def read_template(value: str | None) -> str | None:
     """Load a chat template from a file, or return the Jinja text itself.
 
-    None stays None. Raises `UserError` for a value that is neither.
+    None stays None. Raises `ConfigError` for a value that is neither.
     """
     if value is None:
         return None
@@ -67,7 +67,7 @@ def read_template(value: str | None) -> str | None:
         return value
     if path.is_file():
         return path.read_text(encoding="utf-8")
-    raise UserError(f"chat template '{value}' is neither a file nor a Jinja template: name a file that holds one.")
+    raise DataError(f"chat template '{value}' is neither a file nor a Jinja template: name a file that holds one.")
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class ChatTemplate:
         where = "a trial of the chat template"
         try:
             self.prompt(asked, where)
-        except UserError:  # some templates require a system message
+        except DataError:  # some templates require a system message
             asked = [{"role": "system", "content": "?"}, *asked]
         before, found = self.prompt(asked, where), list[str]()
         for text in (PROBE, f"  {PROBE}"):
@@ -140,7 +140,7 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], where: str, **options: bool) -> str:
         if not self.available:
-            raise UserError(
+            raise DataError(
                 f"{where} is a conversation, but the tokenizer has no chat template: give one with {self.option}=FILE "
                 "(a Jinja template), choose a model that has one, or write prompts as plain text."
             )
@@ -151,7 +151,7 @@ class ChatTemplate:
         # templates raise errors of any type, about the roles, their order or their number
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{where}: the chat template refuses the conversation ({reason}): mend the row.") from None
+            raise DataError(f"{where}: the chat template refuses the conversation ({reason}): mend the row.") from None
         return str(text)
 
 
@@ -177,7 +177,7 @@ class PromptBuilder:
     def __post_init__(self) -> None:
         self.chat = ChatTemplate(self.tokenizer, self.template)
         if self.limit and self.limit <= self.count(self.suffix):
-            raise UserError(
+            raise DataError(
                 f"the suffix {self.suffix!r} alone has {self.count(self.suffix)} tokens, but prompts may have {self.limit}: "
                 "allow more tokens or choose a shorter suffix."
             )
@@ -185,7 +185,7 @@ class PromptBuilder:
     def __call__(self, values: Sequence[Any], places: Sequence[str]) -> list[Prompt | None]:
         """Return a prompt for each text or conversation; None for a conversation over `limit`.
 
-        `places` name the values in errors. Raises `UserError` for an empty prompt.
+        `places` name the values in errors. Raises `ConfigError` for an empty prompt.
         """
         found: list[Prompt | None] = []
         for value, place in zip(values, places):
@@ -214,9 +214,9 @@ class PromptBuilder:
     def _text(self, value: Any, place: str) -> str:
         if not isinstance(value, str):
             kind = type(value).__name__
-            raise UserError(f"{place}: the prompt must be a text or a list of messages, but is of type {kind}.")
+            raise DataError(f"{place}: the prompt must be a text or a list of messages, but is of type {kind}.")
         if not value.removesuffix(self.suffix).strip():
-            raise UserError(f"{place}: the prompt is empty: remove the row.")
+            raise DataError(f"{place}: the prompt is empty: remove the row.")
         return value if value.endswith(self.suffix) else value + self.suffix
 
     def _conversation(self, value: Any, place: str) -> Prompt | None:

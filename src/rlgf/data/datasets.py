@@ -7,7 +7,7 @@ from typing import Any
 
 from rlgf.data.files import read_jsonl
 from rlgf.data.hub import load_failure_reason, offline_if_unreachable
-from rlgf.errors import UserError
+from rlgf.errors import DataError
 from rlgf.randomness import Purpose, permutation
 
 # file suffix -> builder of `datasets`
@@ -22,8 +22,8 @@ def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict
     file is JSON lines, CSV, TSV, Parquet or JSON: a fifth of it, always the same rows, is the split
     'test', the rest is 'train', and any other split is the whole file.
 
-    Raises `UserError` for a source that cannot be read, has a broken line, lacks a column or holds
-    no row.
+    Raises `ConfigError` for a source that cannot be read, has a broken line, lacks a column or
+    holds no row.
     """
     path = Path(source).expanduser()
     candidates = [path] if path.is_file() else [path / f"{split}.jsonl", path / f"{split}.jsonl.gz"]
@@ -31,11 +31,11 @@ def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict
     rows = _read_file(found) if found else _load_dataset(source, split)
     where = str(found or f"{source} ({split})")
     if not rows:
-        raise UserError(f"{where} holds no rows: give a dataset with at least one.")
+        raise DataError(f"{where} holds no rows: give a dataset with at least one.")
     for column in columns:
         for number, row in enumerate(rows, 1):
             if column not in row:
-                raise UserError(f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}.")
+                raise DataError(f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}.")
     return _part_of_file(rows, split) if path.is_file() else rows
 
 
@@ -63,7 +63,7 @@ def read_splits(
     A single file is one split, 'train'. `subset` names one of several in a Hub dataset. `texts` are
     columns of CSV files whose cells are texts, even if they look like numbers.
 
-    Raises `UserError` for a source that cannot be read.
+    Raises `ConfigError` for a source that cannot be read.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -90,10 +90,10 @@ def _read_file(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
     if kind not in TABLES.values():
         try:
             return read_jsonl(path)
-        except UserError as error:
+        except DataError as error:
             if kind is None:  # the name does not tell the format
                 known = f"Files are told apart by how their names end ({KINDS}); this one was read as JSON lines."
-                raise UserError(f"{error} {known}") from None
+                raise DataError(f"{error} {known}") from None
             raise
     if kind == "csv":  # an empty cell is an empty text, and 'NA' is a word
         options = {"keep_default_na": False, "sep": "\t" if ".tsv" in path.suffixes else ","}
@@ -124,7 +124,7 @@ def _load(builder: str, shown: str | None = None, **options: Any) -> Any:
             load_failure_reason(builder, first) if not local else str(first).strip().partition("\n")[0] or type(first).__name__
         )
         what_to_do = "mend the file" if Path(source).is_file() else f"give a Hub name, a folder, or a file ({KINDS})"
-        raise UserError(f"data '{source}' cannot be loaded ({reason}): {what_to_do}.") from None
+        raise DataError(f"data '{source}' cannot be loaded ({reason}): {what_to_do}.") from None
 
 
 def _as_rows(dataset: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

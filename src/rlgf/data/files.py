@@ -12,26 +12,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from rlgf.errors import UserError
+from rlgf.errors import DataError
+from rlgf.types import FORMAT_VERSION
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Load the objects of a JSON-lines file, plain or gzip.
 
-    Raises `UserError` that names a broken line, or for a file that cannot be read.
+    Raises `ConfigError` that names a broken line, or for a file that cannot be read.
     """
     try:
         with path.open("rb") as file:
             return [row for _, row in read_numbered_jsonl(file, str(path))]
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, dict[str, Any]]]:
     """Load the objects of an open JSON-lines file, each with its line number.
 
     Gzip is recognized by its first bytes. Empty lines are skipped; `where` names the file in
-    errors. Raises `UserError` for a line that is not a JSON object.
+    errors. Raises `ConfigError` for a line that is not a JSON object.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     number = 0
@@ -42,14 +43,14 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, 
             if line.strip():
                 row: Any = json.loads(line)
                 if not isinstance(row, dict):
-                    raise UserError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
+                    raise DataError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
                 rows.append((number, cast("dict[str, Any]", row)))
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
+        raise DataError(f"{where}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{where}, after line {number}: cannot be decoded ({error}).") from None
+        raise DataError(f"{where}, after line {number}: cannot be decoded ({error}).") from None
     except RecursionError:
-        raise UserError(f"{where}, line {number}: nested too deeply to be read: mend or remove the line.") from None
+        raise DataError(f"{where}, line {number}: nested too deeply to be read: mend or remove the line.") from None
     finally:
         lines.detach()  # the caller closes the file
     return rows
@@ -87,12 +88,22 @@ def write_json(path: Path, value: object) -> None:
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def require_format(found: Mapping[str, Any], path: Path) -> None:
+    """Raise unless a file's content has the format version of this rlgf."""
+    version = found.get("format_version")
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format version {version}, and this rlgf reads version {FORMAT_VERSION}: make it again, or use "
+            "the version of rlgf that wrote it."
+        )
+
+
 def read_json(path: Path) -> Any:
-    """Load the value of a JSON file; raise `UserError` if that fails."""
+    """Load the value of a JSON file; raise `ConfigError` if that fails."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it and make it again.") from None
+        raise DataError(f"{path} cannot be read ({error}): remove it and make it again.") from None
 
 
 def to_line(row: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rlgf.data.chat import PromptBuilder, content_of, is_conversation, normalize_whitespace
 from rlgf.data.datasets import held_out_keys
-from rlgf.errors import UserError
+from rlgf.errors import DataError
 from rlgf.randomness import Purpose, permutation
 from rlgf.types import Prompt
 
@@ -88,12 +88,12 @@ def read_pairs(
 def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any, str, str] | None:
     """Return prompt, chosen and rejected response of a row.
 
-    Returns None if the two dialogues have no common prompt. Raises `UserError` for a missing column
-    or a value of the wrong type.
+    Returns None if the two dialogues have no common prompt. Raises `ConfigError` for a missing
+    column or a value of the wrong type.
     """
     for name in (columns.chosen, columns.rejected):
         if name not in row:
-            raise UserError(f"{place}: there is no column '{name}'; it has {', '.join(sorted(row))}.")
+            raise DataError(f"{place}: there is no column '{name}'; it has {', '.join(sorted(row))}.")
     chosen, rejected = row[columns.chosen], row[columns.rejected]
     prompt = row.get(columns.prompt)
     dialogues = is_conversation(chosen) and is_conversation(rejected) and min(len(chosen), len(rejected)) > 1
@@ -102,7 +102,7 @@ def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any,
     if dialogues:
         return _from_conversations(chosen, rejected)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
-        raise UserError(
+        raise DataError(
             f"{place}: '{columns.chosen}' and '{columns.rejected}' must be two texts or two conversations; "
             f"responses alone need a column '{columns.prompt}'."
         )
@@ -135,7 +135,7 @@ def reply_text(value: Any, place: str) -> str:
         turns = cast("list[Mapping[str, Any]]", value)
         if len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(text := content_of(turns[0]), str):
             return text
-    raise UserError(f"{place}: a response must be a text or one message by the assistant, but is {str(value)[:80]!r}.")
+    raise DataError(f"{place}: a response must be a text or one message by the assistant, but is {str(value)[:80]!r}.")
 
 
 def _asked(prompt: Any) -> str:
@@ -146,7 +146,7 @@ def split_for_role(pairs: Pairs, parts: int, part: int) -> Pairs:
     """Return one of several parts, each with its own posts to train on.
 
     All parts have the same test pairs, about other posts. Without a test split a fifth of the posts
-    is held out; with one, its pairs about training posts are dropped. Raises `UserError` if there
+    is held out; with one, its pairs about training posts are dropped. Raises `ConfigError` if there
     are too few posts.
     """
     dropped, train, test = dict(pairs.dropped), list(pairs.train), list(pairs.test)
@@ -161,7 +161,7 @@ def split_for_role(pairs: Pairs, parts: int, part: int) -> Pairs:
         train = [pair for pair, held in zip(train, out) if not held]
     posts = list(dict.fromkeys(pair.group for pair in train))
     if len(posts) < parts or not test:
-        raise UserError(
+        raise DataError(
             f"the usable preference pairs are about {len(posts)} posts to train on and {len({pair.group for pair in test})} to "
             "measure on: more are needed, better hundreds."
         )

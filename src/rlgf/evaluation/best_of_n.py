@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlgf.algorithms.guided import ppo
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import EvaluationContext, compute_metrics
 from rlgf.randomness import Purpose
 from rlgf.rewards.base import score
@@ -32,9 +32,9 @@ def best_of(
     function of (seed, prompt's index, sample): more samples do not change the earlier ones.
     """
     if not 1 <= samples <= MAX_SAMPLES:
-        raise UserError(f"best of {samples}: choose a number from 1 to {MAX_SAMPLES:,}.")
+        raise ConfigError(f"best of {samples}: choose a number from 1 to {MAX_SAMPLES:,}.")
     if rollout_config.sampling.greedy:
-        raise UserError("best of several texts needs decoding that draws: greedy decoding writes the same text every time.")
+        raise ConfigError("best of several texts needs decoding that draws: greedy decoding writes the same text every time.")
     rollout_config = dataclasses.replace(rollout_config, seed=seed, token_purpose=Purpose.BEST_OF_TOKEN)
     at_once = max(1, MAX_ROWS // samples)
     rollouts: list[Rollout] = []

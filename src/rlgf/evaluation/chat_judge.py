@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from rlgf.config.sections import GuideConfig, JudgeConfig
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server, parse_spec
 from rlgf.guides.base import CompletionRequest
@@ -68,11 +68,11 @@ class ChatJudge:
                 requests.append(CompletionRequest(asked, [], "", [], self.answer_tokens, 0, 2 * row + turned, self.seed))
         try:
             answers = [answer.text for answer in self.guide.complete(requests)]
-        except RunError as error:
-            raise RunError(str(error).replace("the guide", "the judge").replace("guide.", "judge.")) from error.__cause__
+        except TrainingError as error:
+            raise TrainingError(str(error).replace("the guide", "the judge").replace("guide.", "judge.")) from error.__cause__
         failed = self.guide.pop_metrics()["guide_given_up"]
         if failed:
-            raise RunError(
+            raise TrainingError(
                 f"the judge at {self.guide.server.url} gave no answer to {failed:g} of {len(requests)} questions, however "
                 "often it was asked: run the same command again when it is back; answers that were given are kept."
             )
@@ -141,10 +141,10 @@ def load_template(path: str | None) -> str:
     try:
         template = Path(path).expanduser().read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise UserError(f"judge.template '{path}' cannot be read ({error.strerror}): name a text file.") from None
+        raise ConfigError(f"judge.template '{path}' cannot be read ({error.strerror}): name a text file.") from None
     missing = [f"[{name}]" for name in ("context", "summary 1", "summary 2") if f"[{name}]" not in template]
     if missing:
-        raise UserError(f"judge.template '{path}' does not say where {' and '.join(missing)} shall stand: put that in.")
+        raise ConfigError(f"judge.template '{path}' does not say where {' and '.join(missing)} shall stand: put that in.")
     return template
 
 
@@ -167,8 +167,8 @@ def judge_server(spec: str) -> tuple[str, str]:
     """Return the model and the address of a judge `server:MODEL@URL`."""
     try:
         return parse_spec(spec)
-    except UserError as error:
-        raise UserError(str(error).replace("guide", "judge")) from None
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("guide", "judge")) from None
 
 
 def chat_judge(config: JudgeConfig, stages: Path, report: Callable[[str], None]) -> ChatJudge:
@@ -191,7 +191,7 @@ def chat_judge(config: JudgeConfig, stages: Path, report: Callable[[str], None])
 def probe_judge(config: JudgeConfig, prompts: Sequence[Prompt], stages: Path, report: Callable[[str], None]) -> None:
     """Query a judge on a server once, before any training.
 
-    The query uses its own `ChatJudge`, so its requests do not count elsewhere. Raises `UserError`
+    The query uses its own `ChatJudge`, so its requests do not count elsewhere. Raises `ConfigError`
     if the judge does not respond. One of the prompts must have a reference.
     """
     if not (config.spec or "").startswith("server:") or config.offline:
@@ -199,5 +199,5 @@ def probe_judge(config: JudgeConfig, prompts: Sequence[Prompt], stages: Path, re
     known = next(prompt for prompt in prompts if prompt.references)
     try:
         chat_judge(config, stages, report).compare([known], [known.references[0]], [known.references[-1]])
-    except RunError as error:
-        raise UserError(f"probe: {error}") from error.__cause__
+    except TrainingError as error:
+        raise ConfigError(f"probe: {error}") from error.__cause__

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlgf.algorithms.guided import Algorithm, guide_only, ppo
 from rlgf.config.loading import read_options
 from rlgf.config.sections import EvaluationConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.evaluation.win_rate import PairJudge, win_rate
 from rlgf.models.language_model import LanguageModel
@@ -132,7 +132,7 @@ def mean_reward_gain(reward: RewardFunction, prompts: Sequence[Prompt], scores: 
 def text_metrics_of(config: EvaluationConfig) -> tuple[list[str], Options]:
     """Return the keys of a config's text metrics, and their options.
 
-    Raises `UserError` for unknown metrics and options.
+    Raises `ConfigError` for unknown metrics and options.
     """
     options = read_options(config.metric_options, Options, "text metrics", "evaluation.metric_options.")
     return resolve_metric_names(",".join(config.metrics)), options
@@ -156,7 +156,7 @@ def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
     text, references = prompt.strip_reply_prefix(text), tuple(reference_texts(prompt))
     comparing = reference_metrics(keys)
     if comparing and not references:
-        raise UserError(
+        raise ConfigError(
             f"evaluation.metrics has {', '.join(comparing)}, but the prompt {prompt.text[:60]!r} has no reference to compare a "
             "text with: leave these out, or give every held-out prompt references."
         )
@@ -165,7 +165,7 @@ def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
     try:
         return Line(text, references, concepts_in(prompt.columns.get("concepts")))
     except ValueError as error:
-        raise UserError(
+        raise ConfigError(
             f"evaluation.metrics has concept_coverage, but column 'concepts' of the prompt {prompt.text[:60]!r} is not for it "
             f"({error}): leave it out, or mend the column."
         ) from None

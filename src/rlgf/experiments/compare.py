@@ -14,7 +14,7 @@ from typing import Any
 from rlgf.config.loading import dump, override
 from rlgf.config.schema import Config
 from rlgf.data.files import json_safe, read_complete_lines, read_json, write_json
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.experiments.report import write_report
 from rlgf.experiments.variants import Variant, numeric_setting
 from rlgf.pipeline.final_evaluation import evaluate_baselines
@@ -24,6 +24,7 @@ from rlgf.pipeline.run import Report, guide_evaluation_config, train
 from rlgf.pipeline.stage_cache import fingerprint, no_report
 from rlgf.runs.directory import RunDirectory, require_writable
 from rlgf.trainer import Progress
+from rlgf.types import FORMAT_VERSION
 
 
 def compare(
@@ -41,9 +42,9 @@ def compare(
     > 1, that many runs are executed at a time, each in a separate process.
     """
     if not rows or not seeds:
-        raise UserError("nothing to compare: give at least one algorithm and one seed.")
+        raise ConfigError("nothing to compare: give at least one algorithm and one seed.")
     if (out / "config.yaml").exists():
-        raise UserError(f"{out} holds a single run: choose another --out for a comparison.")
+        raise ConfigError(f"{out} holds a single run: choose another --out for a comparison.")
     stages = out / "stages"
     began = time.monotonic()
     configs = {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds}
@@ -84,7 +85,7 @@ def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[
 def _run_in_processes(runs: Sequence[tuple[Config, Path]], stages: Path, jobs: int, report: Report) -> None:
     """Run each config in a separate process, `jobs` at a time.
 
-    The cores are divided among them. Raises `RunError` if a run fails.
+    The cores are divided among them. Raises `TrainingError` if a run fails.
     """
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
     waiting, running = list(runs), dict[Path, subprocess.Popen[str]]()
@@ -105,7 +106,7 @@ def _run_in_processes(runs: Sequence[tuple[Config, Path]], stages: Path, jobs: i
                     del running[folder]
                     if process.returncode:
                         tail = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-                        raise RunError(f"{folder.name} ended with exit code {process.returncode}: {' '.join(tail)}")
+                        raise TrainingError(f"{folder.name} ended with exit code {process.returncode}: {' '.join(tail)}")
                     report(f"finished {folder.name} ({len(waiting) + len(running)} to go)")
     finally:
         for process in running.values():
@@ -126,6 +127,7 @@ def _write_results(
         table += _rows(row.key, [{**result, "title": row.title} for result in found], curves, row)
     first = read_json(folders[rows[0].key, seeds[0]] / "results.json")
     results = {
+        "format_version": FORMAT_VERSION,
         "recipe": config.recipe,
         "seeds": list(seeds),
         "task": config.task.name,

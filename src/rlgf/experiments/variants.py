@@ -8,7 +8,7 @@ from rlgf.config.flatten import to_dict
 from rlgf.config.loading import all_keys, override, parse_assignment, unknown_key
 from rlgf.config.recipes import Control
 from rlgf.config.schema import Config
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def _same_algorithm(one: Config, other: Config) -> bool:
 def numeric_setting(config: Config, setting: str) -> float:
     """Return the value of a numeric setting.
 
-    Raises `UserError` if it is not a number or cannot be varied.
+    Raises `ConfigError` if it is not a number or cannot be varied.
     """
     value: Any = to_dict(config)
     for part in setting.split("."):
@@ -74,9 +74,9 @@ def numeric_setting(config: Config, setting: str) -> float:
     if value is None and setting not in all_keys(Config):
         raise unknown_key(setting, "--vary")
     if setting == "seed" or setting.startswith(("evaluation.", "runtime.")):
-        raise UserError(f"--vary {setting}: rows differ in how they are trained, and share seeds, evaluation and machine.")
+        raise ConfigError(f"--vary {setting}: rows differ in how they are trained, and share seeds, evaluation and machine.")
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"--vary {setting}: it is {value!r}, and only numbers can be varied.")
+        raise ConfigError(f"--vary {setting}: it is {value!r}, and only numbers can be varied.")
     return value
 
 
@@ -91,7 +91,9 @@ def parse_vary(config: Config, assignments: Sequence[str]) -> dict[str, list[flo
         own = numeric_setting(config, setting)
         values = [parse_assignment(f"{setting}={value.strip()}")[1] for value in listed.split(",") if value.strip()]
         if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-            raise UserError(f"--vary {text}: give numbers with commas between them, as in {setting}={own:g},{2 * own or 1:g}.")
+            raise ConfigError(
+                f"--vary {text}: give numbers with commas between them, as in {setting}={own:g},{2 * own or 1:g}."
+            )
         for value in values:
             override(config, [(setting, value)], "--vary")
         found[setting] = [*found.get(setting, []), *values]

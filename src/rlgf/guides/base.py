@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from rlgf.errors import RunError
+from rlgf.errors import GuideError, TrainingError
 from rlgf.types import Prompt
 
 
@@ -80,29 +80,29 @@ class TracksUsage(Protocol):
 def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Completion]:
     """Query a guide and check that it returns one usable completion for each request.
 
-    Every failure raises `RunError`.
+    Every failure raises `TrainingError`.
     """
     if not requests:
         return []
     try:
         answers: Any = guide.complete(requests)
-    except RunError:
+    except TrainingError:
         raise
     except Exception as error:
-        raise RunError(
+        raise GuideError(
             f"the guide failed on {len(requests)} requests ({type(error).__name__}: {error}): mend it and run again."
         ) from error
     if not isinstance(answers, list) or len(answers) != len(requests):
         found = len(answers) if isinstance(answers, list) else type(answers).__name__
-        raise RunError(f"the guide gave {found} texts for {len(requests)} requests: it must give a list with one each.")
+        raise GuideError(f"the guide gave {found} texts for {len(requests)} requests: it must give a list with one each.")
     for answer, request in zip(answers, requests):
         good = isinstance(answer, Completion) and isinstance(answer.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not good or any(not isinstance(token, int) for token in answer.ids or ()):
-            raise RunError(f"the guide answered {answer!r} to the prompt {request.prompt.text[:60]!r}: it must be a text.")
+            raise GuideError(f"the guide answered {answer!r} to the prompt {request.prompt.text[:60]!r}: it must be a text.")
         if answer.failed:
             continue
         if not answer.finished and not (answer.text if answer.ids is None else answer.ids):
-            raise RunError(
+            raise GuideError(
                 f"the guide wrote nothing for the prompt {request.prompt.text[:60]!r} and calls it unfinished: "
                 "a guide with nothing to add says finished."
             )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from rlgf.data.text import escape_control_characters
 from rlgf.data.tokenization import join_with_space
-from rlgf.errors import RunError
+from rlgf.errors import GuideError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest
 
@@ -37,7 +37,7 @@ class HumanGuide:
         answers = [self.cache.get(key) for key in keys]
         open_places = [place for place, answer in enumerate(answers) if answer is None]
         if open_places and self.offline:
-            raise RunError(
+            raise GuideError(
                 f"the guide is offline and {len(open_places)} of its answers are not in {self.cache.path}: leave out --offline."
             )
         if open_places:
@@ -65,7 +65,7 @@ class HumanGuide:
         try:
             return self._read("> ")
         except (EOFError, UnicodeDecodeError):
-            raise RunError(
+            raise GuideError(
                 "the guide 'human' was asked, but nobody is at the terminal: run the same command in a terminal; "
                 "answers given so far are kept."
             ) from None

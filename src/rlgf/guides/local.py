@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, GuideError
 from rlgf.generation.base import SampledCompletions
 from rlgf.generation.decoder import sample_completions, split_context
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest
@@ -31,9 +31,9 @@ def guide_model_path(spec: str) -> str | None:
         return None
     folder = Path(spec.removeprefix("run:")).expanduser()
     if not (folder / "config.yaml").is_file():
-        raise UserError(f"guide '{spec}': {folder} holds no run: give the folder that a run was written to with --out.")
+        raise ConfigError(f"guide '{spec}': {folder} holds no run: give the folder that a run was written to with --out.")
     if not (folder / "policy").is_dir():
-        raise UserError(f"guide '{spec}': the run in {folder} has no policy yet: let it finish first.")
+        raise ConfigError(f"guide '{spec}': the run in {folder} has no policy yet: let it finish first.")
     return str(folder / "policy")
 
 
@@ -101,7 +101,7 @@ class TextModelGuide(ModelGuide):
             prefix = [*context[0], *context[1]]
             room = self.language_model.max_length - len(context[1] if codec.is_encoder_decoder else prefix)
             if room < 1:
-                raise RunError(
+                raise GuideError(
                     f"the guide reads {self.language_model.max_length} tokens, and the prompt "
                     f"{request.prompt.text[:60]!r} with what was written has {len(prefix)} of its own: choose a guide that "
                     "reads more, or shorter prompts."

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rlgf.config.sections import GuideConfig
-from rlgf.errors import RunError
+from rlgf.errors import GuideError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.generation.openai.client import Server
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
@@ -69,7 +69,7 @@ class RemoteGuide:
         self._last_report = -REPORT_INTERVAL  # time of the last report of a pause
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
-        """Return one completion for each request; raise `RunError` if one fails."""
+        """Return one completion for each request; raise `TrainingError` if one fails."""
         self._count("rows_needed", len(requests))
         kept = [self._draw(request) for request in requests]
         asked = iter(self._query_concurrently([request for request, drawn in zip(requests, kept) if not drawn]))
@@ -199,15 +199,15 @@ class RemoteGuide:
     def _replay(self, key: str, request: CompletionRequest) -> dict[str, Any]:
         """Return the cached response, or the record that this run gave it up.
 
-        The response includes its usage if this run sent the request. Raises `RunError` if there is
-        neither.
+        The response includes its usage if this run sent the request. Raises `TrainingError` if
+        there is neither.
         """
         record = self.cache.get(self._record_key(key))
         if record is not None and "given_up" in record:
             return record
         stored = self.cache.get(key)
         if stored is None:
-            raise RunError(
+            raise GuideError(
                 f"the guide is offline and the answer for trajectory {request.index} is not in {self.cache.path}: "
                 "run once with the server, or leave out --offline."
             )
@@ -249,7 +249,7 @@ class RemoteGuide:
         self._count("rows_given_up")
         if self.config.on_failure == "policy":
             return Completion("", finished=True, failed=True)
-        raise RunError(
+        raise GuideError(
             last.get("given_up")
             or f"the guide gave no usable text for the prompt {request.prompt.text[:60]!r} in {len(drawn)} draws "
             f"({last['invalid']}): raise guide.invalid_retries, or choose another guide."
@@ -310,7 +310,7 @@ class RemoteGuide:
             ) from None
         except PermanentError as error:
             self._count_attempt(key, "given_up")
-            raise RunError(
+            raise GuideError(
                 f"the guide at {self.server.url} refuses ({error}): mend guide.spec, its key or its options."
             ) from None
 
@@ -343,7 +343,7 @@ class RemoteGuide:
         ):  # fmt: skip
             self._add_usage(key, name, amount)
         if not bill.known and (self.config.max_tokens is not None or self.config.max_cost is not None):
-            raise RunError(
+            raise GuideError(
                 f"the guide at {self.server.url} does not say what an answer costs, so guide.max_tokens and guide.max_cost "
                 "cannot be kept: leave them out and set guide.max_requests."
             )
@@ -357,7 +357,7 @@ class RemoteGuide:
             self._num_started += 1
 
     def _within_limits(self) -> None:
-        """Raise `RunError` once the limit on requests, tokens or cost is reached."""
+        """Raise `TrainingError` once the limit on requests, tokens or cost is reached."""
         config, spent = self.config, self.usage
         tokens, cost = spent["prompt_tokens"] + spent["completion_tokens"], self.cost(spent)
         for name, used, most in (
@@ -366,7 +366,7 @@ class RemoteGuide:
             ("cost", cost, config.max_cost),
         ):
             if most is not None and used is not None and used >= most:
-                raise RunError(
+                raise GuideError(
                     f"the guide's budget is used up ({used:g} of guide.max_{name}={most:g}): raise it and run the same command "
                     "again; answers that were paid for are kept."
                 )

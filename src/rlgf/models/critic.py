@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from rlgf.config.sections import LoraConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models import lora
 from rlgf.models.forward import MicroBatch, backbone_states
 from rlgf.models.language_model import SFT, VALUE_HEAD, Backbone, LanguageModel
@@ -100,7 +100,7 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
     model = use_fast_paths(from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
     # a reward model may have an additional padding token
     if int(model.config.vocab_size) not in (policy.vocab_size, policy.vocab_size + 1):
-        raise UserError(
+        raise ConfigError(
             f"critic.path '{path}' has {model.config.vocab_size} embeddings and the policy {policy.vocab_size}: "
             "a critic reads the policy's tokens, so choose one with the same tokenizer."
         )
@@ -110,7 +110,7 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
 def require_lora_critic(path: str) -> None:
     """Raise if a `critic.path` holds no adapter where one is needed."""
     if not lora.is_adapter_folder(path):
-        raise UserError(f"critic.path '{path}' holds no adapter, which critic.kind=lora needs: use critic.kind=separate.")
+        raise ConfigError(f"critic.path '{path}' holds no adapter, which critic.kind=lora needs: use critic.kind=separate.")
 
 
 def new_lora_critic(

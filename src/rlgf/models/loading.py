@@ -20,7 +20,7 @@ from transformers import (
 from rlgf.config.sections import ModelConfig
 from rlgf.data.hub import hub_is_reachable, load_failure_reason
 from rlgf.data.tokenization import Codec
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.kernels import modules, native
 from rlgf.models import lora, padding_free
 from rlgf.models.language_model import SFT, VALUE_HEAD, LanguageModel
@@ -90,7 +90,7 @@ def load_language_model(
 def require_language_model(folder: str) -> None:
     """Raise if a folder holds the adapter of a critic or a reward model."""
     if (Path(folder).expanduser() / VALUE_HEAD).is_file() or lora.is_sequence_classifier(folder):
-        raise UserError(
+        raise ConfigError(
             f"{folder} holds the adapter of a critic or a reward model, which would lose its head in a language model: give "
             "the folder of a policy."
         )
@@ -98,7 +98,7 @@ def require_language_model(folder: str) -> None:
 
 def _check_vocabulary(tokenizer: Any, vocabulary: int, name: str) -> None:
     if len(tokenizer) > vocabulary:
-        raise UserError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
+        raise ConfigError(f"model '{name}' has {vocabulary} embeddings, but its tokenizer has {len(tokenizer)} tokens.")
 
 
 def quantization_config_4bit(device: str) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def quantization_config_4bit(device: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if find_spec("bitsandbytes") is None:
-        raise UserError("lora.load_in_4bit needs bitsandbytes: pip install 'rlgf[4bit]'.")
+        raise ConfigError("lora.load_in_4bit needs bitsandbytes: pip install 'rlgf[4bit]'.")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     return {"quantization_config": config, "device_map": device}
 
@@ -116,7 +116,7 @@ def quantization_config_4bit(device: str) -> dict[str, Any]:
 def wrap_model(model: Any, tokenizer: Any, name: str) -> LanguageModel:
     """Return model and tokenizer with their EOS tokens and maximum length.
 
-    Raises UserError if the model has no EOS token, or too few embeddings for the tokenizer.
+    Raises ConfigError if the model has no EOS token, or too few embeddings for the tokenizer.
     """
     vocabulary = int(model.config.vocab_size)
     _check_vocabulary(tokenizer, vocabulary, name)
@@ -145,7 +145,7 @@ def _eos_token_ids(tokenizer: Any, generation: Any, config: Any, name: str) -> t
             if end is not None and end < int(config.vocab_size) and end not in ends:
                 ends.append(end)
     if not ends:
-        raise UserError(
+        raise ConfigError(
             f"model '{name}' has no end token: set eos_token in its tokenizer_config.json or eos_token_id in its config.json."
         )
     return tuple(ends)
@@ -216,14 +216,14 @@ def use_fast_paths(model: Any) -> Any:
 def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
     """Load a Hub name or folder by an `Auto` class; no remote code is run.
 
-    `kind` names the object in the error. Raises UserError if it cannot be loaded.
+    `kind` names the object in the error. Raises ConfigError if it cannot be loaded.
     """
     local = Path(path).expanduser().exists() or not hub_is_reachable()
     try:
         return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
     except Exception as error:  # the Hub, the disk and the config parser raise many types
         reason = load_failure_reason(path, error)
-        raise UserError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
+        raise ConfigError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
 
 
 def count_parameters(model: nn.Module) -> int:

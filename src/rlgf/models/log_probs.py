@@ -112,6 +112,24 @@ def logsumexp(logits: Tensor) -> Tensor:
     return torch.cat([part.logsumexp(1) for part in logits.split(64)])
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of the full, untempered softmax, in nats.
+
+    −Σ_a p_a log p_a. Computed in chunks of rows, so that the copies stay in the cache.
+
+    Args:
+        logits: [tokens, vocabulary].
+
+    Returns:
+        [tokens].
+    """
+    parts: list[Tensor] = []
+    for part in logits.split(64):
+        log_probs = part.log_softmax(1)
+        parts.append(-(log_probs.exp() * log_probs).sum(1))
+    return torch.cat(parts) if parts else logits.new_zeros(0)
+
+
 def mask_ids(logits: Tensor, rows: Tensor, ids: Tensor) -> Tensor:
     """Return `logits` [rows, vocabulary] with `ids` at −∞ where `rows` is true."""
     blocked = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)

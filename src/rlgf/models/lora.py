@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlgf.config.sections import LoraConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 
 
 def has_adapters(model: Any) -> bool:
@@ -52,7 +52,7 @@ def base_of(path: str) -> str:
     folder = Path(path).expanduser()
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
-        raise UserError(f"{path}/adapter_config.json names no base model: set its base_model_name_or_path.")
+        raise ConfigError(f"{path}/adapter_config.json names no base model: set its base_model_name_or_path.")
     # if the run was moved, its stages may have been moved with it
     if Path(base).is_absolute() and not Path(base).exists():
         near = (place / Path(base).name for parent in folder.resolve().parents[:4] for place in (parent, parent / "stages"))
@@ -94,7 +94,7 @@ def require_peft() -> None:
     try:
         import peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError:
-        raise UserError("adapters need the extra 'lora': pip install 'rlgf[lora]'.") from None
+        raise ConfigError("adapters need the extra 'lora': pip install 'rlgf[lora]'.") from None
 
 
 def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
@@ -117,7 +117,7 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
         try:
             model.add_adapter(lora, name)
         except ValueError as error:
-            raise UserError(
+            raise ConfigError(
                 f"lora.target_modules are {list(config.target_modules)}, which peft refuses ({error}): name others."
             ) from None
     _freeze_all(model)
@@ -198,10 +198,10 @@ def quiet_peft() -> Generator[None]:
 def merged(model: Any, folder: str) -> Any:
     """Return a base model with the adapter of a folder merged into its weights, in place.
 
-    Raises UserError for weights in 4 bits, which cannot be merged into.
+    Raises ConfigError for weights in 4 bits, which cannot be merged into.
     """
     if getattr(model, "is_quantized", False):
-        raise UserError("base weights in 4 bits cannot be merged into: load them whole (lora.load_in_4bit=false).")
+        raise ConfigError("base weights in 4 bits cannot be merged into: load them whole (lora.load_in_4bit=false).")
     require_peft()
     from peft import PeftModel
 
@@ -224,7 +224,7 @@ def load_trainable_state(model: Any, name: str, values: Mapping[str, Tensor]) ->
     """Set the values of an adapter to those of a checkpoint or of another such adapter."""
     mine = dict(_named(model, name))
     if set(mine) != set(values):
-        raise UserError(f"the adapter '{name}' has other parts than those that are loaded into it: use the same settings.")
+        raise ConfigError(f"the adapter '{name}' has other parts than those that are loaded into it: use the same settings.")
     with torch.no_grad():
         for key, value in values.items():
             mine[key].copy_(value)
@@ -254,18 +254,25 @@ def _forget_layers(model: Any) -> None:
 def activate(model: Any, name: str | None, owner: Any = None) -> Generator[None]:
     """Activate one adapter of a model within the block; None: no adapter.
 
-    A model without adapters stays as it is. `owner` carries the adapters if `model` is a part of it
+    The adapters that were active before are active again after it. A model without adapters stays
+    as it is. `owner` carries the adapters if `model` is a part of it
     (a backbone without its head).
     """
     carrier = owner if owner is not None else model
     if not has_adapters(carrier):
         yield
         return
-    for layer in _layers(carrier):
+    before = [(layer, list(layer.active_adapters), layer.disable_adapters) for layer in _layers(carrier)]
+    for layer, _, disabled in before:
         if name is None:
             layer.enable_adapters(False)
             continue
-        if layer.disable_adapters:
+        if disabled:
             layer.enable_adapters(True)
         layer.set_adapter([name], inference_mode=not torch.is_grad_enabled())
-    yield
+    try:
+        yield
+    finally:
+        # not by set_adapter, which would change requires_grad before the backward pass
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled

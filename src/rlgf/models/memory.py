@@ -9,14 +9,14 @@ from collections.abc import Callable
 import torch
 
 from rlgf.config.sections import MICRO_BATCH_TOKENS
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 
 
 def find_micro_batch_size(attempt: Callable[[int], None], max_tokens: int) -> int:
     """Return the largest of 2,048, 4,096, 8,192, … tokens for which `attempt` succeeds.
 
     The first size that reaches `most` is the last one tried. `attempt` raises torch's out-of-memory
-    error where a size does not fit. Raises UserError if none fits.
+    error where a size does not fit. Raises ConfigError if none fits.
     """
     found, budget = 0, MICRO_BATCH_TOKENS
     while _fits(attempt, budget):
@@ -25,7 +25,7 @@ def find_micro_batch_size(attempt: Callable[[int], None], max_tokens: int) -> in
             break
         budget *= 2
     if not found:
-        raise UserError(
+        raise ConfigError(
             f"a micro-batch of {MICRO_BATCH_TOKENS:,} tokens does not fit in the accelerator's memory: set "
             "runtime.token_budget to fewer, train adapters (lora.rank), or set runtime.offload."
         )

@@ -224,7 +224,9 @@ class _RowAttention(torch.autograd.Function):
         gradient = asking.unpack(gradients[0][0].transpose(0, 1))
         gradient.view(-1, asking.num_sequences * asking.width, gradient.shape[2]).index_fill_(1, asking.padding, 0.0)
         for_scores = torch.ops.aten._softmax_backward_data(gradient @ v.transpose(1, 2), weights, 2, weights.dtype)
-        for_bias = for_scores.view(-1, asking.num_sequences, asking.width, asked.width).sum(1) if ctx.needs_input_grad[3] else None
+        for_bias = (
+            for_scores.view(-1, asking.num_sequences, asking.width, asked.width).sum(1) if ctx.needs_input_grad[3] else None
+        )
         for_scores = for_scores * ctx.scale
         made = (for_scores @ k, asking), (for_scores.transpose(1, 2) @ q, asked), (weights.transpose(1, 2) @ gradient, asked)
         return *(line.repack(rows).transpose(1, 2) for rows, line in made), for_bias, None, None, None, None

@@ -34,7 +34,7 @@ def build_external_guide(
     """Return the guide that the config names, or None if it is a model.
 
     `tokenizer` is the policy's; `longest` is the number of tokens of its longest prompt plus
-    completion. Raises `UserError` if the guide cannot do what the algorithm needs.
+    completion. Raises `ConfigError` if the guide cannot do what the algorithm needs.
     """
     spec = config.guide.spec
     guide: Guide

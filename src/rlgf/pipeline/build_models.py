@@ -9,7 +9,7 @@ import torch
 from rlgf.algorithms.guided import Algorithm
 from rlgf.config.schema import Config
 from rlgf.data.tokenization import Codec
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models import lora
 from rlgf.models.critic import Critic, new_critic, new_lora_critic
 from rlgf.models.language_model import POLICY_ADAPTER, LanguageModel
@@ -75,18 +75,18 @@ def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_
 def merge(folder: str, out: Path) -> None:
     """Merge an adapter into its base model and write the full model to `out`.
 
-    `folder` is that of a run or of an adapter. Raises `UserError` if there is nothing to merge or
+    `folder` is that of a run or of an adapter. Raises `ConfigError` if there is nothing to merge or
     `out` is not empty.
     """
     if not Path(folder).is_dir():
-        raise UserError(f"there is no folder {folder}: give that of a run, or of an adapter.")
+        raise ConfigError(f"there is no folder {folder}: give that of a run, or of an adapter.")
     if lora.is_adapter_folder(str(Path(folder) / "policy")):  # a run
         folder = str(Path(folder) / "policy")
     if not lora.is_adapter_folder(folder):
-        raise UserError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
+        raise ConfigError(f"{folder} holds no adapter (no adapter_config.json): there is nothing to merge.")
     require_language_model(folder)
     if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise UserError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose another --out.")
+        raise ConfigError(f"{out} is {'a file' if out.is_file() else 'not empty'}: choose another --out.")
     base = load_language_model(lora.base_of(folder))
     whole = dataclasses.replace(base, model=lora.merged(base.model, folder), tokenizer=load_tokenizer(folder))
     whole.save(out)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlgf.config.schema import Config
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.best_of_n import evaluate_best_of
 from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, evaluate_guide, evaluate_policy
 from rlgf.guides.local import ModelGuide
@@ -79,7 +79,7 @@ def final_prompts(task: Task, config: Config) -> dict[str, Sequence[Prompt]]:
 
 
 def check_final_evaluation(task: Task, config: Config) -> None:
-    """Raise `UserError` if the final evaluation cannot be computed.
+    """Raise `ConfigError` if the final evaluation cannot be computed.
 
     Called before anything is trained.
     """
@@ -88,7 +88,7 @@ def check_final_evaluation(task: Task, config: Config) -> None:
     for split, prompts in splits.items():
         check_reward_columns(config.reward, split, prompts)
         if config.judge.spec and not any(prompt.references for prompt in prompts):
-            raise UserError(
+            raise ConfigError(
                 f"the judge compares texts with references, and no {split} prompt of task '{task.name}' has one: leave out "
                 "--judge, or give held-out prompts references."
             )

@@ -17,7 +17,7 @@ from rlgf.config.schema import Config
 from rlgf.config.specs import load_object
 from rlgf.data.hub import is_local_name, path_exists
 from rlgf.data.tokenization import Codec
-from rlgf.errors import RunError, UserError, unknown
+from rlgf.errors import ConfigError, TrainingError, unknown
 from rlgf.evaluation.best_of_n import MAX_SAMPLES
 from rlgf.evaluation.chat_judge import judge_server, load_template
 from rlgf.generation.openai.client import parse_spec
@@ -43,15 +43,17 @@ GUIDES = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human"
 def check(config: Config) -> Algorithm:
     """Validate a config without loading data or models, and return its algorithm.
 
-    Raises `UserError` for an invalid config.
+    Raises `ConfigError` for an invalid config.
     """
     algorithm = config.algorithm.build()
     kind = task_definition(config.task)
     task_options(config.task, kind.options)
     if kind.needs_data and config.task.data is None:
-        raise UserError(f"task '{config.task.name}' needs data: give --data with a Hub name or a folder of .jsonl[.gz] files.")
+        raise ConfigError(
+            f"task '{config.task.name}' needs data: give --data with a Hub name or a folder of .jsonl[.gz] files."
+        )
     if not kind.needs_data and config.task.data is not None:
-        raise UserError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
+        raise ConfigError(f"task '{config.task.name}' makes its own data: leave out --data, or choose another task.")
     check_trackers(config.runtime.trackers)
     _check_judges(config)
     spec = config.guide.spec
@@ -67,18 +69,18 @@ def check(config: Config) -> Algorithm:
     if spec == "trained":
         task_options(guide_task(config), kind.options)
         if not (config.guide.sft.steps or config.guide.sft.epochs):
-            raise UserError("guide 'trained' has guide.sft.steps and guide.sft.epochs 0: set one, or choose another guide.")
+            raise ConfigError("guide 'trained' has guide.sft.steps and guide.sft.epochs 0: set one, or choose another guide.")
     try:
         torch.device(config.runtime.device)
     except RuntimeError:
-        raise UserError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
+        raise ConfigError(f"runtime.device is '{config.runtime.device}': choose cpu, cuda or cuda:0.") from None
     _check_offload(config)
     _check_adapters(config)
     if config.evaluation.best_of > MAX_SAMPLES:
-        raise UserError(f"evaluation.best_of is {config.evaluation.best_of}: choose at most {MAX_SAMPLES:,}.")
+        raise ConfigError(f"evaluation.best_of is {config.evaluation.best_of}: choose at most {MAX_SAMPLES:,}.")
     if config.lora.load_in_4bit and torch.device(config.runtime.device).type == "cpu":
         # On a CPU bitsandbytes packs weights for inference, without gradients.
-        raise UserError(
+        raise ConfigError(
             "lora.load_in_4bit needs a GPU, as bitsandbytes computes no gradients on a CPU: set runtime.device=cuda."
         )
     if config.lora.load_in_4bit:
@@ -95,7 +97,7 @@ def check_to_train(config: Config) -> Algorithm:
     if "task" in config.reward.names and not task_definition(config.task).has_builtin_reward:
         raise missing_rule_error(config.task.name)
     if config.guide.spec == "human" and needs_guide(algorithm) and not config.guide.offline and has_no_terminal():
-        raise UserError("the guide 'human' is asked at a terminal, and there is none: run the same command in one.")
+        raise ConfigError("the guide 'human' is asked at a terminal, and there is none: run the same command in one.")
     guide = guide_model_path(config.guide.spec) if needs_guide(algorithm) or config.distill.num_completions else None
     pairs = config.preferences.data if "preferences" in (*config.reward.names, config.judge.spec) else None
     named = [
@@ -106,7 +108,7 @@ def check_to_train(config: Config) -> Algorithm:
     ]  # fmt: skip
     for field, name in named:
         if name and is_local_name(name) and not path_exists(name):
-            raise UserError(f"{field} names '{name}', but there is no such file or folder: mend the name.")
+            raise ConfigError(f"{field} names '{name}', but there is no such file or folder: mend the name.")
     return algorithm
 
 
@@ -132,12 +134,12 @@ def _check_adapters(config: Config) -> None:
         lora.require_peft()
     given = config.policy is not None and lora.is_adapter_folder(config.policy)
     if config.distill.num_completions and config.lora.rank and not config.lora.in_sft and not given:
-        raise UserError("a distilled policy is a whole model here, and adapters share one: set lora.in_sft=true.")
+        raise ConfigError("a distilled policy is a whole model here, and adapters share one: set lora.in_sft=true.")
     shapes = [("model", config.model)] if not config.policy else []
     shapes += [("guide.model", config.guide.model)] if config.guide.spec == "trained" else []
     for name, shape in shapes:
         if config.lora.in_sft and not shape.path and not (config.pretrain.steps or config.pretrain.epochs):
-            raise UserError(
+            raise ConfigError(
                 f"lora.in_sft trains an adapter on a model that is there, and {name} is a new one: give {name}.path, or set "
                 "pretrain.steps."
             )
@@ -147,11 +149,11 @@ def _check_offload(config: Config) -> None:
     """Raise if a model without separate weights on a GPU is to be offloaded."""
     offload, shared = config.runtime.offload, config.lora.rank > 0
     if offload and torch.device(config.runtime.device).type == "cpu":
-        raise UserError("runtime.offload frees a GPU's memory, and runtime.device is the CPU: leave it out.")
+        raise ConfigError("runtime.offload frees a GPU's memory, and runtime.device is the CPU: leave it out.")
     if "reference" in offload and shared:
-        raise UserError("with adapters the reference has no weights of its own to offload: leave it out of runtime.offload.")
+        raise ConfigError("with adapters the reference has no weights of its own to offload: leave it out of runtime.offload.")
     if "critic" in offload and config.critic.kind != "separate":
-        raise UserError(
+        raise ConfigError(
             f"a critic of kind '{config.critic.kind}' reads with the policy's weights: leave it out of runtime.offload."
         )
 
@@ -191,7 +193,7 @@ def needs_guide(algorithm: Algorithm) -> bool:
 def require_continuation(algorithm: Algorithm, can_continue: bool, spec: str) -> None:
     """Raise if the algorithm needs a guide that can continue a prefix, and this cannot."""
     if algorithm.needs_guide_rollout and not can_continue:
-        raise UserError(
+        raise ConfigError(
             f"guide '{spec}' cannot finish a prefix that another has written, which {algorithm.title} asks of it: "
             "choose ppo_pp, or a guide that can."
         )
@@ -211,7 +213,7 @@ def check_models(config: Config, tokenizer: Any, context: int) -> None:
     if policy is not None and lora.is_adapter_folder(policy):
         require_language_model(policy)
         if not lora.is_pure_lora(policy):
-            raise UserError(
+            raise ConfigError(
                 f"the adapter in {policy} is not only LoRA layers in adapter_model.safetensors and cannot be trained on "
                 "here: make it a whole model with `rlgf merge`, and give that."
             )
@@ -234,7 +236,7 @@ def check_base(config: Config, tokenizer: Any) -> None:
         return
     known = load_tokenizer(path).get_vocab()
     if not tokenizer.get_vocab().items() <= known.items():
-        raise UserError(
+        raise ConfigError(
             f"model.path '{path}', the model before SFT, has another vocabulary than the policy '{config.policy}': give the "
             "policy's own base, or set evaluation.output_perplexity=false and leave zero_shot out of evaluation.baselines."
         )
@@ -250,11 +252,11 @@ def _check_critic(config: Config) -> None:
         elif critic.kind == "lora":
             require_lora_critic(critic.path)
         elif critic.kind == "value_head" and not (folder / VALUE_HEAD).is_file():
-            raise UserError(f"critic.path '{critic.path}' holds no {VALUE_HEAD}: give the folder of a critic.")
+            raise ConfigError(f"critic.path '{critic.path}' holds no {VALUE_HEAD}: give the folder of a critic.")
         return
     trained = not policy and config.lora.in_sft and bool(config.sft.steps or config.sft.epochs)
     if critic.kind == "separate" and (trained or (policy is not None and lora.is_adapter_folder(policy))):
-        raise UserError(
+        raise ConfigError(
             "critic.kind=separate is a whole model that begins as the policy, and the policy is an adapter: set "
             "critic.kind=lora or trunk, or name a whole model with critic.path."
         )
@@ -266,25 +268,25 @@ def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer
     With another tokenizer, lengths are checked when the guide is queried.
     """
     if tokenizer.get_vocab() == policy_tokenizer.get_vocab() and context < policy_context:
-        raise UserError(f"guide '{name}' reads {context} tokens, the policy {policy_context}: choose a longer one.")
+        raise ConfigError(f"guide '{name}' reads {context} tokens, the policy {policy_context}: choose a longer one.")
 
 
 def check_lengths(codec: Codec, context: int, task: Task, config: Config) -> int:
     """Return the number of tokens of the longest prompt plus completion.
 
-    Raises `UserError` for empty prompts, and for prompts that leave no room for a completion.
+    Raises `ConfigError` for empty prompts, and for prompts that leave no room for a completion.
     """
     room, longest = context if codec.is_encoder_decoder else context - config.task.max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)
         if not prompts:
-            raise UserError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
+            raise ConfigError(f"task '{task.name}' has no {split} prompts: its data needs at least one.")
         for number, length in enumerate(map(len, codec.prompts(prompts)), 1):
             if length == 0:
-                raise UserError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
+                raise ConfigError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
             longest = max(longest, length)
             if length > room:
-                raise UserError(
+                raise ConfigError(
                     f"task '{task.name}', {split} prompt {number} has {length} tokens; with {config.task.max_new_tokens} new "
                     f"ones it exceeds the model's context of {context}: shorten the prompts or task.max_new_tokens."
                 )
@@ -311,5 +313,5 @@ def probe_guide(guide: Guide, algorithm: Algorithm, codec: Codec, task: Task, co
             requests.append(CompletionRequest(prompt, ids, text, begun, budget - 1, minimum, index, config.seed))
     try:
         query_guide(guide, requests)
-    except RunError as error:
-        raise UserError(f"probe: {error}") from error.__cause__
+    except TrainingError as error:
+        raise ConfigError(f"probe: {error}") from error.__cause__

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlgf.config.schema import Config
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.guides.base import Guide, TracksUsage
 from rlgf.models.loading import load_language_model, use_kernels
@@ -40,8 +40,8 @@ NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
 def prepare(config: Config, stages: Path, report: Report = no_report, directory: RunDirectory | None = None) -> Components:
     """Build or reuse every stage and return the components of a trainer.
 
-    Raises `UserError` if the run cannot be trained. The guide's usage in distillation is stored in
-    `directory`, so that the guide's limits include it.
+    Raises `ConfigError` if the run cannot be trained. The guide's usage in distillation is stored
+    in `directory`, so that the guide's limits include it.
     """
     algorithm = check_to_train(config)
     use_kernels(config.runtime.kernels)
@@ -60,7 +60,7 @@ def prepare(config: Config, stages: Path, report: Report = no_report, directory:
         load_pairs(config, stages, report)
     probe_judge(config.judge, task.test, stages, report)
     if config.reward.subtract_reference and not all(prompt.references for prompt in task.train):
-        raise UserError(f"reward.subtract_reference needs a reference for every prompt, which task '{task.name}' has not.")
+        raise ConfigError(f"reward.subtract_reference needs a reference for every prompt, which task '{task.name}' has not.")
     made = train_rewards(config, stages, report)  # before other models need memory
     reward = None if shares_policy_weights(config, config.reward.names) else prepare_reward(config, task, made)
     judge = None if shares_policy_weights(config, judge_names(config)) else prepare_judge(config, made, stages, report)

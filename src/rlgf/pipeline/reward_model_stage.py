@@ -11,7 +11,7 @@ from rlgf.config.flatten import to_dict
 from rlgf.config.schema import Config
 from rlgf.config.sections import TaskConfig
 from rlgf.data.preferences import Pairs, split_for_role
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models import lora
 from rlgf.models.loading import has_encoder, load_tokenizer
 from rlgf.pipeline.stage_cache import Report, build_at, build_stage, source_fingerprint
@@ -31,16 +31,16 @@ def check_preferences(config: Config) -> None:
     """
     training = config.preferences.training
     if config.preferences.data is None and task_definition(config.task).preference_pairs is None:
-        raise UserError(
+        raise ConfigError(
             f"task '{config.task.name}' has no preference pairs: give preferences.data with a file, folder or Hub name."
         )
     start = config.preferences.path
     if start is not None and lora.is_adapter_folder(start):
-        raise UserError(
+        raise ConfigError(
             f"preferences.path '{start}' holds adapters, and a reward model starts from a whole model: give the one below them."
         )
     if not (training.steps or training.epochs):
-        raise UserError("preferences.training.steps and preferences.training.epochs are 0: set one of them.")
+        raise ConfigError("preferences.training.steps and preferences.training.epochs are 0: set one of them.")
 
 
 def preference_pairs(config: Config, tokenizer: Any, role: Role) -> Pairs:
@@ -107,7 +107,8 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
 def drop_too_long(reward: RewardModel, pairs: Pairs) -> Pairs:
     """Return the pairs whose responses fit the reward model's context.
 
-    The others are dropped and counted. Raises `UserError` if no training or held-out pairs remain.
+    The others are dropped and counted. Raises `ConfigError` if no training or held-out pairs
+    remain.
     """
     train, test = ([pair for pair in part if reward.can_encode(pair)] for part in (pairs.train, pairs.test))
     left_out = len(pairs.train) + len(pairs.test) - len(train) - len(test)
@@ -115,19 +116,19 @@ def drop_too_long(reward: RewardModel, pairs: Pairs) -> Pairs:
         return pairs
     reason = f"pairs with a response of more tokens than the reward model reads ({reward.max_length})"
     if not (train and test):
-        raise UserError(f"{left_out:,} {reason} leave none to train on or to measure on: start from a model that reads more.")
+        raise ConfigError(f"{left_out:,} {reason} leave none to train on or to measure on: start from a model that reads more.")
     return Pairs(train, test, {**pairs.dropped, reason: left_out})
 
 
 def load_pairs(config: Config, stages: Path, report: Report) -> Pairs:
     """Return the training pairs, loaded before any model is built.
 
-    Raises `UserError` if the pairs or the starting model cannot be used.
+    Raises `ConfigError` if the pairs or the starting model cannot be used.
     """
     path = config.preferences.path or config.policy or config.model.path
     reads_twice = has_encoder(path) and not is_reward_model(path) if path else config.model.architecture == "t5"
     if reads_twice:
-        raise UserError(
+        raise ConfigError(
             f"the reward model would start from {path or 'the policy'}, an encoder–decoder, and it reads a text at once: give "
             "preferences.path with a causal model."
         )

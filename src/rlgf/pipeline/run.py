@@ -6,7 +6,7 @@ from typing import Any
 
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.models import lora
@@ -109,7 +109,7 @@ def evaluate_policy_on_test(
     check(config)
     codec, _ = starting_codec(config, stages, report)
     if policy and load_tokenizer(policy).get_vocab() != codec.tokenizer.get_vocab():
-        raise UserError(
+        raise ConfigError(
             f"the policy '{policy}' has another vocabulary than the model that its texts are compared with (KL needs the same "
             "one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
         )

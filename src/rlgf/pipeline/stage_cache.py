@@ -10,8 +10,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rlgf.data.files import read_json, write_json
-from rlgf.errors import UserError
+from rlgf.data.files import read_json, require_format, write_json
+from rlgf.errors import ConfigError
+from rlgf.types import FORMAT_VERSION
 
 Report = Callable[[str], None]
 
@@ -61,17 +62,19 @@ def build_at(
 ) -> Path:
     """Build or reuse a stage in exactly this folder.
 
-    Raises `UserError` if the folder holds anything else.
+    Raises `ConfigError` if the folder holds anything else.
     """
     mark = fingerprint(ingredients)
     record = target / "stage.json"
     if record.is_file():
-        if read_json(record).get("fingerprint") != mark:
-            raise UserError(f"{target} holds a stage made from other settings: choose another --out or remove it.")
+        found = read_json(record)
+        require_format(found, record)
+        if found.get("fingerprint") != mark:
+            raise ConfigError(f"{target} holds a stage made from other settings: choose another --out or remove it.")
         report(f"{name}: reusing {target.name}")
         return target
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty and holds no '{name}' stage: choose another --out.")
+        raise ConfigError(f"{target} is not empty and holds no '{name}' stage: choose another --out.")
     target.parent.mkdir(parents=True, exist_ok=True)
     report(f"{name}: making {target.name}")
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{name}-"))
@@ -80,6 +83,7 @@ def build_at(
         write_json(
             scratch / "stage.json",
             {
+                "format_version": FORMAT_VERSION,
                 "stage": name,
                 "fingerprint": mark,
                 "inputs": json.loads(json.dumps(ingredients, default=str)),

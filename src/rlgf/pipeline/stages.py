@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from rlgf.config.flatten import to_dict
 from rlgf.config.schema import Config
 from rlgf.config.sections import GUIDE_CONNECTION_FIELDS, GuideConfig, ModelConfig, SupervisedConfig, TaskConfig, TrainingConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.generation.openai.client import without_address
 from rlgf.guides.local import guide_model_path
 from rlgf.models import lora
@@ -41,7 +41,7 @@ def tokenizer_for(config: Config, task: TaskConfig, shape: ModelConfig, stages: 
     if kind.tokenizer:
         return kind.tokenizer(task), f"{task.name} words"
     if not shape.vocabulary or kind.raw_texts is None:
-        raise UserError(
+        raise ConfigError(
             f"task '{task.name}' has no tokenizer of its own: give --policy or model.path, or set model.vocabulary."
         )
     ingredients = {"vocabulary": shape.vocabulary, "texts": TOKENIZER_TEXTS, "task": task_source(task)}
@@ -97,10 +97,10 @@ def load_base_model(
     """Return the model before SFT: loaded, pretrained on raw text, or new.
 
     If it is the base weights of `beside`, these are returned, without any adapter. Raises
-    `UserError` if the model before SFT is unknown.
+    `ConfigError` if the model before SFT is unknown.
     """
     if not base_is_known(config):
-        raise UserError(
+        raise ConfigError(
             f"zero-shot is the model before SFT, and '{config.policy}' does not say which one that was: give model.path, or "
             "leave zero_shot out of evaluation.baselines."
         )
@@ -143,11 +143,11 @@ def pretrain_stage(
     task, shape = config.task, shape or config.model
     raw_texts = task_definition(task).raw_texts
     if raw_texts is None:
-        raise UserError(
+        raise ConfigError(
             f"task '{task.name}' has no raw text to train a language model on: set pretrain.steps=0 and pretrain.epochs=0."
         )
     if shape.path:
-        raise UserError(f"model.path is '{shape.path}', a trained model: remove it to train one, or skip the lm stage.")
+        raise ConfigError(f"model.path is '{shape.path}', a trained model: remove it to train one, or skip the lm stage.")
     tokenizer, token_mark = tokenizer_for(config, task, config.model, stages, report)
     seed = config.seed if config.pretrain.seed is None else config.pretrain.seed
     ingredients = {
@@ -252,7 +252,7 @@ def reward_stage(config: Config, stages: Path, report: Report, at: Path | None =
     """Train the small n-gram sentiment classifier on the task's labeled texts."""
     labelled = task_definition(config.task).labeled_texts
     if labelled is None:
-        raise UserError(
+        raise ConfigError(
             f"task '{config.task.name}' has no labelled texts to train a sentiment reward on; from pairs a reward model is "
             "trained: set reward.path=preferences."
         )

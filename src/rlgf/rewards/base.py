@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, RewardError, TrainingError
 from rlgf.types import Prompt, RewardFunction
 
 
@@ -27,29 +27,29 @@ def continuation_only(reward: RewardFunction) -> RewardFunction | None:
 def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
     """Call a reward and check that it returns one finite number for each completion.
 
-    Every failure raises `RunError`.
+    Every failure raises `TrainingError`.
     """
     try:
         answer: Any = reward(prompts, texts)
         values: list[Any] = list(answer.tolist() if hasattr(answer, "tolist") else answer)
-    except RunError:
+    except TrainingError:
         raise
     except Exception as error:
-        raise RunError(
+        raise RewardError(
             f"the reward failed on {len(texts)} texts ({type(error).__name__}: {error}): mend it and run again."
         ) from error
     if len(values) != len(texts):
-        raise RunError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
+        raise RewardError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
     for value, text in zip(values, texts):
         if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
-            raise RunError(f"the reward of the text {text[:60]!r} is {value!r}: it must be a finite number.")
+            raise RewardError(f"the reward of the text {text[:60]!r} is {value!r}: it must be a finite number.")
     return [float(value) for value in values]
 
 
 def probe_reward(reward: RewardFunction, prompts: Sequence[Prompt]) -> None:
-    """Call a reward on a few texts before training; raise `UserError` if it fails."""
+    """Call a reward on a few texts before training; raise `ConfigError` if it fails."""
     texts = [prompt.references[0] if prompt.references else "a text" for prompt in prompts]
     try:
         score(reward, [*prompts, prompts[0]], [*texts, ""])
-    except RunError as error:
-        raise UserError(f"probe: {error}") from error.__cause__
+    except TrainingError as error:
+        raise ConfigError(f"probe: {error}") from error.__cause__

@@ -9,7 +9,7 @@ from typing import Any
 
 from rlgf.config.sections import RewardConfig
 from rlgf.config.specs import load_object
-from rlgf.errors import UserError, unknown
+from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
 from rlgf.models import lora
 from rlgf.models.language_model import LanguageModel
 from rlgf.rewards.base import score_full_text
@@ -73,9 +73,9 @@ def _build(
     )
 
 
-def missing_rule_error(task: str) -> UserError:
+def missing_rule_error(task: str) -> ConfigError:
     """Return the error for a task without a reward of its own."""
-    return UserError(
+    return ConfigError(
         f"task '{task}' has no rule of its own: set reward.path to 'ngram', 'preferences', a metric, a classifier or a reward "
         "model, or 'python:module:name'."
     )
@@ -98,13 +98,13 @@ def check_reward_names(names: Sequence[str]) -> None:
 
 
 def check_reward_columns(config: RewardConfig, split: str, prompts: Sequence[Prompt]) -> None:
-    """Raise `UserError` if prompts lack the columns that a metric needs as a reward."""
+    """Raise `ConfigError` if prompts lack the columns that a metric needs as a reward."""
     for name in config.names:
         if name in TEXT_FUNCTIONS:
             try:
                 require_columns(name, prompts, config.options.get(name) or {})
-            except UserError as error:
-                raise UserError(f"{split} prompts: {error}") from None
+            except INPUT_ERRORS as error:
+                raise ConfigError(f"{split} prompts: {error}") from None
 
 
 def bind_columns(function: Callable[..., Any]) -> RewardFunction:

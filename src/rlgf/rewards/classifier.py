@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models.loading import from_pretrained, load_tokenizer
 from rlgf.types import Prompt
 
@@ -50,4 +50,4 @@ def _positive_class(config: Any, path: str) -> int:
             return number
     if len(labels) == 1:
         return 0
-    raise UserError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")
+    raise ConfigError(f"classifier '{path}' has labels {sorted(labels.values())}: one must be named POSITIVE, POS or LABEL_1.")

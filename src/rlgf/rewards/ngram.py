@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from rlgf.data.files import read_json, write_json
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.types import Prompt
 
@@ -35,7 +35,7 @@ class NgramClassifier:
     def load(cls, folder: Path) -> "NgramClassifier":
         """Load a classifier from a folder written by `rlgf reward`."""
         if read_json(folder / "ngram.json").get("kind") != KIND:
-            raise UserError(f"{folder}/ngram.json is not an n-gram reward made by `rlgf reward`.")
+            raise ConfigError(f"{folder}/ngram.json is not an n-gram reward made by `rlgf reward`.")
         tensors = load_file(folder / "weights.safetensors")
         return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), tensors["weights"], float(tensors["bias"]))
 
@@ -86,7 +86,7 @@ def train_ngram(
     Returns test accuracies on whole texts and on fragments.
     """
     if set(train[1]) != {0, 1}:
-        raise UserError(f"a sentiment reward needs labels 0 and 1; the training texts have {sorted(set(train[1]))}.")
+        raise ConfigError(f"a sentiment reward needs labels 0 and 1; the training texts have {sorted(set(train[1]))}.")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Lowercase()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # pyright: ignore[reportAttributeAccessIssue]

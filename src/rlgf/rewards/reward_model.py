@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from rlgf.data.chat import ChatTemplate
 from rlgf.data.preferences import Pair
 from rlgf.data.tokenization import Codec, encode_continuation
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models import lora
 from rlgf.models.forward import backbone_states, group_by_length, is_encoder_decoder, micro_batch, pad_rows
 from rlgf.models.language_model import Backbone, LanguageModel
@@ -235,12 +235,12 @@ def is_reward_model(path: str) -> bool:
 
 
 def require_reward_model(path: str) -> None:
-    """Raise `UserError` for an adapter without the head of a reward model.
+    """Raise `ConfigError` for an adapter without the head of a reward model.
 
     Its head would be initialized at random.
     """
     if lora.is_adapter_folder(path) and not lora.is_sequence_classifier(path):
-        raise UserError(f"'{path}' holds an adapter of a language model: give the folder of a reward model.")
+        raise ConfigError(f"'{path}' holds an adapter of a language model: give the folder of a reward model.")
 
 
 def load_reward_model(
@@ -261,12 +261,12 @@ def load_reward_model(
         model = from_pretrained(AutoModelForSequenceClassification, path, "reward model", dtype=torch.float32)
         tokenizer = load_tokenizer(path)
     if int(model.config.num_labels) != 1:
-        raise UserError(f"'{path}' is a classifier of {model.config.num_labels} labels: a reward model has one.")
+        raise ConfigError(f"'{path}' is a classifier of {model.config.num_labels} labels: a reward model has one.")
     reward = RewardModel(
         use_fast_paths(model).to(device).requires_grad_(False).eval(), tokenizer, path, token_budget, precision
     )
     if reward.scores_last_state and tokenizer.eos_token_id is None:
-        raise UserError(f"reward model '{path}' has no end token: set eos_token in its tokenizer_config.json.")
+        raise ConfigError(f"reward model '{path}' has no end token: set eos_token in its tokenizer_config.json.")
     return reward
 
 

@@ -13,7 +13,7 @@ import torch
 
 from rlgf.algorithms.guided import Algorithm, Phase, PhaseWeight, sample_switch
 from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations, replace_surrogates
-from rlgf.errors import RunError
+from rlgf.errors import GuideError
 from rlgf.generation.base import SampledCompletions
 from rlgf.generation.decoder import sample_completions, split_context
 from rlgf.guides.base import Completion, CompletionRequest, Guide, query_guide
@@ -167,7 +167,7 @@ def _handle_failed_rows(rollout_config: RolloutConfig, rows: list[_Row], counts:
     counts["guide_rows_substituted"] += len(left)
     counts["guide_rows_dropped"] += len(rows) - len(kept)
     if not kept:
-        raise RunError("the guide gave none of an iteration's texts: mend it, or set guide.on_failure=wait.")
+        raise GuideError("the guide gave none of an iteration's texts: mend it, or set guide.on_failure=wait.")
     return kept
 
 
@@ -353,7 +353,7 @@ def encode_guide_completion(
         The token ids; whether they end with an EOS token; whether tokens were dropped.
 
     Raises:
-        RunError: a token id is outside the policy's vocabulary.
+        GuideError: a token id is outside the policy's vocabulary.
     """
     if completion.ids is not None:
         ids = list(completion.ids)
@@ -361,7 +361,7 @@ def encode_guide_completion(
         ids = policy.codec.response(completion.text, has_prefix)
         ids = [*ids, policy.eos_token_id] if completion.finished and len(ids) < max_new_tokens else ids
     if any(not 0 <= token < policy.vocab_size for token in ids):
-        raise RunError(
+        raise GuideError(
             f"the guide wrote token ids outside the policy's vocabulary of {policy.vocab_size}: it must use its tokenizer."
         )
     whole = len(ids)

@@ -17,11 +17,11 @@ from rlgf.algorithms import losses
 from rlgf.algorithms.schedules import learning_rate_factor
 from rlgf.config.sections import CriticConfig, KLConfig, PPOConfig
 from rlgf.distributed import all_reduce_sum
-from rlgf.errors import RunError
+from rlgf.errors import TrainingError
 from rlgf.kernels.concurrency import ConcurrentPair
 from rlgf.models.critic import Critic
 from rlgf.models.forward import micro_batches, token_logits
-from rlgf.models.log_probs import token_log_probs
+from rlgf.models.log_probs import entropy, token_log_probs
 from rlgf.models.offload import on_device
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.rl.experience import ForwardConfig, Models, policy_log_probs, run_with_critics
@@ -176,9 +176,9 @@ class Updater:
         return {**stats, **valued, "learning_rate": ppo.learning_rate * factor}
 
     def _check_first_ratio(self, error: float) -> None:
-        """Raise RunError if the first PPO ratio of an iteration differs from 1."""
+        """Raise TrainingError if the first PPO ratio of an iteration differs from 1."""
         if self.forward_config.ppo.check_first_ratio and error > FIRST_RATIO_TOLERANCE:
-            raise RunError(
+            raise TrainingError(
                 f"the first ratio is off by {error:.2g}: sampling and training disagree; set ppo.old_log_probs=recompute."
             )
 
@@ -203,6 +203,8 @@ class Updater:
             selected |= value_weights > 0
         sums = {"policy_loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "ratio_error": 0.0, "kl_loss": 0.0}
         sums |= {"value_loss": 0.0, "value_clip_fraction": 0.0} if valued else {}
+        if step % self.steps_per_iteration < self.steps_per_iteration // ppo.epochs:
+            sums["entropy"] = 0.0  # in the first epoch only: a pass over the vocabulary
         starts, budget = rollout.prompt_lengths[rows], self.forward_config.token_budget
         for batch in micro_batches(policy.model, rollout.ids[rows], starts, selected, budget):
             logits, hidden = token_logits(policy, batch, self.forward_config.precision)
@@ -226,7 +228,7 @@ class Updater:
                     loss = loss + self.critic.value_coefficient * part
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
         tokens = max(1.0, all_reduce_sum(float(trained.sum())))
-        for key in ("clip_fraction", "approx_kl"):
+        for key in {"clip_fraction", "approx_kl", "entropy"} & sums.keys():
             sums[key] = all_reduce_sum(sums[key]) / tokens
         moved = bool(selected.any())
         if ppo.mle_coefficient and policy_enabled:
@@ -253,6 +255,8 @@ class Updater:
             sums: the metrics, updated in place.
         """
         ppo, device = self.forward_config.ppo, logits.device
+        if "entropy" in sums:  # before the logits are overwritten
+            sums["entropy"] += float(entropy(logits.detach()).sum())
         only = not self.kl.loss_coefficient  # no other use of the logits
         log_probs = policy_log_probs(
             experience.rollout, rows, columns, logits, self.models.policy.eos_token_ids, self.forward_config, only

@@ -16,9 +16,10 @@ from rlgf.config.flatten import flatten, to_dict
 from rlgf.config.loading import dump, from_dict, read_yaml
 from rlgf.config.schema import Config
 from rlgf.config.sections import GUIDE_CONNECTION_FIELDS, JUDGE_CONNECTION_FIELDS
-from rlgf.data.files import json_safe, read_complete_lines, read_json, to_line, write_file, write_json
-from rlgf.errors import UserError
+from rlgf.data.files import json_safe, read_complete_lines, read_json, require_format, to_line, write_file, write_json
+from rlgf.errors import CheckpointError, ConfigError
 from rlgf.generation.openai.client import without_address
+from rlgf.types import FORMAT_VERSION
 
 
 class RunDirectory:
@@ -31,9 +32,13 @@ class RunDirectory:
         self.folder = folder
         existing = folder / "config.yaml"
         if existing.is_file():
+            if not existing.read_text(encoding="utf-8").startswith("format_version:"):
+                raise ConfigError(
+                    f"{folder} holds a run of an rlgf before format version {FORMAT_VERSION}: choose another --out."
+                )
             _require_same_run(folder, from_dict(read_yaml(existing), str(existing)), config)
         elif folder.exists() and (not folder.is_dir() or any(p.name != "stages" for p in folder.iterdir())):
-            raise UserError(f"{folder} holds something that is not a run: choose another --out.")
+            raise ConfigError(f"{folder} holds something that is not a run: choose another --out.")
 
     def create(self, config: Config) -> None:
         """Create the folder and write the complete config."""
@@ -41,13 +46,17 @@ class RunDirectory:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_file(self.folder / "config.yaml", dump(config))
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written ({error.strerror}): choose another --out.") from None
+            raise ConfigError(f"{self.folder} cannot be written ({error.strerror}): choose another --out.") from None
 
     @property
     def results(self) -> dict[str, Any] | None:
         """Return the final evaluation, or None until the run is complete."""
         path = self.folder / "results.json"
-        return read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        found = read_json(path)
+        require_format(found, path)
+        return found
 
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any]) -> None:
         """Write the state after `iteration` iterations as the only checkpoint.
@@ -58,7 +67,7 @@ class RunDirectory:
         parent.mkdir(exist_ok=True)
         target = parent / f"iteration-{iteration:06d}"
         scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
-        torch.save(dict(state), scratch / "state.pt")
+        torch.save({"format_version": FORMAT_VERSION, **state}, scratch / "state.pt")
         os.chmod(scratch, 0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -75,7 +84,13 @@ class RunDirectory:
         folders = sorted((self.folder / "checkpoints").glob("iteration-*"))
         if not folders:
             return None
-        state: dict[str, Any] = torch.load(folders[-1] / "state.pt", weights_only=True, map_location="cpu")
+        path = folders[-1] / "state.pt"
+        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        if state.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format version {state.get('format_version')}, and this rlgf reads version {FORMAT_VERSION}: "
+                "choose another --out, or use the version of rlgf that wrote it."
+            )
         return int(folders[-1].name.split("-")[1]), state
 
     def save_guide_usage(self, state: Mapping[str, Any]) -> None:
@@ -116,7 +131,7 @@ class RunDirectory:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the final evaluation; this marks the run as complete."""
-        write_json(self.folder / "results.json", json_safe(results))
+        write_json(self.folder / "results.json", {"format_version": FORMAT_VERSION, **json_safe(results)})
 
 
 def identifying_settings(config: Config) -> dict[str, Any]:
@@ -137,7 +152,7 @@ def _require_same_run(folder: Path, old: Config, new: Config) -> None:
     differing = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
     if differing:
         key = differing[0]
-        raise UserError(
+        raise ConfigError(
             f"{folder} holds another run ({key} is {before.get(key)!r} there, {after.get(key)!r} here): choose another --out."
         )
 
@@ -147,9 +162,9 @@ def require_writable(folder: Path, option: str = "--out") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another {option}.") from None
+        raise ConfigError(f"{folder} cannot be made ({error.strerror}): choose another {option}.") from None
     if not os.access(folder, os.W_OK):
-        raise UserError(f"{folder} cannot be written to: choose another {option}.")
+        raise ConfigError(f"{folder} cannot be written to: choose another {option}.")
 
 
 def require_space(folder: Path, needed: int) -> None:
@@ -159,7 +174,7 @@ def require_space(folder: Path, needed: int) -> None:
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed:
-        raise UserError(
+        raise ConfigError(
             f"the disk under {folder} has {free / 1e6:,.0f} MB free, and the run needs about {needed / 1e6:,.0f} MB: "
             "make room or choose another --out."
         )

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 
@@ -17,7 +17,7 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in MODULES:
             raise unknown("tracker", name, MODULES)
         if importlib.util.find_spec(MODULES[name]) is None:
-            raise UserError(
+            raise ConfigError(
                 f"tracker '{name}' is not installed: pip install 'rlgf[{name}]', or leave it out of runtime.trackers."
             )
 

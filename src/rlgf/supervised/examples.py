@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from rlgf.config.sections import TaskConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models.language_model import LanguageModel
 from rlgf.supervised.span_corruption import corrupt
 from rlgf.tasks.base import Task
@@ -36,7 +36,7 @@ def split_into_blocks(texts: Sequence[str], model: LanguageModel, size: int) -> 
         stream += [*ids, model.eos_token_id]
     examples = [Example(stream[at : at + size], 1) for at in range(0, len(stream) - size + 1, size)]
     if not examples:
-        raise UserError(f"the raw text has {len(stream)} tokens, fewer than one block of model.max_length = {size}.")
+        raise ConfigError(f"the raw text has {len(stream)} tokens, fewer than one block of model.max_length = {size}.")
     return examples
 
 
@@ -47,7 +47,9 @@ def corrupt_spans(texts: Sequence[str], model: LanguageModel, seed: int) -> list
     """
     sentinels = [int(model.tokenizer.convert_tokens_to_ids(token) or 0) for token in SENTINELS]
     if len(set(sentinels)) < len(SENTINELS) or model.tokenizer.convert_ids_to_tokens(sentinels) != list(SENTINELS):
-        raise UserError(f"span corruption needs the tokens {SENTINELS[0]} to {SENTINELS[-1]} in the tokenizer: train one here.")
+        raise ConfigError(
+            f"span corruption needs the tokens {SENTINELS[0]} to {SENTINELS[-1]} in the tokenizer: train one here."
+        )
     examples: list[Example] = []
     for place, ids in enumerate(model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]):
         if len(ids) > 1:
@@ -55,7 +57,7 @@ def corrupt_spans(texts: Sequence[str], model: LanguageModel, seed: int) -> list
             source = [*source, model.eos_token_id]
             examples.append(Example([*source, *target, model.eos_token_id], len(source)))
     if not examples:
-        raise UserError("the raw text holds no text of two tokens or more to train on.")
+        raise ConfigError("the raw text holds no text of two tokens or more to train on.")
     return examples
 
 
@@ -66,7 +68,7 @@ class TargetExamples(Sequence[Example]):
         pairs = [(prompt, target) for prompt in task.train for target in prompt.sft_targets]
         self.pairs, self.model, self.max_new_tokens = pairs[:most] if most else pairs, model, budget
         if not pairs:
-            raise UserError(f"task '{task.name}' has no targets: SFT and the MLE term need at least one.")
+            raise ConfigError(f"task '{task.name}' has no targets: SFT and the MLE term need at least one.")
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -93,7 +95,7 @@ def check_example_lengths(examples: Sequence[Example], model: LanguageModel, tas
     for number, example in enumerate(examples, 1):
         length = example.start if model.codec.is_encoder_decoder else len(example.ids)
         if length > model.max_length:
-            raise UserError(
+            raise ConfigError(
                 f"task '{task.name}', demonstration {number}: prompt and target have {length} tokens, but the model reads "
                 f"{model.max_length}: shorten the prompts or task.max_new_tokens, or raise model.max_length."
             )

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from rlgf.algorithms.losses import preference_loss
 from rlgf.config.sections import PreferenceConfig
 from rlgf.data.preferences import Pair, Pairs, length_baseline, pairwise_accuracy
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.models import lora
 from rlgf.models.forward import group_by_length
 from rlgf.models.loading import from_pretrained, load_tokenizer, quantization_config_4bit, use_fast_paths
@@ -34,7 +34,9 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
     """
     tokenizer, goes_on = load_tokenizer(path), is_reward_model(path)
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model '{path}' has no end token, behind which a score could be read: set eos_token in its tokenizer.")
+        raise ConfigError(
+            f"model '{path}' has no end token, behind which a score could be read: set eos_token in its tokenizer."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         options = quantization_config_4bit(device) if in_4bit else {}
@@ -42,7 +44,7 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
             AutoModelForSequenceClassification, path, "language model", num_labels=1, dtype=torch.float32, **options
         )
         if model.config.is_encoder_decoder and not goes_on:
-            raise UserError(f"'{path}' is an encoder–decoder, and a reward model reads a text at once: give a causal model.")
+            raise ConfigError(f"'{path}' is an encoder–decoder, and a reward model reads a text at once: give a causal model.")
         if hasattr(model, "score") and not goes_on:
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
         grown = _add_padding(model, tokenizer)
@@ -91,7 +93,7 @@ def _with_adapters(model: Any, config: PreferenceConfig) -> Any:
             return get_peft_model(model, lora_config)
     except ValueError as error:
         modules = list(config.lora_modules)
-        raise UserError(f"preferences.lora_modules are {modules}, which peft refuses ({error}): name others.") from None
+        raise ConfigError(f"preferences.lora_modules are {modules}, which peft refuses ({error}): name others.") from None
 
 
 def train_reward_model(

@@ -54,6 +54,6 @@ class TaskDefinition:
 def task_options(config: TaskConfig, kind: type) -> Any:
     """Return `task.options` as the task's own dataclass.
 
-    Raises `UserError` for unknown keys and wrong types.
+    Raises `ConfigError` for unknown keys and wrong types.
     """
     return read_options(config.options, kind, f"task '{config.name}'", "task.options.")

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlgf.config.sections import TaskConfig
 from rlgf.data.datasets import read_rows
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError, DataError
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
@@ -67,14 +67,14 @@ def difficulty(prompt: Prompt) -> str:
 def _hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
     """Return training prompts and `count` held-out prompts, without a sentence in common."""
     if not 0 < count < len(prompts):
-        raise UserError(f"task.options.held_out is {count}, but there are {len(prompts)} training prompts.")
+        raise ConfigError(f"task.options.held_out is {count}, but there are {len(prompts)} training prompts.")
     held = set(permutation(0, Purpose.TASK, 3, len(prompts))[:count].tolist())
     watched = [prompt for place, prompt in enumerate(prompts) if place in held]
     sentences = {text for prompt in watched for text in prompt.references}
     rest = [prompt for place, prompt in enumerate(prompts) if place not in held]
     train = [prompt for prompt in rest if sentences.isdisjoint(prompt.references)]
     if not train:
-        raise UserError(f"task.options.held_out is {count}: every other training prompt shares a sentence with them.")
+        raise ConfigError(f"task.options.held_out is {count}: every other training prompt shares a sentence with them.")
     return train, watched
 
 
@@ -87,12 +87,12 @@ def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = 
         where = f"{config.data}, split {split}, row {number}"
         concepts, references = row[options.concepts_column], row.get(options.references_column, row.get("target"))
         if not isinstance(concepts, list) or not concepts or not all(map(_is_text, concepts)):
-            raise UserError(f"{where}: the prompt is empty: '{options.concepts_column}' must be a list of words.")
+            raise DataError(f"{where}: the prompt is empty: '{options.concepts_column}' must be a list of words.")
         references = [references] if isinstance(references, str) else references
         if hidden:
             references = []
         elif not isinstance(references, list) or not references or not all(map(_is_text, references)):
-            raise UserError(
+            raise DataError(
                 f"{where}: '{options.references_column}' (or 'target') must hold at least one text, none of them empty."
             )
         key = tuple(concepts)
@@ -114,7 +114,7 @@ def _prompt(concepts: Sequence[str], references: Sequence[str]) -> Prompt:
 
 def _source(config: TaskConfig) -> str:
     if config.data is None:
-        raise UserError(
+        raise ConfigError(
             "task 'commongen' needs data: give --data with a Hub name or a folder of train, validation and test .jsonl[.gz]."
         )
     return config.data

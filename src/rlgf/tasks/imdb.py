@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from rlgf.config.sections import TaskConfig
 from rlgf.data.datasets import read_rows
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError, DataError
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
@@ -38,7 +38,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     """
     options: Options = task_options(config, Options)
     if options.prompt_tokens < 1:
-        raise UserError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be at least 1.")
+        raise ConfigError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be at least 1.")
     notes: dict[str, int] = {}
     train = _prompts(config, options, options.train_split, tokenizer, notes)
     held_out = _prompts(config, options, options.test_split, tokenizer, notes)
@@ -46,7 +46,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     shuffled = [held_out[i] for i in order]
     half = min(options.held_out_prompts, len(shuffled) // 2)
     if half == 0:
-        raise UserError(f"{config.data}: the {options.test_split} split needs at least 2 usable reviews.")
+        raise DataError(f"{config.data}: the {options.test_split} split needs at least 2 usable reviews.")
     return Task(config.name, train, shuffled[:half], shuffled[half : 2 * half], scores_full_text=True, dropped_rows=notes)
 
 
@@ -66,7 +66,7 @@ def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, n
         positive = row[options.label_column] == 1
         prompts.append(Prompt(text, (rest,), (rest,) if positive else (), ids, {"label": row[options.label_column]}))
     if not prompts:
-        raise UserError(f"{config.data}, split {split}: no review is longer than a prompt: lower task.options.prompt_tokens.")
+        raise DataError(f"{config.data}, split {split}: no review is longer than a prompt: lower task.options.prompt_tokens.")
     return prompts
 
 
@@ -126,15 +126,17 @@ def _reviews(config: TaskConfig, options: Options, split: str, labelled: bool = 
     for number, row in enumerate(rows, 1):
         where = f"{config.data}, split {split}, row {number}"
         if not isinstance(row[options.text_column], str) or not row[options.text_column].strip():
-            raise UserError(f"{where}: the prompt is empty: remove the row.")
+            raise DataError(f"{where}: the prompt is empty: remove the row.")
         if labelled and row[options.label_column] not in (0, 1):
-            raise UserError(f"{where}: the label is {row[options.label_column]!r}, but must be 1 (positive) or 0.")
+            raise DataError(f"{where}: the label is {row[options.label_column]!r}, but must be 1 (positive) or 0.")
     return rows
 
 
 def _source(config: TaskConfig) -> str:
     if config.data is None:
-        raise UserError("task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files.")
+        raise ConfigError(
+            "task 'imdb' needs data: give --data with a Hub name or a folder of train and test .jsonl[.gz] files."
+        )
     return config.data
 
 

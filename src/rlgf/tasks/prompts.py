@@ -13,7 +13,7 @@ from rlgf.config.sections import TaskConfig
 from rlgf.data.chat import PromptBuilder, is_conversation, read_template, with_separator
 from rlgf.data.datasets import held_out_keys, read_splits
 from rlgf.data.preferences import Columns, Pairs, parts_of, read_pairs, reply_text
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError, DataError
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
@@ -74,7 +74,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
             notes[SEEN] = notes.get(SEEN, 0) + len(prompts) - len(held[place])
     validation, test = held
     if not (train and validation and test):
-        raise UserError(
+        raise DataError(
             f"{config.data} leaves {len(train)} training, {len(validation)} validation and {len(test)} test prompts: each "
             "needs at least one, and none may be held out that is trained on."
         )
@@ -89,7 +89,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
 def build_prompt_builder(options: Options, tokenizer: Any) -> PromptBuilder:
     """Return the builder of prompts that these options describe."""
     if options.prompt_tokens < 0:
-        raise UserError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be 0 (no limit) or more.")
+        raise ConfigError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be 0 (no limit) or more.")
     template = read_template(options.chat_template)
     return PromptBuilder(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator)
 
@@ -110,7 +110,7 @@ def load_pairs(config: TaskConfig, options: Options, reader: PromptBuilder, leas
     train, dropped = found["train"]
     if not train:
         why = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-        raise UserError(f"{config.data} holds no usable preference pair ({why}): see preferences.min_words.")
+        raise DataError(f"{config.data} holds no usable preference pair ({why}): see preferences.min_words.")
     held = next((found[name] for name in ("test", "validation") if name in found), None)
     test, dropped = (held[0], dropped + held[1]) if held else ([], dropped)
     return Pairs(train, test, dict(dropped))
@@ -118,7 +118,7 @@ def load_pairs(config: TaskConfig, options: Options, reader: PromptBuilder, leas
 
 def _source(config: TaskConfig) -> str:
     if config.data is None:
-        raise UserError(
+        raise ConfigError(
             f"task '{config.name}' needs data: give --data with a file (JSON lines, CSV, Parquet), a folder or a Hub name."
         )
     return config.data
@@ -132,13 +132,13 @@ def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
     chosen = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
     for name, wanted in chosen.items():
         if wanted is not None and wanted not in found:
-            raise UserError(
+            raise ConfigError(
                 f"task.options.{name}_split is '{wanted}', but {source} has the splits {', '.join(sorted(found))}: name one."
             )
     only = next(iter(found)) if len(found) == 1 else "train"
     names = {"train": chosen["train"] or only}
     if names["train"] not in found:
-        raise UserError(
+        raise DataError(
             f"{source} has the splits {', '.join(sorted(found))}, none of them 'train': name one with task.options.train_split."
         )
     for name, usual in HELD_OUT_SPLITS.items():
@@ -148,7 +148,7 @@ def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
     rows = {name: found[place]() for name, place in names.items()}
     for name, part in rows.items():
         if not part:
-            raise UserError(f"{source}, split {names[name]}, holds no rows: give a dataset with at least one.")
+            raise DataError(f"{source}, split {names[name]}, holds no rows: give a dataset with at least one.")
     return rows
 
 
@@ -197,7 +197,7 @@ def _row(options: Options, row: Mapping[str, Any], place: str, notes: dict[str, 
             return None
         prompt, chosen, _ = parts
     if prompt is None:
-        raise UserError(f"{place}: there is no '{options.prompt_column}'; the row has {', '.join(sorted(row))}.")
+        raise DataError(f"{place}: there is no '{options.prompt_column}'; the row has {', '.join(sorted(row))}.")
     completion = row.get(options.completion_column)
     targets = [text for text in (completion, chosen) if text is not None][:1]
     references = _listed(row.get(options.references_column))

@@ -17,7 +17,7 @@ from rlgf.config.sections import TaskConfig
 from rlgf.data.chat import PromptBuilder
 from rlgf.data.datasets import held_out_keys, read_rows, read_splits
 from rlgf.data.preferences import Columns, Pairs, read_pairs
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError, DataError
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks import prompts
 from rlgf.tasks.base import Task, TaskDefinition, task_options
@@ -64,7 +64,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
 
 def _source(config: TaskConfig) -> str:
     if config.data is None:
-        raise UserError(
+        raise ConfigError(
             f"task 'tldr' needs data: give --data with a folder that holds {POSTS} and {COMPARISONS} as .jsonl[.gz], or a Hub "
             "name."
         )
@@ -79,12 +79,12 @@ def _file(config: TaskConfig, name: str) -> Path | None:
 def _is_folder(config: TaskConfig) -> bool:
     """Return whether the data is a folder of posts and comparisons.
 
-    Raises `UserError` if only one of the two files exists.
+    Raises `ConfigError` if only one of the two files exists.
     """
     found = {name: _file(config, name) for name in (POSTS, COMPARISONS)}
     if any(found.values()) and not all(found.values()):
         missing = next(name for name, file in found.items() if file is None)
-        raise UserError(f"{config.data} holds no {missing}.jsonl[.gz]: TL;DR needs {POSTS} and {COMPARISONS}.")
+        raise DataError(f"{config.data} holds no {missing}.jsonl[.gz]: TL;DR needs {POSTS} and {COMPARISONS}.")
     return all(found.values())
 
 
@@ -113,7 +113,7 @@ def _split_posts(config: TaskConfig, options: Options) -> dict[str, list[dict[st
     parts = {name: [posts[i] for i in order[start:end]] for name, (start, end) in {**edges, "train": (sft, None)}.items()}
     for name, part in parts.items():
         if not part:
-            raise UserError(
+            raise DataError(
                 f"{config.data}: no post is left for {name} of {len(posts)}: lower task.options.test_posts or validation_posts "
                 "and choose a sft_share between 0 and 1."
             )
@@ -162,7 +162,7 @@ def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pa
         train, test = ([pair for pair in pairs if (pair.group in out) == held] for held in (False, True))
         return Pairs(train, test, dict(dropped))
     if options.comparisons is None:
-        raise UserError(
+        raise ConfigError(
             "a reward model for TL;DR needs pairs: give task.options.comparisons with a Hub name, or preferences.data."
         )
     reader = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n{ENDING}")

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from rlgf.config.sections import TaskConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.randomness import Purpose, uniforms
 from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
@@ -62,9 +61,9 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     """Build the task; the demonstration of a prompt is its reference and target."""
     options: Options = task_options(config, Options)
     if min(options.train_prompts, options.held_out_prompts) < 1:
-        raise UserError("task.options.train_prompts and task.options.held_out_prompts must be at least 1.")
+        raise ConfigError("task.options.train_prompts and task.options.held_out_prompts must be at least 1.")
     if not 1 <= options.slots <= len(ASPECTS):
-        raise UserError(f"task.options.slots is {options.slots}: choose 1 to {len(ASPECTS)}.")
+        raise ConfigError(f"task.options.slots is {options.slots}: choose 1 to {len(ASPECTS)}.")
     sizes = (options.train_prompts, options.held_out_prompts, options.held_out_prompts)
     splits = [_prompts(options, split, size) for split, size in enumerate(sizes)]
     return Task(config.name, *splits, reward=reward, pass_threshold=1.0)
@@ -105,6 +104,8 @@ def _passes(aspects: Sequence[str], words: Sequence[str]) -> bool:
 
 def tokenizer(config: TaskConfig) -> Any:
     """Return a word-level tokenizer: every word of the grammar is one token."""
+    from transformers import PreTrainedTokenizerFast  # it takes a second to import
+
     words = [END, UNKNOWN, *FRAME, *ASPECTS, *POSITIVE, *NEGATIVE]
     vocabulary = {word: i for i, word in enumerate(words)}
     word_level = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))

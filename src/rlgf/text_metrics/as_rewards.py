@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, unknown
 from rlgf.text_metrics import captions, rouge
 from rlgf.text_metrics.bertscore import BertScore
 from rlgf.text_metrics.concepts import ConceptCoverage, concepts_in
@@ -31,7 +31,7 @@ def build_text_function(
     CIDEr-D and SPIDEr take their document frequencies from the references of `train_prompts`, one
     document per prompt.
 
-    Raises `UserError` for an unknown name or option, and for missing jars, Java, packages or
+    Raises `ConfigError` for an unknown name or option, and for missing jars, Java, packages or
     models: these are checked at once, not at the first text.
     """
     if name not in TEXT_FUNCTIONS:
@@ -41,7 +41,7 @@ def build_text_function(
     for key in given:
         if key not in known:
             if not known:
-                raise UserError(f"'{name}' takes no options, but was given '{key}': remove it.")
+                raise ConfigError(f"'{name}' takes no options, but was given '{key}': remove it.")
             raise unknown(f"option of '{name}'", key, known)
     fixed = {"train_prompts": train_prompts, "key": name}
     wanted = {key: value for key, value in fixed.items() if key in inspect.signature(make).parameters}
@@ -50,8 +50,8 @@ def build_text_function(
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "missing_keyword_only_argument":
-            raise UserError(f"'{name}' needs the option '{first['loc'][0]}': set it.") from None
-        raise UserError(f"option '{first['loc'][0]}' of '{name}' is {first['input']!r}: {first['msg']}.") from None
+            raise ConfigError(f"'{name}' needs the option '{first['loc'][0]}': set it.") from None
+        raise ConfigError(f"option '{first['loc'][0]}' of '{name}' is {first['input']!r}: {first['msg']}.") from None
 
 
 class TermSum:
@@ -105,7 +105,7 @@ def on_tokens(measure: Measure) -> RewardFunction:
 
 
 def require_columns(name: str, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> None:
-    """Raise `UserError` if prompts lack the columns or references of a text function."""
+    """Raise `ConfigError` if prompts lack the columns or references of a text function."""
     if name in WITHOUT_PROMPT_COLUMNS:
         return
     if name == "concept_coverage":
@@ -114,7 +114,7 @@ def require_columns(name: str, prompts: Sequence[Prompt], options: Mapping[str, 
     else:
         lacking, what = [prompt for prompt in prompts if not reference_texts(prompt)], "a reference to compare a text with"
     if lacking:
-        raise UserError(
+        raise ConfigError(
             f"'{name}' as a reward needs {what} for every prompt, and {len(lacking):,} of {len(prompts):,} have none, "
             f"{lacking[0].text[:60]!r} among them: give them one, or leave those rows out."
         )
@@ -133,7 +133,7 @@ def cider_measure(train_prompts: Sequence[Prompt]) -> Measure:
         group for prompt in train_prompts if (group := [prompt.strip_reply_prefix(text) for text in prompt.references])
     ]
     if not documents:
-        raise UserError("CIDEr-D needs training prompts with references, from which its document frequencies come.")
+        raise ConfigError("CIDEr-D needs training prompts with references, from which its document frequencies come.")
     return captions.CiderD(captions.shared_tokenizer().groups(documents))
 
 
@@ -211,7 +211,9 @@ def length_penalty(*, maximum: int, minimum: int = 0) -> RewardFunction:
     It is 0 between them.
     """
     if not 0 <= minimum <= maximum:
-        raise UserError(f"'length_penalty' has minimum {minimum} and maximum {maximum}: they must be 0 or more, and in order.")
+        raise ConfigError(
+            f"'length_penalty' has minimum {minimum} and maximum {maximum}: they must be 0 or more, and in order."
+        )
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         lengths = [len(text.split()) for text in strip_reply_prefixes(prompts, texts)]
@@ -226,7 +228,7 @@ def repetition_penalty(*, order: int = 3) -> RewardFunction:
     It is 0 for a text without any.
     """
     if order < 1:
-        raise UserError(f"'repetition_penalty' has order {order}, but must have at least 1.")
+        raise ConfigError(f"'repetition_penalty' has order {order}, but must have at least 1.")
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         return [0.0 - repetition(text, order) for text in strip_reply_prefixes(prompts, texts)]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlgf.data.hub import offline_if_unreachable
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.text_metrics.captions import plain
 from rlgf.text_metrics.optional import require_extra
 
@@ -18,7 +18,7 @@ class BertScore:
 
     Source: Zhang et al. 2020. Without idf weights and without rescaling to a baseline. `layers` is
     the layer whose output is compared; for models of the package's list it is known (17 of
-    roberta-large). The constructor raises `UserError` if the extra `bertscore` is missing, the
+    roberta-large). The constructor raises `ConfigError` if the extra `bertscore` is missing, the
     model cannot be loaded or its layer is not known.
     """
 
@@ -27,17 +27,19 @@ class BertScore:
         package: Any = importlib.import_module("bert_score")
         known: dict[str, int] = importlib.import_module("bert_score.utils").model2layers
         if layers is None and model not in known:
-            raise UserError(f"BERTScore knows no best layer of '{model}': say how many to use (`layers`, --bertscore-layers).")
+            raise ConfigError(
+                f"BERTScore knows no best layer of '{model}': say how many to use (`layers`, --bertscore-layers)."
+            )
         importlib.import_module("transformers").logging.disable_progress_bar()
         try:
             with offline_if_unreachable():
                 self.scorer: Any = package.BERTScorer(model, num_layers=layers or known[model], batch_size=batch_size)
         except AssertionError as error:
-            raise UserError(f"BERTScore with {layers} layers: {str(error).removeprefix('Invalid num_layers: ')}.") from None
+            raise ConfigError(f"BERTScore with {layers} layers: {str(error).removeprefix('Invalid num_layers: ')}.") from None
         # the Hub, the disk and the parser raise errors of their own
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(
+            raise ConfigError(
                 f"no encoder for BERTScore can be loaded from '{model}' ({reason}): give a Hub name or a folder (`model`, "
                 "--bertscore-model)."
             ) from None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.text_metrics import jars
 from rlgf.text_metrics.java import JAVA
 from rlgf.text_metrics.optional import require_extra
@@ -34,7 +34,7 @@ CIDER_SCALE = 10.0
 class Tokenizer:
     """Coco-caption's tokenizer: PTB tokens in lower case without punctuation, cached by text.
 
-    The constructor raises `UserError` if Java or the extra `captions` is missing.
+    The constructor raises `ConfigError` if Java or the extra `captions` is missing.
     """
 
     def __init__(self) -> None:
@@ -173,8 +173,8 @@ def _grams(text: str) -> list[list[tuple[str, ...]]]:
 class Spice:
     """SPICE (Anderson et al. 2016) by its own jar and CoreNLP 3.6.0.
 
-    Parses are stored on disk, in the cache folder. The constructor raises `UserError` if the jars,
-    Java or the extra `captions` are missing.
+    Parses are stored on disk, in the cache folder. The constructor raises `ConfigError` if the
+    jars, Java or the extra `captions` are missing.
     """
 
     def __init__(self) -> None:
@@ -200,11 +200,11 @@ class Spice:
         return scores
 
     def check(self, texts: Sequence[str], references: References) -> None:
-        """Raise `UserError` if a text or reference has over `LONGEST_SENTENCE` words."""
+        """Raise `ConfigError` if a text or reference has over `LONGEST_SENTENCE` words."""
         for number, (text, group) in enumerate(zip(texts, references), 1):
             longest = max(len(each.split()) for each in (text, *group))
             if longest > MAX_SENTENCE_WORDS:
-                raise UserError(
+                raise ConfigError(
                     f"SPICE takes captions of at most {MAX_SENTENCE_WORDS} words (parsing time grows with their cube), but "
                     f"text {number} or a reference of it has {longest}: leave spice out, or that text."
                 )

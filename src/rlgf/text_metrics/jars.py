@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from rlgf.data.files import atomic_write
 from rlgf.data.text import escape_control_characters
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 
 VARIABLE = "RLGF_CORENLP"
 MAVEN_PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:3.5.0"
@@ -84,14 +84,14 @@ def folders() -> list[Path]:
 
 
 def find() -> list[Path]:
-    """Return the paths of SPICE's jars; raise `UserError` unless a folder has both."""
+    """Return the paths of SPICE's jars; raise `ConfigError` unless a folder has both."""
     for folder in folders():
         paths = [folder / jar.name for jar in JARS]
         if all(path.is_file() for path in paths):
             return paths
     names = " and ".join(jar.name for jar in JARS)
     places = " nor in ".join(str(folder) for folder in folders())
-    raise UserError(
+    raise ConfigError(
         f"SPICE needs {names}, which are not in {places}: run `rlgf download spice`, or set {VARIABLE} "
         "to a folder that has them."
     )
@@ -102,7 +102,7 @@ def fetch(source: str | None, report: Callable[[str], None]) -> Path:
 
     `source` is a folder or the address of a Maven repository, or of a folder with the jars; None:
     `mvn` is run. A jar that exists with the right sum is kept. Files are written atomically.
-    Raises `UserError` for a jar that cannot be downloaded or has a wrong sum.
+    Raises `ConfigError` for a jar that cannot be downloaded or has a wrong sum.
     """
     target = cache_folder() / "corenlp"
     target.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _check(jar: Jar, file: BinaryIO, source: str | None) -> None:
     file.flush()
     found = _sum_of(Path(file.name))
     if found not in jar.sums:
-        raise UserError(
+        raise ConfigError(
             f"{jar.name} from {source or 'Maven'} has the SHA-256 sum {found}, but should have {' or '.join(jar.sums)}: "
             "it is damaged or another file; fetch it from elsewhere with --from."
         )
@@ -140,13 +140,15 @@ def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], 
         folder = Path(source).expanduser()
         found = next((folder / place for place in (jar.path, jar.name) if (folder / place).is_file()), None)
         if found is None:
-            raise UserError(f"{folder} has neither {jar.name} nor {jar.path}: give --from a folder or an address that has it.")
+            raise ConfigError(
+                f"{folder} has neither {jar.name} nor {jar.path}: give --from a folder or an address that has it."
+            )
         report(f"{jar.name}: copied from {found.parent}")
         with found.open("rb") as original:
             shutil.copyfileobj(original, file, PIECE)
         return
     if "@" in urllib.parse.urlsplit(source).netloc:
-        raise UserError("--from has a name or a password in it: fetch the jars by other means, and give --from their folder.")
+        raise ConfigError("--from has a name or a password in it: fetch the jars by other means, and give --from their folder.")
     address = source if source.endswith("/") else source + "/"
     reasons: list[str] = []
     for place in (jar.path, jar.name):
@@ -156,7 +158,7 @@ def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], 
         except (OSError, ValueError) as error:  # each protocol raises errors of its own
             refused = isinstance(error, urllib.error.HTTPError)
             reasons.append(str(error if refused else getattr(error, "reason", "") or error) or type(error).__name__)
-    raise UserError(
+    raise ConfigError(
         f"{jar.name} cannot be had from {source} ({'; '.join(dict.fromkeys(reasons))}): "
         "give --from the address of a Maven repository, or a folder."
     )
@@ -183,7 +185,7 @@ def _download(address: str, name: str, file: BinaryIO, report: Callable[[str], N
 def _by_maven(jar: Jar, file: BinaryIO, report: Callable[[str], None]) -> None:
     maven = shutil.which("mvn")
     if maven is None:
-        raise UserError(
+        raise ConfigError(
             "`mvn` is not installed, which would fetch SPICE's jars from Maven Central: install Maven, or give --from the "
             "address of a Maven repository or a folder that has the jars."
         )
@@ -199,7 +201,7 @@ def _by_maven(jar: Jar, file: BinaryIO, report: Callable[[str], None]) -> None:
         if done.returncode or not copied.is_file():
             lines = done.stdout.splitlines()
             said = [line[line.index("[ERROR]") :] for line in lines if "[ERROR]" in line] or lines or ["nothing"]
-            raise UserError(
+            raise ConfigError(
                 f"Maven could not fetch {jar.coordinates} (it said: {escape_control_characters(said[0][:300])}): "
                 "give --from the address of a repository that can be reached, or a folder that has the jars."
             )

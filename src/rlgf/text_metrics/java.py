@@ -13,7 +13,7 @@ from collections import deque
 from pathlib import Path
 from typing import IO, Any, cast
 
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.text_metrics.optional import require_extra
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -42,15 +42,15 @@ class Java:
         self.listener: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start the worker unless it runs; raise `UserError` if Java is missing or too old."""
+        """Start the worker unless it runs; raise `ConfigError` if Java is missing or too old."""
         with self.lock:
             self._start()
 
     def request(self, operation: str, **values: Any) -> Any:
         """Send a request to the worker and return the result.
 
-        `operation` is a method of `worker.Libraries`, `values` are its arguments. Raises `RunError`
-        if the worker fails.
+        `operation` is a method of `worker.Libraries`, `values` are its arguments. Raises
+        `TrainingError` if the worker fails.
         """
         question = json.dumps({"operation": operation, **values}) + "\n"
         with self.lock:
@@ -61,11 +61,13 @@ class Java:
             if answer is None:
                 self.close()
         if answer is None:
-            raise RunError(f"Java died twice at the same task ({operation}); the last it said: {self._last_stderr()}")
+            raise TrainingError(f"Java died twice at the same task ({operation}); the last it said: {self._last_stderr()}")
         if "refused" in answer:
-            raise RunError(answer["refused"])
+            raise TrainingError(answer["refused"])
         if "error" in answer:
-            raise RunError(f"Java failed at a task ({operation}): {answer['error']}; the last it said: {self._last_stderr()}")
+            raise TrainingError(
+                f"Java failed at a task ({operation}): {answer['error']}; the last it said: {self._last_stderr()}"
+            )
         return answer["result"]
 
     def close(self) -> None:
@@ -97,10 +99,10 @@ class Java:
         answer = _read(self.process)
         if answer is None:
             self.close()
-            raise UserError(f"Java died while it started; the last it said: {self._last_stderr()}")
+            raise ConfigError(f"Java died while it started; the last it said: {self._last_stderr()}")
         if "failed" in answer:
             self.close()
-            raise UserError(f"Java 11 or newer is needed for these metrics, but {answer['failed']}: {INSTALL}.")
+            raise ConfigError(f"Java 11 or newer is needed for these metrics, but {answer['failed']}: {INSTALL}.")
         self.version = answer["ready"]
 
     def _answer(self, question: str) -> dict[str, Any] | None:

@@ -2,10 +2,10 @@
 
 import importlib.util
 
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 
 
 def require_extra(what: str, extra: str, *modules: str) -> None:
-    """Raise `UserError` unless all these modules are installed."""
+    """Raise `ConfigError` unless all these modules are installed."""
     if any(importlib.util.find_spec(module) is None for module in modules):
-        raise UserError(f"{what} needs the extra '{extra}': pip install 'rlgf[{extra}]'.")
+        raise ConfigError(f"{what} needs the extra '{extra}': pip install 'rlgf[{extra}]'.")

@@ -13,7 +13,7 @@ class Rouge:
     """F-scores of each text against its best reference.
 
     `stemming` replaces words by their Porter stems first. `rougeLsum` takes each line of a text as
-    a sentence. The constructor raises `UserError` if the extra `rouge` is missing.
+    a sentence. The constructor raises `ConfigError` if the extra `rouge` is missing.
     """
 
     def __init__(self, stemming: bool = False, keys: Sequence[str] = KEYS) -> None:

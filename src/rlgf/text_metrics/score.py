@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlgf.data.files import read_numbered_jsonl
-from rlgf.errors import UserError, unknown
+from rlgf.errors import ConfigError, DataError, unknown
 from rlgf.text_metrics import bertscore, captions, rouge
 from rlgf.text_metrics.concepts import ConceptCoverage
 from rlgf.text_metrics.diversity import distinct, self_bleu
@@ -86,11 +86,11 @@ class Scores:
 def resolve_metric_names(metrics: str) -> list[str]:
     """Return the keys of a list such as `bleu,rouge_l,spice`, in the table's order.
 
-    Raises `UserError` for an empty list or an unknown name.
+    Raises `ConfigError` for an empty list or an unknown name.
     """
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     if not names:
-        raise UserError(f"--metrics is empty: give some of {', '.join(GROUPS)}, with commas between them.")
+        raise ConfigError(f"--metrics is empty: give some of {', '.join(GROUPS)}, with commas between them.")
     for name in names:
         if name not in GROUPS and name not in KEYS:
             raise unknown("metric", name, list(dict.fromkeys([*GROUPS, *KEYS])))
@@ -101,7 +101,7 @@ def resolve_metric_names(metrics: str) -> list[str]:
 def read_lines(source: str, keys: Sequence[str]) -> list[Line]:
     """Load the lines of a JSON-lines file, plain or gzip; `-` is standard input.
 
-    Raises `UserError` if a line lacks the columns of these metrics.
+    Raises `ConfigError` if a line lacks the columns of these metrics.
     """
     where = "standard input" if source == "-" else source
     try:
@@ -111,9 +111,9 @@ def read_lines(source: str, keys: Sequence[str]) -> list[Line]:
             with Path(source).expanduser().open("rb") as file:
                 rows = read_numbered_jsonl(file, where)
     except OSError as error:
-        raise UserError(f"{where} cannot be read: {error.strerror or error}.") from None
+        raise DataError(f"{where} cannot be read: {error.strerror or error}.") from None
     if not rows:
-        raise UserError(f"{where} has no lines: give a file with a JSON object per line, with 'prediction' and 'references'.")
+        raise DataError(f"{where} has no lines: give a file with a JSON object per line, with 'prediction' and 'references'.")
     needs_references = bool(reference_metrics(keys))
     return [_line(row, f"{where}, line {number}", needs_references, "concept_coverage" in keys) for number, row in rows]
 
@@ -126,7 +126,7 @@ def reference_metrics(keys: Sequence[str]) -> list[str]:
 def _line(row: dict[str, Any], where: str, needs_references: bool, needs_concepts: bool) -> Line:
     prediction = _column(row, "prediction", where)
     if not isinstance(prediction, str):
-        raise UserError(f"{where}: 'prediction' is {_kind(prediction)}, but must be a text.")
+        raise DataError(f"{where}: 'prediction' is {_kind(prediction)}, but must be a text.")
     references = _texts(row, "references", where) if needs_references else ()
     concepts = _texts(row, "concepts", where) if needs_concepts else ()
     return Line(prediction, references, concepts)
@@ -134,7 +134,7 @@ def _line(row: dict[str, Any], where: str, needs_references: bool, needs_concept
 
 def _column(row: dict[str, Any], name: str, where: str) -> Any:
     if name not in row:
-        raise UserError(f"{where}: there is no '{name}'; it has {', '.join(sorted(map(repr, row))) or 'nothing'}.")
+        raise DataError(f"{where}: there is no '{name}'; it has {', '.join(sorted(map(repr, row))) or 'nothing'}.")
     return row[name]
 
 
@@ -143,10 +143,10 @@ def _texts(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     value: Any = _column(row, name, where)
     texts: Any = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{where}: '{name}' is {_kind(value)}, but must be a list of texts.")
+        raise DataError(f"{where}: '{name}' is {_kind(value)}, but must be a list of texts.")
     if not texts or not all(text.strip() for text in texts):
         wrong = "is empty" if not texts else "has an empty text"
-        raise UserError(f"{where}: '{name}' {wrong}: give at least one text, none of them empty, or remove the line.")
+        raise DataError(f"{where}: '{name}' {wrong}: give at least one text, none of them empty, or remove the line.")
     return tuple(texts)
 
 
@@ -169,7 +169,7 @@ class Scorers:
 
 
 def build_scorers(keys: Sequence[str], options: Options) -> Scorers:
-    """Build the tools of these metrics; raise `UserError` if anything is missing.
+    """Build the tools of these metrics; raise `ConfigError` if anything is missing.
 
     That is Java, jars, a package or a model.
     """
@@ -189,7 +189,7 @@ def score(
 ) -> Scores:
     """Compute the requested metrics of all lines.
 
-    Raises `UserError` for missing Java, jars, packages or models before any scoring.
+    Raises `ConfigError` for missing Java, jars, packages or models before any scoring.
     """
     texts = [line.prediction for line in lines]
     references = [line.references for line in lines]

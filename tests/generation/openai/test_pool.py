@@ -21,7 +21,7 @@ from rlgf.algorithms.guided import d2lols, ppo_pp
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig, TaskConfig
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server, connect, parse_spec
 from rlgf.guides.base import Completion, CompletionRequest, query_guide
@@ -102,7 +102,7 @@ def test_a_transient_failure_is_asked_again_and_leaves_no_trace_in_the_text(tmp_
 def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) -> None:
     with FaultServer(first(1, kind)) as server:  # each draw is another question, and its first attempt fails
         guide = remote(server, tmp_path, mode, invalid_retries=1)
-        with pytest.raises(RunError, match=r"no usable text .* in 2 draws"):
+        with pytest.raises(TrainingError, match=r"no usable text .* in 2 draws"):
             query_guide(guide, requests(1))
         counts = guide.pop_metrics()
     assert counts["guide_answers_invalid"] == 2
@@ -116,7 +116,7 @@ def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) 
 def test_a_permanent_failure_stops_at_once(tmp_path: Path, kind: str) -> None:
     with FaultServer(always(kind)) as server:
         guide = remote(server, tmp_path)
-        with pytest.raises(RunError, match="refuses"):
+        with pytest.raises(TrainingError, match="refuses"):
             query_guide(guide, requests(1))
         assert len(server.requests) == 1
 
@@ -125,14 +125,14 @@ def test_an_address_without_v1_is_told_to_lack_it(healthy: FaultServer, tmp_path
     spec = f"server:fault-model@{healthy.url.removesuffix('/v1')}"
     config = GuideConfig()
     guide = RemoteGuide(Server(spec, config, "completion"), config, ResponseCache(tmp_path / "answers.sqlite"))
-    with pytest.raises(RunError, match=r"No such path: /completions; most servers' addresses end in /v1"):
+    with pytest.raises(TrainingError, match=r"No such path: /completions; most servers' addresses end in /v1"):
         query_guide(guide, requests(1))
 
 
 def test_when_retries_are_used_up_the_run_stops(tmp_path: Path) -> None:
     with FaultServer(always("503")) as server:
         guide = remote(server, tmp_path, retries=2)
-        with pytest.raises(RunError, match=r"failed 3 times \(HTTP 503\)"):
+        with pytest.raises(TrainingError, match=r"failed 3 times \(HTTP 503\)"):
             query_guide(guide, requests(1))
         assert guide.pop_metrics()["guide_attempts"] == 3
 
@@ -163,7 +163,7 @@ def test_answers_are_kept_and_replayed_without_a_server(tmp_path: Path) -> None:
     counts = gone.pop_metrics()  # as in the run that is replayed
     assert (counts["guide_rows_answered"], counts["guide_rows_cached"], counts["guide_attempts"]) == (5, 0, 5)
     assert gone.state() == {"begun": 0}  # but nothing is asked or paid
-    with pytest.raises(RunError, match="offline"):
+    with pytest.raises(TrainingError, match="offline"):
         query_guide(gone, requests(6))
 
 
@@ -212,13 +212,13 @@ def test_processes_that_ask_the_same_go_on_with_the_same_answers(tmp_path: Path)
 
 def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer, tmp_path: Path) -> None:
     guide = remote(healthy, tmp_path, max_requests=3)  # four at once
-    with pytest.raises(RunError, match=r"max_requests=3"):
+    with pytest.raises(TrainingError, match=r"max_requests=3"):
         query_guide(guide, requests(5))
     assert len(healthy.requests) == 3
     assert len(guide.cache) == 2 * 3  # each with what it took
     resumed = remote(healthy, tmp_path, max_requests=3, concurrency=1)
     resumed.load_state(guide.state())
-    with pytest.raises(RunError, match=r"max_requests=3"):
+    with pytest.raises(TrainingError, match=r"max_requests=3"):
         query_guide(resumed, requests(5))
     assert len(healthy.requests) == 3
 
@@ -229,7 +229,7 @@ def test_costs_follow_from_tokens_and_prices(healthy: FaultServer, tmp_path: Pat
     counts = guide.pop_metrics()
     assert counts["guide_cost"] == pytest.approx((counts["guide_prompt_tokens"] + 10 * counts["guide_completion_tokens"]) / 1e6)
     assert counts["guide_cost"] > 0
-    with pytest.raises(UserError, match="max_cost needs"):
+    with pytest.raises(ConfigError, match="max_cost needs"):
         override(Config(), [("guide.max_cost", 1.0)])
 
 
@@ -238,12 +238,12 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     with FaultServer(api_key="sk-secret-123") as server:
         query_guide(remote(server, tmp_path), requests(1))
     monkeypatch.setenv("OPENAI_API_KEY", "sk-wrong-456")
-    with FaultServer(api_key="sk-secret-123") as server, pytest.raises(RunError) as caught:
+    with FaultServer(api_key="sk-secret-123") as server, pytest.raises(TrainingError) as caught:
         query_guide(remote(server, tmp_path / "other"), requests(1))
     assert "sk-" not in str(caught.value)
     monkeypatch.setenv("MODEL_HEADER", "Bearer sk-header-789")
     echo = FaultServer(complaint=lambda body: "the token sk-header-789 is too old")
-    with echo as server, pytest.raises(RunError, match=r"the token \*\*\* is too old") as caught:
+    with echo as server, pytest.raises(TrainingError, match=r"the token \*\*\* is too old") as caught:
         query_guide(remote(server, tmp_path / "headers", extra_headers={"Authorization": "$MODEL_HEADER"}), requests(1))
     assert all(b"sk-" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
@@ -259,7 +259,7 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     ],
 )  # fmt: skip
 def test_written_out_secrets_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=r"environment|guide\.extra_headers"):
+    with pytest.raises(ConfigError, match=r"environment|guide\.extra_headers"):
         Config(guide=GuideConfig(**changes))
 
 
@@ -270,14 +270,14 @@ def test_what_is_no_secret_is_not_refused() -> None:
 
 def test_secrets_that_cannot_be_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for address in ("http://me:secret@host/v1", "http://host/v1?key=secret", "http://host/v1#secret"):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(ConfigError) as caught:
             parse_spec(f"server:m@{address}")
         assert "secret" not in str(caught.value)
-    with pytest.raises(UserError, match="MODEL_HEADER, which is not set"):
+    with pytest.raises(ConfigError, match="MODEL_HEADER, which is not set"):
         Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
     for key in ("sk-ключ", "sk-a\x07b", "sk-a\nb"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(UserError, match="OPENAI_API_KEY holds characters") as caught:
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY holds characters") as caught:
             Server("server:m@http://host/v1", GuideConfig(), "completion")
         assert "sk-" not in str(caught.value)
 
@@ -337,7 +337,7 @@ def test_of_two_parameters_that_exclude_each_other_the_temperature_stays(tmp_pat
 def test_what_was_asked_for_in_extra_body_is_never_left_out(tmp_path: Path) -> None:
     with FaultServer(complaint=particular) as server:
         guide = remote(server, tmp_path, extra_body={"temperature": 0.7, "max_tokens": None, "n": None})
-        with pytest.raises(RunError, match=r"refuses .*max_tokens"):
+        with pytest.raises(TrainingError, match=r"refuses .*max_tokens"):
             query_guide(guide, requests(1))
 
 
@@ -355,7 +355,7 @@ def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path:
 
 def test_a_wrong_key_says_nothing_about_how_to_ask(tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "answers.sqlite")
-    with FaultServer(api_key="right") as server, pytest.raises(UserError, match=r"refuses \(Error code: 401"):
+    with FaultServer(api_key="right") as server, pytest.raises(ConfigError, match=r"refuses \(Error code: 401"):
         connect(f"server:m@{server.url}", GuideConfig(), cache, print)
     assert len(cache) == 0
     with FaultServer(always("503")) as server:
@@ -370,7 +370,7 @@ def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp
         assert server.asked == 3
         counts = guide.pop_metrics()
         assert (counts["guide_answers_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
-        with pytest.raises(RunError, match="wrote nothing"):  # to a prompt there is always something to add
+        with pytest.raises(TrainingError, match="wrote nothing"):  # to a prompt there is always something to add
             query_guide(guide, requests(1))
     assert query_guide(remote(server, tmp_path, invalid_retries=2, offline=True), requests(1, " and then")) == [
         Completion("", True)
@@ -380,7 +380,7 @@ def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp
 def test_a_used_up_quota_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fault_server.ERRORS, 429, ("You exceeded your quota.", "insufficient_quota", "insufficient_quota"))
     with FaultServer(always("429")) as server:
-        with pytest.raises(RunError, match=r"refuses .*exceeded your quota"):
+        with pytest.raises(TrainingError, match=r"refuses .*exceeded your quota"):
             query_guide(remote(server, tmp_path), requests(1))
         assert server.asked == 1
 
@@ -390,7 +390,7 @@ def test_limits_on_tokens_need_a_server_that_counts_them(tmp_path: Path, monkeyp
     monkeypatch.setattr(fault_server, "answer_of", lambda *asked: {**plain(*asked), "usage": None})
     with FaultServer() as server:
         query_guide(remote(server, tmp_path / "a"), requests(1))
-        with pytest.raises(RunError, match="does not say what an answer costs"):
+        with pytest.raises(TrainingError, match="does not say what an answer costs"):
             query_guide(remote(server, tmp_path / "b", max_tokens=100), requests(1))
 
 
@@ -409,7 +409,7 @@ def test_pauses_are_told_and_end_when_nothing_is_left_to_ask_for(tmp_path: Path,
         guide = remote(server, tmp_path / "b")
         guide._sleep, guide._report = None, reports.append  # pyright: ignore[reportPrivateUsage]
         began = time.monotonic()
-        with pytest.raises(RunError, match="refuses"):
+        with pytest.raises(TrainingError, match="refuses"):
             query_guide(guide, requests(4))
         assert time.monotonic() - began < 10
     assert reports in ([], ["guide: HTTP 429; asked again in 60 s"])  # the one refused may have been the first
@@ -434,7 +434,7 @@ def test_a_task_tells_a_chat_model_what_to_do_and_so_may_you(tmp_path: Path, nam
     assert "{text}" in told
     mine = guide_settings(override(task, [("guide.instruction", "Go on: {text}")]))
     assert mine.instruction == "Go on: {text}"
-    with pytest.raises(UserError, match=r"put \{text\} there"):
+    with pytest.raises(ConfigError, match=r"put \{text\} there"):
         override(task, [("guide.instruction", "Go on!")])
     with FaultServer() as server:
         for mode in ("instruction", "assistant", "completion"):
@@ -528,7 +528,7 @@ def test_a_person_continues_skips_undoes_and_is_not_asked_twice(tmp_path: Path) 
 def test_answers_of_a_person_who_leaves_are_kept(tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "answers.sqlite")
     _, (read, show) = answering("one")
-    with pytest.raises(RunError, match="nobody is at the terminal"):
+    with pytest.raises(TrainingError, match="nobody is at the terminal"):
         query_guide(HumanGuide(cache, read, show), requests(2))
     _, (read, show) = answering("two")
     assert [text.text for text in query_guide(HumanGuide(cache, read, show), requests(2))] == [" one", " two"]

@@ -13,7 +13,7 @@ from rlgf.algorithms.guided import Algorithm, aggrevated, d2lols, ppo_pp
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart
 from rlgf.config.sections import GuideConfig
-from rlgf.errors import RunError, UserError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.openai import token_ids as agreement
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.token_ids import connect_by_token_ids
@@ -83,10 +83,10 @@ def test_another_tokenizer_is_refused_and_no_endpoint_too(tmp_path: Path) -> Non
         (None, "cannot be driven by token ids .*404"),
         (vllm(context=31), "reads 31 tokens, but a prompt and its text can have 32"),
     ):
-        with FaultServer(tokens=tokens) as server, pytest.raises(UserError, match=words):
+        with FaultServer(tokens=tokens) as server, pytest.raises(ConfigError, match=words):
             remote(server, tmp_path)
     shifted = Tokens(lambda text: [token + 1 for token in encoder(WORDS)(text)], len(WORDS))
-    with FaultServer(tokens=shifted) as server, pytest.raises(UserError, match="cannot be driven"):
+    with FaultServer(tokens=shifted) as server, pytest.raises(ConfigError, match="cannot be driven"):
         remote(server, tmp_path)
 
 
@@ -94,7 +94,7 @@ def test_a_vocabulary_that_differs_in_few_tokens_is_found_out(tmp_path: Path) ->
     def swapped(text: str) -> list[int]:
         return [{20: 21, 21: 20}.get(token, token) for token in encoder(WORDS)(text)]
 
-    with FaultServer(tokens=Tokens(swapped, len(WORDS))) as server, pytest.raises(UserError, match="the policy's"):
+    with FaultServer(tokens=Tokens(swapped, len(WORDS))) as server, pytest.raises(ConfigError, match="the policy's"):
         remote(server, tmp_path)
 
 
@@ -105,24 +105,24 @@ def test_nothing_is_trained_for_a_guide_that_is_refused(tmp_path: Path) -> None:
         return override(quickstart(), [*named, ("algorithm.name", "ppo_pp")])
 
     reports: list[str] = []
-    with FaultServer() as server, pytest.raises(UserError, match="choose another guide"):
+    with FaultServer() as server, pytest.raises(ConfigError, match="choose another guide"):
         prepare(config(server), tmp_path / "stages", reports.append)
-    with FaultServer(tokens=vllm(context=20)) as server, pytest.raises(UserError, match="reads 20 tokens"):
+    with FaultServer(tokens=vllm(context=20)) as server, pytest.raises(ConfigError, match="reads 20 tokens"):
         prepare(config(server), tmp_path / "stages", reports.append)
-    with pytest.raises(UserError, match="about text"):
+    with pytest.raises(ConfigError, match="about text"):
         config(server, stop=["\n"])
     assert not any("making sft" in line for line in reports)
 
 
 def test_what_was_agreed_on_is_kept_for_a_replay(server: FaultServer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="offline"):
+    with pytest.raises(ConfigError, match="offline"):
         remote(server, tmp_path, offline=True)
     wanted = query_guide(remote(server, tmp_path), [request(i) for i in range(4)])
     server.stop()
     again = remote(server, tmp_path, offline=True)
     assert again.capabilities.exact_length
     assert query_guide(again, [request(i) for i in range(4)]) == wanted
-    with pytest.raises(UserError, match="does not answer"):
+    with pytest.raises(ConfigError, match="does not answer"):
         remote(server, tmp_path)
     server.start()
 
@@ -149,7 +149,7 @@ def test_a_context_that_cuts_texts_short_stops_the_run(tmp_path: Path) -> None:
     with FaultServer(tokens=vllm()) as server:
         guide = remote(server, tmp_path)
         server.tokens = vllm(context=8)  # it was restarted with less
-        with pytest.raises(RunError, match=r"wrote 3 of 6 tokens .* --max-model-len"):
+        with pytest.raises(TrainingError, match=r"wrote 3 of 6 tokens .* --max-model-len"):
             query_guide(guide, [request(minimum=6)])
 
 

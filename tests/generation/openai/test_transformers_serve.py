@@ -25,7 +25,7 @@ from helpers import guided_metrics, small_imdb
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import RunError
+from rlgf.errors import TrainingError
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server, connect
 from rlgf.guides.base import CompletionRequest, query_guide
@@ -148,7 +148,7 @@ def test_what_it_refuses_stops_at_once(served: Serve, tmp_path: Path, change: di
     options = {"continuation": "completion", **change}
     model = options.pop("model", served.model)
     guide = remote(f"server:{model}@{served.spec.partition('@')[2]}", tmp_path, **options)
-    with pytest.raises(RunError, match=words):
+    with pytest.raises(TrainingError, match=words):
         query_guide(guide, requests(1))
     assert guide.state()["attempts"] == 1
 

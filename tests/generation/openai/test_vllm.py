@@ -22,7 +22,7 @@ from rlgf.cli.diagnose import check_guide
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig, ModelConfig
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import CompletionRequest, query_guide
@@ -135,9 +135,9 @@ def test_a_seed_means_the_same_text_whatever_else_is_asked(served: Served, tmp_p
 
 
 def test_other_tokens_and_too_short_a_context_are_refused(served: Served, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"its tokens of .* the policy's"):
+    with pytest.raises(ConfigError, match=r"its tokens of .* the policy's"):
         remote(served, tmp_path, served.stranger)
-    with pytest.raises(UserError, match="reads 256 tokens, but a prompt and its text can have 257"):
+    with pytest.raises(ConfigError, match="reads 256 tokens, but a prompt and its text can have 257"):
         remote(served, tmp_path, longest=257)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 
 TIMEOUT = 60.0  # seconds to wait for a write of another process
 SCHEMA = "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)"
@@ -43,7 +43,7 @@ class ResponseCache:
             self._execute("PRAGMA synchronous = NORMAL")
             self._execute(SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise UserError(f"the guide's cache {path} cannot be opened ({error}): choose another guide.cache.") from None
+            raise ConfigError(f"the guide's cache {path} cannot be opened ({error}): choose another guide.cache.") from None
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the stored response of a key, or None."""

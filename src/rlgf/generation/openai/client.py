@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rlgf.config.sections import GuideConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.generation.openai.responses import (
     InvalidError,
@@ -69,7 +69,7 @@ class Server:
         try:
             import openai
         except ImportError:
-            raise UserError("a guide on a server needs the extra 'server': pip install 'rlgf[server]'.") from None
+            raise ConfigError("a guide on a server needs the extra 'server': pip install 'rlgf[server]'.") from None
         self._openai = openai
         self._client = openai.OpenAI(
             base_url=self.url, api_key=key or "none", max_retries=0, timeout=config.timeout_seconds,
@@ -283,24 +283,24 @@ def retry_after(headers: Mapping[str, str]) -> float:
 def read_secret(variable: str) -> str | None:
     """Return the secret in an environment variable, or None if it is unset or empty.
 
-    Raises `UserError` for characters that a header cannot contain.
+    Raises `ConfigError` for characters that a header cannot contain.
     """
     secret = os.environ.get(variable, "").strip()
     if not (secret.isascii() and secret.isprintable()):
-        raise UserError(f"the environment variable {variable} holds characters that no key has: set it again.")
+        raise ConfigError(f"the environment variable {variable} holds characters that no key has: set it again.")
     return secret or None
 
 
 def from_environment(value: str) -> str:
     """Return a value unchanged, or for `$NAME` the environment variable NAME.
 
-    Raises `UserError` if the variable is not set.
+    Raises `ConfigError` if the variable is not set.
     """
     if not value.startswith("$"):
         return value
     found = read_secret(value[1:])
     if not found:
-        raise UserError(f"guide.extra_headers names the environment variable {value[1:]}, which is not set: export it.")
+        raise ConfigError(f"guide.extra_headers names the environment variable {value[1:]}, which is not set: export it.")
     return found
 
 
@@ -309,13 +309,13 @@ def parse_spec(spec: str) -> tuple[str, str]:
     model, _, url = spec.removeprefix("server:").partition("@http")
     parts = urlsplit("http" + url)
     if not model or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(
+        raise ConfigError(
             f"guide '{spec.split('@')[0]}…' is not of the form server:MODEL@URL with an http:// or https:// address."
         )
     if parts.username or parts.password:
-        raise UserError("the guide's address holds a password: put the key into the variable that guide.api_key_env names.")
+        raise ConfigError("the guide's address holds a password: put the key into the variable that guide.api_key_env names.")
     if parts.query or parts.fragment:
-        raise UserError("the guide's address goes on behind a '?' or '#': leave that out; keys come from the environment.")
+        raise ConfigError("the guide's address goes on behind a '?' or '#': leave that out; keys come from the environment.")
     return model, "http" + url
 
 
@@ -343,7 +343,7 @@ def connect(spec: str, config: GuideConfig, cache: ResponseCache, report: Callab
         except TransientError:
             pass  # undecided: use completion now, probe again in the next run
         except PermanentError as error:
-            raise UserError(f"the guide at {parse_spec(spec)[1]} refuses ({error}): mend guide.spec or its key.") from None
+            raise ConfigError(f"the guide at {parse_spec(spec)[1]} refuses ({error}): mend guide.spec or its key.") from None
     return Server(spec, config, mode, report)
 
 

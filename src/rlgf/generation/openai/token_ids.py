@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlgf.config.sections import GuideConfig
-from rlgf.errors import UserError
+from rlgf.errors import ConfigError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.generation.openai.client import Server, parse_spec
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, TransientError
@@ -47,7 +47,7 @@ def connect_by_token_ids(
     """Return the server of `spec`, queried with token ids.
 
     Compares the tokens of probe texts on which tokenizers differ, and tests whether the server
-    respects min_tokens; the result is stored for a replay. Raises `UserError` if the server's
+    respects min_tokens; the result is stored for a replay. Raises `ConfigError` if the server's
     tokens are not the policy's.
     """
     model, url = parse_spec(spec)
@@ -57,7 +57,7 @@ def connect_by_token_ids(
     if config.offline:
         found = cache.get(key)
         if found is None:
-            raise UserError(
+            raise ConfigError(
                 f"the guide is offline and {cache.path} does not say that its tokens are the policy's: run it once."
             )
         return Server(spec, config, "token_ids", report, tokens.eos_token_ids, bool(found["exact"]))
@@ -66,14 +66,16 @@ def connect_by_token_ids(
         context = _require_same_tokens(server, texts, ours)
         exact = _respects_min_tokens(spec, config, tokens, ours[0])
     except TransientError as error:
-        raise UserError(f"the guide at {url} does not answer ({error}): run the same command again when it is back.") from None
+        raise ConfigError(
+            f"the guide at {url} does not answer ({error}): run the same command again when it is back."
+        ) from None
     except (PermanentError, InvalidError) as error:
-        raise UserError(
+        raise ConfigError(
             f"the guide at {url} cannot be driven by token ids ({error}): serve it with vLLM and the policy's tokenizer, or "
             "choose another guide.continuation."
         ) from None
     if context < tokens.max_length:
-        raise UserError(
+        raise ConfigError(
             f"the guide at {url} reads {context} tokens, but a prompt and its text can have {tokens.max_length}: raise its "
             "--max-model-len, or lower task.max_new_tokens."
         )
