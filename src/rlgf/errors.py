@@ -14,7 +14,7 @@ class RlgfError(Exception):
     """The exit status of the command line."""
 
 
-class ConfigError(RlgfError, ValueError):
+class ConfigError(RlgfError):
     """A setting, name or model that cannot be used, found before any work."""
 
     exit_code = 2

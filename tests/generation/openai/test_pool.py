@@ -179,13 +179,13 @@ WRITER = """
 import sys, time
 from contextlib import ExitStack
 from pathlib import Path
-from rlgf.guides.cache import AnswerCache
+from rlgf.generation.openai.cache import ResponseCache
 print("ready", flush=True)
 begin = float(sys.stdin.readline())
 for number in range(40):  # at the same moments
     time.sleep(max(0, begin + 0.02 * number - time.time()))
-    AnswerCache(Path(sys.argv[1]) / f"{number}.sqlite")
-cache = AnswerCache(Path(sys.argv[1]) / "0.sqlite")
+    ResponseCache(Path(sys.argv[1]) / f"{number}.sqlite")
+cache = ResponseCache(Path(sys.argv[1]) / "0.sqlite")
 for number in range(300):
     cache.put(f"question {number}", {"text": sys.argv[2]})
 print([cache.get(f"question {number}")["text"] for number in range(300)])
