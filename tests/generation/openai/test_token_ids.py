@@ -191,10 +191,10 @@ def test_where_lengths_are_fixed_only_what_stands_before_the_switch_is_written(t
     with FaultServer(tokens=vllm()) as server:
         _, rollouts = trained(server, tmp_path / "a", ppo_pp(1.0), minimum=6)
         asked = [body["max_tokens"] for body in texts_asked(server)]
-        switches = [int(h) for rollout in rollouts for h in rollout.switch]
+        switches = [int(h) for rollout in rollouts for h in rollout.switch_position]
         assert sorted(asked) == sorted(h for h in switches if h)
         assert all(body["min_tokens"] == body["max_tokens"] for body in texts_asked(server))
-        assert sum(rollout.counts["discarded_tokens"] for rollout in rollouts) == 0
+        assert sum(rollout.counters["discarded_tokens"] for rollout in rollouts) == 0
     with FaultServer(tokens=vllm(obeys=False)) as server:
         reports: list[str] = []
         guide = remote(server, tmp_path / "b", reports)
@@ -212,8 +212,8 @@ def test_the_policys_ids_are_sent_as_they_are_and_the_guides_are_kept_as_they_co
     told = {tuple(answer["ids"]) for answer in answers if "ids" in answer}
     sent = {tuple(body["prompt"]) for body in texts_asked(server)}
     for rollout in rollouts:
-        assert list(rollout.guide_completions) == [None] * len(rollout.texts)
-        for row in range(len(rollout.texts)):
+        assert list(rollout.guide_completions) == [None] * len(rollout.completions)
+        for row in range(len(rollout.completions)):
             ids, origin = rollout.ids[row].tolist(), rollout.origin[row].tolist()
             if GUIDE not in origin:
                 continue
