@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.tabular import LEARNING, solve_lock
+from tests.theory.tabular import LEARNING, solve_lock
 
 from rlgf.algorithms import guided
 from rlgf.algorithms.guided import Algorithm
