@@ -169,11 +169,26 @@ def asked(ids: Tensor, rows: Tensor, columns: Tensor) -> MicroBatch:
     return batch
 
 
+def with_gradients(module: nn.Module, states: Tensor) -> list[Tensor]:
+    """The output of a module, and the gradients of a weighted sum of it."""
+    read = states.clone().requires_grad_(True)
+    result = module(read)
+    upstream = torch.linspace(-1, 2, result.numel()).view(result.shape)
+    gradients = torch.autograd.grad((result * upstream).sum(), [read, *module.parameters()])
+    return [result.detach(), *gradients]
+
+
+def largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
+    """The largest difference, relative to the largest value of each tensor."""
+    assert len(some) == len(others)
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(some, others))
+
+
 WAYS_TO_ATTEND = ("texts", "rows", "kernel")
 
 
 def let_it_attend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let lines be attended to text by text by what is compiled, by products of rows, or by torch's kernel."""
+    """Let packed rows attend by the C kernels, by products of padded rows, or by torch's SDPA."""
     monkeypatch.setattr(native, "_enabled", way == "texts")
     if way == "kernel":
         monkeypatch.setattr(padding_free, "MAX_STORED_WIDTH", 0)

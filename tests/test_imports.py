@@ -12,13 +12,13 @@ PACKAGE = Path(rlgf.__file__).parent
 ORDER = {
     "": (
         "types errors randomness distributed kernels algorithms data config models tasks "
-        "text_metrics generation guides rewards supervised rl evaluation runs trainer pipeline "
-        "experiments cli"
+        "text_metrics generation guides rewards supervised rl evaluation runs trainer "
+        "pipeline experiments cli"
     ),
     "algorithms": "__init__ advantages guided losses schedules",
     "cli": (
-        "__init__ diagnose options terminal schedule console check compare evaluate inspect "
-        "train app"
+        "__init__ diagnose options terminal schedule console check compare evaluate "
+        "inspect train app"
     ),
     "config": "__init__ flatten sections specs validation schema loading recipes",
     "data": "hub __init__ chat files datasets preferences text tokenization",
@@ -26,11 +26,11 @@ ORDER = {
     "experiments": "__init__ tables figures report variants compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
     "generation/openai": "__init__ cache responses client token_ids",
-    "guides": "__init__ base human local remote prefetch",
-    "kernels": "__init__ concurrency native modules",
+    "guides": "__init__ base human local remote prefetch encoding",
+    "kernels": "__init__ concurrency native attention processor linear modules dispatch",
     "models": (
-        "__init__ log_probs lora memory offload padding_free forward language_model loading "
-        "critic"
+        "__init__ log_probs lora offload padding_free forward language_model loading "
+        "critic memory"
     ),
     "pipeline": (
         "__init__ stage_cache stages build_models final_evaluation reward_model_stage "
@@ -38,12 +38,12 @@ ORDER = {
     ),
     "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
     "rl": "__init__ shaping tensors experience rollout update",
-    "runs": "__init__ directory machine profiling recorder tracking",
+    "runs": "__init__ directory machine profiling tracking recorder",
     "supervised": "__init__ span_corruption examples loop reward_modeling",
     "tasks": "__init__ base commongen imdb prompts tldr toy_reviews registry",
     "text_metrics": (
-        "__init__ jars optional diversity java captions bertscore concepts rouge as_rewards "
-        "score worker"
+        "__init__ jars optional diversity java captions bertscore concepts rouge "
+        "as_rewards score worker"
     ),
 }  # fmt: skip
 """For each folder its files and folders, from what depends on nothing to what depends on all."""

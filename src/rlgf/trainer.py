@@ -6,7 +6,7 @@ The loop is the same for all algorithms; they differ only in the data of `rlgf.a
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +14,18 @@ from threading import Event
 from typing import Any
 
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
-from rlgf.config.flatten import to_dict
 from rlgf.config.schema import Config
-from rlgf.errors import ConfigError, TrainingError
+from rlgf.data.tokenization import Codec
+from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.evaluation.win_rate import PairJudge
+from rlgf.generation.base import Sampler
+from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.base import CompletionRequest, Guide, TracksUsage
 from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
 from rlgf.models.language_model import LanguageModel
-from rlgf.models.memory import find_micro_batch_size
+from rlgf.models.memory import find_micro_batch_size, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards.weighted_sum import Batch, score_components
 from rlgf.rl.experience import ForwardConfig, Models, compute_log_probs, make_experience
@@ -31,10 +33,6 @@ from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, sel
 from rlgf.rl.shaping import KLController, RewardShaper
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.rl.update import Updater
-from rlgf.runs.directory import RunDirectory
-from rlgf.runs.profiling import run_with_profiler
-from rlgf.runs.recorder import rollout_rows
-from rlgf.runs.tracking import Trackers
 from rlgf.supervised.examples import Example
 from rlgf.tasks.base import Task
 from rlgf.types import GUIDE, POLICY, Prompt, RewardFunction
@@ -56,22 +54,29 @@ class Components:
     sft_targets: Sequence[Example]
     pre_sft_model: LanguageModel | None  # for the metric output-perplexity
     judge: PairJudge | None = None  # for the win rate in final evaluations
+    sampler: Sampler | None = None  # of the policy's tokens; None: the policy itself, in this process
 
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress after an iteration, as passed to `on_progress`."""
+    """The progress after an iteration, as `Trainer.iterate` yields it."""
 
-    iteration: int
-    iterations: int
-    metrics: Mapping[str, Any]
+    iteration: int  # number of iterations done
+    iterations: int  # of the whole run
+    metrics: Mapping[str, Any]  # of this iteration, see docs/metrics.md
+    experience: Experience
     guide_usage: Mapping[str, float]  # of the whole run; empty without counts
 
 
-class Trainer:
-    """The trainer of a policy, which it updates in place.
+StepResult = tuple[dict[str, Any], Experience]
+Step = Callable[[int], StepResult]
 
-    Call `run`, or call `collect_rollout`, `make_experience` and `update` in a loop of your own.
+
+class Trainer:
+    """The trainer of a policy, which it updates in place; it opens no file.
+
+    Iterate over `iterate()`, or call `collect_rollout`, `make_experience` and `update` in a loop of
+    your own.
     """
 
     def __init__(self, components: Components) -> None:
@@ -86,9 +91,10 @@ class Trainer:
         self.forward_config = ForwardConfig(
             config.sampling, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision
         )
+        self.sampler = components.sampler or LocalSampler(components.models.policy, config.runtime.precision)
         self.rollout_config = RolloutConfig(
-            components.models.policy, components.guide, config.sampling, config.task.max_new_tokens, config.task.min_new_tokens,
-            config.seed, config.runtime.precision,
+            components.models.policy, self.sampler, components.guide, config.sampling, config.task.max_new_tokens,
+            config.task.min_new_tokens, config.seed,
         )  # fmt: skip
         self.updater = Updater(
             components.models, self.forward_config, config.kl, config.critic, components.sft_targets, config.seed
@@ -98,7 +104,7 @@ class Trainer:
         self.evaluation_context = EvaluationContext(
             components.task, components.reward, components.models.reference, components.pre_sft_model, self.forward_config
         )
-        if not config.runtime.token_budget and components.models.policy.device.type != "cpu":
+        if not config.runtime.token_budget and searches_micro_batch_size(components.models.policy.device):
             self._set_token_budget(self._find_token_budget())
         self.prefetcher = self._prefetcher()
         self.iteration = 0  # number of iterations done
@@ -109,7 +115,7 @@ class Trainer:
         horizon = config.task.max_new_tokens
         width = max(len(codec.prompt(prompt)) for prompt in self.components.task.train) + horizon
         return find_micro_batch_size(
-            partial(self.updater.probe_memory, width=width, max_new_tokens=horizon), config.ppo.minibatch_size * width
+            partial(self.updater.trained_models.probe, width=width, max_new_tokens=horizon), config.ppo.minibatch_size * width
         )
 
     def _set_token_budget(self, token_budget: int) -> None:
@@ -163,7 +169,7 @@ class Trainer:
             free = Event()
             scoring = beside.submit(self._score, rollout, free)
             free.wait()
-            measured = compute_log_probs(rollout, shares, parts.models, self.forward_config, self.updater.concurrency)
+            measured = compute_log_probs(rollout, shares, parts.models, self.forward_config, self.updater.independent_critics)
             scores, terms = scoring.result()
         rewards = self.shaper.shape(scores, rollout.prompts, rollout.ended_with_eos.tolist())
         experience = make_experience(
@@ -195,6 +201,7 @@ class Trainer:
         stats = self.updater.update(experience, iteration)
         if experience.stats["policy_tokens"]:  # without policy tokens there is no KL estimate
             self.kl.update(experience.stats["kl_k1"], experience.rollout.ids.shape[0])
+        self.sampler.sync(self.components.models.policy)
         self.iteration = iteration + 1
         return stats
 
@@ -230,49 +237,46 @@ class Trainer:
         }
         return metrics, experience
 
-    def run(
-        self, directory: RunDirectory | None = None, on_progress: Callable[[Progress], None] = lambda progress: None
-    ) -> None:
-        """Run all iterations, from the last checkpoint in `directory` if there is one.
+    @property
+    def num_iterations(self) -> int:
+        """Return the number of iterations of the whole run."""
+        return self.config.ppo.iterations
 
-        Args:
-            directory: the run directory for logs and checkpoints; None: nothing is written.
-            on_progress: called after each iteration.
+    @property
+    def codec(self) -> Codec:
+        """Return the codec of the policy."""
+        return self.components.models.policy.codec
+
+    def iterate(
+        self, run_step: Callable[[Step, int], StepResult] = lambda step, iteration: step(iteration)
+    ) -> Generator[Progress]:
+        """Run the remaining iterations, with evaluations on the validation split as configured.
+
+        `run_step` calls the step of an iteration, for example under a profiler.
+
+        Yields:
+            The progress after each iteration; also before an error of its evaluation is raised.
 
         Raises:
-            TrainingError: a guide or a reward failed; a checkpoint was written first.
+            TrainingError: a guide or a reward failed.
         """
-        config, iterations = self.config, self.config.ppo.iterations
-        trackers = Trackers(config.runtime.trackers, directory.folder / "trackers", to_dict(config)) if directory else None
-        if directory:
-            self._resume(directory)
         try:
-            # the iteration to profile: the second of this process, as the first one warms up
-            second = min(self.iteration + 1, iterations - 1)
-            while self.iteration < iterations:
-                if directory and config.runtime.profile and self.iteration == second:
-                    done, shares = run_with_profiler(partial(self.step, self.iteration), directory.folder / "profile")
-                    metrics, experience = {**done[0], "profile": shares}, done[1]
-                else:
-                    metrics, experience = self.step(self.iteration)
+            while self.iteration < self.num_iterations:
+                metrics, experience = run_step(self.step, self.iteration)
+                failure: BaseException | None = None
                 try:
                     if self._evaluates():
-                        metrics["evaluation"] = self.evaluate(self.components.task.validation[: config.evaluation.prompts])[0]
-                finally:  # a reward that fails in an evaluation must not lose the iteration
-                    if directory and trackers:
-                        self._log(directory, trackers, metrics, experience)
-                on_progress(Progress(self.iteration, iterations, metrics, self._guide_usage()))
-        except TrainingError:
-            if directory:
-                directory.save_checkpoint(self.iteration, self.state())
-            raise
+                        metrics["evaluation"] = self.evaluate(
+                            self.components.task.validation[: self.config.evaluation.prompts]
+                        )[0]
+                except BaseException as error:  # the caller keeps the iteration first
+                    failure = error
+                yield Progress(self.iteration, self.num_iterations, metrics, experience, self.guide_usage())
+                if failure is not None:
+                    raise failure
         finally:
             if self.prefetcher is not None:
                 self.prefetcher.close()
-            if directory and self._guide_usage():  # also if interrupted: limits are per run
-                directory.save_guide_usage(self._guide_usage())
-            if trackers:
-                trackers.finish()
 
     def _evaluates(self) -> bool:
         """Return whether an evaluation follows the iteration just done."""
@@ -294,25 +298,8 @@ class Trainer:
         if final:
             context = dataclasses.replace(context, final=evaluation, judge=self.components.judge)
         sampling = evaluation.sampling or self.config.sampling
-        rollout_config = RolloutConfig(
-            self.components.models.policy, self.components.guide, sampling, self.rollout_config.max_new_tokens,
-            self.rollout_config.min_new_tokens,
-            evaluation.seed, self.rollout_config.precision,
-        )  # fmt: skip
+        rollout_config = dataclasses.replace(self.rollout_config, sampling=sampling, seed=evaluation.seed)
         return evaluate_policy(rollout_config, prompts, context, evaluation.seed)
-
-    def _log(self, directory: RunDirectory, trackers: Trackers, metrics: dict[str, Any], experience: Experience) -> None:
-        """Write rollouts, metrics and, when due, a checkpoint."""
-        codec = self.components.models.policy.codec
-        iteration = metrics["iteration"]
-        if self._guide_usage():  # first, so that a run killed here keeps its costs
-            directory.save_guide_usage(self._guide_usage())
-        directory.log("rollouts.jsonl", rollout_rows(experience.rollout, experience.score.tolist(), iteration, codec))
-        directory.log("metrics.jsonl", [metrics])
-        flat = {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
-        trackers.log(flat, iteration)
-        if self.iteration % self.config.runtime.checkpoint_every == 0 or self.iteration == self.config.ppo.iterations:
-            directory.save_checkpoint(self.iteration, self.state())
 
     def _warm_start_critic(self, iteration: int) -> None:
         """Copy V^g to V^π before the first iteration with policy rollouts, if configured."""
@@ -337,21 +324,21 @@ class Trainer:
             "token_budget": self.forward_config.token_budget,
         }
 
-    def _guide_usage(self) -> Mapping[str, float]:
+    def load_state(self, iteration: int, state: Mapping[str, Any]) -> None:
+        """Load the state of a checkpoint after `iteration` iterations."""
+        self.iteration = iteration
+        self.updater.load_state(state["updater"])
+        self.kl.coefficient = state["kl_coefficient"]
+        self.shaper.load_state(state["reward"])
+        if not self.config.runtime.token_budget and "token_budget" in state:
+            # not found anew, so that a resumed run equals an uninterrupted one
+            self._set_token_budget(state["token_budget"])
+
+    def guide_usage(self) -> Mapping[str, float]:
         """Return the guide's usage and costs over the whole run; empty without counts."""
         return self.components.guide.state() if isinstance(self.components.guide, TracksUsage) else {}
 
-    def _resume(self, directory: RunDirectory) -> None:
-        """Load the last checkpoint and the guide usage; drop log lines after it."""
-        checkpoint = directory.load_checkpoint()
-        if checkpoint:
-            self.iteration, state = checkpoint
-            self.updater.load_state(state["updater"])
-            self.kl.coefficient = state["kl_coefficient"]
-            self.shaper.load_state(state["reward"])
-            if not self.config.runtime.token_budget and "token_budget" in state:
-                # not found anew, so that a resumed run equals an uninterrupted one
-                self._set_token_budget(state["token_budget"])
+    def load_guide_usage(self, usage: Mapping[str, float]) -> None:
+        """Add the guide's usage of an earlier part of the run, for limits per run."""
         if isinstance(self.components.guide, TracksUsage):
-            self.components.guide.load_state(directory.load_guide_usage())
-        directory.drop_lines_after(self.iteration)
+            self.components.guide.load_state(usage)

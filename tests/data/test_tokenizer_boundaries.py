@@ -22,6 +22,7 @@ from rlgf.data.tokenization import (
     replace_surrogates,
 )
 from rlgf.errors import ConfigError, TrainingError
+from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.base import Completion, CompletionRequest, Guide, query_guide
 from rlgf.guides.local import FunctionGuide, ModelGuide, TextModelGuide, guide_model_path
 from rlgf.models.language_model import LanguageModel
@@ -88,7 +89,10 @@ def says(text: str, finished: bool = True) -> FunctionGuide:
 
 
 def rollout_config(policy: LanguageModel, guide: Guide | None, **changes: Any) -> RolloutConfig:
-    return replace(RolloutConfig(policy, guide, SamplingParams(), max_new_tokens=HORIZON, min_new_tokens=0, seed=11), **changes)
+    return replace(
+        RolloutConfig(policy, LocalSampler(policy), guide, SamplingParams(), max_new_tokens=HORIZON, min_new_tokens=0, seed=11),
+        **changes,
+    )
 
 
 def run(setting: RolloutConfig, algorithm: Any) -> Rollout:

@@ -15,6 +15,7 @@ from rlgf.errors import ConfigError
 from rlgf.evaluation.best_of_n import MAX_SAMPLES, best_of, concatenate, select
 from rlgf.experiments.compare import compare
 from rlgf.experiments.variants import build_variants
+from rlgf.generation.decoder import LocalSampler
 from rlgf.models.loading import new_language_model
 from rlgf.pipeline.run import evaluate_policy_on_test, train
 from rlgf.pipeline.stage_cache import no_report
@@ -28,7 +29,8 @@ PROMPTS = [Prompt("review of : plot cast =>"), Prompt("review of : music =>"), P
 
 def rollout_config(**changes: object) -> RolloutConfig:
     values = {"sampling": SamplingParams(), "max_new_tokens": 5, "min_new_tokens": 0, "seed": 3, **changes}
-    return RolloutConfig(tiny_model(), None, **values)  # pyright: ignore
+    policy = tiny_model()
+    return RolloutConfig(policy, LocalSampler(policy), None, **values)  # pyright: ignore
 
 
 def test_of_the_texts_of_a_prompt_the_best_is_kept_and_of_equal_ones_the_first():

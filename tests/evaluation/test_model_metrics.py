@@ -11,6 +11,7 @@ from rlgf.config.sections import EvaluationConfig, PPOConfig, TaskConfig
 from rlgf.errors import TrainingError
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_guide, evaluate_policy
 from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
+from rlgf.generation.decoder import LocalSampler
 from rlgf.guides import base
 from rlgf.guides.base import Completion, CompletionRequest
 from rlgf.guides.local import FunctionGuide, ModelGuide
@@ -52,7 +53,7 @@ def task(tiny: LanguageModel) -> Task:
 def test_exact_kl_is_the_sum_over_states_and_vocabulary(tiny_models: dict[str, LanguageModel]):
     policy, reference = tiny_models["gpt2"], tiny_models["llama"]
     judges = EvaluationContext(task(policy), toy_reviews.reward, reference, None, READING)
-    rollout_config = RolloutConfig(policy, None, SamplingParams(), 5, 0, 0)
+    rollout_config = RolloutConfig(policy, LocalSampler(policy), None, SamplingParams(), 5, 0, 0)
     metrics, rollout, scores = evaluate_policy(rollout_config, judges.task.test, judges, 3)
     exact = 0.0
     for row in range(12):
@@ -77,7 +78,8 @@ def test_texts_drawn_as_in_training_are_scored_beside_those_that_were_searched_f
 
     judges = EvaluationContext(task(policy), letters, policy, None, READING, EvaluationConfig(also_sampled=True))
     searching, drawing = (
-        RolloutConfig(policy, None, sampling, 5, 0, 0) for sampling in (SamplingParams(greedy=True), SamplingParams())
+        RolloutConfig(policy, LocalSampler(policy), None, sampling, 5, 0, 0)
+        for sampling in (SamplingParams(greedy=True), SamplingParams())
     )
     searched = evaluate_policy(searching, judges.task.test, judges, 3)[0]
     drawn = evaluate_policy(drawing, judges.task.test, replace(judges, final=None), 3)[0]
@@ -93,7 +95,7 @@ def test_a_guide_is_evaluated_as_a_black_box(tiny_models: dict[str, LanguageMode
     def perfect(requests: Any) -> list[str]:
         return [" ".join(f"great {aspect}" for aspect in request.prompt.columns["aspects"]) for request in requests]
 
-    rollout_config = RolloutConfig(policy, FunctionGuide(perfect), SamplingParams(), 5, 0, 0)
+    rollout_config = RolloutConfig(policy, LocalSampler(policy), FunctionGuide(perfect), SamplingParams(), 5, 0, 0)
     metrics, _, _ = evaluate_guide(rollout_config, judges.task.test, judges, 0)
     assert metrics["pass_rate"] == 1.0
     assert metrics["ended_with_eos"] == 1.0

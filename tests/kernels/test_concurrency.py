@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import nn
 
 from helpers import config_of, requires_bf16_products, tiny_trainer
 from rlgf.algorithms.guided import d2lols, ppo
-from rlgf.kernels import concurrency, modules
+from rlgf.kernels import concurrency, linear
 from rlgf.kernels.concurrency import ConcurrentPair, DeferredGradients, deferred_gradients
+from rlgf.models.language_model import LanguageModel
 from rlgf.rl import experience
 from rlgf.rl.experience import compute_log_probs
 
@@ -68,8 +70,8 @@ def test_an_error_of_either_is_raised_when_both_have_ended(first: bool, second: 
 @pytest.mark.parametrize("algorithm", [ppo(), d2lols(0.5, 0.5, 1)])
 def test_side_by_side_learns_what_one_after_the_other_does(algorithm: Any):
     together, apart = (tiny_trainer(algorithm, config_of()) for _ in range(2))
-    assert together.updater.concurrency is not None
-    apart.updater.concurrency = None
+    assert together.updater.independent_critics
+    apart.updater.independent_critics = False
     for iteration in range(3):
         found, expected = (trainer.step(iteration)[0] for trainer in (together, apart))
         for key in ("policy_loss", "value_loss", "policy_grad_norm", "critic_grad_norm", "approx_kl"):
@@ -78,7 +80,7 @@ def test_side_by_side_learns_what_one_after_the_other_does(algorithm: Any):
 
 @pytest.mark.parametrize("change", [{"critic__kind": "value_head"}, {"ppo__dropout": True}])
 def test_who_shares_a_trunk_or_the_draws_of_dropout_learns_one_after_the_other(change: dict[str, Any]):
-    assert tiny_trainer(ppo(), config_of(**change)).updater.concurrency is None
+    assert tiny_trainer(ppo(), config_of(**change)).updater.independent_critics is False
 
 
 def test_what_is_lent_is_computed_by_the_lane_that_is_done_and_summed_in_its_order():
@@ -195,10 +197,10 @@ def test_nothing_is_lent_where_it_would_matter_who_computes_or_nobody_is_beside(
 def test_a_lent_gradient_is_the_one_that_is_not(precision: str, monkeypatch: pytest.MonkeyPatch):
     if precision == "bf16":
         requires_bf16_products()
-    monkeypatch.setattr(modules, "MIN_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 0)
 
     def learnt(least: int) -> list[torch.Tensor]:
-        monkeypatch.setattr(modules, "MIN_DEFERRED", least)
+        monkeypatch.setattr(linear, "MIN_DEFERRED", least)
         trainer = tiny_trainer(ppo(), config_of(runtime__precision=precision, ppo__old_log_probs="recompute"))
         for iteration in range(2):
             trainer.step(iteration)
@@ -217,12 +219,10 @@ def test_a_lent_gradient_is_the_one_that_is_not(precision: str, monkeypatch: pyt
 
 def test_reference_and_critic_read_side_by_side_what_they_read_one_after_the_other():
     trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
-    assert trainer.updater.concurrency is not None
+    assert trainer.updater.independent_critics
     rollout, parts = trainer.collect_rollout(0), trainer.components
     apart = compute_log_probs(rollout, trainer.phase_weights(0), parts.models, trainer.forward_config)
-    beside = compute_log_probs(
-        rollout, trainer.phase_weights(0), parts.models, trainer.forward_config, trainer.updater.concurrency
-    )
+    beside = compute_log_probs(rollout, trainer.phase_weights(0), parts.models, trainer.forward_config, concurrently=True)
     torch.testing.assert_close(beside.reference_log_probs, apart.reference_log_probs)
     assert beside.values.keys() == apart.values.keys()
     for origin, values in apart.values.items():
@@ -233,8 +233,18 @@ def test_reference_and_critic_read_side_by_side_what_they_read_one_after_the_oth
 def test_a_reference_reads_beside_a_critic_unless_its_head_is_most_of_the_work(vocabulary: int, alike: bool):
     trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
     head, body = nn.Linear(8, vocabulary), nn.Linear(100, 100)
-    model = SimpleNamespace(get_output_embeddings=lambda: head, parameters=lambda: [*head.parameters(), body.weight])
-    assert experience._costs_alike(model, trainer.collect_rollout(0)) == alike
+    model: Any = SimpleNamespace(get_output_embeddings=lambda: head, parameters=lambda: [*head.parameters(), body.weight])
+    language_model = replace(trainer.components.models.policy, model=model)
+    assert experience._costs_alike(language_model, trainer.collect_rollout(0)) == alike
+
+
+def test_parameters_are_counted_once_per_model(monkeypatch: pytest.MonkeyPatch):
+    trainer = tiny_trainer(ppo(), config_of())
+    counted, count = list[LanguageModel](), LanguageModel.head_to_body.func
+    monkeypatch.setattr(LanguageModel.head_to_body, "func", lambda self: (counted.append(self), count(self))[1])
+    for iteration in range(2):
+        trainer.step(iteration)
+    assert len(counted) == 2  # the policy, and the reference
 
 
 @pytest.mark.parametrize("alike", [True, False])

@@ -125,7 +125,7 @@ def test_a_rehearsal_reads_as_many_tokens_as_asked_and_leaves_nothing_behind(kin
     hook = trainer.components.models.policy.model.register_forward_pre_hook(
         lambda module, arguments, inputs: read.append(inputs["input_ids"].numel()), with_kwargs=True
     )
-    trainer.updater.probe_memory(96, 12, 5)
+    trainer.updater.trained_models.probe(96, 12, 5)
     hook.remove()
     assert sum(read) == 96  # eight rows, their last tokens not read: 88, filled up
     assert all(torch.equal(one, other) for one, other in zip(before, parameters(trainer.components.models.policy.model)))

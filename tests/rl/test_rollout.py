@@ -21,13 +21,14 @@ from rlgf.algorithms.guided import (
     single_phase,
 )
 from rlgf.errors import ConfigError, TrainingError
+from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide, query_guide
 from rlgf.guides.local import FunctionGuide, ModelGuide, ReferenceGuide
 from rlgf.models.forward import token_logits
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import token_log_probs
 from rlgf.randomness import Purpose, uniforms
-from rlgf.rl.rollout import RolloutConfig, allocate_rows, collect_rollout, encode_guide_completion, select_prompts
+from rlgf.rl.rollout import RolloutConfig, allocate_rows, collect_rollout, select_prompts
 from rlgf.rl.tensors import Rollout
 from rlgf.types import GUIDE, POLICY, Origin, Prompt, SamplingParams
 
@@ -94,7 +95,10 @@ class Listener:
 
 
 def rollout_config(policy: LanguageModel, guide: Guide | None, **changes: Any) -> RolloutConfig:
-    return replace(RolloutConfig(policy, guide, SamplingParams(), max_new_tokens=HORIZON, min_new_tokens=0, seed=11), **changes)
+    return replace(
+        RolloutConfig(policy, LocalSampler(policy), guide, SamplingParams(), max_new_tokens=HORIZON, min_new_tokens=0, seed=11),
+        **changes,
+    )
 
 
 def run(
@@ -351,18 +355,6 @@ def test_nothing_is_written_after_an_end_token_inside_a_guides_text(policy: Lang
             for algorithm in (aggrevated(0.5), ppo_pp(1.0)):
                 for row in responses(run(rollout_config(policy, guide), algorithm)):
                     assert policy.eos_token_id not in [token for token, _ in row][:-1]
-
-
-def test_guide_ids_by_hand(policy: LanguageModel, word_id: int) -> None:
-    end = policy.eos_token_id
-    assert encode_guide_completion(policy, Completion(f" {WORD}", finished=True), 3) == ([word_id, end], True, False)
-    assert encode_guide_completion(policy, Completion(f" {WORD}", finished=True), 1) == ([word_id], False, False)
-    assert encode_guide_completion(policy, Completion(f" {WORD}", finished=False), 3) == ([word_id], False, False)
-    assert encode_guide_completion(policy, Completion(f" {WORD} {WORD}", finished=True), 1) == ([word_id], False, True)
-    assert encode_guide_completion(policy, Completion("", finished=True), 3) == ([end], True, False)
-    assert encode_guide_completion(policy, Completion("", True, ids=[7, 8, end]), 3) == ([7, 8, end], True, False)
-    assert encode_guide_completion(policy, Completion("", True, ids=[7, 8, end]), 2) == ([7, 8], False, True)
-    assert encode_guide_completion(policy, Completion("", False, ids=[7, 8]), 3) == ([7, 8], False, False)
 
 
 def test_discarded_tokens_of_rollins_are_counted(policy: LanguageModel) -> None:

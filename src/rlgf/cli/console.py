@@ -22,9 +22,9 @@ from rlgf.config.schema import Config
 from rlgf.data.text import escape_control_characters
 from rlgf.errors import INPUT_ERRORS
 from rlgf.experiments.tables import table_rows
-from rlgf.kernels import native
+from rlgf.kernels import dispatch
 from rlgf.models import lora
-from rlgf.models.loading import count_parameters, from_pretrained, shape_config, use_kernels
+from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import needs_guide, training_warnings
 from rlgf.trainer import Progress as Step
 from rlgf.types import POLICY
@@ -38,9 +38,9 @@ def configure_runtime(config: Config) -> None:
     `runtime.threads` = 0 uses all cores.
     """
     torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
-    use_kernels(config.runtime.kernels)
-    if config.runtime.device == "cpu" and (reason := native.unavailable_reason()):
-        report(f"Some loops are left to torch, which takes a little longer: {reason}")
+    dispatch.select(config.runtime.kernels)
+    if config.runtime.kernels == "auto" and config.runtime.device == "cpu" and (reason := dispatch.unavailable_reason()):
+        report(f"no C kernels ({reason}): torch computes the same, a little slower")
     keep_freed_memory()
     quiet()
 

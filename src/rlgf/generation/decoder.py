@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from rlgf.generation.base import BATCH_TOKENS, SampledCompletions
+from rlgf.generation.base import BATCH_TOKENS, SampledCompletions, SampleRequest
 from rlgf.generation.beam_search import beam_search
 from rlgf.generation.kv_cache import CacheLayer, EncoderCacheLayer, PrefillGroup
 from rlgf.generation.sampling import sample_tokens
@@ -25,6 +25,7 @@ from rlgf.models.forward import autocast, is_encoder_decoder, pad_rows, restrict
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import SampledSupport
 from rlgf.models.offload import on_device
+from rlgf.randomness import Purpose, uniform_rows
 from rlgf.types import SamplingParams
 
 
@@ -109,16 +110,30 @@ def sample_completions(
     return SampledCompletions(tokens, lengths, finished, log_probs, full_log_probs, support)
 
 
-def split_context(
-    model: Any, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
-) -> tuple[list[list[int]] | None, list[list[int]]]:
-    """Split pairs of prompt and completion so far into `encoder_ids` and `prefixes`.
+class LocalSampler:
+    """The sampler of a model in this process."""
 
-    They are those of `sample_completions`; `encoder_ids` is None for a causal model.
-    """
-    if is_encoder_decoder(model):
-        return [list(prompt) for prompt, _ in rows], [list(begun) for _, begun in rows]
-    return None, [[*prompt, *begun] for prompt, begun in rows]
+    def __init__(self, language_model: LanguageModel, precision: str = "fp32") -> None:
+        self.language_model, self.precision = language_model, precision
+
+    def sample(
+        self, requests: Sequence[SampleRequest], params: SamplingParams, seed: int, purpose: Purpose
+    ) -> SampledCompletions:
+        """Sample a completion of each request, with its own random numbers."""
+        budgets = [request.max_new_tokens for request in requests]
+        draws = uniform_rows(
+            seed, purpose, [request.index for request in requests], max(budgets, default=0),
+            [request.position for request in requests],
+        )  # fmt: skip
+        prefixes, sources = [[*request.prompt_ids, *request.prefix_ids] for request in requests], None
+        if is_encoder_decoder(self.language_model.model):
+            prefixes = [list(request.prefix_ids) for request in requests]
+            sources = [list(request.prompt_ids) for request in requests]
+        minimums = [request.min_new_tokens for request in requests]
+        return sample_completions(self.language_model, prefixes, budgets, minimums, draws, params, self.precision, sources)
+
+    def sync(self, policy: LanguageModel) -> None:
+        """Do nothing: the model in this process is the one that is updated."""
 
 
 def _needs_equal_lengths(model: Any) -> bool:

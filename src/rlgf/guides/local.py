@@ -8,11 +8,11 @@ from typing import Any
 
 from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations
 from rlgf.errors import ConfigError, GuideError
-from rlgf.generation.base import SampledCompletions
-from rlgf.generation.decoder import sample_completions, split_context
+from rlgf.generation.base import SampledCompletions, Sampler, SampleRequest
+from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest
 from rlgf.models.language_model import LanguageModel
-from rlgf.randomness import Purpose, uniform_rows, uniforms
+from rlgf.randomness import Purpose, uniforms
 from rlgf.types import SamplingParams
 
 # limit on guide tokens: margin × estimated guide tokens per policy token × max_new_tokens + spare
@@ -41,7 +41,8 @@ class ModelGuide:
     """A model in this process with its own sampling parameters and the policy's tokenizer."""
 
     def __init__(self, language_model: LanguageModel, sampling: SamplingParams, precision: str = "fp32") -> None:
-        self.language_model, self.sampling, self.precision = language_model, sampling, precision
+        self.language_model, self.sampling = language_model, sampling
+        self.sampler: Sampler = LocalSampler(language_model, precision)
         self.capabilities = Capabilities(can_continue=True, exact_length=True)
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
@@ -49,31 +50,22 @@ class ModelGuide:
 
         Its random numbers depend only on seed, trajectory index and position.
         """
-        contexts = [(request.prompt_ids, request.prefix_ids) for request in requests]
-        budgets, minimums = [request.max_new_tokens for request in requests], [request.min_new_tokens for request in requests]
-        written = self._sample(requests, contexts, budgets, minimums)
-        rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
-        return [Completion("", bool(finished), ids) for finished, ids in zip(written.ended_with_eos.tolist(), rows)]
+        sampled = self._sample(
+            [
+                SampleRequest(
+                    request.prompt_ids, request.prefix_ids, request.max_new_tokens, request.min_new_tokens, request.index,
+                    len(request.prefix_ids),
+                )
+                for request in requests
+            ],
+            requests,
+        )  # fmt: skip
+        rows = [row[:length].tolist() for row, length in zip(sampled.tokens, sampled.lengths.tolist())]
+        return [Completion("", bool(finished), ids) for finished, ids in zip(sampled.ended_with_eos.tolist(), rows)]
 
-    def _sample(
-        self,
-        requests: Sequence[CompletionRequest],
-        contexts: Sequence[tuple[Sequence[int], Sequence[int]]],
-        budgets: Sequence[int],
-        minimums: Sequence[int],
-    ) -> SampledCompletions:
-        """Sample completions of pairs of prompt and prefix, all in the guide's tokens."""
-        draws = uniform_rows(
-            requests[0].seed if requests else 0,
-            Purpose.GUIDE_TOKEN,
-            [request.index for request in requests],
-            max(budgets, default=0),
-            [len(request.prefix_ids) for request in requests],
-        )
-        sources, prefixes = split_context(self.language_model.model, contexts)
-        return sample_completions(
-            self.language_model, prefixes, budgets, minimums, draws, self.sampling, self.precision, sources
-        )
+    def _sample(self, contexts: Sequence[SampleRequest], requests: Sequence[CompletionRequest]) -> SampledCompletions:
+        """Sample completions of prompts and prefixes in the guide's tokens."""
+        return self.sampler.sample(contexts, self.sampling, requests[0].seed if requests else 0, Purpose.GUIDE_TOKEN)
 
 
 class TextModelGuide(ModelGuide):
@@ -95,8 +87,7 @@ class TextModelGuide(ModelGuide):
         """
         codec = self.language_model.codec
         contexts = self._contexts(requests)
-        budgets: list[int] = []
-        minimums: list[int] = []
+        sample_requests: list[SampleRequest] = []
         for request, context in zip(requests, contexts):
             prefix = [*context[0], *context[1]]
             room = self.language_model.max_length - len(context[1] if codec.is_encoder_decoder else prefix)
@@ -107,14 +98,16 @@ class TextModelGuide(ModelGuide):
                     "reads more, or shorter prompts."
                 )
             share = max(1.0, len(prefix) / max(1, len(request.prompt_ids) + len(request.prefix_ids)))
-            budgets.append(min(math.ceil(TOKEN_MARGIN * share * request.max_new_tokens) + EXTRA_TOKENS, room))
+            max_new_tokens = min(math.ceil(TOKEN_MARGIN * share * request.max_new_tokens) + EXTRA_TOKENS, room)
             # a completion that must fill max_new_tokens gets no EOS token
-            minimums.append(
-                budgets[-1] if request.min_new_tokens >= request.max_new_tokens else math.ceil(share * request.min_new_tokens)
+            fills = request.min_new_tokens >= request.max_new_tokens
+            min_new_tokens = max_new_tokens if fills else math.ceil(share * request.min_new_tokens)
+            sample_requests.append(
+                SampleRequest(*context, max_new_tokens, min_new_tokens, request.index, len(request.prefix_ids))
             )
-        written = self._sample(requests, contexts, budgets, minimums)
-        rows = [row[:length].tolist() for row, length in zip(written.tokens, written.lengths.tolist())]
-        finished: list[bool] = written.ended_with_eos.tolist()
+        sampled = self._sample(sample_requests, requests)
+        rows = [row[:length].tolist() for row, length in zip(sampled.tokens, sampled.lengths.tolist())]
+        finished: list[bool] = sampled.ended_with_eos.tolist()
         rows = [ids[:-1] if ended else self._drop_incomplete_character(ids) for ids, ended in zip(rows, finished)]
         before = [begun if codec.is_encoder_decoder else [*prompt, *begun] for prompt, begun in contexts]
         texts = decode_continuations(codec.tokenizer, before, rows)

@@ -1,4 +1,4 @@
-"""Faster implementations of model layers on a CPU, with the same results.
+"""Faster activations, norms and blocks of models on a CPU, with the same results.
 
 Each replaces a layer of a model; none defines a model. `replace_modules` inserts them where a model
 has the layer. On other devices, in other precisions, and for sizes at which nothing is gained,
@@ -6,9 +6,8 @@ every layer runs its original code.
 """
 
 import math
-import threading
-from functools import cache, partial
-from types import FunctionType
+from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,228 +16,7 @@ from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.pytorch_utils import Conv1D
 
 from rlgf.kernels import native
-from rlgf.kernels.concurrency import deferred_gradients
-
-MIN_MULTIPLICATIONS = 2**22  # see `min_multiplications`
-MIN_ROWS = 256  # of a product for `native.matmul`: with fewer, packing costs more
-MIN_COLUMNS = 32  # of a product for `native.matmul`: fewer are padded
-# multiplications of a gradient that may be deferred: with fewer, the transfer costs more
-MIN_DEFERRED = 300_000_000
-
-
-@cache
-def prefers_onednn() -> bool:
-    """Return whether oneDNN multiplies fp32 matrices faster than the default library.
-
-    With AVX-512 on AMD processors it is faster by a tenth. The default library is Intel's MKL: on
-    Intel processors it is the faster one, and layers without a Python backward pass are faster,
-    too.
-    """
-    able = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return able and not native.is_intel()
-
-
-def min_multiplications() -> int:
-    """Return the number of multiplications from which oneDNN is used.
-
-    Below, the call costs more than it saves.
-    """
-    return MIN_MULTIPLICATIONS // 4 if native.has_full_width_avx512() else MIN_MULTIPLICATIONS
-
-
-@cache
-def has_bf16_matmul() -> bool:
-    """Return whether the processor has bf16 instructions.
-
-    Without them, matrix products are far slower in bf16 than in fp32.
-    """
-    known = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return torch.backends.mkldnn.is_available() and any(ask is not None and ask() for ask in known)
-
-
-def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `states` · `weight`ᵀ + `bias` with the fastest available library.
-
-    `states` is [..., in], `weight` [out, in] and `bias` [out]; returns [..., out].
-    """
-    if _uses_native_matmul(states, weight, weight.shape[0]):
-        made = native.matmul(states.reshape(-1, states.shape[-1]), weight.t(), None if bias is None else bias.contiguous())
-        return made.view(*states.shape[:-1], weight.shape[0])
-    if states.dtype == torch.float32 and not prefers_onednn():
-        return nn.functional.linear(states, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
-
-
-def _uses_native_matmul(states: Tensor, others: Tensor, columns: int) -> bool:
-    """Return whether `native` supports an fp32 product and takes less time than the libraries."""
-    if columns < MIN_COLUMNS:
-        return False
-    rows = states.numel() // states.shape[-1]
-    laid = (states.is_contiguous() or (states.dim() == 2 and states.stride(1) == 1)) and 1 in others.stride()
-    return rows >= MIN_ROWS and laid and states.dtype == torch.float32 and native.has_matmul()
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer with its gradient, computed by the fastest available library.
-
-    The weight gradient never uses oneDNN, which must copy an operand first. A large one is
-    deferred, so that a concurrent task can compute it.
-
-    If `used` is the weight in bf16, all products are in bf16, as under autocast, and the gradients
-    of parameters in fp32.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, used: Tensor, layer: "_FastLayer") -> Tensor:
-        ctx.layer, ctx.read_as = layer, states.dtype
-        states, bias = states.to(used.dtype), None if bias is None else bias.to(used.dtype)
-        ctx.save_for_backward(states, used)
-        return linear(states, used.t() if layer.CONV else used, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        (gradient,) = gradients
-        states, weight = ctx.saved_tensors
-        for_states, for_weight, for_bias = None, None, None
-        if ctx.needs_input_grad[0]:
-            for_states = linear(gradient, weight if ctx.layer.CONV else weight.t()).to(ctx.read_as)
-        flat = gradient.flatten(0, -2)
-        if ctx.needs_input_grad[1]:
-            for_weight = _weight_grad(ctx.layer, flat, states.flatten(0, -2))
-        if ctx.needs_input_grad[2]:
-            for_bias = flat.sum(0).float()  # summed in fp32 and rounded once, as under autocast
-        return for_states, for_weight, for_bias, None, None
-
-
-class _FusedProjection(torch.autograd.Function):
-    """Several linear layers without biases on the same states, as one product.
-
-    Returns [..., sum of the layers' widths].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, layers: tuple["FastLinear", ...], *weights: Tensor) -> Tensor:
-        joint = torch.cat(weights)
-        ctx.layers = layers
-        ctx.save_for_backward(states, joint)
-        return linear(states, joint)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        states, joint = ctx.saved_tensors
-        for_states = linear(gradient, joint.t()) if ctx.needs_input_grad[0] else None
-        parts = gradient.flatten(0, -2).split([layer.weight.shape[0] for layer in ctx.layers], 1)
-        asked = zip(ctx.layers, parts, ctx.needs_input_grad[2:])
-        rows = states.flatten(0, -2)
-        return for_states, None, *(_weight_grad(layer, part, rows) if wanted else None for layer, part, wanted in asked)
-
-
-def _weight_grad(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
-    """Compute the gradient of a layer's weight, or defer it and return None.
-
-    `gradient` [rows, out] is the gradient of the layer's output, `states` [rows, in] its input.
-    """
-    # the optimizer changes the weight next, and a fused one does not increment its version
-    layer.in_bf16 = None
-    lent = deferred_gradients() if _multiplications(states, layer.weight) >= MIN_DEFERRED else None
-    if lent is None:
-        return _compute_weight_grad(gradient, states, layer.CONV)
-    lent.defer(layer.weight, partial(_compute_weight_grad, gradient, states, layer.CONV))
-    return None
-
-
-def _compute_weight_grad(gradient: Tensor, states: Tensor, conv: bool) -> Tensor:
-    """Compute the gradient of a weight.
-
-    `gradient` [rows, out] is the gradient of the product, `states` [rows, in] its input. `conv`:
-    the weight is [in, out].
-    """
-    left, right = (states, gradient) if conv else (gradient, states)
-    if _uses_native_matmul(left, right, min(left.shape[1], right.shape[1])):
-        return native.matmul(left.t(), right)
-    return (left.t() @ right).float()
-
-
-def _multiplications(states: Tensor, weight: Tensor) -> int:
-    return states.numel() * weight.numel() // states.shape[-1]
-
-
-def _matmul_dtype(states: Tensor, weight: Tensor) -> torch.dtype | None:
-    """Return the precision in which `_Linear` multiplies; None selects the original layer.
-
-    It is None where nothing is gained, and where the precision is neither fp32 nor autocast's bf16.
-    """
-    multiplications = _multiplications(states, weight)
-    if states.device.type != "cpu" or weight.dtype != torch.float32 or multiplications < min_multiplications():
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu")
-        return half if half == torch.bfloat16 and states.dtype in (half, torch.float32) and has_bf16_matmul() else None
-    lends = multiplications >= MIN_DEFERRED and deferred_gradients() is not None and torch.is_grad_enabled()
-    faster = prefers_onednn() or _uses_native_matmul(states, weight, weight.numel() // states.shape[-1])
-    return states.dtype if states.dtype == torch.float32 and (faster or lends) else None
-
-
-class _FastLayer(nn.Module):
-    """The shared part of both linear layers: the choice of library and the bf16 weight.
-
-    The weight is cast to bf16 once for several forward passes.
-    """
-
-    CONV: bool  # whether the weight is [in, out], as in GPT-2
-    in_bf16: tuple[int, Tensor] | None = None  # the weight's version, and its cast
-
-    def multiply(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Compute the layer by `_Linear`, or return None if the original layer is to be used."""
-        way = _matmul_dtype(states, weight)
-        if way is None:
-            return None
-        used = weight if way == weight.dtype else self.weight_in(way, weight)
-        if torch.is_grad_enabled():
-            result: Tensor = _Linear.apply(states, weight, bias, used, self)
-            return result
-        return linear(states.to(way), used.t() if self.CONV else used, None if bias is None else bias.to(way))
-
-    def weight_in(self, way: torch.dtype, weight: Tensor) -> Tensor:
-        """Return the weight in bf16, cast again only if it has changed."""
-        if self.in_bf16 is None or self.in_bf16[0] != weight._version:
-            self.in_bf16 = (weight._version, weight.detach().to(way))
-        return self.in_bf16[1]
-
-
-_mine = threading.local()
-
-
-def _precomputed() -> dict[nn.Module, Tensor]:
-    """Return the layer outputs of this thread that were computed in advance."""
-    if not hasattr(_mine, "made"):
-        _mine.made = {}
-    return _mine.made
-
-
-class FastLinear(nn.Linear, _FastLayer):
-    """A linear layer as `nn.Linear`, with faster products where available."""
-
-    CONV = False
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Compute the same as `nn.Linear`."""
-        if (made := _precomputed().pop(self, None)) is not None:
-            return made
-        result = self.multiply(input, self.weight, self.bias)
-        return super().forward(input) if result is None else result
-
-
-class FastConv1D(Conv1D, _FastLayer):
-    """GPT-2's linear layer (weight [in, out]), with faster products where available."""
-
-    CONV = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the same as `Conv1D`."""
-        result = self.multiply(x, self.weight, self.bias)
-        return super().forward(x) if result is None else result
+from rlgf.kernels.linear import FastConv1D, FastLinear, fused_projection, precomputed
 
 
 class TanhGELU(nn.Module):
@@ -258,11 +36,6 @@ class TanhGELU(nn.Module):
 SCALE, CUBE = 2 * (2 / math.pi) ** 0.5, 0.044715
 
 
-def _supports_contiguous(*tensors: Tensor) -> bool:
-    """Return whether `native` supports these tensors and all of them are contiguous."""
-    return native.supports(*tensors) and all(t.is_contiguous() for t in tensors)
-
-
 class _TanhGELU(torch.autograd.Function):
     """The tanh approximation of GELU, with a backward pass of one product.
 
@@ -271,10 +44,10 @@ class _TanhGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
-        ctx.compiled = _supports_contiguous(states)
-        if ctx.compiled:
+        ctx.native = native.supports_contiguous(states)
+        if ctx.native:
             ctx.save_for_backward(states)
-            return native.gelu(states)
+            return native.library().gelu(states)
         gate = torch.addcmul(states.new_tensor(SCALE), states, states, value=SCALE * CUBE).mul_(states).sigmoid_()
         if not ctx.needs_input_grad[0]:
             return gate.mul_(states)
@@ -287,7 +60,7 @@ class _TanhGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (kept,) = ctx.saved_tensors
-        return native.gelu_backward(kept, gradients[0].contiguous()) if ctx.compiled else kept.mul_(gradients[0])
+        return native.library().gelu_backward(kept, gradients[0].contiguous()) if ctx.native else kept.mul_(gradients[0])
 
 
 class _SiluAndMul(torch.autograd.Function):
@@ -296,27 +69,12 @@ class _SiluAndMul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor) -> Tensor:
         ctx.save_for_backward(states)
-        return native.silu_and_mul(states)
+        return native.library().silu_and_mul(states)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (states,) = ctx.saved_tensors
-        return native.silu_and_mul_backward(states, gradients[0].contiguous())
-
-
-class _ApplyRotary(torch.autograd.Function):
-    """Rotary embeddings of heads [1, heads, tokens, size], in one pass over memory and one back."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-        ctx.save_for_backward(cosines, sines)
-        return native.apply_rotary(states[0], cosines[0], sines[0])[None]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        cosines, sines = ctx.saved_tensors
-        gradient = gradients[0] if gradients[0].stride(-1) == 1 else gradients[0].contiguous()
-        return native.apply_rotary(gradient[0], cosines[0], sines[0], backward=True)[None], None, None
+        return native.library().silu_and_mul_backward(states, gradients[0].contiguous())
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -327,14 +85,14 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        result, scales = native.rms_norm(states, weight, epsilon)
+        result, scales = native.library().rms_norm(states, weight, epsilon)
         ctx.save_for_backward(states, weight, scales)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         states, weight, scales = ctx.saved_tensors
-        return *native.rms_norm_backward(states, weight, scales, gradients[0].contiguous()), None
+        return *native.library().rms_norm_backward(states, weight, scales, gradients[0].contiguous()), None
 
 
 # five names of the same layer
@@ -346,7 +104,7 @@ def _with_fast_norm(kind: type) -> type:
     """Return a subclass of a class of `RMS_NORMS` that uses `_RMSNorm` where supported."""
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        if not _supports_contiguous(hidden_states, self.weight):
+        if not native.supports_contiguous(hidden_states, self.weight):
             return kind.forward(self, hidden_states)  # pyright: ignore
         result: Tensor = _RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         return result
@@ -367,100 +125,59 @@ def _with_fast_gate(kind: type) -> type:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         able = getattr(self.up_proj, "out_features", 1) % native.VECTOR_WIDTH == 0 and native.supports(x)
-        joint = _fused_projection(x, self.gate_proj, self.up_proj) if able else None
+        joint = fused_projection(x, self.gate_proj, self.up_proj) if able else None
         return kind.forward(self, x) if joint is None else self.down_proj(_SiluAndMul.apply(joint))  # pyright: ignore
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
-def _fused_projection(states: Tensor, *layers: Any) -> Tensor | None:
-    """Compute several layers on the same states as one product, or return None.
-
-    The outputs are concatenated along the last dimension. None: the layers cannot be fused, or
-    nothing is gained.
-    """
-    if states.numel() < MIN_ROWS * states.shape[-1] or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return None
-    biases: list[Tensor | None] = [layer.bias for layer in layers if type(layer) is FastLinear]
-    plain = len(biases) == len(layers) and not any(bias is not None for bias in biases)
-    if not plain or any(layer.weight.dtype != states.dtype for layer in layers):
-        return None
-    result: Tensor = _FusedProjection.apply(states, layers, *(layer.weight for layer in layers))
-    return result
-
-
-# q, k and v, then rotary embeddings
+# four names of attention with the layers q_proj, k_proj and v_proj
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 
 
 @cache
-def _with_fast_attention(kind: Any) -> type:
+def _with_qkv_projection(kind: Any) -> type:
     """Return a subclass of a class of `ATTENTIONS` with one product for q, k and v.
 
-    The rest is transformers' own code, with `_apply_rotary` in place of its function for rotary
-    embeddings.
+    The layers return their parts of it when transformers' own code calls them.
     """
-    code = kind.forward
-    own = FunctionType(
-        code.__code__,
-        {**code.__globals__, ROTARY_FUNCTION: partial(_apply_rotary, code.__globals__[ROTARY_FUNCTION])},
-        code.__name__,
-    )
-    own.__kwdefaults__, own.__defaults__ = code.__kwdefaults__, code.__defaults__
 
     def forward(self: Any, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         layers = (self.q_proj, self.k_proj, self.v_proj)
-        joint = _fused_projection(hidden_states, *layers)
+        joint = fused_projection(hidden_states, *layers)
         if joint is None:
-            return own(self, hidden_states, *arguments, **options)
-        _precomputed().update(zip(layers, joint.split([layer.weight.shape[0] for layer in layers], -1)))
+            return kind.forward(self, hidden_states, *arguments, **options)
+        precomputed().update(zip(layers, joint.split([layer.weight.shape[0] for layer in layers], -1)))
         try:
-            return own(self, hidden_states, *arguments, **options)
+            return kind.forward(self, hidden_states, *arguments, **options)
         finally:
-            _precomputed().clear()  # unused outputs are left after an error
+            precomputed().clear()  # unused outputs are left after an error
 
     return type(f"Fast{kind.__name__}", (kind,), {"forward": forward, "__module__": __name__})
 
 
-ROTARY_FUNCTION = "apply_rotary_pos_emb"  # its name in transformers
+LINEAR_LAYERS: dict[type, type] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
 
 
-def _apply_rotary(
-    plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *arguments: Any, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Apply rotary embeddings by `native` where supported, otherwise by `plain`.
-
-    Supported are packed rows in fp32 whose heads have halves of whole vectors.
-    """
-    able = not arguments and not options and q.dim() == 4 and q.shape[0] == k.shape[0] == cos.shape[0] == 1
-    if (
-        able
-        and q.shape[3] % (2 * native.VECTOR_WIDTH) == 0
-        and q.shape[3] == cos.shape[2]
-        and native.supports(q, k)
-        and _supports_contiguous(cos, sin)
-    ):
-        return _ApplyRotary.apply(q, cos, sin), _ApplyRotary.apply(k, cos, sin)
-    return plain(q, k, cos, sin, *arguments, **options)
-
-
-REPLACEMENTS: dict[type, type] = {nn.Linear: FastLinear, Conv1D: FastConv1D}
-
-
-def replace_modules(model: nn.Module) -> None:
+def replace_modules(model: nn.Module, paths: Collection[str]) -> None:
     """Replace layers of a model by faster ones, in place.
 
     Names, parameters and saved files stay as they are.
+
+    Args:
+        model: a transformers model.
+        paths: the fast paths that are on, names of `dispatch.PATHS`.
     """
     for module in model.modules():
         for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
+            if isinstance(child, NewGELUActivation) and "activations" in paths:
                 setattr(module, name, TanhGELU())
-            elif type(child).__name__ in RMS_NORMS and hasattr(child, "variance_epsilon"):
+            elif type(child).__name__ in RMS_NORMS and hasattr(child, "variance_epsilon") and "norms" in paths:
                 child.__class__ = _with_fast_norm(type(child))
             elif type(child).__name__ in GATED_MLPS and isinstance(child.act_fn, nn.SiLU | SiLUActivation):
-                child.__class__ = _with_fast_gate(type(child))
-            elif type(child).__name__ in ATTENTIONS and ROTARY_FUNCTION in getattr(type(child).forward, "__globals__", {}):
-                child.__class__ = _with_fast_attention(type(child))
-            elif type(child) in REPLACEMENTS:
-                child.__class__ = REPLACEMENTS[type(child)]
+                if "gated_mlps" in paths:
+                    child.__class__ = _with_fast_gate(type(child))
+            elif type(child).__name__ in ATTENTIONS and "qkv_projections" in paths:
+                child.__class__ = _with_qkv_projection(type(child))
+            elif type(child) in LINEAR_LAYERS and "products" in paths:
+                child.__class__ = LINEAR_LAYERS[type(child)]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Return the device of the model."""
         return self.model.device
+
+    @cached_property
+    def head_to_body(self) -> float:
+        """Return the number of parameters of the head over that of all others."""
+        head = sum(parameter.numel() for parameter in self.model.get_output_embeddings().parameters())
+        return head / max(1, sum(parameter.numel() for parameter in self.model.parameters()) - head)
 
     def activate(self) -> AbstractContextManager[None]:
         """Activate this model, of those that share its weights, within the block."""

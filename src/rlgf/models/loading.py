@@ -21,7 +21,7 @@ from rlgf.config.sections import ModelConfig
 from rlgf.data.hub import hub_is_reachable, load_failure_reason
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
-from rlgf.kernels import modules, native
+from rlgf.kernels import dispatch
 from rlgf.models import lora, padding_free
 from rlgf.models.language_model import SFT, VALUE_HEAD, LanguageModel
 
@@ -188,29 +188,12 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
     return wrap_model(model, tokenizer, "new model")
 
 
-_kernels = "auto"
-
-
-def use_kernels(which: str) -> None:
-    """Select the kernels of the models that are loaded from now on.
-
-    'auto': faster implementations with the same results; 'torch': these without the C kernels;
-    'off': the code of transformers.
-    """
-    global _kernels
-    _kernels = which
-    native.set_enabled(which == "auto")
-
-
 def use_fast_paths(model: Any) -> Any:
     """Enable faster layers and packed rows in a model, with the same results, and return it.
 
-    See `kernels.modules` and `padding_free`.
+    See `kernels.dispatch` and `padding_free`.
     """
-    if _kernels == "off":
-        return model
-    modules.replace_modules(model)
-    return padding_free.enable(model)
+    return model if dispatch.is_off() else padding_free.enable(dispatch.replace_modules(model))
 
 
 def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlgf.kernels import native
+from rlgf.kernels import dispatch
 
 
 @dataclass(frozen=True)
@@ -83,21 +83,21 @@ class _FullVocabularyLogProbs(torch.autograd.Function):
         whole = logits if owned else logits.clone()
         if forbidden is not None and forbidden_ids is not None:
             whole[:, forbidden_ids] = whole[:, forbidden_ids].masked_fill(forbidden[:, None], -torch.inf)
-        normalisers = logsumexp(whole)
-        ctx.save_for_backward(tokens, normalisers)
+        normalizers = logsumexp(whole)
+        ctx.save_for_backward(tokens, normalizers)
         ctx.logits = whole  # not saved by autograd, which rejects overwritten tensors
-        return whole.gather(1, tokens[:, None]).squeeze(1) - normalisers
+        return whole.gather(1, tokens[:, None]).squeeze(1) - normalizers
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,), (tokens, normalisers), logits = gradients, ctx.saved_tensors, ctx.logits
+        (gradient,), (tokens, normalizers), logits = gradients, ctx.saved_tensors, ctx.logits
         ctx.logits = None
-        if native.supports(logits) and logits.is_contiguous():
-            result = native.log_prob_backward(logits, normalisers, tokens.contiguous(), gradient.contiguous())
+        result = dispatch.log_softmax_backward(logits, normalizers, tokens, gradient)
+        if result is not None:
             # so that autograd raises if another operation saved the overwritten logits
             torch.autograd.graph.increment_version(result)
             return result, None, None, None, None
-        probabilities = logits.sub_(normalisers[:, None]).exp_()
+        probabilities = logits.sub_(normalizers[:, None]).exp_()
         result = probabilities.mul_(-gradient[:, None])  # the gradient of log p_i is 1[i] − p
         return result.scatter_add_(1, tokens[:, None], gradient[:, None]), None, None, None, None
 
@@ -107,8 +107,9 @@ def logsumexp(logits: Tensor) -> Tensor:
 
     So torch's working copy stays in the processor's cache.
     """
-    if native.supports(logits) and logits.is_contiguous():
-        return native.logsumexp(logits)
+    fast = dispatch.logsumexp(logits)
+    if fast is not None:
+        return fast
     return torch.cat([part.logsumexp(1) for part in logits.split(64)])
 
 

@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlgf.kernels import native
+from rlgf.kernels import dispatch
 
 ATTENTION_NAME = "rlgf"
 # widths of padded rows and lengths of packed rows are multiples of this: products of odd sizes
@@ -98,7 +98,7 @@ class _ActivePacking:
     last_block: frozenset[nn.Module]
 
 
-_active_packing: ContextVar[_ActivePacking | None] = ContextVar("reading", default=None)
+_active_packing: ContextVar[_ActivePacking | None] = ContextVar("packing", default=None)
 
 
 def pack(ids: Tensor, lengths: Tensor, device: torch.device) -> PackedRow:
@@ -164,39 +164,6 @@ def gather_unique(table: Tensor, numbers: Tensor) -> Tensor:
     return result
 
 
-class _Attention(torch.autograd.Function):
-    """Attention within the sequences of packed rows, by `native`.
-
-    It works sequence by sequence without padding, and computes its weights again in the backward
-    pass.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: PackedRow,
-        asked: PackedRow,
-        scale: float,
-    ) -> Tensor:  # fmt: skip
-        bias = None if bias is None else bias.contiguous()
-        spans = (*asking.offsets, asked.offsets[0], asked.offsets[2])
-        out, normalisers = native.attention(query[0], key[0], value[0], bias, causal, spans, scale)
-        ctx.save_for_backward(query, key, value, bias, out, normalisers)
-        ctx.given = causal, spans, scale
-        return out[None]
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, out, normalisers = ctx.saved_tensors
-        gradient = gradients[0][0]
-        gradient = gradient if gradient.stride(2) == 1 else gradient.contiguous()
-        causal, spans, scale = ctx.given
-        for_query, for_key, for_value, for_bias = native.attention_backward(
-            query[0], key[0], value[0], bias, causal, spans, scale, out, normalisers, gradient, ctx.needs_input_grad[3]
-        )
-        lines = (line.transpose(0, 1)[None] for line in (for_query, for_key, for_value))
-        return *lines, for_bias, None, None, None, None
-
-
 class _RowAttention(torch.autograd.Function):
     """Attention by batched products of all sequences as padded rows.
 
@@ -246,10 +213,10 @@ def _additive_mask(asking: PackedRow, asked: PackedRow, causal: bool, bias: Tens
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any) -> Any:
-    forward_config = _active_packing.get()
-    if forward_config is None:
+    packing = _active_packing.get()
+    if packing is None:
         return _padded_attention(module, query, key, value, attention_mask, **options)
-    asking, asked, causal = _query_and_key(module, forward_config.inputs)
+    asking, asked, causal = _query_and_key(module, packing.inputs)
     # under autocast, rotary embeddings return fp32
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = options.get("scaling")
@@ -257,10 +224,12 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     bias: Tensor | None = options.get("position_bias") if asking is asked else None
     bias = None if bias is None else bias[0]
     wide = None if bias is None else (bias.dtype, *bias.shape)
-    plain = wide in (None, (torch.float32, query.shape[1], asking.width, asked.width)) and not torch.is_autocast_enabled("cpu")
-    if plain and native.supports(query, key, value) and query.shape[3] == key.shape[3] == value.shape[3]:
-        asking = forward_config.inputs.last_block if module in forward_config.last_block else asking
-        return _Attention.apply(query, key, value, bias, causal, asking, asked, scale), None
+    if wide in (None, (torch.float32, query.shape[1], asking.width, asked.width)):
+        read = packing.inputs.last_block if module in packing.last_block else asking
+        offsets = (*read.offsets, asked.offsets[0], asked.offsets[2])
+        fast = dispatch.packed_attention(query, key, value, bias, causal, offsets, scale)
+        if fast is not None:
+            return fast, None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     if query.device.type == "cpu" and max(asking.width, asked.width) <= MAX_STORED_WIDTH:
@@ -275,19 +244,17 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
 def _padded_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Any:
-    """Compute attention of padded rows, by transformers or, for single queries, by `native`.
+    """Compute attention of padded rows, by transformers or, for single queries, by `dispatch`.
 
     With a single query per row, torch's operations spend much time next to the sums.
     """
-    seen = None if attention_mask is None else attention_mask[:, 0, 0]
-    single = query.shape[2] == 1 and query.shape[3] == key.shape[3] == value.shape[3]
-    single = single and native.supports(query, key, value) and not torch.is_autocast_enabled("cpu")
-    masked = seen is None or (seen.dtype == torch.bool and attention_mask is not None and attention_mask.shape[1:3] == (1, 1))
-    if single and masked and not torch.is_grad_enabled() and options.get("position_bias") is None:
+    mask = None if attention_mask is None else attention_mask[:, 0, 0]
+    whole = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1:3] == (1, 1))
+    if query.shape[2] == 1 and whole and options.get("position_bias") is None:
         scale = options.get("scaling")
-        scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-        seen = None if seen is None else seen.expand(query.shape[0], key.shape[2]).contiguous()
-        return native.attention_decode(query, key, value, seen, scale), None
+        fast = dispatch.decode_attention(query, key, value, mask, query.shape[3] ** -0.5 if scale is None else float(scale))
+        if fast is not None:
+            return fast, None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
 
@@ -314,9 +281,9 @@ def _with_padded_bias(kind: type) -> type:
     """
 
     def compute_bias(self: Any, query_length: int, key_length: int, *arguments: Any, **options: Any) -> Tensor:
-        forward_config = _active_packing.get()
-        if forward_config is not None:
-            query_length = key_length = _query_and_key(self, forward_config.inputs)[0].width
+        packing = _active_packing.get()
+        if packing is not None:
+            query_length = key_length = _query_and_key(self, packing.inputs)[0].width
         return kind.compute_bias(self, query_length, key_length, *arguments, **options)  # pyright: ignore
 
     return type(kind.__name__, (kind,), {"compute_bias": compute_bias, "__module__": kind.__module__})

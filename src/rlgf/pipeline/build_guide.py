@@ -8,6 +8,7 @@ from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig
 from rlgf.config.specs import load_object
+from rlgf.generation.decoder import LocalSampler
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import connect
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
@@ -90,8 +91,8 @@ def build_model_guide(config: Config, reference: LanguageModel, stages: Path, re
 def guide_examples(config: Config, policy: LanguageModel, guide: Guide, task: Task, count: int) -> list[Example]:
     """Return `count` completions of the guide on training prompts, as training examples."""
     rollout_config = RolloutConfig(
-        policy, guide, config.sampling, config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
-        config.runtime.precision,
+        policy, LocalSampler(policy, config.runtime.precision), guide, config.sampling, config.task.max_new_tokens,
+        config.task.min_new_tokens, config.seed,
     )  # fmt: skip
     indices = range(count)
     rollout = collect_rollout(

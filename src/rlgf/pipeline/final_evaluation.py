@@ -10,6 +10,7 @@ from rlgf.data.files import read_complete_lines
 from rlgf.errors import ConfigError
 from rlgf.evaluation.best_of_n import evaluate_best_of
 from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, evaluate_guide, evaluate_policy
+from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.local import ModelGuide
 from rlgf.pipeline.stage_cache import Report
 from rlgf.pipeline.stages import load_base_model
@@ -133,14 +134,15 @@ def best_of_n_sampling(config: Config) -> SamplingParams:
 def evaluate_baselines(parts: Components, stages: Path, report: Report) -> dict[str, dict[str, Any]]:
     """Return the final evaluations of `evaluation.baselines`, on the prompts of every run."""
     config, seed = parts.config, parts.config.evaluation.seed
-    forward_config = ForwardConfig(config.sampling, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision)
+    precision = config.runtime.precision
+    forward_config = ForwardConfig(config.sampling, config.ppo, config.runtime.micro_batch_tokens, precision)
     judges = EvaluationContext(
         parts.task, parts.reward, parts.models.reference, parts.pre_sft_model, forward_config, config.evaluation, parts.judge
     )
     sampling = config.evaluation.sampling or config.sampling
     rollout_config = RolloutConfig(
-        parts.models.reference, parts.guide, sampling, config.task.max_new_tokens, config.task.min_new_tokens,
-        config.seed, config.runtime.precision,
+        parts.models.reference, LocalSampler(parts.models.reference, precision), parts.guide, sampling,
+        config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
     )  # fmt: skip
 
     def row(title: str, how: str, evaluate: Callable[[Sequence[Prompt]], Evaluated]) -> dict[str, Any]:
@@ -150,7 +152,8 @@ def evaluate_baselines(parts: Components, stages: Path, report: Report) -> dict[
 
     found: dict[str, dict[str, Any]] = {}
     if "zero_shot" in config.evaluation.baselines:
-        before = dataclasses.replace(rollout_config, policy=load_base_model(config, stages, report, parts.models.reference))
+        base = load_base_model(config, stages, report, parts.models.reference)
+        before = dataclasses.replace(rollout_config, policy=base, sampler=LocalSampler(base, precision))
         found["zero_shot"] = row("zero-shot", sampling.describe(), lambda p: evaluate_policy(before, p, judges, seed))
     if "sft" in config.evaluation.baselines:
         found["sft"] = row("SFT", sampling.describe(), lambda p: evaluate_policy(rollout_config, p, judges, seed))

@@ -9,7 +9,8 @@ from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.guides.base import Guide, TracksUsage
-from rlgf.models.loading import load_language_model, use_kernels
+from rlgf.kernels import dispatch
+from rlgf.models.loading import load_language_model
 from rlgf.pipeline.build_guide import build_external_guide, build_model_guide, guide_examples
 from rlgf.pipeline.build_models import build_models, load_pre_sft_model, starting_codec
 from rlgf.pipeline.build_rewards import prepare_judge, prepare_reward, shares_policy_weights, train_rewards
@@ -44,7 +45,7 @@ def prepare(config: Config, stages: Path, report: Report = no_report, directory:
     in `directory`, so that the guide's limits include it.
     """
     algorithm = check_to_train(config)
-    use_kernels(config.runtime.kernels)
+    dispatch.select(config.runtime.kernels)
     for warning in training_warnings(algorithm):
         report(f"warning: {warning}")
     wanted = needs_guide(algorithm) or config.distill.num_completions > 0

@@ -1,14 +1,17 @@
 """The pipeline of a run: checks, stages, training, evaluation, saving."""
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from rlgf.config.flatten import to_dict
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
+from rlgf.generation.decoder import LocalSampler
 from rlgf.models import lora
 from rlgf.models.language_model import POLICY_ADAPTER
 from rlgf.models.loading import load_language_model, load_tokenizer
@@ -30,6 +33,7 @@ from rlgf.rewards.build import check_reward_names
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.runs.directory import RunDirectory, require_space, require_writable
+from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
 
 
@@ -67,7 +71,13 @@ def train(
     require_space(out, disk_needed(parts))
     trainer = Trainer(parts)
     directory.create(config)
-    trainer.run(directory, on_progress)
+    with (
+        RunRecorder(trainer, directory, config.runtime, to_dict(config)) as recorder,
+        closing(trainer.iterate(recorder.run_step)) as iterations,
+    ):
+        for progress in iterations:
+            recorder.write(progress.metrics, progress.experience)
+            on_progress(progress)
     if directory.results is None:
         parts.models.policy.save(out / "policy")
         for origin, critic in parts.models.critics.items():
@@ -133,8 +143,8 @@ def evaluate_policy_on_test(
     judge = prepare_judge(config, made, stages, report, reference)
     judges = EvaluationContext(task, reward, reference, general, forward_config, config.evaluation, judge)
     rollout_config = RolloutConfig(
-        language_model, None, config.evaluation.sampling or config.sampling, config.task.max_new_tokens,
-        config.task.min_new_tokens, config.seed, config.runtime.precision,
+        language_model, LocalSampler(language_model, config.runtime.precision), None,
+        config.evaluation.sampling or config.sampling, config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
     )  # fmt: skip
     splits = final_prompts(task, config)
     found = {split: evaluate_policy(rollout_config, part, judges, config.evaluation.seed)[0] for split, part in splits.items()}

@@ -22,7 +22,7 @@ from rlgf.algorithms.advantages import explained_variance, gae, moments, place_a
 from rlgf.algorithms.guided import PhaseWeight
 from rlgf.config.sections import PPOConfig
 from rlgf.distributed import all_reduce_moments
-from rlgf.kernels.concurrency import ConcurrentPair
+from rlgf.kernels import dispatch
 from rlgf.models import padding_free
 from rlgf.models.critic import Critic
 from rlgf.models.forward import MicroBatch, backbone_states, is_encoder_decoder, micro_batches, token_logits
@@ -146,36 +146,37 @@ class RolloutScorer:
             log-probabilities, [rows, width]; hidden states of each micro-batch, [tokens, hidden].
         """
         sampled, full = torch.zeros(self.rollout.ids.shape), torch.zeros(self.rollout.ids.shape)
-        seen: list[Tensor] = []
+        hidden_states: list[Tensor] = []
         for batch, logits, states in self.run_model(policy, self.rollout.by_policy):
             own = policy_log_probs(self.rollout, *batch.token_index, logits, policy.eos_token_ids, self.forward_config)
-            sampled[batch.token_index], full[batch.token_index] = own.cpu(), self._full(batch, logits)
-            seen.append(states)
-        return sampled, full, seen
+            sampled[batch.token_index], full[batch.token_index] = own.to(sampled.device), self._full(batch, logits)
+            hidden_states.append(states)
+        return sampled, full, hidden_states
 
-    def values(self, selected: Tensor, critic: Critic, policy: LanguageModel, seen: Sequence[Tensor]) -> Tensor:
+    def values(self, selected: Tensor, critic: Critic, policy: LanguageModel, hidden_states: Sequence[Tensor]) -> Tensor:
         """Compute the values of the states before the selected tokens.
 
-        A critic that shares the policy's backbone reuses `seen`, the policy's hidden states from
-        `recompute`, if the selection is the same.
+        A critic that shares the policy's backbone reuses `hidden_states`, those of the policy
+        from `recompute`, if the selection is the same.
 
         Returns:
             [rows, width], zero outside the selection.
         """
         values = torch.zeros(self.rollout.ids.shape)
-        trunk = policy.backbone() if critic.backbone is None else critic.backbone
-        known = bool(seen) and torch.equal(selected, self.rollout.by_policy)
+        backbone = policy.backbone() if critic.backbone is None else critic.backbone
+        known = bool(hidden_states) and torch.equal(selected, self.rollout.by_policy)
         with torch.no_grad(), on_device(critic):
-            for place, batch in enumerate(self.batches(trunk.model, selected)):
+            for place, batch in enumerate(self.batches(backbone.model, selected)):
                 hidden = None
                 if critic.backbone is None:
-                    hidden = seen[place] if known else backbone_states(trunk, batch, self.forward_config.precision)
-                values[batch.token_index] = critic(batch, self.forward_config.precision, hidden).cpu()
+                    hidden = hidden_states[place] if known else backbone_states(backbone, batch, self.forward_config.precision)
+                values[batch.token_index] = critic(batch, self.forward_config.precision, hidden).to(values.device)
         return values
 
     def _full(self, batch: MicroBatch, logits: Tensor) -> Tensor:
         """Compute full-softmax log-probabilities of a micro-batch's tokens, [tokens]."""
-        return token_log_probs(logits, self.rollout.ids[batch.token_index].to(logits.device)).cpu()
+        tokens = self.rollout.ids[batch.token_index]
+        return token_log_probs(logits, tokens.to(logits.device)).to(tokens.device)
 
 
 @dataclass(frozen=True)
@@ -196,18 +197,18 @@ def compute_log_probs(
     phase_weights: Sequence[PhaseWeight],
     models: Models,
     forward_config: ForwardConfig,
-    concurrency: ConcurrentPair | None = None,
+    concurrently: bool = False,
 ) -> TokenLogProbs:
     """Compute log-probabilities, reference log-probabilities and values of a rollout.
 
     No reward is needed, so this may run concurrently with scoring. The policy is run only with
-    `ppo.old_log_probs` 'recompute'; otherwise the log-probabilities of sampling are used. With
-    `lanes`, reference and critics run concurrently if they take about the same time.
+    `ppo.old_log_probs` 'recompute'; otherwise the log-probabilities of sampling are used.
+    `concurrently`: as in `run_with_critics`.
     """
-    sweep, seen = RolloutScorer(rollout, forward_config), list[Tensor]()
+    scorer, hidden_states = RolloutScorer(rollout, forward_config), list[Tensor]()
     old, full = rollout.log_probs, rollout.full_log_probs
     if forward_config.ppo.old_log_probs == "recompute":
-        old, full, seen = sweep.recompute(models.policy)
+        old, full, hidden_states = scorer.recompute(models.policy)
     if forward_config.ppo.ratio_support == "full":
         old = full
 
@@ -217,32 +218,39 @@ def compute_log_probs(
             concerned = (rollout.rollout_by == origin) | (advantage_weights(rollout, phase_weights, origin) != 0)
             if bool(concerned.any()):
                 selected = rollout.completion_mask & concerned[:, None]
-                values[origin] = sweep.values(selected, critic, models.policy, seen)
+                values[origin] = scorer.values(selected, critic, models.policy, hidden_states)
         return values
 
-    by_reference = partial(sweep.full_log_probs, rollout.by_policy, models.reference)
-    reference, values = run_with_critics(concurrency, models.reference.model, rollout, by_reference, by_critics)
+    by_reference = partial(scorer.full_log_probs, rollout.by_policy, models.reference)
+    reference, values = run_with_critics(models.reference, rollout, by_reference, by_critics, concurrently)
     return TokenLogProbs(old, reference, losses.kl_k1(full, reference) * rollout.by_policy, values)
 
 
 def run_with_critics(
-    concurrency: ConcurrentPair | None, model: Any, rollout: Rollout, task: Callable[[], S], critics: Callable[[], T]
+    language_model: LanguageModel, rollout: Rollout, task: Callable[[], S], critics: Callable[[], T], concurrently: bool
 ) -> tuple[S, T]:
     """Run a language model's task and the critics' task; return both results.
 
-    They run concurrently if `lanes` is given and both take about the same time.
+    Args:
+        language_model: the model of `task`.
+        rollout: the rollout that both evaluate.
+        task: a function that uses the language model alone.
+        critics: a function that uses the critics alone.
+        concurrently: whether they share nothing, so that they may run at the same time; they do
+            where that is faster, and if both take about the same time.
     """
-    return concurrency.run(task, critics) if concurrency and _costs_alike(model, rollout) else (task(), critics())
+    if concurrently and _costs_alike(language_model, rollout):
+        return dispatch.run_concurrently(task, critics, language_model.device)
+    return task(), critics()
 
 
-def _costs_alike(model: Any, rollout: Rollout) -> bool:
+def _costs_alike(language_model: LanguageModel, rollout: Rollout) -> bool:
     """Return whether a language model takes about as long as a critic.
 
     A critic has no language-model head, and the head can be most of the work.
     """
-    head = sum(parameter.numel() for parameter in model.get_output_embeddings().parameters())
-    body = sum(parameter.numel() for parameter in model.parameters()) - head
-    return 3 * head * int(rollout.by_policy.sum()) <= 2 * body * int(rollout.lengths.sum())
+    head = language_model.head_to_body * int(rollout.by_policy.sum())
+    return 3 * head <= 2 * int(rollout.lengths.sum())
 
 
 def make_experience(

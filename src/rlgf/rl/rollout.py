@@ -12,15 +12,15 @@ from itertools import pairwise
 import torch
 
 from rlgf.algorithms.guided import Algorithm, Phase, PhaseWeight, sample_switch
-from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations, replace_surrogates
+from rlgf.data.tokenization import complete_utf8_prefix
 from rlgf.errors import GuideError
-from rlgf.generation.base import SampledCompletions
-from rlgf.generation.decoder import sample_completions, split_context
-from rlgf.guides.base import Completion, CompletionRequest, Guide, query_guide
+from rlgf.generation.base import Sampler, SampleRequest
+from rlgf.guides.base import CompletionRequest, Guide, query_guide
+from rlgf.guides.encoding import encode_guide_completions
 from rlgf.models.forward import pad_rows
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import SampledSupport
-from rlgf.randomness import Purpose, permutation, uniform_rows, uniforms
+from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.rl.tensors import Rollout
 from rlgf.types import GUIDE, POLICY, Origin, Prompt, SamplingParams
 
@@ -30,12 +30,12 @@ class RolloutConfig:
     """The settings of generation that stay the same during a run."""
 
     policy: LanguageModel
+    sampler: Sampler  # of the policy's tokens
     guide: Guide | None
     sampling: SamplingParams  # of the policy
     max_new_tokens: int  # of a completion, in tokens
     min_new_tokens: int  # completion tokens before which EOS is forbidden
     seed: int
-    precision: str = "fp32"
     token_purpose: Purpose = Purpose.POLICY_TOKEN
 
 
@@ -103,15 +103,15 @@ def collect_rollout(
     names = ("discarded_tokens", "switches_moved", "guide_requests", "guide_completions_truncated", "guide_completions_changed")
     names += ("guide_rows_substituted", "guide_rows_dropped")
     counts: dict[str, int] = dict.fromkeys(names, 0)
-    begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, rollout_config.seed)]
-    _roll_in(rollout_config, algorithm, begun, counts)
-    for author in (POLICY, GUIDE):
+    with_rollin = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, rollout_config.seed)]
+    _roll_in(rollout_config, algorithm, with_rollin, counts)
+    for origin in (POLICY, GUIDE):
         open_rows = [
             row
             for row in rows
-            if row.rollout_by == author and not row.ended_with_eos and len(row.ids) < rollout_config.max_new_tokens
+            if row.rollout_by == origin and not row.ended_with_eos and len(row.ids) < rollout_config.max_new_tokens
         ]
-        _extend_rows(rollout_config, author, open_rows, [rollout_config.max_new_tokens] * len(open_rows), counts)
+        _extend_rows(rollout_config, origin, open_rows, [rollout_config.max_new_tokens] * len(open_rows), counts)
     rows = _handle_failed_rows(rollout_config, rows, counts)
     return _as_rollout(rollout_config, rows, samples_per_prompt, counts)
 
@@ -147,9 +147,9 @@ def rollin_requests(
     """
     rows = _new_rows(rollout_config, algorithm, phase_weights, prompts, indices)
     rows = [row for row in rows if algorithm.phases[row.phase].rollin == GUIDE]
-    begun = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, rollout_config.seed)]
-    ends = [_known_switch(rollout_config, algorithm.phases[row.phase], row, GUIDE) for row in begun]
-    pairs = [(row, rollout_config.max_new_tokens if end is None else end) for row, end in zip(begun, ends)]
+    with_rollin = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, rollout_config.seed)]
+    ends = [_known_switch(rollout_config, algorithm.phases[row.phase], row, GUIDE) for row in with_rollin]
+    pairs = [(row, rollout_config.max_new_tokens if end is None else end) for row, end in zip(with_rollin, ends)]
     return _requests(rollout_config, [(row, end) for row, end in pairs if end > 0])
 
 
@@ -167,7 +167,7 @@ def _handle_failed_rows(rollout_config: RolloutConfig, rows: list[_Row], counts:
     counts["guide_rows_substituted"] += len(left)
     counts["guide_rows_dropped"] += len(rows) - len(kept)
     if not kept:
-        raise GuideError("the guide gave none of an iteration's texts: mend it, or set guide.on_failure=wait.")
+        raise GuideError("the guide returned no completion in an iteration: fix it, or set guide.on_failure=wait.")
     return kept
 
 
@@ -178,11 +178,11 @@ def _has_rollin(phase: Phase, row: _Row, seed: int) -> bool:
 
 def _roll_in(rollout_config: RolloutConfig, algorithm: Algorithm, rows: Sequence[_Row], counts: dict[str, int]) -> None:
     """Generate the rollins and truncate them to their switch positions."""
-    for author in (POLICY, GUIDE):
-        members = [row for row in rows if algorithm.phases[row.phase].rollin == author]
-        planned = [_known_switch(rollout_config, algorithm.phases[row.phase], row, author) for row in members]
+    for origin in (POLICY, GUIDE):
+        members = [row for row in rows if algorithm.phases[row.phase].rollin == origin]
+        planned = [_known_switch(rollout_config, algorithm.phases[row.phase], row, origin) for row in members]
         _extend_rows(
-            rollout_config, author, members, [rollout_config.max_new_tokens if h is None else h for h in planned], counts
+            rollout_config, origin, members, [rollout_config.max_new_tokens if h is None else h for h in planned], counts
         )
         for row, h in zip(members, planned):
             phase = algorithm.phases[row.phase]
@@ -191,7 +191,7 @@ def _roll_in(rollout_config: RolloutConfig, algorithm: Algorithm, rows: Sequence
                 counts["guide_rows_substituted"] += 1
                 continue
             drawn = (
-                _sample_switch_position(rollout_config, phase, row, author, len(row.ids)) if h is None else min(h, len(row.ids))
+                _sample_switch_position(rollout_config, phase, row, origin, len(row.ids)) if h is None else min(h, len(row.ids))
             )
             row.switch_position = _snap_to_character(rollout_config, row, drawn)
             counts["switches_moved"] += row.switch_position < drawn
@@ -254,31 +254,30 @@ def _extend_rows(
 
 def _sample_policy(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]]) -> None:
     """Sample tokens from the policy, up to the given completion length of each row."""
-    budgets = [end - len(row.ids) for row, end in pairs]
-    starts = [len(row.ids) for row, _ in pairs]
-    sources, prefixes = split_context(rollout_config.policy.model, [(row.prompt_ids, row.ids) for row, _ in pairs])
-    written: SampledCompletions = sample_completions(
-        rollout_config.policy,
-        prefixes,
-        budgets,
-        [max(0, rollout_config.min_new_tokens - start) for start in starts],
-        uniform_rows(rollout_config.seed, rollout_config.token_purpose, [row.index for row, _ in pairs], max(budgets), starts),
+    sampled = rollout_config.sampler.sample(
+        [
+            SampleRequest(
+                row.prompt_ids, list(row.ids), end - len(row.ids), max(0, rollout_config.min_new_tokens - len(row.ids)),
+                row.index, len(row.ids),
+            )
+            for row, end in pairs
+        ],
         rollout_config.sampling,
-        rollout_config.precision,
-        sources,
-    )
+        rollout_config.seed,
+        rollout_config.token_purpose,
+    )  # fmt: skip
     parts: list[torch.Tensor] = []
-    if written.support is not None:
-        parts = list(written.support.ids.split(written.support.counts.flatten().tolist()))
-    width = written.tokens.shape[1]
+    if sampled.support is not None:
+        parts = list(sampled.support.ids.split(sampled.support.counts.flatten().tolist()))
+    width = sampled.tokens.shape[1]
     for i, (row, _) in enumerate(pairs):
-        length = int(written.lengths[i])
-        row.ids += written.tokens[i, :length].tolist()
+        length = int(sampled.lengths[i])
+        row.ids += sampled.tokens[i, :length].tolist()
         row.origin += [POLICY] * length
-        row.log_probs += written.log_probs[i, :length].tolist()
-        row.full_log_probs += written.full_log_probs[i, :length].tolist()
+        row.log_probs += sampled.log_probs[i, :length].tolist()
+        row.full_log_probs += sampled.full_log_probs[i, :length].tolist()
         row.supports += parts[i * width : i * width + length] if parts else [torch.zeros(0, dtype=torch.int64)] * length
-        row.ended_with_eos = bool(written.ended_with_eos[i])
+        row.ended_with_eos = bool(sampled.ended_with_eos[i])
 
 
 def _query_guide(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]], counts: dict[str, int]) -> None:
@@ -286,22 +285,21 @@ def _query_guide(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]
     assert rollout_config.guide is not None
     requests = _requests(rollout_config, pairs)
     counts["guide_requests"] += len(requests)
-    answers = query_guide(rollout_config.guide, requests)
-    _record_guide_completions(rollout_config, [row for row, _ in pairs], answers, counts)
-    for (row, end), answer in zip(pairs, answers):
-        if answer.failed:
+    completions = encode_guide_completions(rollout_config.policy, requests, query_guide(rollout_config.guide, requests))
+    for (row, _), completion in zip(pairs, completions):
+        if completion is None:
             row.guide_failed = True
             continue
-        ids, finished, cut = encode_guide_completion(
-            rollout_config.policy, answer, end - len(row.ids), has_prefix=bool(row.ids)
-        )
-        counts["guide_completions_truncated"] += cut
-        row.ids += ids
-        row.origin += [GUIDE] * len(ids)
-        row.log_probs += [0.0] * len(ids)
-        row.full_log_probs += [0.0] * len(ids)
-        row.supports += [torch.zeros(0, dtype=torch.int64)] * len(ids)
-        row.ended_with_eos = finished
+        counts["guide_completions_truncated"] += completion.truncated
+        counts["guide_completions_changed"] += completion.changed
+        row.ids += completion.ids
+        row.origin += [GUIDE] * len(completion.ids)
+        row.log_probs += [0.0] * len(completion.ids)
+        row.full_log_probs += [0.0] * len(completion.ids)
+        row.supports += [torch.zeros(0, dtype=torch.int64)] * len(completion.ids)
+        row.ended_with_eos = completion.ended_with_eos
+        if completion.text is not None:
+            row.guide_completion = completion.text
 
 
 def _requests(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]]) -> list[CompletionRequest]:
@@ -314,61 +312,6 @@ def _requests(rollout_config: RolloutConfig, pairs: Sequence[tuple[_Row, int]]) 
         )
         for (row, end), prefix in zip(pairs, prefixes)
     ]  # fmt: skip
-
-
-def _record_guide_completions(
-    rollout_config: RolloutConfig, rows: Sequence[_Row], answers: Sequence[Completion], counts: dict[str, int]
-) -> None:
-    """Store the text of a text guide's completions.
-
-    Count those that change when the policy's tokenizer encodes and decodes them.
-    """
-    codec = rollout_config.policy.codec
-    written = [(row, answer.text) for row, answer in zip(rows, answers) if answer.ids is None and not answer.failed]
-    if not written:
-        return
-    before = [row.ids if codec.is_encoder_decoder else [*row.prompt_ids, *row.ids] for row, _ in written]
-    ids = [codec.response(text, has_prefix=bool(row.ids)) for row, text in written]
-    back = decode_continuations(codec.tokenizer, before, ids)
-    for (row, text), again in zip(written, back):
-        row.guide_completion = replace_surrogates(text)
-        counts["guide_completions_changed"] += again != text
-
-
-def encode_guide_completion(
-    policy: LanguageModel, completion: Completion, max_new_tokens: int, has_prefix: bool = False
-) -> tuple[list[int], bool, bool]:
-    """Encode a guide's completion in policy tokens.
-
-    A finished completion gets the policy's EOS token if it fits; a truncated one does not. Tokens
-    after an EOS token that the guide generated are dropped.
-
-    Args:
-        policy: the model whose tokenizer is used.
-        completion: the guide's completion, as text or token ids.
-        max_new_tokens: the maximum number of tokens.
-        has_prefix: whether the row has completion tokens before this part.
-
-    Returns:
-        The token ids; whether they end with an EOS token; whether tokens were dropped.
-
-    Raises:
-        GuideError: a token id is outside the policy's vocabulary.
-    """
-    if completion.ids is not None:
-        ids = list(completion.ids)
-    else:
-        ids = policy.codec.response(completion.text, has_prefix)
-        ids = [*ids, policy.eos_token_id] if completion.finished and len(ids) < max_new_tokens else ids
-    if any(not 0 <= token < policy.vocab_size for token in ids):
-        raise GuideError(
-            f"the guide wrote token ids outside the policy's vocabulary of {policy.vocab_size}: it must use its tokenizer."
-        )
-    whole = len(ids)
-    ended = next((place + 1 for place, token in enumerate(ids) if token in policy.eos_token_ids), len(ids))
-    ids = ids[:ended]
-    kept = ids[:max_new_tokens]
-    return kept, bool(kept) and kept[-1] in policy.eos_token_ids, len(kept) < whole
 
 
 def _as_rollout(

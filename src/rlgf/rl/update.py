@@ -18,10 +18,10 @@ from rlgf.algorithms.schedules import learning_rate_factor
 from rlgf.config.sections import CriticConfig, KLConfig, PPOConfig
 from rlgf.distributed import all_reduce_sum
 from rlgf.errors import TrainingError
-from rlgf.kernels.concurrency import ConcurrentPair
 from rlgf.models.critic import Critic
 from rlgf.models.forward import micro_batches, token_logits
 from rlgf.models.log_probs import entropy, token_log_probs
+from rlgf.models.memory import TrainedModels
 from rlgf.models.offload import on_device
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.rl.experience import ForwardConfig, Models, policy_log_probs, run_with_critics
@@ -48,9 +48,8 @@ class Updater:
         self.models, self.forward_config, self.kl, self.critic = models, forward_config, kl, critic
         self.targets, self.seed = targets, seed
         self.shares_backbone = critic.kind == "value_head"
-        # policy and critics run concurrently if they share nothing, not even dropout's generator
-        apart = critic.kind == "separate" and models.policy.device.type == "cpu" and not forward_config.ppo.dropout
-        self.concurrency = ConcurrentPair() if apart else None
+        # policy and critics share nothing then, not even dropout's generator
+        self.independent_critics = critic.kind == "separate" and not forward_config.ppo.dropout
         for language_model in (models.policy, models.reference):
             language_model.model.eval()  # no dropout, so that the first ratio is exactly 1
         for value in models.critics.values():
@@ -83,42 +82,13 @@ class Updater:
                 stack.enter_context(on_device(critic, self.critic_optimizers.get(origin)))
             return self._epochs(experience, iteration)
 
-    def probe_memory(self, max_tokens: int, width: int, max_new_tokens: int) -> None:
-        """Run forward and backward on the largest micro-batch, to test that memory suffices.
-
-        Memory is also allocated for the state of the optimizers, and a tenth of the device's memory
-        as a reserve. No gradient or state is kept.
-
-        Args:
-            max_tokens: the tokens of the micro-batch.
-            width: the length of the longest row.
-            max_new_tokens: the number of its last tokens whose logits and values are computed.
-
-        Raises:
-            torch.OutOfMemoryError: the micro-batch does not fit.
-        """
-        policy, precision = self.models.policy, self.forward_config.precision
-        ids = torch.zeros((max(1, max_tokens // width), width), dtype=torch.int64)
-        starts = torch.full((len(ids),), width - max_new_tokens)
-        asked = (torch.arange(width) >= width - max_new_tokens).expand(len(ids), -1)
-        optimizers = [self.policy_optimizer, *self.critic_optimizers.values()]
-        trained = [p for o in optimizers for group in o.param_groups for p in group["params"] if p not in o.state]
-        with ExitStack() as stack:
-            for origin, critic in self.models.critics.items():
-                stack.enter_context(on_device(critic, self.critic_optimizers.get(origin)))
-            kept = [torch.empty_like(p) for p in trained for _ in range(2)]
-            for batch in micro_batches(policy.model, ids, starts, asked, max_tokens):
-                logits, hidden = token_logits(policy, batch, precision)
-                loss = token_log_probs(logits, ids[batch.token_index].to(logits.device)).sum()
-                for critic in self.models.critics.values():
-                    loss = loss + critic(batch, precision, hidden if self.shares_backbone else None).sum()
-                loss.backward()  # pyright: ignore[reportUnknownMemberType]
-            if policy.device.type == "cuda":
-                kept.append(
-                    torch.empty(torch.cuda.mem_get_info(policy.device)[1] // 10, dtype=torch.uint8, device=policy.device)
-                )
-        for optimizer in optimizers:
-            optimizer.zero_grad()
+    @property
+    def trained_models(self) -> TrainedModels:
+        """Return the models with their optimizers, for the search of a micro-batch size."""
+        return TrainedModels(
+            self.models.policy, self.models.critics, self.policy_optimizer, self.critic_optimizers,
+            self.forward_config.precision,
+        )  # fmt: skip
 
     def _epochs(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Run the optimizer steps of all epochs until done or stopped by `ppo.target_kl`."""
@@ -165,8 +135,9 @@ class Updater:
             # no model is updated before the first ratio was checked
             return gradients | self._critic_optimizer_steps(critic_rate) if done else gradients
 
-        model, rollout = self.models.policy.model, experience.rollout
-        (stats, policy_moved), valued = run_with_critics(self.concurrency, model, rollout, policy, critics)
+        (stats, policy_moved), valued = run_with_critics(
+            self.models.policy, experience.rollout, policy, critics, self.independent_critics
+        )
         ratio_error = stats.pop("ratio_error")
         if done == 0:
             self._check_first_ratio(ratio_error)
@@ -316,7 +287,7 @@ class Updater:
         old, goal = experience.values[rows, columns].to(device), experience.returns[rows, columns].to(device)
         loss, clipped = losses.value_loss(values, old, goal, weights.to(device), self.critic.value_clip)
         sums["value_loss"] += float(loss.detach())
-        sums["value_clip_fraction"] += float((weights * clipped.cpu()).sum())
+        sums["value_clip_fraction"] += float((weights * clipped.to(weights.device)).sum())
         return loss
 
     def _mle_batch(self, step: int) -> list[Example]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlgf.kernels import native
+from rlgf.kernels import dispatch
 
 
 def describe_machine() -> dict[str, Any]:
@@ -16,7 +16,7 @@ def describe_machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "compiled": native.describe(),
+        "kernels": dispatch.describe(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("rlgf", "torch", "transformers")},
     }

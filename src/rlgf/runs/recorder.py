@@ -1,11 +1,117 @@
-"""Rollouts as JSON objects."""
+"""The record of a run: metrics, rollouts, trackers, guide usage and checkpoints.
 
-from collections.abc import Sequence
-from typing import Any
+The trainer opens no file: it yields iterations, and a recorder writes them.
+"""
 
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from rlgf.config.sections import RuntimeConfig
 from rlgf.data.tokenization import Codec
-from rlgf.rl.tensors import Rollout
+from rlgf.errors import TrainingError
+from rlgf.rl.tensors import Experience, Rollout
+from rlgf.runs.directory import RunDirectory
+from rlgf.runs.profiling import run_with_profiler
+from rlgf.runs.tracking import Trackers
 from rlgf.types import Origin
+
+Step = Callable[[int], tuple[dict[str, Any], Experience]]
+
+
+class Recordable(Protocol):
+    """The state of a training loop that a recorder saves and restores."""
+
+    iteration: int  # number of iterations done
+
+    @property
+    def num_iterations(self) -> int:
+        """Return the number of iterations of the whole run."""
+        ...
+
+    @property
+    def codec(self) -> Codec:
+        """Return the codec of the policy."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
+        ...
+
+    def load_state(self, iteration: int, state: Mapping[str, Any]) -> None:
+        """Load the state of a checkpoint after `iteration` iterations."""
+        ...
+
+    def guide_usage(self) -> Mapping[str, float]:
+        """Return the guide's usage over the whole run; empty without counts."""
+        ...
+
+    def load_guide_usage(self, usage: Mapping[str, float]) -> None:
+        """Add the guide's usage of an earlier part of the run."""
+        ...
+
+
+class RunRecorder:
+    """A context manager that keeps a training loop in a run directory.
+
+    Entering resumes from the last checkpoint and drops the lines after it. `write` keeps an
+    iteration, in this order: guide usage, rollouts, metrics, checkpoint; so a run that is killed in
+    between keeps its costs. Leaving after a `TrainingError` writes a checkpoint; leaving in any way
+    writes the guide usage and closes the trackers.
+    """
+
+    def __init__(
+        self, loop: Recordable, directory: RunDirectory, runtime: RuntimeConfig, config_values: Mapping[str, Any]
+    ) -> None:
+        self.loop, self.directory, self.runtime, self.config_values = loop, directory, runtime, config_values
+        self.profiled_iteration = -1
+
+    def __enter__(self) -> Self:
+        """Open the trackers and resume from the last checkpoint, if there is one."""
+        checkpoint = self.directory.load_checkpoint()
+        if checkpoint:
+            self.loop.load_state(*checkpoint)
+        self.loop.load_guide_usage(self.directory.load_guide_usage())
+        self.directory.drop_lines_after(self.loop.iteration)
+        self.trackers = Trackers(self.runtime.trackers, self.directory.folder / "trackers", self.config_values)
+        if self.runtime.profile:  # the second iteration of this process, as the first one warms up
+            self.profiled_iteration = min(self.loop.iteration + 1, self.loop.num_iterations - 1)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Write a checkpoint after a `TrainingError`; write the guide usage; close the trackers."""
+        try:
+            if isinstance(error, TrainingError):
+                self.directory.save_checkpoint(self.loop.iteration, self.loop.state())
+        finally:
+            self._save_guide_usage()  # also if interrupted: limits are per run
+            self.trackers.finish()
+
+    def run_step(self, step: Step, iteration: int) -> tuple[dict[str, Any], Experience]:
+        """Run a step of the loop, under the profiler if this iteration is to be profiled."""
+        if iteration != self.profiled_iteration:
+            return step(iteration)
+        (metrics, experience), shares = run_with_profiler(partial(step, iteration), self.directory.folder / "profile")
+        return {**metrics, "profile": shares}, experience
+
+    def write(self, metrics: Mapping[str, Any], experience: Experience) -> None:
+        """Write guide usage, rollouts, metrics and, when due, a checkpoint."""
+        iteration = metrics["iteration"]
+        self._save_guide_usage()
+        scores = experience.score.tolist()
+        self.directory.log("rollouts.jsonl", rollout_rows(experience.rollout, scores, iteration, self.loop.codec))
+        self.directory.log("metrics.jsonl", [metrics])
+        evaluation = {f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}
+        self.trackers.log({**metrics, **evaluation}, iteration)
+        done = self.loop.iteration
+        if done % self.runtime.checkpoint_every == 0 or done == self.loop.num_iterations:
+            self.directory.save_checkpoint(done, self.loop.state())
+
+    def _save_guide_usage(self) -> None:
+        """Write the guide's usage of the whole run, if it counts any."""
+        if usage := self.loop.guide_usage():
+            self.directory.save_guide_usage(usage)
 
 
 def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, codec: Codec) -> list[dict[str, Any]]:
