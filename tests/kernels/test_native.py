@@ -81,7 +81,7 @@ def test_activations_are_torchs(variant: str, threads: None):
 def test_rotary_positions_are_transformers(variant: str, threads: None):
     q, k = drawn(9, 4, 64).transpose(0, 1), drawn(9, 6, 64, seed=1)[:, 2:4].transpose(0, 1)
     angles = drawn(9, 32, seed=2).repeat(1, 2)
-    cos, sin = angles.cos() * torch.linspace(0.5, 1, 64), angles.sin()  # the halves may differ: nothing says otherwise
+    cos, sin = (x * torch.linspace(0.5, 1, 64) for x in (angles.cos(), angles.sin()))  # nothing says that halves are equal
     for heads in (q, k):
         result = rlgf_native.apply_rotary(heads, cos, sin)
         found = [result, rlgf_native.apply_rotary(upstream_of(result), cos, sin, backward=True)]
