@@ -1,10 +1,12 @@
-# One verb per thing a person wants to do. `make setup` needs Python 3.11 or 3.12 and the package registry, nothing else.
+# One verb per thing a person wants to do. `make setup` needs Python 3.11 or 3.12 and the package registry, and a C compiler
+# for the optional kernels.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?= ../shared/data
 CORENLP ?= $(or $(RLGF_CORENLP),$(or $(RLGF_SHARED),../shared)/corenlp)
 STAMP := $(VENV)/.installed
+NATIVE := native/pyproject.toml native/setup.py $(wildcard native/csrc/*) $(wildcard native/src/rlgf_native/*.py)
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
@@ -12,9 +14,14 @@ VLLM_VERSION := 0.32.0
   bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate docs sample clean
 
 setup: $(STAMP)
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# --no-deps: torch is installed; --force-reinstall: the version is the same after a change of the sources
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall ./native || \
+	  { $(BIN)/python -m pip uninstall --quiet --yes rlgf-native; \
+	    echo 'rlgf works without its optional C kernels (native/), which could not be built: see the error above. On a CPU they save' \
+	      'time; to have them, install a C compiler with OpenMP (gcc) and run: $(BIN)/python -m pip install --no-deps ./native' >&2; }
 	touch $(STAMP)
 
 quickstart: setup  ## every algorithm on the embedded task, one table, minutes on two cores
@@ -112,4 +119,4 @@ docs: setup  ## the reference pages that are made from the code
 	$(BIN)/python docs/make.py
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs native/build .pytest_cache .ruff_cache

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted((ROOT / "src").rglob("*.py"))
+SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "native" / "src").rglob("*.py")])
 DOCUMENTS = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / "bench" / "README.md",
+    ROOT / "native" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "results").rglob("README.md")),
 ]  # fmt: skip
 RENAMED = tomllib.loads((ROOT / "tools" / "renamed.toml").read_text(encoding="utf-8"))
