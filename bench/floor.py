@@ -32,7 +32,7 @@ from bench.iteration import ROOT, keep, processor
 from bench.worker import machine
 from bench.worker_rlgf import build, set_up
 from bench.workload import WORKLOADS
-from rlgf.kernels import modules, native
+from rlgf.kernels import dispatch, linear, native
 from rlgf.trainer import Trainer
 
 STAGES = ("rollout", "experience", "update")
@@ -156,7 +156,7 @@ def alone(product: Product) -> float:
         laid = all(isinstance(x, Tensor) and x.numel() and 1 in x.stride() for x in plain[-2:])
         fits = laid and native.has_matmul() and plain[-1].dtype == torch.float32
         if func.overloadpacket.__name__ in ("mm", "addmm") and fits:
-            seconds = min(seconds, best(lambda: native.matmul(plain[-2], plain[-1])))
+            seconds = min(seconds, best(lambda: native.library().matmul(plain[-2], plain[-1])))
     return seconds
 
 
@@ -164,7 +164,7 @@ def rates(dtype: torch.dtype) -> dict[str, float]:
     """What the machine does: GFLOP/s of a large product, GB/s of adding two tensors of 4 MB and of 128 MB."""
     width = 2048
     x, y = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
-    found = {"gflops": 2 * width**3 / best(lambda: modules.linear(x, y), 0.5) / 1e9}
+    found = {"gflops": 2 * width**3 / best(lambda: linear.linear(x, y), 0.5) / 1e9}
     for name, megabytes in (("gbs_cache", 4), ("gbs_memory", 128)):
         a, b, c = (torch.randn(megabytes * 250_000) for _ in range(3))
         found[name] = 3 * megabytes / 1e3 / best(lambda a=a, b=b, c=c: torch.add(a, b, out=c), 0.3)
@@ -201,15 +201,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def counted(trainer: Trainer, iteration: int) -> dict[str, Ledger]:
     """What each stage of an iteration does."""
     ledgers = {stage: Ledger() for stage in STAGES}
-    trainer.updater.concurrency = None  # a ledger sees its own thread
-    native.set_enabled(False)
+    dispatch.select("torch", ["concurrency"])  # a ledger sees its own thread
     with ledgers["rollout"]:
         rollout = trainer.collect_rollout(iteration)
     with ledgers["experience"]:
         experience = trainer.make_experience(rollout, iteration)
     with ledgers["update"]:
         trainer.update(experience, iteration)
-    native.set_enabled(True)
+    dispatch.select("auto")
     return ledgers
 
 

@@ -27,7 +27,7 @@ ORDER = {
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
     "generation/openai": "__init__ cache responses client token_ids",
     "guides": "__init__ base human local remote prefetch encoding",
-    "kernels": "__init__ concurrency native attention processor linear modules dispatch",
+    "kernels": "__init__ concurrency processor native attention linear modules dispatch",
     "models": (
         "__init__ log_probs lora offload padding_free forward language_model loading "
         "critic memory"

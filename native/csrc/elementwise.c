@@ -1,4 +1,4 @@
-// Activations, rotary embeddings, log-probabilities and norms, in one or two passes over memory.
+// Activations, log-probabilities and norms, in one or two passes over memory.
 // fp32.
 
 #include "vector.h"
@@ -48,24 +48,6 @@ void KERNEL(silu_and_mul_backward)(int64_t rows, int64_t width, const float *sta
       store(to + offset, g * load(states + offset + width) * (gate + silu * (1.0f - gate)));
       store(to + offset + width, g * silu);
     }
-}
-
-// Rotary embeddings of heads [tokens, heads, size]: the halves (a, b) of a head become
-// (a cos − b sin, b cos + a sin), with `cosines` and `sines` [tokens, size]. `backward`: the
-// gradient of the heads from that of the rotated ones, which has the strides `token` and `head`.
-void KERNEL(apply_rotary)(int64_t tokens, int64_t heads, int64_t size, const float *states, int64_t token, int64_t head,
-                          const float *cosines, const float *sines, int64_t backward, float *to, int threads) {
-  const int64_t half = size / 2;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < tokens; i++)
-    for (int64_t j = 0; j < heads; j++)
-      for (int64_t k = 0; k < half; k += LANES) {
-        const float *from = states + i * token + j * head + k, *cosine = cosines + i * size + k, *sine = sines + i * size + k;
-        float *result = to + (i * heads + j) * size + k;
-        const Vector a = load(from), b = load(from + half);
-        store(result, a * load(cosine) + (backward ? b * load(sine + half) : -b * load(sine)));
-        store(result + half, b * load(cosine + half) + (backward ? -a * load(sine) : a * load(sine + half)));
-      }
 }
 
 // ------------------------------------------------------------------------ log-probabilities

@@ -88,3 +88,13 @@ def test_two_functions_run_one_after_the_other_where_concurrency_is_off(mode: st
 
     assert dispatch.run_concurrently(lambda: task(1), lambda: task(2), torch.device("cpu")) == (2, 2)
     assert order == [1, 2]
+
+
+def test_the_c_kernels_are_given_only_what_they_support() -> None:
+    if reason := native.unavailable_reason():
+        pytest.skip(reason)
+    assert native.supports(torch.zeros(3, 32))
+    refused = (torch.zeros(3, 8), torch.zeros(3, 32).double(), torch.zeros(3, 32).bfloat16(), torch.zeros(32, 16).t())
+    assert not any(native.supports(states) for states in (*refused, torch.zeros(0, 16)))
+    dispatch.select("torch")
+    assert not native.supports(torch.zeros(3, 32))

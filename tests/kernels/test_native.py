@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from rlgf.kernels.processor import processor
 
 rlgf_native = pytest.importorskip(
     "rlgf_native", reason="the C kernels are not installed (pip install ./native)", exc_type=ModuleNotFoundError
@@ -76,16 +77,6 @@ def test_activations_are_torchs(variant: str, threads: None):
     result = rlgf_native.silu_and_mul(both)
     found = [result, rlgf_native.silu_and_mul_backward(both, upstream_of(result))]
     same(found, exact(lambda x: nn.functional.silu(x[:, :16]) * x[:, 16:], both))
-
-
-def test_rotary_positions_are_transformers(variant: str, threads: None):
-    q, k = drawn(9, 4, 64).transpose(0, 1), drawn(9, 6, 64, seed=1)[:, 2:4].transpose(0, 1)
-    angles = drawn(9, 32, seed=2).repeat(1, 2)
-    cos, sin = (x * torch.linspace(0.5, 1, 64) for x in (angles.cos(), angles.sin()))  # nothing says that halves are equal
-    for heads in (q, k):
-        result = rlgf_native.apply_rotary(heads, cos, sin)
-        found = [result, rlgf_native.apply_rotary(upstream_of(result), cos, sin, backward=True)]
-        same(found, exact(lambda x: apply_rotary_pos_emb(x, x, cos.double(), sin.double(), unsqueeze_dim=0)[0], heads))
 
 
 @pytest.mark.parametrize("width", [16, 80])
@@ -236,36 +227,20 @@ def test_nothing_hides_what_is_not_a_number(variant: str):
 # which kernels a processor gets
 
 
-@pytest.mark.parametrize(("told", "wide"), [
-    ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t: avx512f\n", False),
-    ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx512f\n", True),
-    ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx2\n", False),
-    ("vendor_id\t: GenuineIntel\ncpu family\t: 26\nflags\t: avx512f\n", False),
-    ("CPU part\t: 0xd40\n", False),
+@pytest.mark.parametrize(("variants", "used"), [
+    (("avx512", "avx2"), "attention, activations, norms, log-probabilities, products on AVX-512"),
+    (("avx2",), "attention, activations, norms, log-probabilities"),
+    ((), "nothing"),
 ])  # fmt: skip
-def test_a_processor_with_units_of_the_whole_width_is_known(told: str, wide: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(library, "processor", lambda: told)
-    assert library.has_full_width_avx512.__wrapped__() is wide
-
-
-@pytest.mark.parametrize(("variants", "wide", "used"), [
-    (("avx512", "avx2"), True, "attention, activations, norms, log-probabilities, products on AVX-512"),
-    (("avx512", "avx2"), False, "attention, activations, norms, log-probabilities"),
-    (("avx2",), True, "attention, activations, norms, log-probabilities"),
-    ((), True, "nothing"),
-])  # fmt: skip
-def test_products_are_for_the_whole_width_of_avx512(
-    variants: tuple[str, ...], wide: bool, used: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_products_are_for_avx512(variants: tuple[str, ...], used: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(library, "load", lambda: (ctypes.CDLL(None), None))
     monkeypatch.setattr(library, "supported_variants", lambda: variants)
-    monkeypatch.setattr(rlgf_native, "has_full_width_avx512", lambda: wide)
     assert rlgf_native.describe() == used
     assert rlgf_native.has_matmul() is ("AVX-512" in used)
 
 
 def flags_of_this_processor() -> set[str]:
-    return {flag for line in rlgf_native.processor().splitlines() if line.startswith("flags") for flag in line.split()}
+    return {flag for line in processor().splitlines() if line.startswith("flags") for flag in line.split()}
 
 
 def test_the_variants_are_those_of_the_flags_of_the_processor():

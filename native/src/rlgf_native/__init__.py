@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from rlgf_native import library
-from rlgf_native.library import has_full_width_avx512, is_intel, processor, unavailable_reason
+from rlgf_native.library import unavailable_reason
 
 __version__ = "0.1.0"
 __all__ = [
-    "VECTOR_WIDTH", "apply_rotary", "attention", "attention_backward", "attention_decode", "describe", "gelu",
-    "gelu_backward", "has_full_width_avx512", "has_matmul", "is_intel", "log_prob_backward", "logsumexp", "matmul",
-    "processor", "rms_norm", "rms_norm_backward", "silu_and_mul", "silu_and_mul_backward", "unavailable_reason",
+    "VECTOR_WIDTH", "attention", "attention_backward", "attention_decode", "describe", "gelu",
+    "gelu_backward", "has_matmul", "log_prob_backward", "logsumexp", "matmul",
+    "rms_norm", "rms_norm_backward", "silu_and_mul", "silu_and_mul_backward", "unavailable_reason",
 ]  # fmt: skip
 
 VECTOR_WIDTH = 16  # last dimensions are multiples of this
@@ -65,20 +65,6 @@ def silu_and_mul_backward(states: Tensor, gradient: Tensor) -> Tensor:
     return result
 
 
-def apply_rotary(states: Tensor, cosines: Tensor, sines: Tensor, backward: bool = False) -> Tensor:
-    """Apply rotary embeddings to heads [heads, tokens, size] (last dimension contiguous).
-
-    The other dimensions may have any strides. `cosines` and `sines` [tokens, size] are contiguous.
-    `backward`: compute the gradient of the heads from the gradient of the rotated ones.
-    """
-    heads, tokens, size = states.shape
-    result = states.new_empty(tokens, heads, size)
-    library.call(
-        "apply_rotary", tokens, heads, size, states, states.stride(1), states.stride(0), cosines, sines, int(backward), result
-    )
-    return result.transpose(0, 1)
-
-
 def logsumexp(logits: Tensor) -> Tensor:
     """Compute log Σ exp(logits) of contiguous `logits` [rows, vocabulary] -> [rows]."""
     result = logits.new_empty(logits.shape[0])
@@ -115,11 +101,8 @@ def rms_norm_backward(states: Tensor, weight: Tensor, scales: Tensor, gradient: 
 
 
 def has_matmul() -> bool:
-    """Return whether `matmul` is available and faster than the default library.
-
-    That is so on processors with AVX-512 whose full width the default library does not use.
-    """
-    return library.variant() == "avx512" and has_full_width_avx512()
+    """Return whether `matmul` is available: on processors with AVX-512."""
+    return library.variant() == "avx512"
 
 
 def matmul(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -1,8 +1,6 @@
-"""The compiled library: loading, the processor it runs on, and calls of its functions."""
+"""The compiled library: loading, and calls of the functions for this processor."""
 
 import ctypes
-import platform
-import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -48,36 +46,6 @@ def unavailable_reason() -> str | None:
     if library is not None and variant() is None:
         return "this processor has neither AVX-512 nor AVX2 with FMA, which the C kernels need"
     return reason
-
-
-@cache
-def processor() -> str:
-    """Return the system's description of the processor.
-
-    It holds the lines on which machine code and speed depend.
-    """
-    fields = ("vendor_id", "cpu family", "model name", "flags", "Features", "isa", "CPU part")
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    return "\n".join(sorted({line for line in lines if line.startswith(fields)}))
-
-
-@cache
-def is_intel() -> bool:
-    """Return whether the system reports an Intel processor."""
-    return "GenuineIntel" in processor()
-
-
-@cache
-def has_full_width_avx512() -> bool:
-    """Return whether this is AMD's Zen 5 (family 26) or later, with AVX-512.
-
-    Intel's library uses half of the width of its units.
-    """
-    family = re.search(r"^cpu family\s*: (\d+)", processor(), re.MULTILINE)
-    return "AuthenticAMD" in processor() and "avx512f" in processor() and family is not None and int(family[1]) >= 26
 
 
 def call(name: str, *arguments: Tensor | int | float | None) -> int:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlgf.kernels.processor import has_full_width_avx512
+
 
 @cache
 def _module() -> Any:
@@ -46,7 +48,7 @@ def describe() -> str:
 
 def has_matmul() -> bool:
     """Return whether the C kernels have a product that is faster than the default library's."""
-    return _enabled and unavailable_reason() is None and bool(library().has_matmul())
+    return _enabled and unavailable_reason() is None and has_full_width_avx512() and bool(library().has_matmul())
 
 
 def supports_contiguous(*tensors: Tensor) -> bool:

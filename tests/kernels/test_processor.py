@@ -1,0 +1,26 @@
+"""What the system says of the processor, and the library that is chosen for it."""
+
+import pytest
+
+from rlgf.kernels import native, processor
+
+
+@pytest.mark.parametrize(("told", "wide"), [
+    ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nflags\t: avx512f\n", False),
+    ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx512f\n", True),
+    ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nflags\t: avx2\n", False),
+    ("vendor_id\t: GenuineIntel\ncpu family\t: 26\nflags\t: avx512f\n", False),
+    ("CPU part\t: 0xd40\n", False),
+])  # fmt: skip
+def test_a_processor_with_units_of_the_whole_width_is_known(told: str, wide: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(processor, "processor", lambda: told)
+    assert processor.has_full_width_avx512.__wrapped__() is wide
+
+
+@pytest.mark.parametrize(("wide", "has_avx512"), [(True, True), (True, False), (False, True)])
+def test_products_in_c_are_for_the_whole_width_of_avx512(wide: bool, has_avx512: bool, monkeypatch: pytest.MonkeyPatch):
+    library = type("Library", (), {"has_matmul": staticmethod(lambda: has_avx512)})
+    monkeypatch.setattr(native, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(native, "library", lambda: library)
+    monkeypatch.setattr(native, "has_full_width_avx512", lambda: wide)
+    assert native.has_matmul() is (wide and has_avx512)
