@@ -67,7 +67,8 @@ def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Tr
     settings: list[tuple[str, Any]] = [
         ("algorithm.name", "ppo_pp"), ("algorithm.beta_guide", BETA), ("ppo.iterations", iterations),
         ("ppo.mle_coefficient", 0.0), ("sampling.top_k", 0), ("runtime.threads", 1),
-        ("guide.spec", f"server:m@{url}"), ("guide.concurrency", CONCURRENCY), ("guide.offline", offline),
+        ("guide.spec", f"server:m@{url}"), ("guide.endpoint.concurrency", CONCURRENCY),
+        ("guide.endpoint.offline", offline),
     ]  # fmt: skip
     config: Config = override(imdb_small(), settings)
     vocabulary = config.model.vocabulary

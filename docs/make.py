@@ -16,6 +16,7 @@ SECTIONS = {
     "DistillConfig": "distill",
     "RewardConfig": "reward",
     "PreferenceConfig": "preferences",
+    "EndpointConfig": "guide.endpoint, judge.endpoint",
     "JudgeConfig": "judge",
     "GuideConfig": "guide",
     "AlgorithmConfig": "algorithm",
@@ -27,6 +28,7 @@ SECTIONS = {
     "EvaluationConfig": "evaluation",
     "RuntimeConfig": "runtime",
 }
+SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def page() -> str:
@@ -38,8 +40,9 @@ def page() -> str:
         "A recipe (`rlgf show quickstart`) changes some of these defaults.",
     ]
     classes = {node.name: (node, comments) for source in SOURCES for node, comments in classes_of(source)}
+    bounds = {name: words for source in SOURCES for name, words in bounded_types_of(source)}
     for name, section in SECTIONS.items():
-        lines += table(*classes[name], section)
+        lines += table(*classes[name], section, bounds)
     return "\n".join(lines) + "\n"
 
 
@@ -54,7 +57,18 @@ def classes_of(path: Path) -> list[tuple[ast.ClassDef, dict[int, str]]]:
     return [(node, comments) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
 
 
-def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[str]:
+def bounded_types_of(path: Path) -> list[tuple[str, str]]:
+    """Return the names of bounded types of a file (`Count = Annotated[int, Field(ge=0)]`), each in words ('int ≥ 0')."""
+    found: list[tuple[str, str]] = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Annotated["):
+            kind, bound = node.value.slice.elts  # pyright: ignore
+            limits = [f"{SIGNS[key.arg]} {ast.unparse(key.value)}" for key in bound.keywords if key.arg in SIGNS]
+            found.append((ast.unparse(node.targets[0]), " ".join([ast.unparse(kind), *limits])))
+    return found
+
+
+def table(node: ast.ClassDef, comments: dict[int, str], section: str, bounds: dict[str, str]) -> list[str]:
     """Return the lines of one section."""
     lines = ["", f"## {section or 'the whole run'}", "", " ".join((ast.get_docstring(node) or "").split()), ""]
     lines += ["| field | default | |", "|---|---|---|"]
@@ -63,6 +77,7 @@ def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[st
             default = ast.unparse(field.value)
             default = "" if default.startswith("dataclasses.field") else default
             kind = ast.unparse(field.annotation).replace("|", "or")
+            kind = " ".join(bounds.get(word, word) for word in kind.split())
             note = comments.get(field.end_lineno or 0, "")
             shown = f"`{default}`" if default else ""
             lines.append(f"| `{field.target.id}` ({kind}) | {shown} | {note} |")

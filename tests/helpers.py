@@ -1,6 +1,7 @@
 """Small things to test with: texts spelled as strings of authors, models whose gradient names the token, tiny trainers."""
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from rlgf.algorithms.guided import Algorithm, PhaseWeight
 from rlgf.config.loading import override
 from rlgf.config.recipes import imdb_small, quickstart
 from rlgf.config.schema import Config
-from rlgf.config.sections import ModelConfig, TaskConfig
+from rlgf.config.sections import EndpointConfig, GuideConfig, ModelConfig, TaskConfig
 from rlgf.data.files import read_complete_lines
 from rlgf.guides.base import Completion, CompletionRequest, Guide
 from rlgf.guides.local import FunctionGuide
@@ -38,6 +39,20 @@ LETTER = {"-": Origin.PAD, "x": Origin.PROMPT, "P": Origin.POLICY, "G": Origin.G
 WORDS = toy_reviews.tokenizer(TaskConfig())
 END = int(WORDS.eos_token_id)
 UNBOUNDED = 10**6  # a token budget that puts everything into one micro-batch
+
+
+ENDPOINT_FIELDS = frozenset(field.name for field in dataclasses.fields(EndpointConfig))
+
+
+def guide_config(**options: Any) -> GuideConfig:
+    """Return a guide's config from its own settings and those of its endpoint, all by their last names."""
+    endpoint = {name: options.pop(name) for name in ENDPOINT_FIELDS & set(options)}
+    return GuideConfig(**options, endpoint=EndpointConfig(**endpoint))
+
+
+def guide_changes(**options: Any) -> list[tuple[str, Any]]:
+    """Return the same settings as changes of a config."""
+    return [(f"guide.endpoint.{name}" if name in ENDPOINT_FIELDS else f"guide.{name}", v) for name, v in options.items()]
 
 
 # --- rollouts by hand -------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ ORDER = {
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
     "experiments": "__init__ tables figures report variants compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
-    "generation/openai": "__init__ cache responses client token_ids",
+    "generation/openai": "__init__ cache responses client token_ids usage pool",
     "guides": "__init__ base human local remote prefetch encoding",
     "kernels": "__init__ concurrency processor native attention linear modules dispatch",
     "models": (

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from rlgf.config.flatten import to_dict
 from rlgf.config.loading import all_keys, dump, from_dict, override, parse_assignment, read_yaml
 from rlgf.config.schema import Config
-from rlgf.config.sections import AlgorithmConfig
+from rlgf.config.sections import AlgorithmConfig, EndpointConfig
 from rlgf.errors import ConfigError
 from rlgf.types import SamplingParams
+
+NAN = float("nan")
 
 
 def overridden(*assignments: str) -> Config:
@@ -40,6 +42,14 @@ def overridden(*assignments: str) -> Config:
 def test_an_unknown_key_is_answered_with_the_nearest(key: str, nearest: str) -> None:
     with pytest.raises(ConfigError, match=f"override: unknown key '{key}': did you mean '({nearest})'"):
         override(Config(), [(key, 1)])
+
+
+@pytest.mark.parametrize("section", ["guide", "judge"])
+def test_a_key_of_a_connection_without_its_section_is_answered_with_it(section: str) -> None:
+    for field in dataclasses.fields(EndpointConfig):
+        key, nearest = f"{section}.{field.name}", f"{section}.endpoint.{field.name}"
+        with pytest.raises(ConfigError, match=f"a.yaml: unknown key '{key}': did you mean '{nearest}'"):
+            from_dict({section: {field.name: 1}}, "a.yaml")
 
 
 def test_a_key_like_no_other_is_answered_with_where_to_look() -> None:
@@ -123,6 +133,32 @@ def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment
 def test_a_number_that_cannot_be_trained_with_is_refused_with_what_would_do(assignment: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         overridden(assignment)
+
+
+@pytest.mark.parametrize("section", ["guide", "judge"])
+@pytest.mark.parametrize(
+    ("name", "refused", "accepted"),
+    [
+        ("concurrency", 0, 1), ("thinking_tokens", -1, 0), ("requests_per_minute", -1.0, 0.0),
+        ("requests_per_minute", NAN, 9.0),
+        ("timeout_seconds", 0.0, 0.1), ("timeout_seconds", NAN, 1.0), ("retries", -1, 0), ("retry_seconds", -0.1, 0.0),
+        ("max_requests", 0, 1), ("max_tokens", 0, 1), ("price_input", -1.0, 0.0), ("price_output", -1.0, 0.0),
+        ("max_requests", 0, None),
+    ],
+)  # fmt: skip
+def test_numbers_of_a_connection_have_bounds(section: str, name: str, refused: float, accepted: float | None) -> None:
+    key = f"{section}.endpoint.{name}"
+    with pytest.raises(ConfigError, match=rf"{key}\b"):
+        override(Config(), [(key, refused)])
+    override(Config(), [(key, accepted)])
+
+
+@pytest.mark.parametrize(
+    "key", ["guide.prefetch", "guide.invalid_retries", "guide.tokens_per_policy_token", "judge.answer_tokens"]
+)
+def test_a_negative_number_is_refused_for_a_guide_or_judge(key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        override(Config(), [(key, -1)])
 
 
 def test_pairs_of_numbers_that_go_together_are_accepted() -> None:

@@ -10,11 +10,12 @@ import pytest
 from helpers import small, word_reward
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
-from rlgf.config.sections import JudgeConfig
-from rlgf.errors import ConfigError
+from rlgf.config.sections import EndpointConfig, JudgeConfig
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.evaluation.chat_judge import (
     TEMPLATE,
     ChatJudge,
+    chat_judge,
     fill_template,
     load_template,
     parse_choice,
@@ -24,6 +25,8 @@ from rlgf.evaluation.chat_judge import (
 from rlgf.evaluation.win_rate import RewardJudge, summary, win_rate, win_rate_metrics
 from rlgf.experiments.compare import compare
 from rlgf.experiments.variants import build_variants
+from rlgf.generation.openai.cache import ResponseCache
+from rlgf.generation.openai.pool import PoolRequest, PoolResponse
 from rlgf.pipeline.preflight import check
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.run import evaluate_policy_on_test
@@ -121,19 +124,16 @@ def test_a_reward_model_prefers_the_higher_score_and_prompts_without_a_reference
 
 
 class Scripted:
-    """In place of a guide on a server: answers by what stands as (A)."""
+    """In place of the pool of a server: answers by what stands as (A)."""
 
     def __init__(self, answer: Any) -> None:
-        self.answer, self.asked, self.given_up = answer, list[Any](), 0
+        self.answer, self.asked = answer, list[str]()
 
-    def complete(self, requests: Sequence[Any]) -> list[Any]:
-        from rlgf.guides.base import Completion
-
-        self.asked += requests
-        return [Completion(self.answer(request.prompt.text), True) for request in requests]
-
-    def pop_metrics(self) -> dict[str, float]:
-        return {"guide_given_up": self.given_up}
+    def complete(self, requests: Sequence[PoolRequest], use: Any) -> list[Any]:
+        questions = [request.draws[0].prompt for request in requests]
+        self.asked += questions
+        answers = [PoolResponse([{"text": self.answer(question)}], True) for question in questions]
+        return [use(row, answer) for row, answer in enumerate(answers)]
 
 
 def first_of(asked: str) -> str:
@@ -154,14 +154,14 @@ def test_the_order_is_a_function_of_seed_and_row():
 
     judge = chat(says_text)
     assert win_rate(judge, MANY, TEXTS)["win_rate"] == 1.0
-    orders = [first_of(request.prompt.text).startswith("text") for request in judge.guide.asked]  # pyright: ignore
+    orders = [first_of(asked).startswith("text") for asked in judge.pool.asked]  # pyright: ignore
     assert 70 < sum(orders) < 130
     half = chat(says_text)
     win_rate(half, MANY[:50], TEXTS[:50])
-    assert [first_of(request.prompt.text).startswith("text") for request in half.guide.asked] == orders[:50]  # pyright: ignore
+    assert [first_of(asked).startswith("text") for asked in half.pool.asked] == orders[:50]  # pyright: ignore
     other = chat(says_text, seed=1)
     win_rate(other, MANY, TEXTS)
-    assert [first_of(request.prompt.text).startswith("text") for request in other.guide.asked] != orders  # pyright: ignore
+    assert [first_of(asked).startswith("text") for asked in other.pool.asked] != orders  # pyright: ignore
 
 
 def test_a_judge_that_always_says_a_wins_about_half_in_random_order_and_ties_in_both():
@@ -170,7 +170,7 @@ def test_a_judge_that_always_says_a_wins_about_half_in_random_order_and_ties_in_
     both = chat(lambda asked: "Comparison: hm.\nPreferred: (A)", order="both")
     found = win_rate(both, MANY, TEXTS)
     assert (found["ties"], found["win_rate"], found["win_rate_standard_error"]) == (200.0, 0.5, 0.0)
-    assert len(both.guide.asked) == 400  # pyright: ignore
+    assert len(both.pool.asked) == 400  # pyright: ignore
 
 
 def test_answers_that_say_nothing_are_counted_and_left_out():
@@ -191,6 +191,19 @@ def test_a_server_is_asked_for_the_likeliest_answer_with_the_system_message_apar
     assert settings.instruction == "{text}"
 
 
+def test_responses_of_an_earlier_version_are_found(tmp_path: Path):
+    """The keys are those of commit b9c0d81, before guide and judge shared a pool."""
+    cache = ResponseCache(tmp_path / "judge-answers.sqlite")
+    cache.put("8d4fb326e3bff252998dc69671a4f795425515b1a4eeb726bfbbebdef9b8250b", {"text": "(A)", "finished": True})
+    cache.put("8aa571d3602f8cde8f1f148a0bd42b8a96dbf617b43a57fe3d73a6a6017b0da0", {"text": "(B)", "finished": True})
+    endpoint = EndpointConfig(thinking_tokens=3, offline=True)
+    config = JudgeConfig(spec="server:m@http://127.0.0.1:9/v1", order="both", seed=1, endpoint=endpoint)
+    judge = chat_judge(config, tmp_path, lambda line: None)
+    assert judge.compare([Prompt("post")], [" text"], [" other"]) == [1.0]
+    with pytest.raises(TrainingError, match="the judge is offline"):
+        judge.compare([Prompt("another post")], [" text"], [" other"])
+
+
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
@@ -205,8 +218,8 @@ def test_judges_that_cannot_be_are_refused_before_any_work(spec: str, words: str
 
 
 def test_secrets_of_a_judge_come_from_the_environment():
-    with pytest.raises(ConfigError, match=r"judge\.extra_headers\.X-Api-Key is written out"):
-        override(small(), [("judge.extra_headers", {"X-Api-Key": "abc"})])
+    with pytest.raises(ConfigError, match=r"judge\.endpoint\.extra_headers\.X-Api-Key is written out"):
+        override(small(), [("judge.endpoint.extra_headers", {"X-Api-Key": "abc"})])
 
 
 def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -221,11 +234,11 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_judge_on_a_server_is_asked_before_anything_is_trained(tmp_path: Path):
     spec = "server:chat@http://127.0.0.1:9/v1"
-    changes = [("judge.spec", spec), ("judge.retries", 0)]
+    changes = [("judge.spec", spec), ("judge.endpoint.retries", 0)]
     with pytest.raises(ConfigError, match="probe: the judge"):
         prepare(small(*changes), tmp_path / "stages")
     assert not list((tmp_path / "stages").glob("sft*"))
-    assert prepare(small(*changes, ("judge.offline", True)), tmp_path / "stages").judge is not None
+    assert prepare(small(*changes, ("judge.endpoint.offline", True)), tmp_path / "stages").judge is not None
     with pytest.raises(ConfigError, match="probe: the judge"):
         evaluate_policy_on_test(small(*changes), None, tmp_path / "others", lambda line: None)
     assert not list((tmp_path / "others").glob("sft*"))

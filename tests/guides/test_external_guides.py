@@ -40,7 +40,7 @@ SMALL = [
     ("task.min_new_tokens", 0), ("model.layers", 1), ("model.width", 16), ("model.heads", 2), ("sft.steps", 3),
     ("sft.batch_size", 8), ("ppo.iterations", 4), ("ppo.completions_per_iteration", 8), ("ppo.minibatch_size", 4),
     ("ppo.epochs", 1),
-    ("evaluation.every", 0), ("evaluation.final_prompts", 8), ("runtime.trackers", []), ("guide.retry_seconds", 0.0),
+    ("evaluation.every", 0), ("evaluation.final_prompts", 8), ("runtime.trackers", []), ("guide.endpoint.retry_seconds", 0.0),
     ("algorithm.name", "d2lols"), ("algorithm.switch_iteration", 2),
 ]  # fmt: skip
 
@@ -55,7 +55,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def kept(tmp_path: Path, name: str = "answers") -> tuple[str, str]:
-    return "guide.cache", str(tmp_path / f"{name}.sqlite")
+    return "guide.endpoint.cache", str(tmp_path / f"{name}.sqlite")
 
 
 def learnt(run: Path) -> list[str]:
@@ -103,8 +103,8 @@ def test_a_key_that_expires_stops_the_run_with_a_checkpoint_and_it_goes_on_with_
 def test_a_run_goes_on_at_another_address(tmp_path: Path, stages: Path) -> None:
     with FaultServer() as server:
         first = config(server, kept(tmp_path))
-        with pytest.raises(TrainingError, match=r"used up \(12 of guide.max_requests=12\)"):
-            train(override(first, [("guide.max_requests", 12)]), tmp_path / "run", stages)
+        with pytest.raises(TrainingError, match=r"used up \(12 of guide.endpoint.max_requests=12\)"):
+            train(override(first, [("guide.endpoint.max_requests", 12)]), tmp_path / "run", stages)
     with FaultServer() as other:
         train(config(other, kept(tmp_path)), tmp_path / "run", stages)
         with pytest.raises(ConfigError, match="holds another run"):
@@ -118,7 +118,7 @@ def test_runs_that_share_answers_replay_each_as_it_was(tmp_path: Path, stages: P
     def flaky(key: str, attempt: int) -> str | None:
         return "503" if attempt == 0 and int(key[:2], 16) % 3 == 0 else None
 
-    changes = [kept(tmp_path), ("guide.retries", 0), ("guide.on_failure", "policy"), ("guide.prefetch", 0)]
+    changes = [kept(tmp_path), ("guide.endpoint.retries", 0), ("guide.on_failure", "policy"), ("guide.prefetch", 0)]
     with FaultServer(flaky) as server:
         runs = {
             "first": config(server, *changes, ("algorithm.name", "aggrevated")),
@@ -130,7 +130,7 @@ def test_runs_that_share_answers_replay_each_as_it_was(tmp_path: Path, stages: P
         assert sum(row["guide_rows_cached"] for row in counts["second"]) > 0
         assert sum(row["guide_rows_given_up"] for row in counts["first"]) > 0
     for name, asked in runs.items():
-        train(override(asked, [("guide.offline", True)]), tmp_path / f"{name}-again", stages)
+        train(override(asked, [("guide.endpoint.offline", True)]), tmp_path / f"{name}-again", stages)
         assert json.dumps(guided_rows(tmp_path / f"{name}-again")) == json.dumps(counts[name])
 
 
@@ -139,7 +139,7 @@ def test_runs_that_share_answers_replay_each_as_it_was(tmp_path: Path, stages: P
 
 def test_money_counts_over_runs_that_were_killed(tmp_path: Path, stages: Path) -> None:
     """A process that is killed between checkpoints leaves what it has paid behind."""
-    prices = [("guide.price_input", 1e6), ("guide.price_output", 0.0)]
+    prices = [("guide.endpoint.price_input", 1e6), ("guide.endpoint.price_output", 0.0)]
     with FaultServer() as server:
         asked = config(server, kept(tmp_path), *prices, ("guide.prefetch", 0), ("runtime.checkpoint_every", 100))
         changes = [f"{key}={json.dumps(value)}" for key, value in [*SMALL, *prices, kept(tmp_path)]]
@@ -160,8 +160,8 @@ def test_money_counts_over_runs_that_were_killed(tmp_path: Path, stages: Path) -
         paid = sum(row["guide_cost"] for row in read_complete_lines(metrics))
         assert spent["cost"] >= paid > 0
         server.delay = 0.0
-        with pytest.raises(TrainingError, match=r"guide.max_cost"):
-            train(override(asked, [("guide.max_cost", spent["cost"])]), tmp_path / "run", stages)
+        with pytest.raises(TrainingError, match=r"guide.endpoint.max_cost"):
+            train(override(asked, [("guide.endpoint.max_cost", spent["cost"])]), tmp_path / "run", stages)
         reports: list[Progress] = []
         train(asked, tmp_path / "run", stages, on_progress=reports.append)
     assert reports[-1].guide_usage["cost"] > spent["cost"]
@@ -172,12 +172,12 @@ def test_limits_count_texts_to_distil_over_runs_that_were_stopped(tmp_path: Path
     """The same command asks nothing more until the limit is raised."""
     with FaultServer() as server:
         asked = config(server, kept(tmp_path), ("distill.num_completions", 16), ("distill.steps", 2), ("algorithm.name", "ppo"))
-        limited = override(asked, [("guide.max_requests", 12)])
+        limited = override(asked, [("guide.endpoint.max_requests", 12)])
         for _ in range(2):
-            with pytest.raises(TrainingError, match=r"used up \(12 of guide.max_requests=12\)"):
+            with pytest.raises(TrainingError, match=r"used up \(12 of guide.endpoint.max_requests=12\)"):
                 train(limited, tmp_path / "run", tmp_path / "stages")
             assert server.asked - 1 == 12  # one finds out how it can be asked
-        train(override(limited, [("guide.max_requests", 100)]), tmp_path / "run", tmp_path / "stages")
+        train(override(limited, [("guide.endpoint.max_requests", 100)]), tmp_path / "run", tmp_path / "stages")
         spent = json.loads((tmp_path / "run" / "guide.json").read_text())
         assert spent["begun"] == spent["attempts"] == server.asked - 1 == 2 + 16  # two of the probe
 
@@ -185,7 +185,7 @@ def test_limits_count_texts_to_distil_over_runs_that_were_stopped(tmp_path: Path
 def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stages: Path) -> None:
     with FaultServer(delay=0.3) as server:
         changes = [f"{key}={json.dumps(value)}" for key, value in [*SMALL, kept(tmp_path)]]
-        changes += ["guide.prefetch=0", "guide.concurrency=2", f"guide.spec=server:fault-model@{server.url}"]
+        changes += ["guide.prefetch=0", "guide.endpoint.concurrency=2", f"guide.spec=server:fault-model@{server.url}"]
         command = [sys.executable, "-m", "rlgf", "train", "quickstart", *changes]
         command += ["--out", str(tmp_path / "run"), "--stages", str(stages)]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -202,7 +202,8 @@ def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stag
         assert "Traceback" not in told
         assert server.asked <= before + 2
         asked, server.delay = server.asked, 0.0
-        train(config(server, kept(tmp_path), ("guide.prefetch", 0), ("guide.concurrency", 2)), tmp_path / "run", stages)
+        again = [kept(tmp_path), ("guide.prefetch", 0), ("guide.endpoint.concurrency", 2)]
+        train(config(server, *again), tmp_path / "run", stages)
         with FaultServer() as fresh:
             train(config(fresh, kept(tmp_path, "whole")), tmp_path / "whole", stages)
             assert server.asked == fresh.asked >= asked  # nothing is asked twice
@@ -215,7 +216,7 @@ def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stag
 def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) -> None:
     lines: list[str] = []
     with FaultServer() as server:
-        prices = [("guide.price_input", 1.0), ("guide.price_output", 2.0), ("ppo.iterations", 1)]
+        prices = [("guide.endpoint.price_input", 1.0), ("guide.endpoint.price_output", 2.0), ("ppo.iterations", 1)]
         asked = config(server, kept(tmp_path), *prices)
 
         def watch(step: Progress) -> None:
@@ -230,7 +231,7 @@ def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) 
 
 def test_a_guide_that_fails_for_some_texts_can_be_evaluated(tmp_path: Path, stages: Path) -> None:
     with FaultServer(lambda key, attempt: "503" if int(key[:2], 16) % 2 else None) as server:
-        asked = config(server, kept(tmp_path), ("guide.on_failure", "policy"), ("guide.retries", 0))
+        asked = config(server, kept(tmp_path), ("guide.on_failure", "policy"), ("guide.endpoint.retries", 0))
         found = evaluate_baselines(prepare(asked, stages), stages, print)
     assert 0 < found["guide"]["evaluation"]["completions"] < 8 == found["sft"]["evaluation"]["completions"]
 
@@ -315,7 +316,7 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
 
 
 def test_a_person_is_not_asked_offline(tmp_path: Path, stages: Path) -> None:
-    asked = override(quickstart(), [*SMALL, ("guide.spec", "human"), ("guide.offline", True), kept(tmp_path)])
+    asked = override(quickstart(), [*SMALL, ("guide.spec", "human"), ("guide.endpoint.offline", True), kept(tmp_path)])
     with pytest.raises(TrainingError, match="answers are not in"):
         train(asked, tmp_path / "run", stages)
     assert len(ResponseCache(tmp_path / "answers.sqlite")) == 0
@@ -330,7 +331,7 @@ def checked(spec: str, folder: Path, *changes: tuple[str, Any]) -> list[tuple[st
 
 
 def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Path) -> None:
-    prices = [("guide.price_input", 2.0), ("guide.price_output", 8.0)]
+    prices = [("guide.endpoint.price_input", 2.0), ("guide.endpoint.price_output", 8.0)]
     with FaultServer(paths=(fault_server.CHAT,)) as server:
         spec = f"server:m@{server.url}"
         found = checked(spec, tmp_path, *prices)

@@ -272,7 +272,8 @@ def test_a_chat_judge_counts_what_it_cannot_read_and_asks_again_where_the_server
 
     with FaultServer(first(1, "503"), writer=answer) as server:
         config = override(
-            tldr_small(), [("judge", {"spec": f"server:fault-model@{server.url}", "retry_seconds": 0.0, "answer_tokens": 99})]
+            tldr_small(),
+            [("judge", {"spec": f"server:fault-model@{server.url}", "answer_tokens": 99, "endpoint": {"retry_seconds": 0.0}})],
         )
         judge = prepare_judge(config, {}, tmp_path, lambda line: None)
         assert judge is not None

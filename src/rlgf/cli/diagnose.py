@@ -199,15 +199,16 @@ def _describe_support(can_continue: bool) -> str:
 
 def _price(config: Config, answer: ServerResponse, parts: str) -> Finding:
     """Return the cost of a thousand rollins or rollouts like this one."""
-    guide, bill = config.guide, answer.usage
+    endpoint, bill = config.guide.endpoint, answer.usage
     if not bill.known:
-        return Finding("warning", "it does not say what it bills: guide.max_tokens and guide.max_cost cannot be kept")
+        limits = "guide.endpoint.max_tokens and guide.endpoint.max_cost"
+        return Finding("warning", f"it does not say what it bills: {limits} cannot be kept")
     thoughts = f" ({bill.thinking_tokens} of thought)" if bill.thinking_tokens else ""
     billed = f"{parts}: billed {bill.prompt_tokens} + {bill.completion_tokens} tokens{thoughts}"
-    if guide.price_input is None or guide.price_output is None:
-        unknown_price = "price unknown: give guide.price_input and guide.price_output per million tokens"
+    if endpoint.price_input is None or endpoint.price_output is None:
+        unknown_price = "price unknown: give guide.endpoint.price_input and guide.endpoint.price_output per million tokens"
         return Finding("ok", f"{billed}; {unknown_price}")
-    thousand = (bill.prompt_tokens * guide.price_input + bill.completion_tokens * guide.price_output) / 1e3
+    thousand = (bill.prompt_tokens * endpoint.price_input + bill.completion_tokens * endpoint.price_output) / 1e3
     return Finding("ok", f"{billed}: {thousand:.4f} per thousand at the prices given")
 
 

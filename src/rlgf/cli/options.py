@@ -83,7 +83,7 @@ def read_config(
             "task.data": data,
             "ppo.iterations": iterations,
             "seed": seed,
-            "guide.offline": offline or None,
+            "guide.endpoint.offline": offline or None,
         }.items()
         if value is not None
     ]

@@ -77,7 +77,9 @@ def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
     valid = list(all_keys(Config))
     last = {name.split(".")[-1]: name for name in valid}
-    close = [last[key]] if key in last else difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    # a key of this name in another section, before similar names
+    moved = [name for name in valid if "." in key and name.split(".")[-1] == key.split(".")[-1]]
+    close = [last[key]] if key in last else difflib.get_close_matches(key, moved or valid, n=1, cutoff=0.6)
     close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
     hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
     return ConfigError(f"{where}: unknown key '{key}': {hint}")

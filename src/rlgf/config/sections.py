@@ -1,9 +1,9 @@
 """The sections of a config, as frozen dataclasses."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from rlgf.algorithms import guided
@@ -120,6 +120,48 @@ class PreferenceConfig:
     min_words: int = 5  # pairs with a shorter completion are dropped
 
 
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class EndpointConfig:
+    """The connection to the server of a guide or a judge, its limits and its cache.
+
+    Values `$NAME` in `extra_headers` are read from the environment. A run that reaches a limit
+    stops with a checkpoint, an evaluation stops; responses stay cached.
+    """
+
+    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key
+    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+    thinking_tokens: Count = 0  # allowed in addition, for reasoning models
+    concurrency: PositiveCount = 8  # concurrent requests
+    requests_per_minute: Amount = 0.0  # 0: no limit
+    timeout_seconds: PositiveAmount = 60.0  # for a complete response
+    retries: Count = 5  # after a transient failure
+    retry_seconds: Amount = 1.0  # the first pause, doubled each time up to a minute
+    price_input: Amount | None = None  # per million tokens, in any currency
+    price_output: Amount | None = None
+    max_requests: PositiveCount | None = None
+    max_tokens: PositiveCount | None = None
+    max_cost: Amount | None = None
+    cache: str | None = None  # response cache file; None: next to the stages
+    offline: bool = False  # use cached responses only
+
+
+# Fields of EndpointConfig that do not change responses: a run may resume with other values, and its
+# stages stay valid. All other fields identify runs and stages.
+CONNECTION_FIELDS = (
+    "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "price_input",
+    "price_output", "max_requests", "max_tokens", "max_cost", "cache", "offline",
+)  # fmt: skip
+JUDGE_CONNECTION_FIELDS = tuple(f"endpoint.{name}" for name in CONNECTION_FIELDS)
+GUIDE_CONNECTION_FIELDS = (*JUDGE_CONNECTION_FIELDS, "on_failure", "prefetch")
+
+
 @dataclass(frozen=True, config=STRICT)
 class JudgeConfig:
     """The judge of completions against references, for the win rate in final evaluations.
@@ -133,20 +175,9 @@ class JudgeConfig:
     spec: str | None = None
     order: Literal["random", "both"] = "random"  # random per row, or each row in both orders
     template: str | None = None  # prompt template file; None: the paper's, appendix C.2
-    answer_tokens: int = 256
-    thinking_tokens: int = 0  # allowed in addition, for reasoning models
-    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key
-    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    concurrency: int = 8  # concurrent requests
-    requests_per_minute: float = 0.0  # 0: no limit
-    timeout_seconds: float = 60.0  # for a complete response
-    retries: int = 5  # after a transient failure
-    retry_seconds: float = 1.0  # the first pause, doubled each time up to a minute
-    max_requests: int | None = None  # the evaluation stops there; responses stay cached
-    cache: str | None = None  # response cache file; None: next to the stages
-    offline: bool = False  # use cached responses only
+    answer_tokens: PositiveCount = 256
     seed: int = 0  # of the random order
+    endpoint: EndpointConfig = EndpointConfig()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -169,40 +200,12 @@ class GuideConfig:
     ] = "auto"  # how a prefix is sent; see docs/guides.md
     instruction: str | None = None  # for a chat model, with '{text}'; None: the task's own
     system: str | None = None  # system message for a chat model
-    api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key
     stop: tuple[str, ...] = ()
-    extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
-    extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    tokens_per_policy_token: float = 1.5  # guide tokens allowed per policy token
-    thinking_tokens: int = 0  # allowed in addition, for reasoning models
-    concurrency: int = 8  # concurrent requests
-    requests_per_minute: float = 0.0  # 0: no limit
-    timeout_seconds: float = 60.0  # for a complete response
-    retries: int = 5  # after a transient failure
-    retry_seconds: float = 1.0  # the first pause, doubled each time up to a minute
-    invalid_retries: int = 2  # new requests after an invalid response
+    tokens_per_policy_token: PositiveAmount = 1.5  # guide tokens allowed per policy token
+    invalid_retries: Count = 2  # new requests after an invalid response
     on_failure: Literal["stop", "wait", "policy"] = "stop"  # after all retries; policy: it samples
-    price_input: float | None = None  # per million tokens, in any currency
-    price_output: float | None = None
-    max_requests: int | None = None  # the run stops there, with a checkpoint
-    max_tokens: int | None = None
-    max_cost: float | None = None
-    cache: str | None = None  # response cache file; None: next to the stages
-    prefetch: int = 2  # iterations of rollins requested ahead, during training; 0: none
-    offline: bool = False  # use cached responses only
-
-
-JUDGE_CONNECTION_FIELDS = (
-    "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "max_requests", "cache",
-    "offline",
-)  # fmt: skip
-# These settings do not change a guide's completions: a run may resume with other values, and its
-# stages stay valid.
-GUIDE_CONNECTION_FIELDS = (
-    "api_key_env", "concurrency", "requests_per_minute", "timeout_seconds", "retries", "retry_seconds", "on_failure",
-    "price_input", "price_output", "max_requests", "max_tokens", "max_cost", "cache", "prefetch",
-    "offline",
-)  # fmt: skip
+    prefetch: Count = 2  # iterations of rollins requested ahead, during training; 0: none
+    endpoint: EndpointConfig = EndpointConfig()
 
 
 @dataclass(frozen=True, config=STRICT)

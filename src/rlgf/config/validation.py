@@ -7,6 +7,7 @@ from typing import Any
 
 from rlgf.config.flatten import flatten, to_dict
 from rlgf.config.sections import (
+    EndpointConfig,
     GuideConfig,
     RewardConfig,
 )
@@ -14,17 +15,13 @@ from rlgf.errors import ConfigError, unknown
 
 AT_LEAST_ONE = """
     task.max_new_tokens ppo.iterations ppo.completions_per_iteration ppo.samples_per_prompt ppo.epochs ppo.minibatch_size
-    guide.concurrency guide.max_requests guide.max_tokens
     ppo.mle_batch evaluation.prompts evaluation.final_prompts runtime.checkpoint_every
     model.layers model.width model.heads model.max_length
     guide.model.layers guide.model.width guide.model.heads guide.model.max_length
     pretrain.batch_size sft.batch_size distill.batch_size guide.sft.batch_size preferences.training.batch_size
-    judge.answer_tokens judge.concurrency judge.max_requests preferences.lora_alpha
+    preferences.lora_alpha
 """
 NOT_NEGATIVE = """
-    guide.prefetch guide.requests_per_minute guide.retries guide.retry_seconds guide.invalid_retries
-    guide.thinking_tokens guide.max_cost
-    guide.price_input guide.price_output
     ppo.learning_rate ppo.weight_decay ppo.mle_coefficient critic.learning_rate critic.value_coefficient
     critic.warmup_iterations kl.coefficient kl.loss_coefficient evaluation.every runtime.threads reward.clip model.vocabulary
     runtime.token_budget
@@ -35,10 +32,9 @@ NOT_NEGATIVE = """
     guide.sft.learning_rate guide.sft.steps guide.sft.epochs guide.sft.max_examples
     preferences.training.learning_rate preferences.training.steps preferences.training.epochs preferences.training.max_examples
     preferences.lora_rank preferences.min_words evaluation.best_of
-    judge.thinking_tokens judge.requests_per_minute judge.retries judge.retry_seconds
 """
 ABOVE_ZERO = """
-    guide.timeout_seconds guide.tokens_per_policy_token judge.timeout_seconds lora.alpha
+    lora.alpha
     ppo.clip_range ppo.adam_epsilon ppo.max_grad_norm kl.target kl.horizon critic.value_clip
 """
 UNIT_INTERVAL = "algorithm.beta_guide algorithm.beta_policy ppo.gamma ppo.gae_lambda preferences.lora_dropout"
@@ -71,7 +67,7 @@ def check_numbers(config: Any) -> None:
     _check_pairs(config)
     _check_guide(config.guide)
     _check_reward(config.reward)
-    check_secrets("judge", config.judge.extra_headers, config.judge.extra_body)
+    _check_endpoint("judge.endpoint", config.judge.endpoint)
 
 
 def _check_sampling(config: Any) -> None:
@@ -97,15 +93,21 @@ def _check_reward(reward: RewardConfig) -> None:
 
 
 def _check_guide(guide: GuideConfig) -> None:
-    if guide.max_cost is not None and (guide.price_input is None or guide.price_output is None):
-        raise ConfigError("guide.max_cost needs guide.price_input and guide.price_output (per million tokens): give both.")
     if guide.instruction is not None and "{text}" not in guide.instruction:
         raise ConfigError("guide.instruction does not say where the text goes that is to be continued: put {text} there.")
-    check_secrets("guide", guide.extra_headers, guide.extra_body)
-    if guide.continuation == "token_ids" and (guide.stop or guide.thinking_tokens):
+    if guide.continuation == "token_ids" and (guide.stop or guide.endpoint.thinking_tokens):
         raise ConfigError(
-            "guide.stop and guide.thinking_tokens are about text, but guide.continuation is token_ids: leave them out."
+            "guide.stop and guide.endpoint.thinking_tokens are about text, but guide.continuation is token_ids: leave them out."
         )
+    _check_endpoint("guide.endpoint", guide.endpoint)
+
+
+def _check_endpoint(section: str, endpoint: EndpointConfig) -> None:
+    if endpoint.max_cost is not None and (endpoint.price_input is None or endpoint.price_output is None):
+        raise ConfigError(
+            f"{section}.max_cost needs {section}.price_input and {section}.price_output (per million tokens): give both."
+        )
+    check_secrets(section, endpoint.extra_headers, endpoint.extra_body)
 
 
 def check_secrets(section: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ from typing import Literal
 from rlgf.config.sections import GuideConfig, JudgeConfig
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.openai.cache import ResponseCache
-from rlgf.generation.openai.client import Server, parse_spec
-from rlgf.guides.base import CompletionRequest
-from rlgf.guides.remote import RemoteGuide
+from rlgf.generation.openai.client import Server
+from rlgf.generation.openai.pool import EndpointPool, PoolRequest, request_seed
+from rlgf.generation.openai.responses import ServerRequest
 from rlgf.randomness import Purpose, uniforms
 from rlgf.types import Prompt, SamplingParams
 
@@ -48,7 +48,7 @@ class ChatJudge:
     The choice is parsed from the last line of the response.
     """
 
-    guide: RemoteGuide
+    pool: EndpointPool
     name: str
     template: str = TEMPLATE
     order: Literal["random", "both"] = "random"
@@ -60,23 +60,23 @@ class ChatJudge:
 
         With order 'both', a row with two different choices is a tie.
         """
-        requests: list[CompletionRequest] = []
+        requests: list[PoolRequest] = []
         for row, (prompt, text, other) in enumerate(zip(prompts, texts, others)):
             for turned in self._orders(row):
                 pair = (other, text) if turned else (text, other)
-                asked = Prompt(fill_template(self.template, prompt, *pair)[1])
-                requests.append(CompletionRequest(asked, [], "", [], self.answer_tokens, 0, 2 * row + turned, self.seed))
-        try:
-            answers = [answer.text for answer in self.guide.complete(requests)]
-        except TrainingError as error:
-            raise TrainingError(str(error).replace("the guide", "the judge").replace("guide.", "judge.")) from error.__cause__
-        failed = self.guide.pop_metrics()["guide_given_up"]
+                question, index = fill_template(self.template, prompt, *pair)[1], 2 * row + turned
+                seed = request_seed(self.seed, index, 0, 0)
+                requests.append(PoolRequest(index, [ServerRequest(question, "", self.answer_tokens, seed)]))
+        answers = self.pool.complete(requests, lambda row, response: response.last)
+        failed = sum("given_up" in answer for answer in answers)
         if failed:
             raise TrainingError(
-                f"the judge at {self.guide.server.url} gave no answer to {failed:g} of {len(requests)} questions, however "
+                f"the judge at {self.pool.server.url} gave no answer to {failed} of {len(requests)} questions, however "
                 "often it was asked: run the same command again when it is back; answers that were given are kept."
             )
-        values = {request.index: _value(answer, request.index % 2) for request, answer in zip(requests, answers)}
+        values = {
+            request.index: _value(answer.get("text", ""), request.index % 2) for request, answer in zip(requests, answers)
+        }
         return [_combine_orders([values[2 * row + turned] for turned in self._orders(row)]) for row in range(len(prompts))]
 
     def _orders(self, row: int) -> list[int]:
@@ -151,41 +151,25 @@ def load_template(path: str | None) -> str:
 def server_settings(config: JudgeConfig, template: str) -> GuideConfig:
     """Return the settings of a judge on a server as a guide config.
 
-    Each query is a complete question, decoded greedily, once.
+    Each query is a complete question, decoded greedily.
     """
     return GuideConfig(
         spec=config.spec or "", sampling=SamplingParams(greedy=True), continuation="none", instruction="{text}",
-        system=split_system(template)[0], api_key_env=config.api_key_env, extra_body=config.extra_body,
-        extra_headers=config.extra_headers, tokens_per_policy_token=1.0, thinking_tokens=config.thinking_tokens,
-        concurrency=config.concurrency, requests_per_minute=config.requests_per_minute,
-        timeout_seconds=config.timeout_seconds, retries=config.retries, retry_seconds=config.retry_seconds,
-        invalid_retries=0, on_failure="policy", max_requests=config.max_requests, offline=config.offline,
+        system=split_system(template)[0], endpoint=config.endpoint,
     )  # fmt: skip
-
-
-def judge_server(spec: str) -> tuple[str, str]:
-    """Return the model and the address of a judge `server:MODEL@URL`."""
-    try:
-        return parse_spec(spec)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("guide", "judge")) from None
 
 
 def chat_judge(config: JudgeConfig, stages: Path, report: Callable[[str], None]) -> ChatJudge:
     """Return the judge `server:MODEL@URL`.
 
-    Its responses are cached next to the stages, or in the file `judge.cache`.
+    Its responses are cached next to the stages, or in the file `judge.endpoint.cache`.
     """
-    spec, template = config.spec or "", load_template(config.template)
-    settings = server_settings(config, template)
-    cache = ResponseCache(Path(config.cache) if config.cache else stages / "judge-answers.sqlite")
-
-    def tell(line: str) -> None:  # the server client reports as the guide
-        report(line.replace("guide:", "judge:", 1))
-
-    guide = RemoteGuide(Server(spec, settings, "none", tell), settings, cache, tell)
-    name = f"chat model {judge_server(spec)[0]}, order {config.order}"
-    return ChatJudge(guide, name, template, config.order, config.answer_tokens, config.seed)
+    template = load_template(config.template)
+    path = Path(config.endpoint.cache) if config.endpoint.cache else stages / "judge-answers.sqlite"
+    server = Server(config.spec or "", server_settings(config, template), "none", report, role="judge")
+    pool = EndpointPool(server, ResponseCache(path, "judge"), report)
+    name = f"chat model {server.model}, order {config.order}"
+    return ChatJudge(pool, name, template, config.order, config.answer_tokens, config.seed)
 
 
 def probe_judge(config: JudgeConfig, prompts: Sequence[Prompt], stages: Path, report: Callable[[str], None]) -> None:
@@ -194,7 +178,7 @@ def probe_judge(config: JudgeConfig, prompts: Sequence[Prompt], stages: Path, re
     The query uses its own `ChatJudge`, so its requests do not count elsewhere. Raises `ConfigError`
     if the judge does not respond. One of the prompts must have a reference.
     """
-    if not (config.spec or "").startswith("server:") or config.offline:
+    if not (config.spec or "").startswith("server:") or config.endpoint.offline:
         return
     known = next(prompt for prompt in prompts if prompt.references)
     try:

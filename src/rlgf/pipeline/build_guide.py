@@ -42,7 +42,7 @@ def build_external_guide(
     if spec == "references":
         guide = ReferenceGuide()
     elif spec == "human":
-        guide = HumanGuide(response_cache(config, stages), offline=config.guide.offline)
+        guide = HumanGuide(response_cache(config, stages), offline=config.guide.endpoint.offline)
     elif spec.startswith("server:"):
         cache, settings = response_cache(config, stages), guide_settings(config)
         if settings.continuation == "token_ids":
@@ -67,7 +67,8 @@ def guide_settings(config: Config) -> GuideConfig:
 
 def response_cache(config: Config, stages: Path) -> ResponseCache:
     """Return the response cache of guides outside this process."""
-    return ResponseCache(Path(config.guide.cache) if config.guide.cache else stages / "guide-answers.sqlite")
+    path = config.guide.endpoint.cache
+    return ResponseCache(Path(path) if path else stages / "guide-answers.sqlite")
 
 
 def build_model_guide(config: Config, reference: LanguageModel, stages: Path, report: Report) -> Guide:

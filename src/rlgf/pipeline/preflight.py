@@ -19,7 +19,7 @@ from rlgf.data.hub import is_local_name, path_exists
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError, TrainingError, unknown
 from rlgf.evaluation.best_of_n import MAX_SAMPLES
-from rlgf.evaluation.chat_judge import judge_server, load_template
+from rlgf.evaluation.chat_judge import load_template
 from rlgf.generation.openai.client import parse_spec
 from rlgf.guides.base import CompletionRequest, Guide, query_guide
 from rlgf.guides.human import HumanGuide
@@ -96,7 +96,7 @@ def check_to_train(config: Config) -> Algorithm:
     algorithm = check(config)
     if "task" in config.reward.names and not task_definition(config.task).has_builtin_reward:
         raise missing_rule_error(config.task.name)
-    if config.guide.spec == "human" and needs_guide(algorithm) and not config.guide.offline and has_no_terminal():
+    if config.guide.spec == "human" and needs_guide(algorithm) and not config.guide.endpoint.offline and has_no_terminal():
         raise ConfigError("the guide 'human' is asked at a terminal, and there is none: run the same command in one.")
     guide = guide_model_path(config.guide.spec) if needs_guide(algorithm) or config.distill.num_completions else None
     pairs = config.preferences.data if "preferences" in (*config.reward.names, config.judge.spec) else None
@@ -166,7 +166,7 @@ def _check_judges(config: Config) -> None:
     if spec is None:
         return
     if spec.startswith("server:"):
-        judge_server(spec)
+        parse_spec(spec, "judge")
         load_template(config.judge.template)
     elif spec != "preferences" and not spec.startswith("model:"):
         raise unknown("judge", spec, JUDGES)

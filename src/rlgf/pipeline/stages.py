@@ -189,9 +189,16 @@ def guide_identity(guide: GuideConfig) -> dict[str, Any]:
 
     They are all that differ from their defaults, without the connection settings.
     """
-    default, values = to_dict(GuideConfig()), to_dict(guide)
-    values["spec"] = without_address(guide.spec)
-    return {name: v for name, v in values.items() if v != default[name] and name not in GUIDE_CONNECTION_FIELDS}
+
+    def settings(config: GuideConfig) -> dict[str, Any]:
+        values = to_dict(config)
+        endpoint = {f"endpoint.{name}": value for name, value in values.pop("endpoint").items()}
+        return {**values, **endpoint, "spec": without_address(config.spec)}
+
+    default = settings(GuideConfig())
+    chosen = {name: v for name, v in settings(guide).items() if v != default[name] and name not in GUIDE_CONNECTION_FIELDS}
+    # without the section, as before there was one: stages made then are found
+    return {name.removeprefix("endpoint."): value for name, value in chosen.items()}
 
 
 def guide_task(config: Config) -> TaskConfig:

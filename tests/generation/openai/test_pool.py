@@ -16,14 +16,16 @@ import pytest
 
 import fault_server
 from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
-from helpers import config_of, tiny_trainer
+from helpers import config_of, guide_config, tiny_trainer
 from rlgf.algorithms.guided import d2lols, ppo_pp
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig, TaskConfig
-from rlgf.errors import ConfigError, TrainingError
+from rlgf.errors import ConfigError, GuideError, TrainingError
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server, connect, parse_spec
+from rlgf.generation.openai.pool import EndpointPool, PoolRequest
+from rlgf.generation.openai.responses import ServerRequest
 from rlgf.guides.base import Completion, CompletionRequest, query_guide
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.remote import RemoteGuide
@@ -38,7 +40,7 @@ CHAT = ("assistant", "continue_final_message", "prefix", "instruction")
 
 def remote(server: FaultServer, folder: Path, mode: str = "completion", **options: Any) -> RemoteGuide:
     quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4}
-    config = GuideConfig(**{**quick, **options})
+    config = guide_config(**{**quick, **options})
     spec = f"server:fault-model@{server.url}"
     cache = ResponseCache(folder / "answers.sqlite")
     return RemoteGuide(Server(spec, config, mode), config, cache, sleep=lambda seconds: None)
@@ -148,7 +150,7 @@ def test_retry_after_is_honoured(tmp_path: Path) -> None:
     pauses: list[float] = []
     with FaultServer(first(1, "429_retry_after")) as server:
         guide = remote(server, tmp_path)
-        guide._sleep = pauses.append  # pyright: ignore[reportPrivateUsage]
+        guide.pool._sleep = pauses.append  # pyright: ignore[reportPrivateUsage]
         query_guide(guide, requests(1))
     assert len(pauses) == 1
 
@@ -173,6 +175,83 @@ def test_the_cache_asks_neither_address_nor_how_the_guide_is_reached(tmp_path: P
     with FaultServer() as other:
         assert query_guide(remote(other, tmp_path, concurrency=1, retries=9), requests(2)) == wanted
         assert not other.requests
+
+
+KEYS = [
+    ("completion", "2a5b782e843f097b404ce6e6de9ce30933797c040e4f7162a09bd853485e94da"),
+    ("instruction", "19cff4f574eb65e350d99405554ef8dc746cce4ac65823b2e36b83ac897511a4"),
+    ("token_ids", "b69cfece09b1e3f48ecefdad0b08b8ce4a7dec2471fe89a6742bcb0ded62d4a7"),
+]
+
+
+@pytest.mark.parametrize(("mode", "key"), KEYS)
+def test_responses_of_an_earlier_version_are_found(tmp_path: Path, mode: str, key: str) -> None:
+    """The keys are those of commit b9c0d81, before guide and judge shared a pool."""
+    sampling = SamplingParams(temperature=0.7, top_p=0.9)
+    config = guide_config(extra_body={"top_k": 5}, thinking_tokens=3, stop=("\n",), sampling=sampling, offline=True)
+    cache = ResponseCache(tmp_path / "answers.sqlite")
+    cache.put(key, {"text": " found", "finished": True})
+    server = Server("server:m@http://127.0.0.1:9/v1", config, mode, end_ids=(2,), exact=True)
+    ids = mode == "token_ids"
+    asked = CompletionRequest(Prompt("The film"), [1], "", [5, 6] if ids else [], 12, 3 if ids else 0, 7, 1)
+    assert query_guide(RemoteGuide(server, config, cache), [asked]) == [Completion(" found", True)]
+
+
+def pool(server: FaultServer, folder: Path, **options: Any) -> EndpointPool:
+    config = guide_config(**{"retry_seconds": 0.0, "concurrency": 4, **options})
+    reached = Server(f"server:fault-model@{server.url}", config, "none", role="oracle")
+    return EndpointPool(reached, ResponseCache(folder / "answers.sqlite", "oracle"), sleep=lambda seconds: None)
+
+
+def texts_of(pool: EndpointPool, count: int) -> list[Any]:
+    asked = [PoolRequest(index, [ServerRequest(f"{FILM} {index}", "", 9, index)]) for index in range(count)]
+    return pool.complete(asked, lambda row, response: response.last.get("text"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        (None, {"max_requests": 2}, r"the oracle's budget is used up \(2 of oracle\.endpoint\.max_requests=2\)"),
+        (None, {"max_tokens": 1, "concurrency": 1}, r"of oracle\.endpoint\.max_tokens=1\)"),
+        (None, {"offline": True}, "the oracle is offline"),
+        ("401", {}, r"the oracle at .* refuses .*: mend oracle\.spec"),
+    ],
+)
+def test_a_pool_names_its_role_and_no_guide(tmp_path: Path, kind: str | None, options: dict[str, Any], words: str) -> None:
+    schedule = always(kind) if kind else lambda key, attempt: None
+    with FaultServer(schedule) as server, pytest.raises(TrainingError, match=words) as caught:
+        texts_of(pool(server, tmp_path, **options), 4)
+    assert not isinstance(caught.value, GuideError)
+    assert "guide" not in str(caught.value)
+
+
+def test_a_pool_leaves_to_its_role_what_a_given_up_request_means(tmp_path: Path) -> None:
+    with FaultServer(always("503")) as server:
+        asked = pool(server, tmp_path, retries=1)
+        assert texts_of(asked, 2) == [None, None]
+        given_up = asked.complete([PoolRequest(0, [ServerRequest(f"{FILM} 0", "", 9, 0)])], lambda row, response: response.last)
+    assert given_up[0]["given_up"] == f"the oracle at {server.url} failed 2 times (HTTP 503)"
+    assert asked.usage.state()["given_up"] == 3
+    assert asked.usage.pop_counts()["attempts"] == 6
+    assert asked.usage.pop_counts() == {}
+
+
+def test_a_pool_keeps_to_its_rate_and_to_its_number_of_requests_at_once(tmp_path: Path) -> None:
+    pauses: list[float] = []
+    at_once, most = list[int](), list[int]()
+
+    def watch(body: dict[str, Any]) -> None:
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.05)
+        at_once.pop()
+
+    with FaultServer(complaint=watch) as server:
+        asked = pool(server, tmp_path, requests_per_minute=0.6, concurrency=2)
+        asked._sleep = pauses.append  # pyright: ignore[reportPrivateUsage]
+        assert len(set(texts_of(asked, 4))) == len(server.requests) == 4
+    assert sorted(round(pause / 100) for pause in pauses) == [0, 1, 2, 3]
+    assert max(most) == 2
 
 
 WRITER = """
@@ -215,7 +294,7 @@ def test_limits_stop_the_run_and_what_was_paid_for_is_kept(healthy: FaultServer,
     with pytest.raises(TrainingError, match=r"max_requests=3"):
         query_guide(guide, requests(5))
     assert len(healthy.requests) == 3
-    assert len(guide.cache) == 2 * 3  # each with what it took
+    assert len(guide.pool.cache) == 2 * 3  # each with what it took
     resumed = remote(healthy, tmp_path, max_requests=3, concurrency=1)
     resumed.load_state(guide.state())
     with pytest.raises(TrainingError, match=r"max_requests=3"):
@@ -230,7 +309,7 @@ def test_costs_follow_from_tokens_and_prices(healthy: FaultServer, tmp_path: Pat
     assert counts["guide_cost"] == pytest.approx((counts["guide_prompt_tokens"] + 10 * counts["guide_completion_tokens"]) / 1e6)
     assert counts["guide_cost"] > 0
     with pytest.raises(ConfigError, match="max_cost needs"):
-        override(Config(), [("guide.max_cost", 1.0)])
+        override(Config(), [("guide.endpoint.max_cost", 1.0)])
 
 
 def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,13 +338,13 @@ def test_the_key_is_sent_and_shown_nowhere(tmp_path: Path, monkeypatch: pytest.M
     ],
 )  # fmt: skip
 def test_written_out_secrets_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"environment|guide\.extra_headers"):
-        Config(guide=GuideConfig(**changes))
+    with pytest.raises(ConfigError, match=r"environment|guide\.endpoint\.extra_headers"):
+        Config(guide=guide_config(**changes))
 
 
 def test_what_is_no_secret_is_not_refused() -> None:
     harmless = {"extra_headers": {"HTTP-Referer": "https://host", "X-Title": "films", "X-Author": "me"}}
-    Config(guide=GuideConfig(**harmless, extra_body={"return_token_ids": True, "max_completion_tokens": 5}))
+    Config(guide=guide_config(**harmless, extra_body={"return_token_ids": True, "max_completion_tokens": 5}))
 
 
 def test_secrets_that_cannot_be_secrets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,7 +353,7 @@ def test_secrets_that_cannot_be_secrets_are_refused(monkeypatch: pytest.MonkeyPa
             parse_spec(f"server:m@{address}")
         assert "secret" not in str(caught.value)
     with pytest.raises(ConfigError, match="MODEL_HEADER, which is not set"):
-        Server("server:m@http://host/v1", GuideConfig(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
+        Server("server:m@http://host/v1", guide_config(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
     for key in ("sk-ключ", "sk-a\x07b", "sk-a\nb"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         with pytest.raises(ConfigError, match="OPENAI_API_KEY holds characters") as caught:
@@ -350,7 +429,7 @@ def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path:
         cache = ResponseCache(tmp_path / "b.sqlite")
         assert connect(f"server:m@{server.url}", GuideConfig(), cache, reports.append).mode == "instruction"
     assert "no text completion" in reports[0]
-    assert connect(f"server:m@{server.url}", GuideConfig(offline=True), cache, reports.append).mode == "instruction"
+    assert connect(f"server:m@{server.url}", guide_config(offline=True), cache, reports.append).mode == "instruction"
 
 
 def test_a_wrong_key_says_nothing_about_how_to_ask(tmp_path: Path) -> None:
@@ -407,7 +486,7 @@ def test_pauses_are_told_and_end_when_nothing_is_left_to_ask_for(tmp_path: Path,
         refused = fault_server.request_key(fault_server.COMPLETIONS, server.requests[0]["body"])
         server.schedule = plan
         guide = remote(server, tmp_path / "b")
-        guide._sleep, guide._report = None, reports.append  # pyright: ignore[reportPrivateUsage]
+        guide.pool._sleep, guide.pool._report = None, reports.append  # pyright: ignore[reportPrivateUsage]
         began = time.monotonic()
         with pytest.raises(TrainingError, match="refuses"):
             query_guide(guide, requests(4))
@@ -420,7 +499,7 @@ def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.M
     reports: list[str] = []
     with FaultServer(first(2, "429_retry_after")) as server:
         guide = remote(server, tmp_path)
-        guide._report = reports.append  # pyright: ignore[reportPrivateUsage]
+        guide.pool._report = reports.append  # pyright: ignore[reportPrivateUsage]
         query_guide(guide, requests(3))
     assert reports == ["guide: HTTP 429; asked again in 60 s"]
 

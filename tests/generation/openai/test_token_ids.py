@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from fault_server import TOKENIZE, TRANSIENT, FaultServer, Tokens, a_third, first
-from helpers import WORDS, config_of, tiny_trainer
+from helpers import WORDS, config_of, guide_changes, guide_config, tiny_trainer
 from rlgf.algorithms.guided import Algorithm, aggrevated, d2lols, ppo_pp
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart
-from rlgf.config.sections import GuideConfig
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.openai import token_ids as agreement
 from rlgf.generation.openai.cache import ResponseCache
@@ -38,7 +37,7 @@ def vllm(tokenizer: Any = WORDS, **options: Any) -> Tokens:
 
 def remote(server: FaultServer, folder: Path, reports: list[str] | None = None, **options: Any) -> RemoteGuide:
     quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4, "continuation": "token_ids"}
-    config, cache = GuideConfig(**{**quick, **options}), ResponseCache(folder / "answers.sqlite")
+    config, cache = guide_config(**{**quick, **options}), ResponseCache(folder / "answers.sqlite")
     tokens = agreement.TokenIdSetup(WORDS, (END,), 32)
     report = (lambda line: None) if reports is None else reports.append
     reached = connect_by_token_ids(f"server:fault-model@{server.url}", config, tokens, cache, report)
@@ -101,8 +100,7 @@ def test_a_vocabulary_that_differs_in_few_tokens_is_found_out(tmp_path: Path) ->
 def test_nothing_is_trained_for_a_guide_that_is_refused(tmp_path: Path) -> None:
     def config(server: FaultServer, **guide: Any) -> Any:
         changes = {"spec": f"server:m@{server.url}", "continuation": "token_ids", "retry_seconds": 0.0, **guide}
-        named = [(f"guide.{name}", value) for name, value in changes.items()]
-        return override(quickstart(), [*named, ("algorithm.name", "ppo_pp")])
+        return override(quickstart(), [*guide_changes(**changes), ("algorithm.name", "ppo_pp")])
 
     reports: list[str] = []
     with FaultServer() as server, pytest.raises(ConfigError, match="choose another guide"):

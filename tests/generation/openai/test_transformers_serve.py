@@ -21,7 +21,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from helpers import guided_metrics, small_imdb
+from helpers import guide_changes, guide_config, guided_metrics, small_imdb
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig
 from rlgf.data.files import read_complete_lines
@@ -93,7 +93,7 @@ def served(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def remote(spec: str, folder: Path, **options: Any) -> RemoteGuide:
-    config = GuideConfig(spec=spec, **{"concurrency": 1, "retry_seconds": 0.1, "extra_body": SAMPLES, **options})
+    config = guide_config(spec=spec, **{"concurrency": 1, "retry_seconds": 0.1, "extra_body": SAMPLES, **options})
     cache = ResponseCache(folder / "answers.sqlite")
     return RemoteGuide(connect(spec, config, cache, lambda line: None), config, cache)
 
@@ -164,7 +164,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def config(spec: str, reviews: Path, cache: Path, algorithm: str, **guide: Any) -> Config:
     # one request at a time, or seeds mean nothing
     settings = {"spec": spec, "cache": str(cache), "extra_body": SAMPLES, "concurrency": 1, **guide}
-    return small_imdb(reviews, ("algorithm.name", algorithm), *((f"guide.{name}", value) for name, value in settings.items()))
+    return small_imdb(reviews, ("algorithm.name", algorithm), *guide_changes(**settings))
 
 
 def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,10 +17,10 @@ from urllib.request import urlopen
 
 import pytest
 
-from helpers import guided_metrics, small_imdb
+from helpers import guide_changes, guide_config, guided_metrics, small_imdb
 from rlgf.cli.diagnose import check_guide
 from rlgf.config.schema import Config
-from rlgf.config.sections import GuideConfig, ModelConfig
+from rlgf.config.sections import ModelConfig
 from rlgf.data.files import read_complete_lines
 from rlgf.errors import ConfigError
 from rlgf.generation.openai.cache import ResponseCache
@@ -101,7 +101,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 
 def remote(served: Served, folder: Path, policy: Path | None = None, longest: int = 64, **options: Any) -> RemoteGuide:
-    config = GuideConfig(spec=served.spec, continuation="token_ids", **options)
+    config = guide_config(spec=served.spec, continuation="token_ids", **options)
     tokenizer, cache = load_tokenizer(str(policy or served.policy)), ResponseCache(folder / "answers.sqlite")
     tokens = TokenIdSetup(tokenizer, (int(tokenizer.eos_token_id),), longest)
     return RemoteGuide(connect_by_token_ids(served.spec, config, tokens, cache, lambda line: None), config, cache)
@@ -157,7 +157,7 @@ def test_a_check_tells_all_its_ways(served: Served, reviews: Path, tmp_path: Pat
 def config(served: Served, reviews: Path, cache: Path, algorithm: str, minimum: int, **guide: Any) -> Config:
     settings = {"spec": served.spec, "continuation": "token_ids", "cache": str(cache), **guide}
     changes = [("algorithm.name", algorithm), ("policy", str(served.policy)), ("task.min_new_tokens", minimum)]
-    return small_imdb(reviews, *changes, *((f"guide.{name}", value) for name, value in settings.items()))
+    return small_imdb(reviews, *changes, *guide_changes(**settings))
 
 
 @pytest.mark.parametrize(("algorithm", "minimum"), [("ppo_pp", 10), ("ppo_pp", 0), ("aggrevated", 0), ("d2lols", 10)])

@@ -28,9 +28,12 @@ def cache_key(parts: Mapping[str, Any]) -> str:
 
 
 class ResponseCache:
-    """A table on disk from request keys to responses (JSON objects)."""
+    """A table on disk from request keys to responses (JSON objects).
 
-    def __init__(self, path: Path) -> None:
+    `role` names the server in errors, 'guide' or 'judge'.
+    """
+
+    def __init__(self, path: Path, role: str = "guide") -> None:
         self.path = path
         self._lock = threading.Lock()  # one connection, shared by all threads of this process
         try:
@@ -43,7 +46,9 @@ class ResponseCache:
             self._execute("PRAGMA synchronous = NORMAL")
             self._execute(SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"the guide's cache {path} cannot be opened ({error}): choose another guide.cache.") from None
+            raise ConfigError(
+                f"the {role}'s cache {path} cannot be opened ({error}): choose another {role}.endpoint.cache."
+            ) from None
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the stored response of a key, or None."""

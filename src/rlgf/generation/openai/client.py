@@ -1,6 +1,6 @@
 """Client of one OpenAI-compatible server: request bodies and the classification of failures.
 
-Responses are parsed in `responses.py`. Retries, counters and the cache are in `guides/remote.py`.
+Responses are parsed in `responses.py`. Retries, limits and usage are in `pool.py`.
 """
 
 import json
@@ -53,31 +53,33 @@ class Server:
 
     `mode` is one of CONTINUATIONS or 'token_ids'. With token ids the server must share the policy's
     tokenizer (checked in `token_ids.py`): `end_ids` are the policy's EOS tokens, and `exact` is
-    true if the server respects `min_tokens`.
+    true if the server respects `min_tokens`. `role` names the server in errors and reports, 'guide'
+    or 'judge'.
     """
 
     def __init__(
         self, spec: str, config: GuideConfig, mode: str, report: Callable[[str], None] = lambda line: None,
-        end_ids: Sequence[int] = (), exact: bool = False,
+        end_ids: Sequence[int] = (), exact: bool = False, role: str = "guide",
     ) -> None:  # fmt: skip
-        self.model, self.url = parse_spec(spec)
-        self.config, self.mode, self.eos_token_ids, self.exact = config, mode, tuple(end_ids), exact
+        self.model, self.url = parse_spec(spec, role)
+        self.config, self.mode, self.eos_token_ids, self.exact, self.role = config, mode, tuple(end_ids), exact, role
+        endpoint = config.endpoint
         # _drop_refused_parameter changes the last two when the server refuses a parameter
         self._report, self._omitted_parameters, self._token_limit = report, set[str](), "max_tokens"
-        key = read_secret(config.api_key_env)
-        headers = {name: from_environment(value) for name, value in config.extra_headers.items()}
+        key = read_secret(endpoint.api_key_env)
+        headers = {name: from_environment(value, role) for name, value in endpoint.extra_headers.items()}
         try:
             import openai
         except ImportError:
-            raise ConfigError("a guide on a server needs the extra 'server': pip install 'rlgf[server]'.") from None
+            raise ConfigError(f"a {role} on a server needs the extra 'server': pip install 'rlgf[server]'.") from None
         self._openai = openai
         self._client = openai.OpenAI(
-            base_url=self.url, api_key=key or "none", max_retries=0, timeout=config.timeout_seconds,
+            base_url=self.url, api_key=key or "none", max_retries=0, timeout=endpoint.timeout_seconds,
             default_headers=headers,
         )  # fmt: skip
         weakref.finalize(self, self._client.close)
         # a header may have a scheme before its secret ('Bearer …'), and an error only the secret
-        written = [value for name, value in headers.items() if config.extra_headers[name].startswith("$")]
+        written = [value for name, value in headers.items() if endpoint.extra_headers[name].startswith("$")]
         self._secrets = [part for secret in (key or "", *written) for part in (secret, *secret.split()) if len(part) > 3]
 
     def key(self) -> dict[str, Any]:
@@ -88,8 +90,8 @@ class Server:
         config, sampling = self.config, self.config.sampling
         found = {
             "model": self.model, "mode": self.mode, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "top_k": sampling.top_k, "greedy": sampling.greedy, "stop": list(config.stop), "extra_body": config.extra_body,
-            "thinking_tokens": config.thinking_tokens,
+            "top_k": sampling.top_k, "greedy": sampling.greedy, "stop": list(config.stop),
+            "extra_body": config.endpoint.extra_body, "thinking_tokens": config.endpoint.thinking_tokens,
         }  # fmt: skip
         if self.mode == "token_ids":
             return {**found, "end_ids": list(self.eos_token_ids)}
@@ -141,7 +143,7 @@ class Server:
     def _body(self, question: ServerRequest) -> dict[str, Any]:
         config, sampling = self.config, self.config.sampling
         body: dict[str, Any] = {"model": self.model, "seed": question.seed, "n": 1}
-        body[self._token_limit] = question.max_tokens + config.thinking_tokens
+        body[self._token_limit] = question.max_tokens + config.endpoint.thinking_tokens
         body["temperature"] = 0.0 if sampling.greedy else sampling.temperature
         if sampling.top_p < 1.0:
             body["top_p"] = sampling.top_p
@@ -156,7 +158,8 @@ class Server:
             body["prompt"] = question.prompt + question.prefix
         else:
             body |= self._messages(question)
-        return {name: value for name, value in body.items() if name not in self._omitted_parameters} | config.extra_body
+        kept = {name: value for name, value in body.items() if name not in self._omitted_parameters}
+        return kept | config.endpoint.extra_body
 
     def _messages(self, question: ServerRequest) -> dict[str, Any]:
         """Return the fields of a chat request, with the prefix if there is one."""
@@ -184,13 +187,14 @@ class Server:
         # the rest is sent unchanged, including parameters that the client does not support
         arguments = {"model": body["model"], first: body[first]}
         rest = {name: value for name, value in body.items() if name not in arguments}
-        end = time.monotonic() + self.config.timeout_seconds
+        timeout = self.config.endpoint.timeout_seconds
+        end = time.monotonic() + timeout
         content = bytearray()
         with self._failures(), resource.with_streaming_response.create(**arguments, extra_body=rest) as response:
             for part in response.iter_bytes():
                 content += part
                 if time.monotonic() > end:  # the client's timeout restarts at every byte
-                    raise TransientError(f"it took longer than {self.config.timeout_seconds:g} s")
+                    raise TransientError(f"it took longer than {timeout:g} s")
                 if len(content) > MAX_RESPONSE_BYTES:
                     raise TransientError(f"its answer is longer than {MAX_RESPONSE_BYTES >> 20} MiB")
         try:
@@ -242,13 +246,13 @@ class Server:
 
         Returns whether there was one.
         """
-        sent = [name for name in OPTIONAL_PARAMETERS if name in body and name not in self.config.extra_body]
+        sent = [name for name in OPTIONAL_PARAMETERS if name in body and name not in self.config.endpoint.extra_body]
         named = [name for name in sent if re.search(rf"\b{name}\b" if len(name) > 1 else rf"['\"`]{name}['\"`]", reason)]
         if "max_completion_tokens" in reason and "max_tokens" in body and "messages" in body:
             self._token_limit = "max_completion_tokens"
         elif named:
             if named[0] not in self._omitted_parameters:
-                self._report(f"guide: {named[0]} is left out from now on, as the server refuses it")
+                self._report(f"{self.role}: {named[0]} is left out from now on, as the server refuses it")
             self._omitted_parameters.add(named[0])
         else:
             return False
@@ -291,7 +295,7 @@ def read_secret(variable: str) -> str | None:
     return secret or None
 
 
-def from_environment(value: str) -> str:
+def from_environment(value: str, role: str = "guide") -> str:
     """Return a value unchanged, or for `$NAME` the environment variable NAME.
 
     Raises `ConfigError` if the variable is not set.
@@ -300,22 +304,29 @@ def from_environment(value: str) -> str:
         return value
     found = read_secret(value[1:])
     if not found:
-        raise ConfigError(f"guide.extra_headers names the environment variable {value[1:]}, which is not set: export it.")
+        raise ConfigError(
+            f"{role}.endpoint.extra_headers names the environment variable {value[1:]}, which is not set: export it."
+        )
     return found
 
 
-def parse_spec(spec: str) -> tuple[str, str]:
-    """Return the model and the address of `server:MODEL@URL`."""
+def parse_spec(spec: str, role: str = "guide") -> tuple[str, str]:
+    """Return the model and the address of `server:MODEL@URL`.
+
+    Errors name the server by its role, 'guide' or 'judge'.
+    """
     model, _, url = spec.removeprefix("server:").partition("@http")
     parts = urlsplit("http" + url)
     if not model or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            f"guide '{spec.split('@')[0]}…' is not of the form server:MODEL@URL with an http:// or https:// address."
+            f"{role} '{spec.split('@')[0]}…' is not of the form server:MODEL@URL with an http:// or https:// address."
         )
     if parts.username or parts.password:
-        raise ConfigError("the guide's address holds a password: put the key into the variable that guide.api_key_env names.")
+        raise ConfigError(
+            f"the {role}'s address holds a password: put the key into the variable that {role}.endpoint.api_key_env names."
+        )
     if parts.query or parts.fragment:
-        raise ConfigError("the guide's address goes on behind a '?' or '#': leave that out; keys come from the environment.")
+        raise ConfigError(f"the {role}'s address goes on behind a '?' or '#': leave that out; keys come from the environment.")
     return model, "http" + url
 
 
@@ -336,7 +347,7 @@ def connect(spec: str, config: GuideConfig, cache: ResponseCache, report: Callab
     key = cache_key({"continuation of": parse_spec(spec)[0]})
     found = cache.get(key)
     mode = str(found["mode"]) if found else "completion"
-    if found is None and not config.offline:
+    if found is None and not config.endpoint.offline:
         try:
             mode = _probe_mode(spec, config, report)
             cache.put(key, {"mode": mode})

@@ -191,7 +191,9 @@ def _validate(
     except UnicodeEncodeError:
         raise InvalidError("its text is no valid Unicode", bill) from None
     if not text.strip():
-        reason = "it wrote nothing" if finished else "its tokens ran out before it wrote anything: raise guide.thinking_tokens"
+        reason = (
+            "it wrote nothing" if finished else "its tokens ran out before it wrote anything: raise endpoint.thinking_tokens"
+        )
         raise InvalidError(reason, bill, silent=finished and not (written or "").strip())
     return ServerResponse(text, finished, bill, stripped)
 
@@ -211,7 +213,7 @@ def _without_thoughts(text: str, bill: Usage) -> str:
     """
     text = THOUGHTS_END.split(THOUGHTS.sub("", text))[-1]
     if THOUGHTS_BEGIN.search(text):
-        raise InvalidError("it was still thinking when its tokens ran out: raise guide.thinking_tokens", bill)
+        raise InvalidError("it was still thinking when its tokens ran out: raise endpoint.thinking_tokens", bill)
     return text
 
 

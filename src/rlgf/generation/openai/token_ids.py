@@ -54,7 +54,7 @@ def connect_by_token_ids(
     texts = probe_texts(tokens.tokenizer)
     ours = [list(tokens.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
     key = cache_key({"tokens of": model, "ids": ours, "end_ids": list(tokens.eos_token_ids)})
-    if config.offline:
+    if config.endpoint.offline:
         found = cache.get(key)
         if found is None:
             raise ConfigError(
@@ -111,6 +111,7 @@ def _respects_min_tokens(spec: str, config: GuideConfig, tokens: TokenIdSetup, i
     A logit bias makes EOS tokens the most likely, so that only `min_tokens` prevents them.
     """
     push = {"logit_bias": {str(end): 100 for end in tokens.eos_token_ids}}
-    pushed = Server(spec, replace(config, extra_body={**config.extra_body, **push}), "token_ids", end_ids=tokens.eos_token_ids)
+    endpoint = replace(config.endpoint, extra_body={**config.endpoint.extra_body, **push})
+    pushed = Server(spec, replace(config, endpoint=endpoint), "token_ids", end_ids=tokens.eos_token_ids)
     answer = pushed.send(ServerRequest("", "", max_tokens=4, seed=0, ids=tuple(ids), min_tokens=4))
     return not answer.finished and len(answer.ids or ()) == 4
