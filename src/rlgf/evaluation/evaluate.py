@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlgf.algorithms.guided import Algorithm, guide_only, ppo
-from rlgf.config.loading import read_options
+from rlgf.config.base import read_options
 from rlgf.config.sections import EvaluationConfig
 from rlgf.errors import ConfigError
 from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
