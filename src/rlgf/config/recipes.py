@@ -15,11 +15,12 @@ from rlgf.config.sections import (
     GuideConfig,
     JudgeConfig,
     KLConfig,
-    LoraConfig,
     ModelConfig,
+    PolicyLoraConfig,
     PPOConfig,
     PreferenceConfig,
     RewardConfig,
+    RewardLoraConfig,
     SupervisedConfig,
     TaskConfig,
 )
@@ -213,7 +214,7 @@ def tldr() -> Config:
         reward=RewardConfig(path="preferences", subtract_reference=True),
         preferences=PreferenceConfig(
             training=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-5, seed=0),
-            lora_rank=32, lora_alpha=32, lora_dropout=0.0,
+            lora=RewardLoraConfig(rank=32),
         ),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_p=0.92)),
         algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=1.0),
@@ -224,7 +225,7 @@ def tldr() -> Config:
         ),
         kl=KLConfig(coefficient=0.002),
         critic=CriticConfig(kind="lora", learning_rate=1e-5, value_coefficient=0.2),
-        lora=LoraConfig(rank=8, alpha=64.0, dropout=0.1),
+        lora=PolicyLoraConfig(rank=8, alpha=64.0, dropout=0.1),
         evaluation=EvaluationConfig(
             every=10, prompts=128, final_prompts=6_550, sampling=SamplingParams(greedy=True), best_of=8,
             metrics=("rouge1", "rouge2", "rougeL"), baselines=("zero_shot", "sft", "guide"),

@@ -13,8 +13,8 @@ from rlgf.config.sections import (
     GuideConfig,
     JudgeConfig,
     KLConfig,
-    LoraConfig,
     ModelConfig,
+    PolicyLoraConfig,
     PPOConfig,
     PreferenceConfig,
     RewardConfig,
@@ -46,7 +46,7 @@ class Config:
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
     critic: CriticConfig = CriticConfig()
-    lora: LoraConfig = LoraConfig()
+    lora: PolicyLoraConfig = PolicyLoraConfig()
     sampling: SamplingParams = SamplingParams()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()

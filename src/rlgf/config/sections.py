@@ -113,16 +113,42 @@ class RewardConfig:
 
 
 @section
+class LoraConfig:
+    """LoRA adapters in place of whole models."""
+
+    rank: NonNegativeInt = 0  # 0: no adapters, all weights are trained
+    alpha: PositiveFloat = 16.0
+    dropout: ProbabilityBelowOne = 0.0  # in supervised stages; 0 in reinforcement learning
+    target_modules: tuple[str, ...] = ()  # adapted layers; empty: see the section
+
+
+@section
+class PolicyLoraConfig(LoraConfig):
+    """The adapters of the policy; without `target_modules`, of all linear layers but the head.
+
+    Policy, critics, reference and guide share one copy of the base weights. The reference is the
+    frozen adapter of SFT, or, if SFT trained all weights, the base model with adapters off.
+    """
+
+    in_sft: bool = False  # train an adapter in supervised fine-tuning too
+    load_in_4bit: bool = False  # base weights in 4 bits, by bitsandbytes
+
+
+@section
+class RewardLoraConfig(LoraConfig):
+    """The adapters of a reward model; without `target_modules`, of PEFT's default layers."""
+
+    alpha: PositiveFloat = 32.0
+
+
+@section
 class PreferenceConfig:
     """A reward model trained here on human preference pairs (reward.path: 'preferences')."""
 
     data: str | None = None  # pairs: Hub name, folder or file; None: the task's own
     path: str | None = None  # initial model, Hub name or folder; None: the policy's initial model
     training: SupervisedConfig = SupervisedConfig(epochs=1.0, learning_rate=1e-5)  # examples: pairs
-    lora_rank: NonNegativeInt = 0  # of LoRA adapters; 0: train all weights
-    lora_alpha: PositiveInt = 32
-    lora_dropout: ProbabilityBelowOne = 0.0
-    lora_modules: tuple[str, ...] = ()  # adapted layers; empty: PEFT's default
+    lora: RewardLoraConfig = RewardLoraConfig()
     min_words: NonNegativeInt = 5  # pairs with a shorter completion are dropped
 
 
@@ -324,22 +350,6 @@ class EvaluationConfig:
     baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # compared rows
     also_sampled: bool = False  # reward of sampled completions, in final evaluations
     best_of: NonNegativeInt = 0  # completions per prompt, for best of N in final evaluations; 0: none
-
-
-@section
-class LoraConfig:
-    """LoRA adapters in place of whole models.
-
-    Policy, critics, reference and guide share one copy of the base weights. The reference is the
-    frozen adapter of SFT, or, if SFT trained all weights, the base model with adapters off.
-    """
-
-    rank: NonNegativeInt = 0  # 0: no adapters
-    alpha: PositiveFloat = 16.0
-    dropout: ProbabilityBelowOne = 0.0  # in supervised stages; 0 in reinforcement learning
-    target_modules: tuple[str, ...] = ()  # adapted layers; empty: all linear layers but the head
-    in_sft: bool = False  # train an adapter in supervised fine-tuning too
-    load_in_4bit: bool = False  # base weights in 4 bits, by bitsandbytes
 
 
 @section
