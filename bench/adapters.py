@@ -72,7 +72,7 @@ def trainer_of(folder: Path, shared: bool) -> Trainer:
     )
     start = str(folder / "model")
     reference = load_language_model(start).freeze()
-    algorithm = aggrevated(0.8)
+    algorithm = aggrevated(0.8).build()
     models = build_models.build_models(config, algorithm, reference, start, start)
     backbone = models.policy if shared else None
     reward, judge = (load_reward_model(str(folder / name), backbone=backbone) for name in ("reward", "judge"))

@@ -2,11 +2,14 @@
 
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "src" / "rlgf" / name for name in ("config/schema.py", "config/sections.py", "types.py")]
+ALGORITHMS = ROOT / "src" / "rlgf" / "algorithms" / "guided.py"
+BOUNDS = ROOT / "src" / "rlgf" / "config" / "base.py"
 SECTIONS = {
     "Config": "",
     "TaskConfig": "task",
@@ -42,6 +45,10 @@ def page() -> str:
     classes = {node.name: (node, comments) for source in SOURCES for node, comments in classes_of(source)}
     for name, section in SECTIONS.items():
         lines += table(*classes[name], section)
+        if name == "AlgorithmConfig":
+            for node, comments in classes_of(ALGORITHMS):
+                if algorithm := algorithm_name(node):
+                    lines += table(node, comments, f"algorithm.options.{algorithm}")
     return "\n".join(lines) + "\n"
 
 
@@ -56,15 +63,46 @@ def classes_of(path: Path) -> list[tuple[ast.ClassDef, dict[int, str]]]:
     return [(node, comments) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
 
 
+def algorithm_name(node: ast.ClassDef) -> str | None:
+    """Return the name of an algorithm's class, or None for another class."""
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == "name" and isinstance(field.value, ast.Constant):
+            return str(field.value.value)
+    return None
+
+
+def named_types() -> dict[str, str]:
+    """Return the named types of fields: those with bounds in words, choices as they are."""
+    found: dict[str, str] = {}
+    for path in (BOUNDS, ALGORITHMS, ALGORITHMS.with_name("switching.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if match := re.match(r"(\w+) = (?:Annotated\[.*#\s*(.*)|(Literal\[.*\]))", line):
+                found[match[1]] = match[2] or match[3].replace('"', "'")
+    return found
+
+
+def readable_type(annotation: ast.expr) -> str:
+    """Return a type as the tables show it."""
+    text = ast.unparse(annotation).replace("|", "or")
+    for name, words in named_types().items():
+        text = re.sub(rf"\b{name}\b", words, text)
+    return text
+
+
 def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[str]:
     """Return the lines of one section."""
     lines = ["", f"## {section or 'the whole run'}", "", " ".join((ast.get_docstring(node) or "").split()), ""]
-    lines += ["| field | default | |", "|---|---|---|"]
-    for field in node.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
+    fields = [
+        field
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).startswith("ClassVar")
+    ]
+    lines += ["| field | default | |", "|---|---|---|"] if fields else ["It has no options."]
+    for field in fields:
+        if isinstance(field.target, ast.Name) and field.value is not None:
             default = ast.unparse(field.value)
             default = "" if default.startswith("dataclasses.field") else default
-            kind = ast.unparse(field.annotation).replace("|", "or")
+            kind = readable_type(field.annotation)
             note = comments.get(field.end_lineno or 0, "")
             shown = f"`{default}`" if default else ""
             lines.append(f"| `{field.target.id}` ({kind}) | {shown} | {note} |")

@@ -15,7 +15,7 @@ ORDER = {
         "text_metrics generation guides rewards supervised rl evaluation runs trainer pipeline "
         "experiments cli"
     ),
-    "algorithms": "__init__ advantages guided losses schedules",
+    "algorithms": "__init__ advantages switching guided losses schedules",
     "cli": (
         "__init__ diagnose options terminal schedule console check compare evaluate inspect "
         "train app"

@@ -88,6 +88,11 @@ def _shown(number: Any) -> str:
     return f"{number:g}" if isinstance(number, float) else str(number)
 
 
+@functools.cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
 def read_options(values: object, kind: type, where: str, prefix: str) -> Any:
     """Return free-form options as an instance of `kind`, their own dataclass.
 
@@ -102,6 +107,6 @@ def read_options(values: object, kind: type, where: str, prefix: str) -> Any:
                 raise ConfigError(f"{where}: {prefix.rstrip('.')} takes no options, but has '{key}': remove it.")
             raise unknown(f"key ({where})", key, names)
     try:
-        return TypeAdapter(kind).validate_python(values)
+        return _adapter(kind).validate_python(values)
     except ValidationError as error:
         raise as_config_error(error, where, prefix) from None

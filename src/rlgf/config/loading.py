@@ -10,13 +10,14 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from rlgf.config.base import as_config_error
-from rlgf.config.flatten import to_dict
+from rlgf.config.flatten import flatten, to_dict
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.types import FORMAT_VERSION
 
 FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
-    "task.options", "guide.options", "reward.weights", "reward.options", "evaluation.metric_options",
+    "task.options", "algorithm.options", "guide.options", "reward.weights", "reward.options",
+    "evaluation.metric_options",
 )  # fmt: skip
 
 
@@ -51,9 +52,10 @@ def check_keys(values: object, kind: Any, where: str, prefix: str = "") -> None:
 
 def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
-    valid = list(all_keys(Config))
+    valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")]
     last = {name.split(".")[-1]: name for name in valid}
-    close = [last[key]] if key in last else difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    same = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]  # a field in another section
+    close = difflib.get_close_matches(key, same, n=1, cutoff=0.0) or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
     hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
     return ConfigError(f"{where}: unknown key '{key}': {hint}")

@@ -36,6 +36,21 @@ class Control:
     changes: Mapping[str, Any]
 
 
+def _algorithm(
+    beta_guide: float, beta_policy: float, mixing_weight: float = 0.8, switch_iteration: int = 20
+) -> AlgorithmConfig:
+    """Return the options of all algorithms, which share the probabilities of rollins."""
+    betas = {"beta_guide": beta_guide, "beta_policy": beta_policy}
+    return AlgorithmConfig(
+        options={
+            "ppo_pp": {"beta": beta_guide},
+            "aggrevated": {"beta": beta_policy},
+            "lols": {**betas, "mixing_weight": mixing_weight},
+            "d2lols": {**betas, "switch_iteration": switch_iteration},
+        }
+    )
+
+
 def quickstart() -> Config:
     """Toy reviews: a sparse reward that PPO finds only with a guide, which passes 7 %."""
     model = ModelConfig(layers=2, width=64, heads=4, max_length=64, init_std=0.1)
@@ -52,7 +67,7 @@ def quickstart() -> Config:
             sft=SupervisedConfig(steps=300, batch_size=64, learning_rate=3e-3, schedule="linear", adam_beta2=0.98),
             options={"right_aspect": 0.9, "positive_adjective": 0.8},
         ),
-        algorithm=AlgorithmConfig(beta_guide=0.8, beta_policy=0.8, mixing_weight=0.8, switch_iteration=8),
+        algorithm=_algorithm(beta_guide=0.8, beta_policy=0.8, mixing_weight=0.8, switch_iteration=8),
         ppo=PPOConfig(
             iterations=40,
             completions_per_iteration=128,
@@ -84,7 +99,7 @@ def imdb() -> Config:
         sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-5, seed=0),
         reward=RewardConfig(path="lvwerra/distilbert-imdb"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=20),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=20),
         ppo=PPOConfig(
             iterations=50, completions_per_iteration=112, epochs=5, minibatch_size=28, learning_rate=1e-6, gamma=0.99,
             gae_lambda=0.95,
@@ -114,7 +129,7 @@ def imdb_small() -> Config:
         sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=3e-4, seed=0),
         reward=RewardConfig(path="ngram"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=4),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=4),
         ppo=PPOConfig(
             iterations=15, completions_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4, gamma=0.99,
             gae_lambda=0.95,
@@ -139,7 +154,7 @@ def commongen() -> Config:
         sft=SupervisedConfig(epochs=1.0, batch_size=64, learning_rate=1e-4, seed=0),
         reward=RewardConfig(weights={"cider_d": 1.0, "spice": 1.0}),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=200),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=200),
         ppo=PPOConfig(
             iterations=500, completions_per_iteration=128, epochs=4, minibatch_size=32, learning_rate=1e-5, schedule="linear",
             gamma=0.99, gae_lambda=0.95, mle_coefficient=0.1,
@@ -181,7 +196,7 @@ def commongen_small() -> Config:
         ),
         reward=RewardConfig(path="spider"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=10),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=10),
         ppo=PPOConfig(
             iterations=25, completions_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=3e-5, gamma=1.0,
             gae_lambda=1.0,
@@ -217,7 +232,7 @@ def tldr() -> Config:
             lora=RewardLoraConfig(rank=32),
         ),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=1.0),
+        algorithm=_algorithm(beta_guide=0.6, beta_policy=1.0),
         ppo=PPOConfig(
             iterations=100, completions_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=1e-5, gamma=1.0,
             gae_lambda=0.95,
@@ -254,7 +269,7 @@ def tldr_small() -> Config:
         ),
         judge=JudgeConfig(spec="preferences"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=0.8),
+        algorithm=_algorithm(beta_guide=0.6, beta_policy=0.8),
         ppo=PPOConfig(
             iterations=12, completions_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4, gamma=1.0,
             gae_lambda=0.95,
@@ -303,7 +318,9 @@ def controls(config: Config) -> dict[str, Control]:
     if config.recipe != "quickstart":
         return {}
     # as many completions as have a guide rollin in a run of PPO++
-    completions = round(config.ppo.iterations * config.ppo.completions_per_iteration * config.algorithm.beta_guide)
+    completions = round(
+        config.ppo.iterations * config.ppo.completions_per_iteration * config.algorithm.options["ppo_pp"]["beta"]
+    )
     distill = {"num_completions": completions, "steps": 150, "batch_size": 64, "learning_rate": 1e-3, "adam_beta2": 0.98}
     return {
         "ppo_sharpened": Control("PPO, own sampling sharpened (top-p 0.6)", {"sampling.top_p": 0.6}),

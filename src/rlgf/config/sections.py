@@ -13,6 +13,7 @@ from rlgf.config.base import (
     Probability,
     ProbabilityBelowOne,
     Seed,
+    read_options,
     section,
 )
 from rlgf.errors import unknown
@@ -239,33 +240,29 @@ GUIDE_CONNECTION_FIELDS = (
 
 @section
 class AlgorithmConfig:
-    """The algorithm and its parameters; see `rlgf.algorithms`."""
+    """The algorithm, and the options of all algorithms by name.
+
+    A comparison uses those of several. An option that is not given has its algorithm's default.
+    """
 
     name: str = "ppo"
-    beta_guide: float = 0.2  # probability of a rollin by the guide (PPO++)
-    beta_policy: float = 0.8  # probability of a policy rollin if the guide rolls out (AggreVaTeD)
-    mixing_weight: float = 0.8  # α of LOLS
-    switch_iteration: int = 20  # α of D2LOLS
-    mix: Literal["advantage", "iteration"] = "advantage"
-    credit: guided.Credit = "gae"
-    switch_guide: guided.SwitchRule = "uniform"
-    switch_policy: guided.SwitchRule = "uniform"
+    options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict[str, dict[str, Any]])
+
+    def __post_init__(self) -> None:
+        """Validate the options of every algorithm and complete them with its defaults."""
+        for name in (self.name, *self.options):
+            if name not in guided.ALGORITHMS:
+                raise unknown("algorithm", name, guided.ALGORITHMS)
+        complete = {name: dataclasses.asdict(self._read_options(name)) for name in guided.ALGORITHMS}
+        object.__setattr__(self, "options", complete)
+
+    def _read_options(self, name: str) -> guided.AlgorithmOptions:
+        options = self.options.get(name, {})
+        return read_options(options, guided.ALGORITHMS[name], f"algorithm '{name}'", f"algorithm.options.{name}.")
 
     def build(self) -> guided.Algorithm:
-        """Return the algorithm with these parameters."""
-        betas = (self.beta_guide, self.beta_policy)
-        switches: tuple[guided.SwitchRule, guided.SwitchRule] = (self.switch_guide, self.switch_policy)
-        if self.name == "ppo":
-            return guided.ppo()
-        if self.name == "ppo_pp":
-            return guided.ppo_pp(self.beta_guide, self.switch_guide)
-        if self.name == "aggrevated":
-            return guided.aggrevated(self.beta_policy, self.credit, self.switch_policy)
-        if self.name == "lols":
-            return guided.lols(*betas, self.mixing_weight, self.mix, self.credit, *switches)
-        if self.name == "d2lols":
-            return guided.d2lols(*betas, self.switch_iteration, self.credit, *switches)
-        raise unknown("algorithm", self.name, guided.ALGORITHMS)
+        """Return the algorithm with its options."""
+        return self._read_options(self.name).build()
 
 
 @section
