@@ -55,7 +55,8 @@ def unknown_key(key: str, where: str) -> ConfigError:
     valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")]
     last = {name.split(".")[-1]: name for name in valid}
     same = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]  # a field in another section
-    close = difflib.get_close_matches(key, same, n=1, cutoff=0.0) or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    close = [last[key]] if key in last else difflib.get_close_matches(key, same, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
     hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
     return ConfigError(f"{where}: unknown key '{key}': {hint}")
