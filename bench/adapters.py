@@ -27,10 +27,11 @@ from rlgf.config.schema import Config
 from rlgf.config.sections import (
     CriticConfig,
     EvaluationConfig,
-    LoraConfig,
     ModelConfig,
+    PolicyLoraConfig,
     PPOConfig,
     PreferenceConfig,
+    RewardLoraConfig,
     RuntimeConfig,
     TaskConfig,
 )
@@ -63,7 +64,7 @@ def trainer_of(folder: Path, shared: bool) -> Trainer:
         task=TaskConfig(max_new_tokens=SHAPE.new_tokens, min_new_tokens=SHAPE.new_tokens),
         ppo=PPOConfig(iterations=1, completions_per_iteration=SHAPE.texts, epochs=1, minibatch_size=SHAPE.minibatch_texts),
         critic=CriticConfig(kind="lora" if shared else "separate"),
-        lora=LoraConfig(rank=RANK if shared else 0),
+        lora=PolicyLoraConfig(rank=RANK if shared else 0),
         evaluation=EvaluationConfig(every=0, output_perplexity=True),
         runtime=RuntimeConfig(trackers=()),
         model=ModelConfig(path=str(folder / "model")),
@@ -71,7 +72,7 @@ def trainer_of(folder: Path, shared: bool) -> Trainer:
     )
     start = str(folder / "model")
     reference = load_language_model(start).freeze()
-    algorithm = aggrevated(0.8)
+    algorithm = aggrevated(0.8).build()
     models = build_models.build_models(config, algorithm, reference, start, start)
     backbone = models.policy if shared else None
     reward, judge = (load_reward_model(str(folder / name), backbone=backbone) for name in ("reward", "judge"))
@@ -115,7 +116,9 @@ def main() -> None:
         folder = Path(scratch)
         make(SHAPE, folder)
         for seed, name in enumerate(("reward", "judge")):
-            new_reward_model(str(folder / "model"), PreferenceConfig(lora_rank=RANK), seed).save(folder / name)
+            new_reward_model(str(folder / "model"), PreferenceConfig(lora=RewardLoraConfig(rank=RANK)), seed).save(
+                folder / name
+            )
         base = megabytes(load_language_model(str(folder / "model")).model.parameters())
         found: dict[str, Any] = {}
         for way in ("whole", "adapters"):

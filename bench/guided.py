@@ -111,11 +111,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     workload, folder = Workload(), arguments.work.resolve() / "S"
     subprocess.run([sys.executable, "-m", "bench.workload", "S", str(folder)], cwd=ROOT, check=True)
     load_before, iterations = os.getloadavg(), 1 + arguments.rounds
-    kinds = {PPO: (ppo(), False), f"{PPO} again": (ppo(), False)}
+    kinds = {PPO: (ppo().build(), False), f"{PPO} again": (ppo().build(), False)}
     for beta in BETAS:
-        kinds[f"PPO++ {beta}, generated"] = (ppo_pp(beta), False)
-        kinds[f"PPO++ {beta}, cached"] = (ppo_pp(beta), True)
-        kinds[f"AggreVaTeD {beta}"] = (aggrevated(beta), False)
+        kinds[f"PPO++ {beta}, generated"] = (ppo_pp(beta).build(), False)
+        kinds[f"PPO++ {beta}, cached"] = (ppo_pp(beta).build(), True)
+        kinds[f"AggreVaTeD {beta}"] = (aggrevated(beta).build(), False)
     made = {name: trainer(workload, folder, algorithm, cached, iterations) for name, (algorithm, cached) in kinds.items()}
     theirs = tril_workers(arguments, folder, iterations)
     rounds: list[dict[str, Any]] = []

@@ -23,9 +23,9 @@ from rlgf.algorithms.guided import Algorithm
 from rlgf.config.sections import PPOConfig
 
 MAKERS: dict[str, Callable[[], Algorithm]] = {
-    "PPO": guided.ppo,
-    "PPO++ (β = .5)": lambda: guided.ppo_pp(0.5),
-    "D2LOLS (switch at 10)": lambda: guided.d2lols(0.5, 0.8, 10, credit="td"),
+    "PPO": lambda: guided.ppo().build(),
+    "PPO++ (β = .5)": lambda: guided.ppo_pp(0.5).build(),
+    "D2LOLS (switch at 10)": lambda: guided.d2lols(0.5, 0.8, 10, credit="td").build(),
 }
 
 

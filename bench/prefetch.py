@@ -65,7 +65,7 @@ def serving(delay: float) -> Iterator[str]:
 def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Trainer:
     """PPO++ on imdb-small's sizes, with random weights, random prompts and a cheap reward."""
     settings: list[tuple[str, Any]] = [
-        ("algorithm.name", "ppo_pp"), ("algorithm.beta_guide", BETA), ("ppo.iterations", iterations),
+        ("algorithm.name", "ppo_pp"), ("algorithm.options.ppo_pp.beta", BETA), ("ppo.iterations", iterations),
         ("ppo.mle_coefficient", 0.0), ("sampling.top_k", 0), ("runtime.threads", 1),
         ("guide.spec", f"server:m@{url}"), ("guide.endpoint.concurrency", CONCURRENCY),
         ("guide.endpoint.offline", offline),

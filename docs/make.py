@@ -2,11 +2,14 @@
 
 import ast
 import io
+import re
 import tokenize
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "src" / "rlgf" / name for name in ("config/schema.py", "config/sections.py", "types.py")]
+ALGORITHMS = ROOT / "src" / "rlgf" / "algorithms" / "guided.py"
+BOUNDS = ROOT / "src" / "rlgf" / "config" / "base.py"
 SECTIONS = {
     "Config": "",
     "TaskConfig": "task",
@@ -23,12 +26,13 @@ SECTIONS = {
     "PPOConfig": "ppo",
     "KLConfig": "kl",
     "CriticConfig": "critic",
-    "LoraConfig": "lora",
+    "LoraConfig": "lora, preferences.lora",
+    "PolicyLoraConfig": "lora",
+    "RewardLoraConfig": "preferences.lora",
     "SamplingParams": "sampling, guide.sampling, evaluation.sampling",
     "EvaluationConfig": "evaluation",
     "RuntimeConfig": "runtime",
 }
-SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 
 def page() -> str:
@@ -40,9 +44,12 @@ def page() -> str:
         "A recipe (`rlgf show quickstart`) changes some of these defaults.",
     ]
     classes = {node.name: (node, comments) for source in SOURCES for node, comments in classes_of(source)}
-    bounds = {name: words for source in SOURCES for name, words in bounded_types_of(source)}
     for name, section in SECTIONS.items():
-        lines += table(*classes[name], section, bounds)
+        lines += table(*classes[name], section)
+        if name == "AlgorithmConfig":
+            for node, comments in classes_of(ALGORITHMS):
+                if algorithm := algorithm_name(node):
+                    lines += table(node, comments, f"algorithm.options.{algorithm}")
     return "\n".join(lines) + "\n"
 
 
@@ -57,27 +64,46 @@ def classes_of(path: Path) -> list[tuple[ast.ClassDef, dict[int, str]]]:
     return [(node, comments) for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
 
 
-def bounded_types_of(path: Path) -> list[tuple[str, str]]:
-    """Return the names of bounded types of a file (`Count = Annotated[int, Field(ge=0)]`), each in words ('int ≥ 0')."""
-    found: list[tuple[str, str]] = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("Annotated["):
-            kind, bound = node.value.slice.elts  # pyright: ignore
-            limits = [f"{SIGNS[key.arg]} {ast.unparse(key.value)}" for key in bound.keywords if key.arg in SIGNS]
-            found.append((ast.unparse(node.targets[0]), " ".join([ast.unparse(kind), *limits])))
+def algorithm_name(node: ast.ClassDef) -> str | None:
+    """Return the name of an algorithm's class, or None for another class."""
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign) and ast.unparse(field.target) == "name" and isinstance(field.value, ast.Constant):
+            return str(field.value.value)
+    return None
+
+
+def named_types() -> dict[str, str]:
+    """Return the named types of fields: those with bounds in words, choices as they are."""
+    found: dict[str, str] = {}
+    for path in (BOUNDS, ALGORITHMS, ALGORITHMS.with_name("switching.py")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if match := re.match(r"(\w+) = (?:Annotated\[.*#\s*(.*)|(Literal\[.*\]))", line):
+                found[match[1]] = match[2] or match[3].replace('"', "'")
     return found
 
 
-def table(node: ast.ClassDef, comments: dict[int, str], section: str, bounds: dict[str, str]) -> list[str]:
+def readable_type(annotation: ast.expr) -> str:
+    """Return a type as the tables show it."""
+    text = ast.unparse(annotation).replace("|", "or")
+    for name, words in named_types().items():
+        text = re.sub(rf"\b{name}\b", words, text)
+    return text
+
+
+def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[str]:
     """Return the lines of one section."""
     lines = ["", f"## {section or 'the whole run'}", "", " ".join((ast.get_docstring(node) or "").split()), ""]
-    lines += ["| field | default | |", "|---|---|---|"]
-    for field in node.body:
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and field.value is not None:
+    fields = [
+        field
+        for field in node.body
+        if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).startswith("ClassVar")
+    ]
+    lines += ["| field | default | |", "|---|---|---|"] if fields else ["It has no options."]
+    for field in fields:
+        if isinstance(field.target, ast.Name) and field.value is not None:
             default = ast.unparse(field.value)
             default = "" if default.startswith("dataclasses.field") else default
-            kind = ast.unparse(field.annotation).replace("|", "or")
-            kind = " ".join(bounds.get(word, word) for word in kind.split())
+            kind = readable_type(field.annotation)
             note = comments.get(field.end_lineno or 0, "")
             shown = f"`{default}`" if default else ""
             lines.append(f"| `{field.target.id}` ({kind}) | {shown} | {note} |")

@@ -35,7 +35,8 @@ SIZES = {"unsup": 1600, "train": 400, "test": 64}
 TRAIN = (
     "imdb-small", "--algorithm", "lols", "--seed", "0", "--iterations", "6", "task.options.prompt_tokens=12",
     "task.max_new_tokens=32", "task.min_new_tokens=0", "model.vocabulary=800", "model.layers=2", "model.width=128",
-    "model.heads=4", "model.max_length=64", "pretrain.steps=500", "pretrain.batch_size=16", "algorithm.beta_guide=0.8",
+    "model.heads=4", "model.max_length=64", "pretrain.steps=500", "pretrain.batch_size=16",
+    "algorithm.options.lols.beta_guide=0.8",
     "ppo.completions_per_iteration=32", "ppo.minibatch_size=16", "evaluation.final_prompts=32", "evaluation.every=0",
     "runtime.trackers=[]", "runtime.threads=1",
 )  # fmt: skip

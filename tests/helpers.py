@@ -326,7 +326,8 @@ SMALL_IMDB = [
     ("pretrain.steps", 2), ("pretrain.batch_size", 2), ("sft.epochs", 0.0), ("sft.steps", 2), ("sft.batch_size", 2),
     ("reward.epochs", 1),
     ("ppo.iterations", 2), ("ppo.completions_per_iteration", 6), ("ppo.minibatch_size", 3), ("ppo.epochs", 1),
-    ("algorithm.beta_guide", 0.9), ("algorithm.switch_iteration", 1),
+    ("algorithm.options.ppo_pp.beta", 0.9), ("algorithm.options.lols.beta_guide", 0.9),
+    ("algorithm.options.d2lols.beta_guide", 0.9), ("algorithm.options.d2lols.switch_iteration", 1),
     ("evaluation.every", 0), ("evaluation.final_prompts", 4), ("runtime.trackers", []),
 ]  # fmt: skip
 

@@ -11,16 +11,16 @@ PACKAGE = Path(rlgf.__file__).parent
 
 ORDER = {
     "": (
-        "types errors randomness distributed kernels algorithms data config models tasks "
+        "errors types randomness distributed kernels algorithms data config models tasks "
         "text_metrics generation guides rewards supervised rl evaluation runs trainer "
         "pipeline experiments cli"
     ),
-    "algorithms": "__init__ advantages guided losses schedules",
+    "algorithms": "__init__ advantages switching guided losses schedules",
     "cli": (
         "__init__ diagnose options terminal schedule console check compare evaluate "
         "inspect train app"
     ),
-    "config": "__init__ flatten sections specs validation schema loading recipes",
+    "config": "__init__ base flatten sections specs validation schema loading recipes",
     "data": "hub __init__ chat files datasets preferences text tokenization",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
     "experiments": "__init__ tables figures report variants compare",

@@ -20,7 +20,7 @@ import tempfile
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 RENAMED = ROOT / "tools" / "renamed.toml"
@@ -34,7 +34,10 @@ COMMON: dict[str, Any] = {
     "guide.sampling.top_k": 20, "guide.sampling.top_p": 0.9, "sampling.top_k": 25, "sampling.temperature": 0.9,
     "ppo.iterations": ITERATIONS, "ppo.completions_per_iteration": 16, "ppo.minibatch_size": 8,
     "ppo.mle_coefficient": 0.1, "ppo.mle_batch": 4, "ppo.learning_rate": 3e-4, "kl.coefficient": 0.05,
-    "algorithm.beta_guide": 0.7, "algorithm.beta_policy": 0.8, "algorithm.switch_iteration": 2,
+    "algorithm.options.ppo_pp.beta": 0.7, "algorithm.options.lols.beta_guide": 0.7,
+    "algorithm.options.d2lols.beta_guide": 0.7, "algorithm.options.aggrevated.beta": 0.8,
+    "algorithm.options.lols.beta_policy": 0.8, "algorithm.options.d2lols.beta_policy": 0.8,
+    "algorithm.options.d2lols.switch_iteration": 2,
     "evaluation.final_prompts": 8, "runtime.kernels": "off",
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
@@ -98,7 +101,7 @@ def record_all(tree: Path, out: Path, models: list[str], only: str) -> None:
             sys.exit("golden: a run failed; nothing was compared")
 
 
-def renamed() -> dict[str, dict[str, str]]:
+def renamed() -> dict[str, dict[str, Any]]:
     """Return the table of renamed keys, old to new by kind; empty before it exists."""
     return tomllib.loads(RENAMED.read_text(encoding="utf-8")) if RENAMED.is_file() else {}
 
@@ -150,12 +153,17 @@ def record_case(rlgf: Any, changes: list[tuple[str, Any]], out: Path, case: str)
 def configure(rlgf: Any, changes: list[tuple[str, Any]]) -> Any:
     """Apply settings, each by its old name and value where this rlgf does not know the new ones."""
     valid = valid_keys(type(rlgf.recipe("quickstart")))
-    old_keys = {new: old for old, new in renamed().get("config", {}).items()}
+    old_keys = {
+        new: old
+        for old, several in renamed().get("config", {}).items()
+        for new in ([several] if isinstance(several, str) else several)
+    }
+    free_form = tuple(f"{key}." for key, hint in valid.items() if get_origin(hint) is dict)
     known: list[tuple[str, Any]] = []
     for key, value in changes:
         options = get_args(valid.get(key))
         value = OLD_VALUES.get((key, value), value) if options and value not in options else value
-        known.append((key if key in valid else old_keys[key], value))
+        known.append((key if key in valid or key.startswith(free_form) else old_keys[key], value))
     return rlgf.override(rlgf.recipe("quickstart"), known)
 
 

@@ -14,10 +14,17 @@ class RlgfError(Exception):
     """The exit status of the command line."""
 
 
-class ConfigError(RlgfError):
+class ConfigError(RlgfError, ValueError):
     """A setting, name or model that cannot be used, found before any work."""
 
     exit_code = 2
+
+
+class FieldError(ConfigError):
+    """A field's value that cannot be used.
+
+    The message begins with the field's name, and a config puts the name of its section before it.
+    """
 
 
 class DataError(RlgfError):

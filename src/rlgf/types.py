@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
+from rlgf.errors import FieldError
+
 FORMAT_VERSION = 1
 """The version of the formats of configs, checkpoints, stages and results in files."""
 
@@ -69,7 +71,7 @@ class SamplingParams:
     The logits are divided by `temperature`, then restricted to the `top_k` most likely tokens
     (0: all), then to the smallest set of tokens whose total probability is at least `top_p`.
     `greedy` takes the most likely token, `num_beams` above 1 is beam search; both ignore the other
-    parameters.
+    parameters. Values out of bounds raise `ConfigError`.
     """
 
     temperature: float = 1.0
@@ -77,6 +79,17 @@ class SamplingParams:
     top_p: float = 1.0
     greedy: bool = False
     num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        """Raise for a number out of bounds."""
+        if not self.temperature > 0:  # nan fails too
+            raise FieldError(f"temperature is {self.temperature:g}, but must be above 0.")
+        if self.top_k < 0:
+            raise FieldError(f"top_k is {self.top_k}, but must be at least 0.")
+        if not 0 < self.top_p <= 1:
+            raise FieldError(f"top_p is {self.top_p:g}, but must be above 0 and at most 1.")
+        if self.num_beams < 1:
+            raise FieldError(f"num_beams is {self.num_beams}, but must be at least 1.")
 
     @property
     def is_stochastic(self) -> bool:

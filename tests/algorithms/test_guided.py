@@ -2,29 +2,30 @@
 
 import ast
 from collections import Counter
-from dataclasses import FrozenInstanceError
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import rlgf.algorithms.guided
+import rlgf
+from rlgf.algorithms import guided
 from rlgf.algorithms.guided import (
     ALGORITHMS,
     Algorithm,
-    Phase,
     PhaseWeight,
-    SwitchRule,
     aggrevated,
     constant_schedule,
     d2lols,
     lols,
     ppo,
     ppo_pp,
-    sample_switch,
     single_phase,
 )
+from rlgf.algorithms.switching import Phase, SwitchRule, sample_switch
 from rlgf.errors import ConfigError
 from rlgf.types import GUIDE, POLICY, Origin
 
@@ -109,60 +110,95 @@ def test_the_edges_of_the_uniform_reach_the_ends_of_the_range_and_no_further(
 # what is refused
 
 
-@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan")])
-def test_a_beta_that_is_no_probability_is_refused(beta: float) -> None:
-    for build in (ppo_pp, aggrevated, lambda value: lols(value, 0.5, 0.5), lambda value: d2lols(0.5, value, 1)):
-        with pytest.raises(ConfigError, match=r"beta is .*, but it is a probability: choose a value within \[0, 1\]"):
-            build(beta)
+@pytest.mark.parametrize("beta", [-0.1, 1.1, float("nan"), "much", True])
+def test_a_beta_that_is_no_probability_is_refused(beta: Any) -> None:
+    refused: dict[str, Callable[[], object]] = {
+        "beta": lambda: ppo_pp(beta),
+        "beta_guide": lambda: lols(beta_guide=beta),
+        "beta_policy": lambda: d2lols(beta_policy=beta),
+    }
+    for name, construct in refused.items():
+        with pytest.raises(ConfigError, match=rf"{name} is .*, but it is a probability: choose a value within \[0, 1\]"):
+            construct()
+    with pytest.raises(ConfigError, match=r"beta is .*, but it is a probability"):
+        aggrevated(beta)
+    with pytest.raises(ConfigError, match=r"beta is .*, but it is a probability"):
+        Phase(GUIDE, POLICY, beta)
+
+
+def test_every_numeric_option_has_a_bound() -> None:
+    for kind in ALGORITHMS.values():
+        for field in fields(kind):
+            if field.type in (int, float):
+                with pytest.raises(ConfigError, match=f"^{field.name} is -1"):
+                    kind(**{field.name: -1})
+
+
+def test_every_choice_is_checked() -> None:
+    for kind in ALGORITHMS.values():
+        for field in fields(kind):
+            if field.type not in (int, float):
+                with pytest.raises(ConfigError, match=f"^{field.name} is 'none', which is unknown"):
+                    kind(**{field.name: "none"})
 
 
 def test_the_horizon_rule_is_refused_for_a_guide_rollin() -> None:
-    with pytest.raises(ConfigError, match="'horizon' is a rule for policy rollins"):
+    with pytest.raises(ConfigError, match="switch is 'horizon', which is a rule for policy rollins"):
         ppo_pp(0.5, "horizon")
-    with pytest.raises(ConfigError, match="'horizon' is a rule for policy rollins"):
+    with pytest.raises(ConfigError, match="switch_guide is 'horizon', which is a rule for policy rollins"):
         lols(0.5, 0.5, 0.5, switch_guide="horizon")
-    assert aggrevated(0.5, switch="horizon").phases[0].switch == "horizon"
+    assert aggrevated(0.5, switch="horizon").build().phases[0].switch == "horizon"
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
-def test_an_alpha_of_lols_that_is_no_weight_is_refused(alpha: float) -> None:
-    with pytest.raises(ConfigError, match="for lols it is a weight"):
+def test_a_mixing_weight_that_is_no_probability_is_refused(alpha: float) -> None:
+    with pytest.raises(ConfigError, match=r"mixing_weight is .*, but it is a probability"):
         lols(0.5, 0.5, alpha)
 
 
-def test_an_alpha_of_d2lols_that_counts_nothing_is_refused() -> None:
-    with pytest.raises(ConfigError, match="for d2lols it counts iterations"):
+def test_a_switch_iteration_that_counts_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="switch_iteration is -1, but it counts iterations"):
         d2lols(0.5, 0.5, -1)
 
 
 def test_an_unknown_mix_is_refused_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="unknown mix 'advantages': did you mean 'advantage'"):
+    with pytest.raises(ConfigError, match="mix is 'advantages', which is unknown: did you mean 'advantage'"):
         lols(0.5, 0.5, 0.5, mix="advantages")  # type: ignore[arg-type]
+
+
+def test_the_public_names_are_the_classes_of_options() -> None:
+    assert {
+        "ppo": rlgf.ppo, "ppo_pp": rlgf.ppo_pp, "aggrevated": rlgf.aggrevated, "lols": rlgf.lols, "d2lols": rlgf.d2lols,
+    } == ALGORITHMS  # fmt: skip
+    assert rlgf.ppo_pp(beta=0.5) == guided.PPOPlusPlus(0.5, "uniform")
+    assert {name: (kind.name, kind().build().name, kind().build().title) for name, kind in ALGORITHMS.items()} == {
+        name: (name, name, kind.title) for name, kind in ALGORITHMS.items()
+    }
 
 
 # the members
 
 
 def test_ppo_is_the_policy_alone() -> None:
-    assert ppo().phases == (Phase(None, POLICY, 0.0),)
-    assert ppo().schedule(3, 0.5) == (PhaseWeight(0, 1.0, 1.0, 0.0),)
+    assert ppo().build().phases == (Phase(None, POLICY, 0.0),)
+    assert ppo().build().schedule(3, 0.5) == (PhaseWeight(0, 1.0, 1.0, 0.0),)
 
 
 def test_ppo_pp_is_a_guide_rollin_and_a_policy_rollout() -> None:
-    assert ppo_pp(0.2).phases == (Phase(GUIDE, POLICY, 0.2, "uniform"),)
-    assert ppo_pp(0.2, "paper").phases == (Phase(GUIDE, POLICY, 0.2, "paper"),)
-    assert ppo_pp(0.2).schedule(3, 0.5) == (PhaseWeight(0, 1.0, 1.0, 0.0),)
+    assert ppo_pp(0.2).build().phases == (Phase(GUIDE, POLICY, 0.2, "uniform"),)
+    assert ppo_pp(0.2, "paper").build().phases == (Phase(GUIDE, POLICY, 0.2, "paper"),)
+    assert ppo_pp(0.2).build().schedule(3, 0.5) == (PhaseWeight(0, 1.0, 1.0, 0.0),)
 
 
 def test_aggrevated_is_a_policy_rollin_and_a_guide_rollout() -> None:
-    assert aggrevated(0.8).phases == (Phase(POLICY, GUIDE, 0.8, "uniform"),)
-    assert aggrevated(0.8).schedule(3, 0.5) == (PhaseWeight(0, 1.0, 0.0, 1.0),)
-    assert aggrevated(0.8).credit == "gae"
-    assert aggrevated(0.8, "td").credit == "td"
+    assert aggrevated(0.8).build().phases == (Phase(POLICY, GUIDE, 0.8, "uniform"),)
+    assert aggrevated(0.8).build().schedule(3, 0.5) == (PhaseWeight(0, 1.0, 0.0, 1.0),)
+    assert aggrevated(0.8).build().credit == "gae"
+    assert aggrevated(0.8, "td").build().credit == "td"
 
 
 def test_lols_by_advantage_has_both_halves_in_every_iteration_with_mixed_weights() -> None:
-    algorithm = lols(0.2, 0.8, 0.75)
+    algorithm = lols(0.2, 0.8, 0.75).build()
     assert algorithm.phases == (Phase(GUIDE, POLICY, 0.2), Phase(POLICY, GUIDE, 0.8))
     for iteration in ITERATIONS:
         for coin in COINS:
@@ -170,25 +206,31 @@ def test_lols_by_advantage_has_both_halves_in_every_iteration_with_mixed_weights
 
 
 def test_lols_by_iteration_is_ppo_pp_with_probability_alpha() -> None:
-    algorithm = lols(0.2, 0.8, 0.75, mix="iteration")
+    algorithm = lols(0.2, 0.8, 0.75, mix="iteration").build()
     for iteration in ITERATIONS:
         for coin in (0.0, 0.5, 0.75 - 2**-53):
-            assert pieces(algorithm, iteration, coin) == pieces(ppo_pp(0.2), iteration, coin)
+            assert pieces(algorithm, iteration, coin) == pieces(ppo_pp(0.2).build(), iteration, coin)
         for coin in (0.75, 0.9, LAST_UNIFORM):
-            assert pieces(algorithm, iteration, coin) == pieces(aggrevated(0.8), iteration, coin)
+            assert pieces(algorithm, iteration, coin) == pieces(aggrevated(0.8).build(), iteration, coin)
 
 
 def test_d2lols_is_aggrevated_for_alpha_iterations_and_then_ppo_pp() -> None:
-    algorithm = d2lols(0.2, 0.8, 3)
+    algorithm = d2lols(0.2, 0.8, 3).build()
     for coin in COINS:
         for iteration in (0, 1, 2):
-            assert pieces(algorithm, iteration, coin) == pieces(aggrevated(0.8), iteration, coin)
+            assert pieces(algorithm, iteration, coin) == pieces(aggrevated(0.8).build(), iteration, coin)
         for iteration in (3, 4, 100):
-            assert pieces(algorithm, iteration, coin) == pieces(ppo_pp(0.2), iteration, coin)
+            assert pieces(algorithm, iteration, coin) == pieces(ppo_pp(0.2).build(), iteration, coin)
 
 
 def test_fractions_of_an_iteration_add_up_to_the_whole() -> None:
-    for algorithm in (ppo(), ppo_pp(0.2), aggrevated(0.8), lols(0.2, 0.8, 0.3), d2lols(0.2, 0.8, 2)):
+    for algorithm in (
+        ppo().build(),
+        ppo_pp(0.2).build(),
+        aggrevated(0.8).build(),
+        lols(0.2, 0.8, 0.3).build(),
+        d2lols(0.2, 0.8, 2).build(),
+    ):
         for iteration in ITERATIONS:
             for coin in COINS:
                 shares = algorithm.schedule(iteration, coin)
@@ -197,15 +239,21 @@ def test_fractions_of_an_iteration_add_up_to_the_whole() -> None:
 
 
 def test_each_member_names_the_critics_it_needs() -> None:
-    assert ppo().critics == ppo_pp(0.2).critics == (POLICY,)
-    assert aggrevated(0.8).critics == (GUIDE,)
-    assert lols(0.2, 0.8, 0.5).critics == d2lols(0.2, 0.8, 5).critics == (POLICY, GUIDE)
+    assert ppo().build().critics == ppo_pp(0.2).build().critics == (POLICY,)
+    assert aggrevated(0.8).build().critics == (GUIDE,)
+    assert lols(0.2, 0.8, 0.5).build().critics == d2lols(0.2, 0.8, 5).build().critics == (POLICY, GUIDE)
 
 
 def test_each_member_says_what_it_asks_of_a_guide() -> None:
     asked = {
         algorithm.name: (algorithm.needs_guide_rollin, algorithm.needs_guide_rollout)
-        for algorithm in (ppo(), ppo_pp(0.2), aggrevated(0.8), lols(0.2, 0.8, 0.5), d2lols(0.2, 0.8, 5))
+        for algorithm in (
+            ppo().build(),
+            ppo_pp(0.2).build(),
+            aggrevated(0.8).build(),
+            lols(0.2, 0.8, 0.5).build(),
+            d2lols(0.2, 0.8, 5).build(),
+        )
     }
     assert asked == {
         "ppo": (False, False),
@@ -214,8 +262,8 @@ def test_each_member_says_what_it_asks_of_a_guide() -> None:
         "lols": (True, True),
         "d2lols": (True, True),
     }
-    assert tuple(asked) == ALGORITHMS
-    assert not ppo_pp(0.0).needs_guide_rollin
+    assert tuple(asked) == tuple(ALGORITHMS)
+    assert not ppo_pp(0.0).build().needs_guide_rollin
 
 
 # identities
@@ -223,31 +271,31 @@ def test_each_member_says_what_it_asks_of_a_guide() -> None:
 
 def test_lols_by_iteration_at_its_ends_is_ppo_pp_and_aggrevated() -> None:
     for credit in ("gae", "td", "switch"):
-        ones, zeros = (lols(0.2, 0.8, alpha, "iteration", credit, "paper", "horizon") for alpha in (1.0, 0.0))
-        assert zeros.credit == aggrevated(0.8, credit).credit
+        ones, zeros = (lols(0.2, 0.8, alpha, "iteration", credit, "paper", "horizon").build() for alpha in (1.0, 0.0))
+        assert zeros.credit == aggrevated(0.8, credit).build().credit
         for iteration in ITERATIONS:
             for coin in COINS:
-                assert pieces(ones, iteration, coin) == pieces(ppo_pp(0.2, "paper"), iteration, coin)
-                expected = pieces(aggrevated(0.8, credit, "horizon"), iteration, coin)
+                assert pieces(ones, iteration, coin) == pieces(ppo_pp(0.2, "paper").build(), iteration, coin)
+                expected = pieces(aggrevated(0.8, credit, "horizon").build(), iteration, coin)
                 assert pieces(zeros, iteration, coin) == expected
 
 
 def test_d2lols_that_never_switches_is_aggrevated_and_that_starts_switched_is_ppo_pp() -> None:
     for iteration in (0, 1, 39):
         for coin in COINS:
-            assert pieces(d2lols(0.2, 0.8, 40), iteration, coin) == pieces(aggrevated(0.8), iteration, coin)
-            assert pieces(d2lols(0.2, 0.8, 0), iteration, coin) == pieces(ppo_pp(0.2), iteration, coin)
+            assert pieces(d2lols(0.2, 0.8, 40).build(), iteration, coin) == pieces(aggrevated(0.8).build(), iteration, coin)
+            assert pieces(d2lols(0.2, 0.8, 0).build(), iteration, coin) == pieces(ppo_pp(0.2).build(), iteration, coin)
 
 
 def test_ppo_pp_without_a_rollin_shares_its_iterations_as_ppo_does() -> None:
-    assert ppo_pp(0.0).phases[0].rollout == ppo().phases[0].rollout
-    assert ppo_pp(0.0).phases[0].beta == ppo().phases[0].beta == 0.0
-    assert ppo_pp(0.0).schedule(5, 0.5) == ppo().schedule(5, 0.5)
-    assert ppo_pp(0.0).credit == ppo().credit
+    assert ppo_pp(0.0).build().phases[0].rollout == ppo().build().phases[0].rollout
+    assert ppo_pp(0.0).build().phases[0].beta == ppo().build().phases[0].beta == 0.0
+    assert ppo_pp(0.0).build().schedule(5, 0.5) == ppo().build().schedule(5, 0.5)
+    assert ppo_pp(0.0).build().credit == ppo().build().credit
 
 
 def test_lols_by_advantage_with_alpha_1_is_not_ppo_pp() -> None:
-    assert len(lols(0.2, 0.8, 1.0).schedule(0, 0.0)) == 2  # it also trains the AggreVaTeD texts, with A^π
+    assert len(lols(0.2, 0.8, 1.0).build().schedule(0, 0.0)) == 2  # it also trains the AggreVaTeD texts, with A^π
 
 
 def test_own_weighs_the_finishers_advantage_alone() -> None:
@@ -258,15 +306,18 @@ def test_own_weighs_the_finishers_advantage_alone() -> None:
 
 def test_the_family_is_frozen() -> None:
     with pytest.raises(FrozenInstanceError):
-        ppo().credit = "td"  # type: ignore[misc]
+        ppo_pp().beta = 0.5  # type: ignore[misc]
 
 
 def test_the_family_imports_no_model_no_guide_and_no_task() -> None:
-    tree = ast.parse(Path(rlgf.algorithms.guided.__file__).read_text(encoding="utf-8"))
     imported: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add(node.module or "")
-    assert imported == {"math", "collections.abc", "dataclasses", "typing", "rlgf.errors", "rlgf.types"}
+    for name in ("guided", "switching"):
+        path = Path(guided.__file__).with_name(f"{name}.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module or "")
+    assert imported == {
+        "collections.abc", "dataclasses", "difflib", "math", "typing", "rlgf.algorithms.switching", "rlgf.errors", "rlgf.types",
+    }  # fmt: skip

@@ -1,20 +1,28 @@
 """Configs: what is refused and in which words, and that what is written is read back."""
 
 import dataclasses
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlgf.algorithms import guided
+from rlgf.algorithms.guided import ALGORITHMS, Algorithm
+from rlgf.algorithms.switching import Phase
+from rlgf.cli.options import read_config
 from rlgf.config.flatten import to_dict
 from rlgf.config.loading import all_keys, dump, from_dict, override, parse_assignment, read_yaml
+from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
-from rlgf.config.sections import AlgorithmConfig, EndpointConfig
+from rlgf.config.sections import AlgorithmConfig, EndpointConfig, GuideConfig, PPOConfig, TaskConfig
 from rlgf.errors import ConfigError
-from rlgf.types import SamplingParams
+from rlgf.types import GUIDE, POLICY, SamplingParams
 
 NAN = float("nan")
 
@@ -89,8 +97,7 @@ def test_all_keys_lists_sections_and_leaves() -> None:
         "ppo.epochs=1.5",
         "ppo.learning_rate=fast",
         "ppo.schedule=cosine",
-        "algorithm.mix=both",
-        "algorithm.credit=tdd",
+        "algorithm.options.lols=3",
         "kl.loss_estimator=k1",
         "runtime.precision=fp16",
         "ppo.whiten_advantages=perhaps",
@@ -114,19 +121,25 @@ def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment
         ("task.max_new_tokens=0", "task.max_new_tokens is 0, but must be at least 1"),
         ("task.min_new_tokens=17", r"task.min_new_tokens is 17, but must lie within \[0, .*16"),
         ("task.min_new_tokens=-1", "task.min_new_tokens is -1"),
-        ("algorithm.beta_guide=1.5", r"algorithm.beta_guide is 1.5, but must lie within \[0, 1\]"),
-        ("algorithm.beta_policy=-0.5", "algorithm.beta_policy is -0.5, but must lie within"),
-        ("ppo.gamma=1.01", "ppo.gamma is 1.01, but must lie within"),
-        ("ppo.gae_lambda=.nan", "ppo.gae_lambda is nan, but must lie within"),
-        ("sampling.temperature=0", "sampling needs temperature > 0"),
-        ("sampling.top_p=0", "sampling needs temperature > 0, top_k >= 0, 0 < top_p <= 1"),
-        ("guide.sampling.top_k=-1", "guide.sampling needs"),
+        ("ppo.gamma=1.01", "override: ppo.gamma is 1.01, but must be at most 1\\.$"),
+        ("ppo.gae_lambda=.nan", "ppo.gae_lambda is nan, but must be a finite number\\.$"),
+        ("sampling.temperature=0", "override: sampling.temperature is 0, but must be above 0\\.$"),
+        ("sampling.top_p=0", "sampling.top_p is 0, but must be above 0 and at most 1"),
+        ("guide.sampling.top_k=-1", "guide.sampling.top_k is -1, but must be at least 0"),
         ("sampling.greedy=true", "sampling.greedy is for evaluation"),
         ("ppo.samples_per_prompt=3", r"ppo.completions_per_iteration \(128\) must be a multiple of ppo.samples_per_prompt"),
-        ("ppo.learning_rate=-1", "ppo.learning_rate"),
-        ("ppo.clip_range=-1", "ppo.clip_range"),
-        ("kl.target=0", "kl.target"),
-        ("kl.horizon=0", "kl.horizon"),
+        ("evaluation.sampling.num_beams=0", "evaluation.sampling.num_beams is 0, but must be at least 1"),
+        ("ppo.learning_rate=-1", "ppo.learning_rate is -1, but must be at least 0"),
+        ("ppo.clip_range=-1", "ppo.clip_range is -1, but must be above 0"),
+        ("ppo.max_grad_norm=.nan", "ppo.max_grad_norm is nan, but must be above 0"),
+        ("kl.target=0", "kl.target is 0, but must be above 0"),
+        ("kl.horizon=0", "kl.horizon is 0, but must be at least 1"),
+        ("kl.coefficient=.inf", "kl.coefficient is inf, but must be a finite number"),
+        ("lora.dropout=1", "lora.dropout is 1, but must be below 1"),
+        ("reward.weights={task: .nan}", r"reward\.weights\.task is nan, but must be a finite number"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808, but must be below 9223372036854775808"),
+        ("guide.sft.max_examples=-1", "guide.sft.max_examples is -1, but must be at least 0"),
+        ("guide.endpoint.retries=-1", "guide.endpoint.retries is -1, but must be at least 0"),
         ("runtime.precision=bf16", "set ppo.old_log_probs=recompute"),
     ],
 )
@@ -159,6 +172,97 @@ def test_numbers_of_a_connection_have_bounds(section: str, name: str, refused: f
 def test_a_negative_number_is_refused_for_a_guide_or_judge(key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         override(Config(), [(key, -1)])
+
+
+UNBOUNDED = {"reward.missing_eos_penalty", "critic.initial_value"}
+"""Fields in which every finite number is valid."""
+
+
+def numeric_fields(kind: Any, prefix: str = "") -> dict[str, list[Any]]:
+    """Every field of a config that holds numbers, with the metadata of its types."""
+    found: dict[str, list[Any]] = {}
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        for part in [hint, *(get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else ())]:
+            bare, *metadata = get_args(part) if get_origin(part) is Annotated else (part,)
+            if bare in (int, float):
+                found[prefix + name] = metadata
+            elif dataclasses.is_dataclass(bare):
+                found |= numeric_fields(bare, f"{prefix}{name}.")
+    return found
+
+
+def test_every_numeric_field_has_a_bound() -> None:
+    fields = numeric_fields(Config)
+    assert len(fields) > 90
+    assert set(fields) >= UNBOUNDED
+    for key, metadata in fields.items():
+        if ".sampling." in f".{key}":
+            refused = ("temperature", 0), ("top_k", -1), ("top_p", 1.5), ("num_beams", 0)
+            with pytest.raises(ConfigError, match=key.split(".")[-1]):
+                SamplingParams(**{name: value for name, value in refused if name == key.split(".")[-1]})
+        else:
+            details = [detail for each in metadata for detail in getattr(each, "metadata", [])]
+            bounded = any(hasattr(detail, name) for detail in details for name in ("gt", "ge", "lt", "le"))
+            assert bounded == (key not in UNBOUNDED), key
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_field_without_bounds_must_still_be_finite(value: float) -> None:
+    for key in sorted(UNBOUNDED):
+        with pytest.raises(ConfigError, match=f"{key} is .*, but must be a finite number"):
+            override(Config(), [(key, value)])
+
+
+def test_infinity_turns_a_limit_off() -> None:
+    assert override(Config(), [("ppo.max_grad_norm", float("inf"))]).ppo.max_grad_norm == float("inf")
+
+
+# construction in Python
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (lambda: PPOConfig(gamma=1.5), r"^PPOConfig: gamma is 1\.5, but must be at most 1\.$"),
+        (lambda: TaskConfig("toy_reviews", None, 0), "^TaskConfig: max_new_tokens is 0, but must be at least 1"),
+        (lambda: Config(seed=-1), "^Config: seed is -1, but must be at least 0"),
+        (lambda: Config(ppo={"gamma": 2}), r"^Config: ppo\.gamma is 2, but must be at most 1"),  # type: ignore[arg-type]
+        (lambda: PPOConfig(epoch=1), "^unknown field of PPOConfig 'epoch': did you mean 'epochs'"),  # type: ignore[call-arg]
+        (lambda: SamplingParams(top_p=0), "^top_p is 0, but must be above 0 and at most 1"),
+        (lambda: Config(sampling=SamplingParams(greedy=True)), "^sampling.greedy is for evaluation"),
+        (lambda: dataclasses.replace(Config(), task=TaskConfig(min_new_tokens=17)), r"^task\.min_new_tokens is 17"),
+    ],
+)
+def test_a_bad_value_in_python_code_is_the_same_error(construct: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        construct()
+    with pytest.raises(ValueError, match=message):  # as callers who know no rlgf expect
+        construct()
+
+
+SECRET = "sk-do-not-show"
+
+
+@pytest.mark.parametrize(
+    "construct",
+    [
+        lambda: Config(guide=GuideConfig(endpoint=EndpointConfig(extra_headers={"Authorization": f"Bearer {SECRET}"}))),
+        lambda: from_dict({"guide": {"endpoint": {"extra_headers": {"Authorization": f"Bearer {SECRET}"}}}}, "a.yaml"),
+        lambda: from_dict({"judge": {"endpoint": {"extra_body": {"key": SECRET}, "retries": "many"}}}, "a.yaml"),
+        lambda: from_dict({"guide": {"endpoint": {"extra_headers": SECRET}}}, "a.yaml"),
+        lambda: from_dict({"guide": {"api_key": SECRET}}, "a.yaml"),
+        lambda: EndpointConfig(extra_headers=SECRET),  # type: ignore[arg-type]
+        lambda: EndpointConfig(api_key=SECRET),  # type: ignore[call-arg]
+        lambda: EndpointConfig(extra_headers={"Authorization": f"Bearer {SECRET}"}, retries="many"),  # type: ignore[arg-type]
+        lambda: Config(guide=SECRET),  # type: ignore[arg-type]
+        lambda: Config(guide={"api_key": SECRET}),  # type: ignore[arg-type]
+        lambda: Config(seed=-1, judge={"endpoint": {"extra_body": {"password": SECRET}}}),  # type: ignore[arg-type]
+    ],
+)
+def test_no_error_shows_a_secret(construct: Callable[[], Any]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        construct()
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
 def test_pairs_of_numbers_that_go_together_are_accepted() -> None:
@@ -247,7 +351,7 @@ def test_a_dump_holds_every_key() -> None:
 @given(st.floats(1e-12, 1e3), st.integers(1, 10**9), st.floats(0, 1), st.text(max_size=20))
 def test_numbers_and_texts_survive_a_dump(rate: float, iterations: int, beta: float, name: str) -> None:
     changes = [
-        ("ppo.learning_rate", rate), ("ppo.iterations", iterations), ("algorithm.beta_guide", beta), ("recipe", name),
+        ("ppo.learning_rate", rate), ("ppo.iterations", iterations), ("algorithm.options.ppo_pp.beta", beta), ("recipe", name),
     ]  # fmt: skip
     config = override(Config(), changes)
     assert from_dict(yaml.safe_load(dump(config)), "a.yaml") == config
@@ -280,22 +384,107 @@ def test_a_section_that_is_no_mapping_is_refused() -> None:
 # the algorithm
 
 
-def test_numbers_become_the_algorithm_they_describe() -> None:
-    def built(**values: Any) -> Any:
-        return AlgorithmConfig(beta_guide=0.25, beta_policy=0.75, **values).build()
+def test_options_become_the_algorithm_that_is_named() -> None:
+    options = {
+        "ppo_pp": {"beta": 0.25, "switch": "paper"},
+        "aggrevated": {"beta": 0.75, "credit": "td", "switch": "horizon"},
+        "lols": {"beta_guide": 0.25, "beta_policy": 0.75, "mixing_weight": 0.25},
+        "d2lols": {"switch_iteration": 5},
+    }
 
-    assert built(name="ppo").name == "ppo"
-    assert built(name="ppo_pp", switch_guide="paper").phases[0].switch == "paper"
-    assert built(name="ppo_pp").phases[0].beta == 0.25
-    aggrevated = built(name="aggrevated", credit="td", switch_policy="horizon")
+    def built(name: str) -> Any:
+        return AlgorithmConfig(name, options).build()
+
+    assert built("ppo").name == "ppo"
+    assert built("ppo_pp").phases[0].switch == "paper"
+    assert built("ppo_pp").phases[0].beta == 0.25
+    aggrevated = built("aggrevated")
     assert (aggrevated.phases[0].beta, aggrevated.phases[0].switch, aggrevated.credit) == (0.75, "horizon", "td")
-    lols = built(name="lols", mixing_weight=0.25)
+    lols = built("lols")
     assert [(share.policy_weight, share.guide_weight) for share in lols.schedule(0, 0.0)] == [(0.25, 0.75)] * 2
     assert [phase.beta for phase in lols.phases] == [0.25, 0.75]
-    d2lols = built(name="d2lols", switch_iteration=5)
+    d2lols = built("d2lols")
     assert [d2lols.schedule(iteration, 0.0)[0].phase for iteration in (4, 5)] == [1, 0]
+    assert [phase.beta for phase in d2lols.phases] == [0.2, 0.8]
 
 
-def test_an_unknown_algorithm_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"):
-        AlgorithmConfig(name="ppo_plus").build()
+def test_a_config_has_every_option_of_every_algorithm() -> None:
+    options = AlgorithmConfig(options={"lols": {"mixing_weight": 0.5}}).options
+    assert options == {name: dataclasses.asdict(kind()) for name, kind in ALGORITHMS.items()} | {
+        "lols": dataclasses.asdict(guided.LOLS(mixing_weight=0.5))
+    }
+    assert yaml.safe_load(dump(Config()))["algorithm"]["options"]["d2lols"]["switch_iteration"] == 20
+
+
+def test_an_assignment_to_an_option_keeps_the_others() -> None:
+    first, second = overridden("algorithm.options.lols.mixing_weight=0.5"), overridden("algorithm.options.lols.mix=iteration")
+    both = overridden("algorithm.options.lols.mixing_weight=0.5", "algorithm.options.lols.mix=iteration").algorithm
+    assert (first.algorithm.options["lols"]["mixing_weight"], first.algorithm.options["lols"]["mix"]) == (0.5, "advantage")
+    assert (second.algorithm.options["lols"]["mixing_weight"], second.algorithm.options["lols"]["mix"]) == (0.8, "iteration")
+    assert (both.options["lols"]["mixing_weight"], both.options["lols"]["mix"]) == (0.5, "iteration")
+
+
+def test_a_file_that_changes_one_option_of_a_recipe_keeps_its_others(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: quickstart\nalgorithm:\n  options:\n    d2lols: {switch_iteration: 3}\n")
+    options = read_config(str(file)).algorithm.options
+    assert options["d2lols"] | options["ppo_pp"] == recipe("quickstart").algorithm.options["d2lols"] | {
+        "switch_iteration": 3, "beta": 0.8, "switch": "uniform",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("algorithm.name=ppo_plus", "unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"),
+        ("algorithm.options.ppo_plus.beta=1", "unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"),
+        ("algorithm.options.ppo_pp.betta=1", r"unknown key \(algorithm 'ppo_pp'\) 'betta': did you mean 'beta'"),
+        ("algorithm.options.ppo.beta=1", r"algorithm\.options\.ppo takes no options, but has 'beta'"),
+        ("algorithm.options.ppo_pp.beta=1.5", r"algorithm\.options\.ppo_pp\.beta is 1\.5, but it is a probability"),
+        ("algorithm.options.d2lols.beta_policy=-0.5", r"algorithm\.options\.d2lols\.beta_policy is -0\.5"),
+        ("algorithm.options.lols.beta_guide=many", r"algorithm\.options\.lols\.beta_guide = 'many'"),
+        ("algorithm.options.lols.mix=both", r"algorithm\.options\.lols\.mix = 'both'"),
+        ("algorithm.options.aggrevated.credit=tdd", r"algorithm\.options\.aggrevated\.credit = 'tdd'"),
+        ("algorithm.options.ppo_pp.switch=horizon", r"algorithm\.options\.ppo_pp\.switch is 'horizon', .* for policy rollins"),
+        ("algorithm.options.d2lols.switch_iteration=1.5", r"algorithm\.options\.d2lols\.switch_iteration = 1\.5"),
+        (
+            "algorithm.beta=0.5",
+            r"unknown key 'algorithm\.beta': did you mean 'algorithm\.options\.[a-z_]+\.beta'",
+        ),
+    ],
+)
+def test_a_bad_option_is_refused_whichever_algorithm_is_selected(assignment: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        overridden(assignment)
+    with pytest.raises(ConfigError, match=message):
+        overridden("algorithm.name=d2lols", assignment)
+
+
+def test_a_new_algorithm_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Alternating:
+        """PPO++ and PPO by turns."""
+
+        name: ClassVar[str] = "alternating"
+        title: ClassVar[str] = "alternating PPO++"
+        period: int = 2
+
+        def build(self) -> Algorithm:
+            ones = tuple(guided.single_phase(phase, POLICY) for phase in (0, 1))
+            phases = (Phase(GUIDE, POLICY, 1.0), Phase(None, POLICY))
+            return Algorithm(
+                self.name,
+                self.title,
+                phases,
+                lambda iteration, uniform: (ones[iteration % self.period > 0],),
+                "gae",
+                "by turns",
+            )
+
+    monkeypatch.setitem(ALGORITHMS, "alternating", Alternating)
+    config = overridden("algorithm.name=alternating", "algorithm.options.alternating.period=3")
+    algorithm = config.algorithm.build()
+    assert [algorithm.schedule(iteration, 0.0)[0].phase for iteration in range(5)] == [0, 1, 1, 0, 1]
+    assert from_dict(yaml.safe_load(dump(config)), "a.yaml") == config
+    with pytest.raises(ConfigError, match="did you mean 'period'"):
+        overridden("algorithm.options.alternating.periods=3")

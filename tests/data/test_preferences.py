@@ -161,7 +161,7 @@ def test_a_reward_model_is_trained_on_dialogues_of_hh_by_one_command(
         "model.layers=1 model.width=16 model.heads=2 model.max_length=1600 model.vocabulary=400 pretrain.steps=0 sft.steps=1"
     )
     training = (
-        f"task.max_new_tokens=8 preferences.training.steps=3 preferences.training.batch_size=4 preferences.lora_rank={rank}"
+        f"task.max_new_tokens=8 preferences.training.steps=3 preferences.training.batch_size=4 preferences.lora.rank={rank}"
     )
     command = f"rlgf reward prompts --data hh.jsonl reward.path=preferences --out reward {small} {training}"
     monkeypatch.chdir(tmp_path)

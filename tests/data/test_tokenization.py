@@ -167,7 +167,8 @@ def test_every_text_that_a_tokenizer_changes_is_counted_and_kept(shared_data: Pa
     pairs = excerpts(shared_data, 100, 4)
     texts = iter([text for _, text in pairs])
     guide = FunctionGuide(lambda requests: [Completion(next(texts), True) for _ in requests])
-    algorithm, setting = aggrevated(0.0), RolloutConfig(policy, LocalSampler(policy), guide, SamplingParams(), 400, 0, 0)
+    algorithm = aggrevated(0.0).build()
+    setting = RolloutConfig(policy, LocalSampler(policy), guide, SamplingParams(), 400, 0, 0)
     prompts = [Prompt(prompt) for prompt, _ in pairs]
     rollout = collect_rollout(setting, algorithm, algorithm.schedule(0, 0.0), prompts, range(len(pairs)))
     assert list(rollout.guide_completions) == [text for _, text in pairs]

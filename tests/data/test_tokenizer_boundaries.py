@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlgf.algorithms.guided import aggrevated, ppo, ppo_pp, sample_switch
+from rlgf.algorithms.guided import aggrevated, ppo, ppo_pp
+from rlgf.algorithms.switching import sample_switch
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart
 from rlgf.config.sections import ModelConfig
@@ -150,8 +151,10 @@ def test_a_switch_inside_a_character_of_the_policy_moves_back(rule: Any, minimum
         return [Completion(" great", True) for _ in requests]
 
     tokenizer = byte_policy.tokenizer
-    alone = run(rollout_config(byte_policy, None, min_new_tokens=minimum), ppo())
-    rollout = run(rollout_config(byte_policy, FunctionGuide(guide), min_new_tokens=minimum), aggrevated(1.0, switch=rule))
+    alone = run(rollout_config(byte_policy, None, min_new_tokens=minimum), ppo().build())
+    rollout = run(
+        rollout_config(byte_policy, FunctionGuide(guide), min_new_tokens=minimum), aggrevated(1.0, switch=rule).build()
+    )
     moved, discarded = 0, 0
     for row, index in enumerate(INDICES):
         whole = response(alone, row)
@@ -177,7 +180,7 @@ def test_a_switch_inside_a_character_of_the_policy_moves_back(rule: Any, minimum
 def test_a_switch_inside_a_character_of_the_guide_moves_back(rule: Any, policy: LanguageModel) -> None:
     text = f" great {PARTY}{PARTY} plot"
     ids = encode_continuation(policy.tokenizer, text)[:HORIZON]
-    rollout = run(rollout_config(policy, says(text)), ppo_pp(1.0, rule))
+    rollout = run(rollout_config(policy, says(text)), ppo_pp(1.0, rule).build())
     switches = set(rollout.switch_position.tolist())
     assert switches <= {length for length in range(HORIZON) if complete_utf8_prefix(policy.tokenizer, ids[:length]) == length}
     assert rollout.counters["switches_moved"] > 0
@@ -194,7 +197,7 @@ def test_a_guide_that_writes_text_is_asked_for_all_of_it_whatever_the_switch(pol
         budgets.extend(request.max_new_tokens for request in requests)
         return [Completion(" a great plot", True) for _ in requests]
 
-    rollout = run(rollout_config(policy, FunctionGuide(guide), min_new_tokens=HORIZON), ppo_pp(1.0))
+    rollout = run(rollout_config(policy, FunctionGuide(guide), min_new_tokens=HORIZON), ppo_pp(1.0).build())
     assert budgets == [HORIZON] * len(PROMPTS)
     assert rollout.counters["guide_completions_truncated"] == 0
     assert set(rollout.guide_completions) == {" a great plot"}
@@ -208,12 +211,12 @@ def test_the_guides_text_becomes_ids_once_and_is_never_read_again(policy: Langua
     text = "what a great"
     ids = encode_continuation(policy.tokenizer, text)
     cuts = [n for n in range(len(ids)) if encode_continuation(policy.tokenizer, decode(policy.tokenizer, ids[:n])) != ids[:n]]
-    rollout = run(rollout_config(policy, says(text)), ppo_pp(1.0))
+    rollout = run(rollout_config(policy, says(text)), ppo_pp(1.0).build())
     assert len({*rollout.switch_position.tolist()}) > 3
     for row, switch in enumerate(rollout.switch_position.tolist()):
         assert response(rollout, row)[:switch] == ids[:switch]
-    begun = run(rollout_config(policy, says(text)), aggrevated(1.0))
-    alone = run(rollout_config(policy, None), ppo())
+    begun = run(rollout_config(policy, says(text)), aggrevated(1.0).build())
+    alone = run(rollout_config(policy, None), ppo().build())
     changed = 0
     for row, switch in enumerate(begun.switch_position.tolist()):
         prefix = response(alone, row)[:switch]
@@ -229,7 +232,7 @@ def test_what_a_tokenizer_cannot_write_is_kept_and_counted(word_tokenizer: Any) 
     prompts = [Prompt("review of : plot =>")] * 3
     texts = iter([" great acting", f" great {PARTY}", " great\nplot"])
     guide = FunctionGuide(lambda requests: [Completion(next(texts), True) for _ in requests])
-    algorithm = aggrevated(0.0)
+    algorithm = aggrevated(0.0).build()
     rollout = collect_rollout(rollout_config(policy, guide), algorithm, algorithm.schedule(0, 0.5), prompts, [0, 1, 2])
     assert rollout.counters["guide_completions_changed"] == 2
     assert list(rollout.guide_completions) == [" great acting", f" great {PARTY}", " great\nplot"]
@@ -240,7 +243,7 @@ def test_what_a_tokenizer_cannot_write_is_kept_and_counted(word_tokenizer: Any) 
 
 
 def test_a_cut_text_is_not_a_changed_one(policy: LanguageModel) -> None:
-    rollout = run(rollout_config(policy, says(" a great plot" * 10)), aggrevated(0.0))
+    rollout = run(rollout_config(policy, says(" a great plot" * 10)), aggrevated(0.0).build())
     assert rollout.counters["guide_completions_truncated"] == len(PROMPTS)
     assert rollout.counters["guide_completions_changed"] == 0
     assert not bool(rollout.ended_with_eos.any())
@@ -248,11 +251,11 @@ def test_a_cut_text_is_not_a_changed_one(policy: LanguageModel) -> None:
 
 
 def test_no_guide_text_where_no_guide_wrote_text(policy: LanguageModel) -> None:
-    assert list(run(rollout_config(policy, None), ppo()).guide_completions) == [None] * len(PROMPTS)
-    spoken = run(rollout_config(policy, ModelGuide(policy, SamplingParams())), aggrevated(0.5))
+    assert list(run(rollout_config(policy, None), ppo().build()).guide_completions) == [None] * len(PROMPTS)
+    spoken = run(rollout_config(policy, ModelGuide(policy, SamplingParams())), aggrevated(0.5).build())
     assert list(spoken.guide_completions) == [None] * len(PROMPTS)
     assert spoken.counters["guide_completions_changed"] == 0
-    some = run(rollout_config(policy, says(" great")), ppo_pp(0.5))
+    some = run(rollout_config(policy, says(" great")), ppo_pp(0.5).build())
     asked = [float(uniforms(11, Purpose.ROLLIN, index, 1)[0]) < 0.5 for index in INDICES]
     assert [text is not None for text in some.guide_completions] == asked
 
@@ -261,7 +264,7 @@ def test_half_a_surrogate_pair_is_written_as_unknown(policy: LanguageModel) -> N
     assert replace_surrogates("a \ud83c b") == "a \ufffd b"
     assert replace_surrogates("\ud83c\udf89") == PARTY
     assert replace_surrogates(f"\ufeffé{PARTY}") == f"\ufeffé{PARTY}"
-    rollout = run(rollout_config(policy, says(" a \ud83c")), aggrevated(0.0))
+    rollout = run(rollout_config(policy, says(" a \ud83c")), aggrevated(0.0).build())
     assert rollout.counters["guide_completions_changed"] == len(PROMPTS)
     assert set(rollout.guide_completions) == {" a \ufffd"}
 
@@ -351,7 +354,7 @@ def test_its_text_ends_with_a_whole_character_or_is_finished(byte_tokenizer: Any
 def test_a_guide_of_another_tokenizer_begins_and_finishes(byte_tokenizer: Any, word_tokenizer: Any) -> None:
     policy = model_of(word_tokenizer, seed=1)
     text_guide = TextModelGuide(model_of(byte_tokenizer, seed=3, context=256), SamplingParams(top_k=20))
-    for algorithm in (ppo_pp(1.0), aggrevated(0.8)):
+    for algorithm in (ppo_pp(1.0).build(), aggrevated(0.8).build()):
         rollout = run(rollout_config(policy, text_guide), algorithm)
         assert rollout.counters["guide_requests"] > 10
         assert rollout.counters["guide_completions_changed"] > 0  # 40 words cannot write what bytes spell

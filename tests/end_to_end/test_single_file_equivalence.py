@@ -80,7 +80,7 @@ def test_twin_and_library_agree_on_every_number_and_every_weight(twin: ModuleTyp
         ppo__old_log_probs=old_log_probs, kl__coefficient=0.05,
     )  # fmt: skip
     updater, forward_config = updater_of(models, config), reading_of(config)
-    shares = ppo_pp(settings.beta).schedule(0, 0.0)
+    shares = ppo_pp(settings.beta).build().schedule(0, 0.0)
     policy_optimizer = twin.optimizer_for(policy, settings.policy_rate)
     critic_optimizer = twin.optimizer_for(critic, settings.critic_rate)
     generator = torch.Generator().manual_seed(5)

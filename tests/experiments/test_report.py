@@ -140,11 +140,12 @@ def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
 def test_a_setting_that_means_nothing_to_an_algorithm_does_not_train_it_again():
     config = small()
     rows = build_variants(
-        config, ["ppo", "lols"], {}, {"algorithm.mixing_weight": [0.25], "ppo.learning_rate": [2e-5, 2.0000001e-5]}
+        config, ["ppo", "lols"], {}, {"algorithm.options.lols.mixing_weight": [0.25], "ppo.learning_rate": [2e-5, 2.0000001e-5]}
     )
     assert [entry.key for entry in rows] == [
         "ppo", "ppo-ppo.learning_rate=2e-05", "ppo-ppo.learning_rate=2.0000001e-05",
-        "lols", "lols-algorithm.mixing_weight=0.25", "lols-ppo.learning_rate=2e-05", "lols-ppo.learning_rate=2.0000001e-05",
+        "lols", "lols-algorithm.options.lols.mixing_weight=0.25",
+        "lols-ppo.learning_rate=2e-05", "lols-ppo.learning_rate=2.0000001e-05",
     ]  # fmt: skip
 
 

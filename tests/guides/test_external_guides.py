@@ -41,7 +41,7 @@ SMALL = [
     ("sft.batch_size", 8), ("ppo.iterations", 4), ("ppo.completions_per_iteration", 8), ("ppo.minibatch_size", 4),
     ("ppo.epochs", 1),
     ("evaluation.every", 0), ("evaluation.final_prompts", 8), ("runtime.trackers", []), ("guide.endpoint.retry_seconds", 0.0),
-    ("algorithm.name", "d2lols"), ("algorithm.switch_iteration", 2),
+    ("algorithm.name", "d2lols"), ("algorithm.options.d2lols.switch_iteration", 2),
 ]  # fmt: skip
 
 
@@ -284,7 +284,7 @@ class Terminal:
 def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages: Path) -> None:
     small = [("ppo.iterations", 2), ("ppo.completions_per_iteration", 2), ("ppo.minibatch_size", 2), ("algorithm.name",
     "ppo_pp"),
-             ("algorithm.beta_guide", 1.0), ("guide.spec", "human")]  # fmt: skip
+             ("algorithm.options.ppo_pp.beta", 1.0), ("guide.spec", "human")]  # fmt: skip
     changes = [f"{key}={json.dumps(value)}" for key, value in [*SMALL, *small, kept(tmp_path)]]
     command = [sys.executable, "-m", "rlgf", "train", "quickstart", *changes]
     command += ["--out", str(tmp_path / "run"), "--stages", str(stages)]

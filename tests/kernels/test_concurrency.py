@@ -67,7 +67,7 @@ def test_an_error_of_either_is_raised_when_both_have_ended(first: bool, second: 
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("algorithm", [ppo(), d2lols(0.5, 0.5, 1)])
+@pytest.mark.parametrize("algorithm", [ppo().build(), d2lols(0.5, 0.5, 1).build()])
 def test_side_by_side_learns_what_one_after_the_other_does(algorithm: Any):
     together, apart = (tiny_trainer(algorithm, config_of()) for _ in range(2))
     assert together.updater.independent_critics
@@ -80,7 +80,7 @@ def test_side_by_side_learns_what_one_after_the_other_does(algorithm: Any):
 
 @pytest.mark.parametrize("change", [{"critic__kind": "value_head"}, {"ppo__dropout": True}])
 def test_who_shares_a_trunk_or_the_draws_of_dropout_learns_one_after_the_other(change: dict[str, Any]):
-    assert tiny_trainer(ppo(), config_of(**change)).updater.independent_critics is False
+    assert tiny_trainer(ppo().build(), config_of(**change)).updater.independent_critics is False
 
 
 def test_what_is_lent_is_computed_by_the_lane_that_is_done_and_summed_in_its_order():
@@ -201,7 +201,7 @@ def test_a_lent_gradient_is_the_one_that_is_not(precision: str, monkeypatch: pyt
 
     def learnt(least: int) -> list[torch.Tensor]:
         monkeypatch.setattr(linear, "MIN_DEFERRED", least)
-        trainer = tiny_trainer(ppo(), config_of(runtime__precision=precision, ppo__old_log_probs="recompute"))
+        trainer = tiny_trainer(ppo().build(), config_of(runtime__precision=precision, ppo__old_log_probs="recompute"))
         for iteration in range(2):
             trainer.step(iteration)
         return [value.detach().clone() for value in trainer.components.models.policy.trainable_parameters()]
@@ -218,7 +218,7 @@ def test_a_lent_gradient_is_the_one_that_is_not(precision: str, monkeypatch: pyt
 
 
 def test_reference_and_critic_read_side_by_side_what_they_read_one_after_the_other():
-    trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
+    trainer = tiny_trainer(d2lols(0.5, 0.5, 1).build(), config_of())
     assert trainer.updater.independent_critics
     rollout, parts = trainer.collect_rollout(0), trainer.components
     apart = compute_log_probs(rollout, trainer.phase_weights(0), parts.models, trainer.forward_config)
@@ -231,7 +231,7 @@ def test_reference_and_critic_read_side_by_side_what_they_read_one_after_the_oth
 
 @pytest.mark.parametrize(("vocabulary", "alike"), [(100, True), (100_000, False)])
 def test_a_reference_reads_beside_a_critic_unless_its_head_is_most_of_the_work(vocabulary: int, alike: bool):
-    trainer = tiny_trainer(d2lols(0.5, 0.5, 1), config_of())
+    trainer = tiny_trainer(d2lols(0.5, 0.5, 1).build(), config_of())
     head, body = nn.Linear(8, vocabulary), nn.Linear(100, 100)
     model: Any = SimpleNamespace(get_output_embeddings=lambda: head, parameters=lambda: [*head.parameters(), body.weight])
     language_model = replace(trainer.components.models.policy, model=model)
@@ -239,7 +239,7 @@ def test_a_reference_reads_beside_a_critic_unless_its_head_is_most_of_the_work(v
 
 
 def test_parameters_are_counted_once_per_model(monkeypatch: pytest.MonkeyPatch):
-    trainer = tiny_trainer(ppo(), config_of())
+    trainer = tiny_trainer(ppo().build(), config_of())
     counted, count = list[LanguageModel](), LanguageModel.head_to_body.func
     monkeypatch.setattr(LanguageModel.head_to_body, "func", lambda self: (counted.append(self), count(self))[1])
     for iteration in range(2):
@@ -254,6 +254,6 @@ def test_nobody_reads_or_learns_beside_a_critic_where_the_head_is_most_of_the_wo
     monkeypatch.setattr(experience, "_costs_alike", lambda model, rollout: alike)
     ran, plain = list[int](), ConcurrentPair.run
     monkeypatch.setattr(ConcurrentPair, "run", lambda self, *tasks: (ran.append(1), plain(self, *tasks))[1])
-    trainer = tiny_trainer(ppo(), config_of())
+    trainer = tiny_trainer(ppo().build(), config_of())
     steps = trainer.step(0)[0]["optimizer_steps"]
     assert len(ran) == (1 + steps if alike else 0)  # once while appraising, and in each step

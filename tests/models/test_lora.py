@@ -49,7 +49,7 @@ def trainer_on(start: str, algorithm: Any, **values: Any) -> Trainer:
 def test_one_copy_of_the_weights_serves_all_and_training_moves_what_it_should(tmp_path: Path) -> None:
     start = saved(tmp_path / "base")
     before = says(load_language_model(start))
-    trainer = trainer_on(start, lols(0.5, 0.5, 0.5))
+    trainer = trainer_on(start, lols(0.5, 0.5, 0.5).build())
     models = trainer.components.models
     assert models.policy.model is models.reference.model is trainer.components.guide.language_model.model
     assert {critic.backbone.owner for critic in models.critics.values()} == {models.policy.model}
@@ -71,14 +71,14 @@ def test_one_copy_of_the_weights_serves_all_and_training_moves_what_it_should(tm
 
 def test_the_first_ratio_is_one_and_a_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     start = saved(tmp_path / "base")
-    trainer = trainer_on(start, ppo())
+    trainer = trainer_on(start, ppo().build())
     metrics, _ = trainer.step(0)
     assert metrics["first_ratio_error"] < 1e-5
     state = trainer.state()
     assert sum(value.numel() for value in state["updater"]["policy"].values()) < 0.2 * sum(
         value.numel() for value in trainer.components.models.reference.model.parameters()
     )
-    other = trainer_on(start, ppo(), seed=1)
+    other = trainer_on(start, ppo().build(), seed=1)
     other.updater.load_state(state["updater"])
     assert torch.equal(says(other.components.models.policy), says(trainer.components.models.policy))
     mine, theirs = (t.components.models.critics[POLICY] for t in (trainer, other))
@@ -86,7 +86,7 @@ def test_the_first_ratio_is_one_and_a_checkpoint_brings_everything_back(tmp_path
 
 
 def test_an_adapter_is_saved_loaded_and_merged_as_transformers_reads_it(tmp_path: Path) -> None:
-    trainer = trainer_on(saved(tmp_path / "base"), ppo())
+    trainer = trainer_on(saved(tmp_path / "base"), ppo().build())
     trainer.step(0)
     policy = trainer.components.models.policy
     policy.save(tmp_path / "policy")
@@ -114,7 +114,7 @@ def test_an_adapter_is_saved_loaded_and_merged_as_transformers_reads_it(tmp_path
 
 
 def test_the_adapter_of_a_critic_is_not_merged_into_a_language_model(tmp_path: Path) -> None:
-    trainer = trainer_on(saved(tmp_path / "base"), ppo())
+    trainer = trainer_on(saved(tmp_path / "base"), ppo().build())
     trainer.components.models.critics[POLICY].save(tmp_path / "critic")
     with pytest.raises(ConfigError, match="a critic or a reward model, which would lose its head"):
         build_models.merge(str(tmp_path / "critic"), tmp_path / "whole")
@@ -128,7 +128,7 @@ def test_after_sft_with_an_adapter_that_is_the_reference_and_the_beginning(tmp_p
         parameter.data += 0.1
     tuned.save(tmp_path / "sft")
     expected = says(tuned)
-    trainer = trainer_on(str(tmp_path / "sft"), ppo())
+    trainer = trainer_on(str(tmp_path / "sft"), ppo().build())
     models = trainer.components.models
     assert (models.policy.adapter, models.reference.adapter) == (POLICY_ADAPTER, SFT)
     assert torch.allclose(says(models.policy), expected)
@@ -149,11 +149,11 @@ def test_what_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["lora", "separate", "value_head"])
 def test_a_critic_is_saved_with_its_head_and_begins_another(kind: str, tmp_path: Path) -> None:
     start = saved(tmp_path / "base")
-    trainer = trainer_on(start, ppo(), critic__kind=kind)
+    trainer = trainer_on(start, ppo().build(), critic__kind=kind)
     trainer.step(0)
     critic = trainer.components.models.critics[POLICY]
     critic.save(tmp_path / "critic")
-    again = trainer_on(start, ppo(), critic__kind=kind, critic__path=str(tmp_path / "critic"), seed=3)
+    again = trainer_on(start, ppo().build(), critic__kind=kind, critic__path=str(tmp_path / "critic"), seed=3)
     found = again.components.models.critics[POLICY]
     assert bool((found.head.weight != 0).any())
     assert all(torch.equal(a, b) for a, b in zip(found.trainable_parameters(), critic.trainable_parameters()))
@@ -162,7 +162,7 @@ def test_a_critic_is_saved_with_its_head_and_begins_another(kind: str, tmp_path:
 def test_a_critic_without_an_adapter_cannot_become_one(tmp_path: Path) -> None:
     start = saved(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"holds no adapter, which critic\.kind=lora needs"):
-        trainer_on(start, ppo(), critic__path=start)
+        trainer_on(start, ppo().build(), critic__path=start)
 
 
 def test_after_a_block_the_adapter_that_was_active_before_is_active_again():

@@ -45,7 +45,7 @@ def parked(trainer: Trainer) -> Trainer:
 
 
 def test_models_that_rest_are_awake_whenever_they_read_and_nothing_else_changes():
-    resting, plain = parked(trainer_of(d2lols(0.5, 0.5, 1))), trainer_of(d2lols(0.5, 0.5, 1))
+    resting, plain = parked(trainer_of(d2lols(0.5, 0.5, 1).build())), trainer_of(d2lols(0.5, 0.5, 1).build())
     for iteration in range(3):
         found, expected = (
             {key: repr(value) for key, value in trainer.step(iteration)[0].items() if "second" not in key}
@@ -119,7 +119,7 @@ def test_the_largest_micro_batch_that_fits_is_found(room: int, most: int, found:
 
 @pytest.mark.parametrize("kind", ["separate", "value_head"])
 def test_a_rehearsal_reads_as_many_tokens_as_asked_and_leaves_nothing_behind(kind: str):
-    trainer, plain = (trainer_of(ppo(), critic__kind=kind) for _ in range(2))
+    trainer, plain = (trainer_of(ppo().build(), critic__kind=kind) for _ in range(2))
     before = parameters(trainer.components.models.policy.model)
     read: list[int] = []
     hook = trainer.components.models.policy.model.register_forward_pre_hook(
@@ -135,7 +135,7 @@ def test_a_rehearsal_reads_as_many_tokens_as_asked_and_leaves_nothing_behind(kin
 
 
 def test_a_budget_that_was_found_is_kept_for_the_rest_of_a_run():
-    trainer, again = trainer_of(ppo()), trainer_of(ppo())
+    trainer, again = trainer_of(ppo().build()), trainer_of(ppo().build())
     assert trainer.forward_config.token_budget == config_of().runtime.micro_batch_tokens == 2048
     trainer._set_token_budget(4096)
     assert trainer.updater.forward_config.token_budget == trainer.evaluation_context.forward_config.token_budget == 4096
@@ -145,7 +145,7 @@ def test_a_budget_that_was_found_is_kept_for_the_rest_of_a_run():
 
 @pytest.mark.gpu
 def test_on_a_gpu_offloaded_models_leave_room_and_a_budget_is_found():
-    plain, resting = (trainer_of(d2lols(0.5, 0.5, 1), "cuda") for _ in range(2))
+    plain, resting = (trainer_of(d2lols(0.5, 0.5, 1).build(), "cuda") for _ in range(2))
     assert plain.forward_config.token_budget >= 2048
     models = resting.components.models
     for module in (models.reference.model, *models.critics.values()):

@@ -37,7 +37,7 @@ def on_adapters(folder: Path, *changes: tuple[str, object]) -> Config:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return small(
         ("algorithm.name", "aggrevated"), ("guide.spec", "sft"), ("lora.rank", 2), ("critic.kind", "lora"),
-        ("reward.path", "preferences"), ("preferences.data", str(folder / "pairs.jsonl")), ("preferences.lora_rank", 2),
+        ("reward.path", "preferences"), ("preferences.data", str(folder / "pairs.jsonl")), ("preferences.lora.rank", 2),
         ("preferences.training.steps", 2), ("preferences.min_words", 0), ("preferences.training.batch_size", 4),
         ("model.path", str(folder / "base")), ("lora.in_sft", True), ("evaluation.output_perplexity", True),
         ("judge.spec", "preferences"), *changes,

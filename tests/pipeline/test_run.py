@@ -65,7 +65,7 @@ def test_every_metric_is_explained(tmp_path: Path, stages: Path):
 
 @pytest.mark.parametrize("algorithm", ["ppo", "ppo_pp", "aggrevated", "lols", "d2lols"])
 def test_the_golden_run_is_bit_identical_twice(tmp_path: Path, stages: Path, algorithm: str):
-    config = small(("algorithm.name", algorithm), ("algorithm.switch_iteration", 1))
+    config = small(("algorithm.name", algorithm), ("algorithm.options.d2lols.switch_iteration", 1))
     for name in ("one", "two"):
         train(config, tmp_path / name, stages)
     assert timeless(tmp_path / "one" / "metrics.jsonl") == timeless(tmp_path / "two" / "metrics.jsonl")
@@ -152,7 +152,9 @@ def test_a_guide_that_fails_while_training_leaves_a_checkpoint(tmp_path: Path, s
         "    return ['great acting'] * len(requests) if calls < 3 else None\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = small(("algorithm.name", "ppo_pp"), ("guide.spec", "python:late_guide:guide"), ("algorithm.beta_guide", 1.0))
+    config = small(
+        ("algorithm.name", "ppo_pp"), ("guide.spec", "python:late_guide:guide"), ("algorithm.options.ppo_pp.beta", 1.0)
+    )
     with pytest.raises(TrainingError, match="guide"):
         train(config, tmp_path / "run", stages)
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]

@@ -16,7 +16,14 @@ from transformers import (
 )
 
 from rlgf.algorithms.losses import preference_loss
-from rlgf.config.sections import LoraConfig, ModelConfig, PreferenceConfig, RewardConfig, SupervisedConfig
+from rlgf.config.sections import (
+    LoraConfig,
+    ModelConfig,
+    PreferenceConfig,
+    RewardConfig,
+    RewardLoraConfig,
+    SupervisedConfig,
+)
 from rlgf.data.chat import ChatTemplate
 from rlgf.data.preferences import Pair, Pairs
 from rlgf.errors import ConfigError
@@ -144,7 +151,7 @@ def test_a_reward_model_learns_what_is_preferred_on_posts_it_has_not_seen(start:
 def test_adapters_and_head_are_saved_and_loaded_by_peft_and_by_us(start: Path, tmp_path: Path):
     from peft import AutoPeftModelForSequenceClassification
 
-    config = PreferenceConfig(training=TRAINING, lora_rank=4, lora_alpha=8)
+    config = PreferenceConfig(training=TRAINING, lora=RewardLoraConfig(rank=4, alpha=8))
     reward = new_reward_model(str(start), config, 0)
     frozen = {name: p.detach().clone() for name, p in reward.model.named_parameters() if not p.requires_grad}
     assert 0 < sum(p.numel() for p in reward.model.parameters() if p.requires_grad) < sum(p.numel() for p in frozen.values())
@@ -171,7 +178,7 @@ def test_adapters_are_found_where_their_base_was_moved_with_them(start: Path, tm
 
     (tmp_path / "stages").mkdir()
     shutil.copytree(start, tmp_path / "stages" / "sft-1")
-    reward = new_reward_model(str(tmp_path / "stages" / "sft-1"), PreferenceConfig(lora_rank=2), 0)
+    reward = new_reward_model(str(tmp_path / "stages" / "sft-1"), PreferenceConfig(lora=RewardLoraConfig(rank=2)), 0)
     reward.save(tmp_path / "stages" / "reward-1")
     prompts = [Prompt("about the plot:")]
     scores = reward(prompts, [" great"])
@@ -309,7 +316,9 @@ def test_an_evaluation_says_how_far_above_the_references_texts_score(start: Path
 
 
 def test_on_the_policys_weights_it_scores_as_merged_into_its_own(start: Path, tmp_path: Path):
-    settings = PreferenceConfig(training=SupervisedConfig(steps=5, batch_size=8, learning_rate=0.05), lora_rank=2)
+    settings = PreferenceConfig(
+        training=SupervisedConfig(steps=5, batch_size=8, learning_rate=0.05), lora=RewardLoraConfig(rank=2)
+    )
     trained = new_reward_model(str(start), settings, 0)
     train_reward_model(trained, PAIRS, settings, 0, 512)
     trained.save(tmp_path / "reward")

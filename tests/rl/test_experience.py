@@ -173,7 +173,7 @@ def test_lols_mixes_the_sampled_advantage_of_one_critic_with_one_step_of_the_oth
     rollout = rollout_of(["xGPP", "xPPG"], phases=[0, 1])
     policy_values = table(rollout, [0.9, 0.1, 0.3], [0.2, 0.4, 0.5])
     guide_values = table(rollout, [0.8, 0.4, 0.5], [0.1, 0.3, 0.6])
-    shares = lols(0.5, 0.5, alpha=0.25).schedule(0, 0.0)
+    shares = lols(0.5, 0.5, mixing_weight=0.25).build().schedule(0, 0.0)
     found = appraised(rollout, [1.0, 2.0], shares, policy_values, guide_values)
     # first text, V^pi: deltas .2, .7 so A = .55, .7; V^g, one step: .1, .5
     first = [0.25 * 0.55 + 0.75 * 0.1, 0.25 * 0.7 + 0.75 * 0.5]
@@ -187,7 +187,7 @@ def test_lols_mixes_the_sampled_advantage_of_one_critic_with_one_step_of_the_oth
 def test_lols_counts_the_kl_penalty_of_a_token_once_in_each_advantage() -> None:
     rollout = rollout_of(["xGPP", "xPPG"], phases=[0, 1])
     kl = table(rollout, [0, 1, 2], [3, 4, 0])
-    shares = lols(0.5, 0.5, alpha=0.25).schedule(0, 0.0)
+    shares = lols(0.5, 0.5, mixing_weight=0.25).build().schedule(0, 0.0)
     without = appraised(rollout, [1.0, 2.0], shares)
     found = appraised(rollout, [1.0, 2.0], shares, kl=kl)
     change = responses(rollout, found.advantages - without.advantages)
@@ -197,7 +197,7 @@ def test_lols_counts_the_kl_penalty_of_a_token_once_in_each_advantage() -> None:
 
 def test_lols_whitens_once_over_the_texts_of_both_phases() -> None:
     rollout = rollout_of(["xGPP", "xPPG"], phases=[0, 1])
-    shares = lols(0.5, 0.5, alpha=0.25).schedule(0, 0.0)
+    shares = lols(0.5, 0.5, mixing_weight=0.25).build().schedule(0, 0.0)
     found = appraised(rollout, [1.0, 7.0], shares, ppo__whiten_advantages=True)
     both = found.advantages[rollout.by_policy]
     assert float(both.mean()) == pytest.approx(0, abs=1e-6)
@@ -241,7 +241,7 @@ DECODINGS = {
 @pytest.mark.parametrize("sampling", DECODINGS.values(), ids=DECODINGS.keys())
 def test_what_the_sampler_said_is_what_a_full_forward_says(sampling: SamplingParams) -> None:
     config = config_of(task__min_new_tokens=2, sampling={f: getattr(sampling, f) for f in ("temperature", "top_k", "top_p")})
-    trainer = tiny_trainer(ppo_pp(0.5), config)
+    trainer = tiny_trainer(ppo_pp(0.5).build(), config)
     rollout = trainer.collect_rollout(0)
     assert int(rollout.by_policy.sum()) > 8
     sampled, full, _ = RolloutScorer(rollout, reading_of(config)).recompute(trainer.components.models.policy)
@@ -252,7 +252,7 @@ def test_what_the_sampler_said_is_what_a_full_forward_says(sampling: SamplingPar
 
 
 def test_old_log_probabilities_come_from_the_sampler_or_from_a_full_forward() -> None:
-    trainer = tiny_trainer(ppo(), config_of())
+    trainer = tiny_trainer(ppo().build(), config_of())
     rollout = trainer.collect_rollout(0)
     marked = replace(rollout, log_probs=rollout.log_probs - 1, full_log_probs=rollout.full_log_probs - 2)
     for source, support, expected in (
@@ -268,7 +268,7 @@ def test_old_log_probabilities_come_from_the_sampler_or_from_a_full_forward() ->
 
 def test_the_penalty_compares_full_distributions_whatever_the_decoding() -> None:
     config = config_of(sampling={"temperature": 0.5, "top_k": 3})
-    trainer = tiny_trainer(ppo(), config)
+    trainer = tiny_trainer(ppo().build(), config)
     rollout = trainer.collect_rollout(0)
     models = replace(trainer.components.models, reference=trainer.components.models.policy.frozen_copy())
     found = measure(rollout, trainer.phase_weights(0), [0.0] * 8, models, config)
@@ -277,10 +277,10 @@ def test_the_penalty_compares_full_distributions_whatever_the_decoding() -> None
 
 
 ALGORITHMS = {
-    "ppo_pp": ppo_pp(0.7),
-    "aggrevated": aggrevated(0.7, "td"),
-    "lols": lols(0.7, 0.7, 0.5),
-    "d2lols": d2lols(0.7, 0.7, 1),
+    "ppo_pp": ppo_pp(0.7).build(),
+    "aggrevated": aggrevated(0.7, "td").build(),
+    "lols": lols(0.7, 0.7, 0.5).build(),
+    "d2lols": d2lols(0.7, 0.7, 1).build(),
 }
 
 
@@ -314,7 +314,7 @@ def test_order_of_rows_padding_and_micro_batches_change_nothing(algorithm: Any) 
 def test_a_model_that_is_handed_over_in_training_mode_writes_and_is_read_without_dropout() -> None:
     policy = tiny_model(dropout=0.5)
     policy.model.train()
-    trainer = tiny_trainer(ppo(), config_of(), policy=policy)
+    trainer = tiny_trainer(ppo().build(), config_of(), policy=policy)
     rollout = trainer.collect_rollout(0)
     found = measure(
         rollout, trainer.phase_weights(0), [0.0] * 8, trainer.components.models, config_of(ppo__old_log_probs="recompute")
@@ -330,7 +330,7 @@ def test_a_head_on_the_policys_trunk_takes_the_states_that_were_read_for_the_log
     values: list[Tensor] = []
     reads: list[int] = []
     for old in ("sampler", "recompute"):
-        trainer = tiny_trainer(ppo(), config_of(critic__kind="value_head", ppo__old_log_probs=old))
+        trainer = tiny_trainer(ppo().build(), config_of(critic__kind="value_head", ppo__old_log_probs=old))
         critic = trainer.components.models.critics[POLICY]
         torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(0))
         rollout = trainer.collect_rollout(0)

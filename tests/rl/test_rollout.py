@@ -10,16 +10,15 @@ import torch
 from helpers import asked
 from rlgf.algorithms.guided import (
     Algorithm,
-    Phase,
     aggrevated,
     constant_schedule,
     d2lols,
     lols,
     ppo,
     ppo_pp,
-    sample_switch,
     single_phase,
 )
+from rlgf.algorithms.switching import Phase, sample_switch
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide, query_guide
@@ -39,14 +38,14 @@ ASPECTS = ["acting", "plot", "music", "script", "cast", "pacing"]
 PROMPTS = [Prompt(f"review of : {' '.join(ASPECTS[: 1 + i % 6])} =>", (" bold plot",)) for i in range(24)]
 INDICES = [3 + 7 * i for i in range(24)]
 MIXTURES = {
-    "ppo": ppo(),
-    "ppo_pp": ppo_pp(0.7),
-    "ppo_pp_paper": ppo_pp(1.0, "paper"),
-    "aggrevated": aggrevated(0.8),
-    "aggrevated_paper": aggrevated(1.0, switch="paper"),
-    "aggrevated_horizon": aggrevated(1.0, switch="horizon"),
-    "lols": lols(0.7, 0.8, 0.5),
-    "d2lols": d2lols(0.5, 1.0, 3),
+    "ppo": ppo().build(),
+    "ppo_pp": ppo_pp(0.7).build(),
+    "ppo_pp_paper": ppo_pp(1.0, "paper").build(),
+    "aggrevated": aggrevated(0.8).build(),
+    "aggrevated_paper": aggrevated(1.0, switch="paper").build(),
+    "aggrevated_horizon": aggrevated(1.0, switch="horizon").build(),
+    "lols": lols(0.7, 0.8, 0.5).build(),
+    "d2lols": d2lols(0.5, 1.0, 3).build(),
 }
 
 
@@ -204,9 +203,9 @@ def switch_draw(index: int) -> float:
 
 def test_a_text_has_a_rollin_where_its_coin_says_so(policy: LanguageModel, model_guide: ModelGuide) -> None:
     # with this guide L is the horizon, so a policy rollin has h >= 1 and a guide rollin h = 0 only by the law
-    rollout = run(rollout_config(policy, model_guide), ppo_pp(0.5, "paper"))
+    rollout = run(rollout_config(policy, model_guide), ppo_pp(0.5, "paper").build())
     assert [switch > 0 for switch in rollout.switch_position.tolist()] == [coin(index) < 0.5 for index in INDICES]
-    rollout = run(rollout_config(policy, model_guide), aggrevated(0.5))
+    rollout = run(rollout_config(policy, model_guide), aggrevated(0.5).build())
     assert [switch > 0 for switch in rollout.switch_position.tolist()] == [coin(index) < 0.5 for index in INDICES]
     assert {"p" in row for row in authors(rollout)} == {True, False}
 
@@ -214,7 +213,7 @@ def test_a_text_has_a_rollin_where_its_coin_says_so(policy: LanguageModel, model
 @pytest.mark.parametrize("rule", ["uniform", "paper"])
 def test_a_guide_rollin_switches_by_its_law_at_its_full_length(rule: Any, policy: LanguageModel) -> None:
     for count, finished, length in ((3, True, 4), (5, False, 5), (20, True, HORIZON), (0, True, 1)):
-        rollout = run(rollout_config(policy, FunctionGuide(Listener(count, finished))), ppo_pp(1.0, rule))
+        rollout = run(rollout_config(policy, FunctionGuide(Listener(count, finished))), ppo_pp(1.0, rule).build())
         expected = [sample_switch(rule, GUIDE, length, HORIZON, switch_draw(index)) for index in INDICES]
         assert rollout.switch_position.tolist() == expected
         assert [row.count("g") for row in authors(rollout)] == expected
@@ -223,28 +222,28 @@ def test_a_guide_rollin_switches_by_its_law_at_its_full_length(rule: Any, policy
 
 @pytest.mark.parametrize("rule", ["uniform", "paper", "horizon"])
 def test_a_policy_rollin_switches_by_its_law_at_its_full_length(rule: Any, policy: LanguageModel) -> None:
-    lengths = run(rollout_config(policy, None), ppo()).completion_mask.sum(1).tolist()
+    lengths = run(rollout_config(policy, None), ppo().build()).completion_mask.sum(1).tolist()
     assert len(set(lengths)) > 3
-    rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0, switch=rule))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0, switch=rule).build())
     expected = [sample_switch(rule, POLICY, length, HORIZON, switch_draw(index)) for length, index in zip(lengths, INDICES)]
     assert rollout.switch_position.tolist() == expected
     assert [row.count("p") for row in authors(rollout)] == expected
 
 
 def test_the_policys_part_is_what_it_would_have_written_alone(policy: LanguageModel) -> None:
-    alone = responses(run(rollout_config(policy, None), ppo()))
+    alone = responses(run(rollout_config(policy, None), ppo().build()))
     for rule in ("uniform", "horizon"):
-        rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0, switch=rule))
+        rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0, switch=rule).build())
         for mixed, own_text, switch in zip(responses(rollout), alone, rollout.switch_position.tolist()):
             assert mixed[:switch] == own_text[:switch]
 
 
 def test_the_horizon_rule_writes_no_token_that_is_thrown_away(policy: LanguageModel) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0, switch="horizon"))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0, switch="horizon").build())
     assert rollout.counters["discarded_tokens"] == 0
 
 
-@pytest.mark.parametrize("algorithm", [ppo_pp(1.0), aggrevated(1.0), ppo_pp(1.0, "paper")])
+@pytest.mark.parametrize("algorithm", [ppo_pp(1.0).build(), aggrevated(1.0).build(), ppo_pp(1.0, "paper").build()])
 def test_where_lengths_are_known_the_same_texts_come_without_discarding(
     algorithm: Algorithm, policy: LanguageModel, model_guide: ModelGuide
 ) -> None:
@@ -266,9 +265,9 @@ def test_where_lengths_are_known_the_same_texts_come_without_discarding(
 
 
 def test_a_text_that_the_policy_wrote_to_its_end_is_never_sent_to_the_guide(policy: LanguageModel) -> None:
-    lengths = run(rollout_config(policy, None), ppo()).completion_mask.sum(1).tolist()
+    lengths = run(rollout_config(policy, None), ppo().build()).completion_mask.sum(1).tolist()
     listener = Listener()
-    rollout = run(rollout_config(policy, FunctionGuide(listener)), aggrevated(1.0))
+    rollout = run(rollout_config(policy, FunctionGuide(listener)), aggrevated(1.0).build())
     complete = [switch == length for switch, length in zip(rollout.switch_position.tolist(), lengths)]
     assert any(complete)
     asked = {request.index for request in listener.requests}
@@ -282,7 +281,11 @@ def test_a_text_that_the_policy_wrote_to_its_end_is_never_sent_to_the_guide(poli
 
 def test_a_prefix_that_ends_in_an_end_token_or_fills_the_budget_is_never_sent(policy: LanguageModel) -> None:
     listener = Listener(can_continue=True)
-    for algorithm in (aggrevated(1.0), aggrevated(1.0, switch="horizon"), aggrevated(1.0, switch="paper")):
+    for algorithm in (
+        aggrevated(1.0).build(),
+        aggrevated(1.0, switch="horizon").build(),
+        aggrevated(1.0, switch="paper").build(),
+    ):
         run(rollout_config(policy, FunctionGuide(listener)), algorithm)
         run(rollout_config(policy, FunctionGuide(listener), min_new_tokens=HORIZON), algorithm)
     assert len(listener.requests) > 50
@@ -293,7 +296,7 @@ def test_a_prefix_that_ends_in_an_end_token_or_fills_the_budget_is_never_sent(po
 
 def test_a_request_says_all_that_a_guide_needs(policy: LanguageModel) -> None:
     listener = Listener()
-    rollout = run(rollout_config(policy, FunctionGuide(listener), min_new_tokens=3), aggrevated(0.8))
+    rollout = run(rollout_config(policy, FunctionGuide(listener), min_new_tokens=3), aggrevated(0.8).build())
     places = {index: row for row, index in enumerate(INDICES)}
     assert {bool(request.prefix_ids) for request in listener.requests} == {True, False}
     for request in listener.requests:
@@ -314,7 +317,7 @@ def test_a_request_says_all_that_a_guide_needs(policy: LanguageModel) -> None:
 
 
 def test_guide_text_over_the_budget_is_cut_and_counted_and_gets_no_end_token(policy: LanguageModel, word_id: int) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=20))), aggrevated(0.0))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=20))), aggrevated(0.0).build())
     assert responses(rollout) == [[(word_id, GUIDE)] * HORIZON] * len(PROMPTS)
     assert rollout.counters["guide_completions_truncated"] == len(PROMPTS)
     assert not bool(rollout.ended_with_eos.any())
@@ -322,27 +325,27 @@ def test_guide_text_over_the_budget_is_cut_and_counted_and_gets_no_end_token(pol
 
 
 def test_a_finished_text_that_fills_the_budget_has_no_room_for_an_end_token(policy: LanguageModel, word_id: int) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=HORIZON))), aggrevated(0.0))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=HORIZON))), aggrevated(0.0).build())
     assert responses(rollout) == [[(word_id, GUIDE)] * HORIZON] * len(PROMPTS)
     assert rollout.counters["guide_completions_truncated"] == 0
     assert not bool(rollout.ended_with_eos.any())
 
 
 def test_a_finished_text_gets_the_policys_end_token_with_the_guide_as_its_author(policy: LanguageModel, word_id: int) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=2))), aggrevated(0.0))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=2))), aggrevated(0.0).build())
     assert responses(rollout) == [[(word_id, GUIDE)] * 2 + [(policy.eos_token_id, GUIDE)]] * len(PROMPTS)
     assert bool(rollout.ended_with_eos.all())
     assert rollout.counters["truncated_completions"] == 0
 
 
 def test_an_unfinished_text_gets_no_end_token(policy: LanguageModel, word_id: int) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=2, finished=False))), aggrevated(0.0))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=2, finished=False))), aggrevated(0.0).build())
     assert responses(rollout) == [[(word_id, GUIDE)] * 2] * len(PROMPTS)
     assert not bool(rollout.ended_with_eos.any())
 
 
 def test_a_guide_with_nothing_to_add_writes_an_end_token_only(policy: LanguageModel) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=0))), aggrevated(0.0))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=0))), aggrevated(0.0).build())
     assert responses(rollout) == [[(policy.eos_token_id, GUIDE)]] * len(PROMPTS)
     assert list(rollout.completions) == [""] * len(PROMPTS)
 
@@ -352,16 +355,16 @@ def test_nothing_is_written_after_an_end_token_inside_a_guides_text(policy: Lang
     for text in (f" {WORD} <end> {WORD}", "<end>", f" {WORD} unheard-of {WORD}"):
         for finished in (True, False):
             guide = FunctionGuide(lambda requests, text=text, finished=finished: [Completion(text, finished) for _ in requests])
-            for algorithm in (aggrevated(0.5), ppo_pp(1.0)):
+            for algorithm in (aggrevated(0.5).build(), ppo_pp(1.0).build()):
                 for row in responses(run(rollout_config(policy, guide), algorithm)):
                     assert policy.eos_token_id not in [token for token, _ in row][:-1]
 
 
 def test_discarded_tokens_of_rollins_are_counted(policy: LanguageModel) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=3))), ppo_pp(1.0))  # L = 4, end token included
+    rollout = run(rollout_config(policy, FunctionGuide(Listener(count=3))), ppo_pp(1.0).build())  # L = 4, end token included
     assert rollout.counters["discarded_tokens"] == sum(4 - switch for switch in rollout.switch_position.tolist())
-    lengths = run(rollout_config(policy, None), ppo()).completion_mask.sum(1).tolist()
-    rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0))
+    lengths = run(rollout_config(policy, None), ppo().build()).completion_mask.sum(1).tolist()
+    rollout = run(rollout_config(policy, FunctionGuide(Listener())), aggrevated(1.0).build())
     expected = sum(length - switch for length, switch in zip(lengths, rollout.switch_position.tolist()))
     assert rollout.counters["discarded_tokens"] == expected
 
@@ -389,18 +392,21 @@ def test_row_order_and_company_change_no_text(name: str, policy: LanguageModel, 
 
 
 def test_ppo_pp_without_rollins_writes_what_ppo_writes(policy: LanguageModel, model_guide: ModelGuide) -> None:
-    plain, without = run(rollout_config(policy, None), ppo()), run(rollout_config(policy, model_guide), ppo_pp(0.0))
+    plain, without = (
+        run(rollout_config(policy, None), ppo().build()),
+        run(rollout_config(policy, model_guide), ppo_pp(0.0).build()),
+    )
     assert torch.equal(plain.ids, without.ids)
     assert torch.equal(plain.origin, without.origin)
     assert torch.equal(plain.log_probs, without.log_probs)
 
 
 def test_other_seeds_indices_and_purposes_write_other_texts(policy: LanguageModel) -> None:
-    first = run(rollout_config(policy, None), ppo())
+    first = run(rollout_config(policy, None), ppo().build())
     others = [
-        run(rollout_config(policy, None, seed=12), ppo()),
-        run(rollout_config(policy, None), ppo(), indices=[index + 1 for index in INDICES]),
-        run(rollout_config(policy, None, token_purpose=Purpose.EVALUATION_TOKEN), ppo()),
+        run(rollout_config(policy, None, seed=12), ppo().build()),
+        run(rollout_config(policy, None), ppo().build(), indices=[index + 1 for index in INDICES]),
+        run(rollout_config(policy, None, token_purpose=Purpose.EVALUATION_TOKEN), ppo().build()),
     ]
     for other in others:
         assert responses(other) != responses(first)
@@ -410,7 +416,7 @@ def test_a_references_guide_draws_among_the_references(policy: LanguageModel) ->
     words = ["acting", "plot", "music"]
     prompt = Prompt("review of : cast =>", tuple(f" {word}" for word in words))
     prompts, indices = [prompt] * 60, list(range(60))
-    rollout = run(rollout_config(policy, ReferenceGuide()), ppo_pp(1.0, "paper"), prompts, indices)
+    rollout = run(rollout_config(policy, ReferenceGuide()), ppo_pp(1.0, "paper").build(), prompts, indices)
     assert rollout.switch_position.tolist() == [1] * 60  # a word and an end token: {1 … L−1} = {1}
     begun = [policy.tokenizer.decode([row[0][0]]) for row in responses(rollout)]
     expected = [words[int(3 * uniforms(11, Purpose.REFERENCE, index, 1)[0])] for index in indices]
@@ -443,12 +449,12 @@ FAILURES: dict[str, tuple[Any, str]] = {
 def test_what_is_not_a_text_for_each_request_is_a_run_error(name: str, policy: LanguageModel) -> None:
     answer, message = FAILURES[name]
     with pytest.raises(TrainingError, match=message):
-        run(rollout_config(policy, FunctionGuide(bad(answer))), aggrevated(0.0))
+        run(rollout_config(policy, FunctionGuide(bad(answer))), aggrevated(0.0).build())
 
 
 def test_a_prompt_without_a_reference_is_a_run_error_of_the_references_guide(policy: LanguageModel) -> None:
     with pytest.raises(TrainingError, match="has no reference"):
-        run(rollout_config(policy, ReferenceGuide()), ppo_pp(1.0), [Prompt("review of : plot =>")], [0])
+        run(rollout_config(policy, ReferenceGuide()), ppo_pp(1.0).build(), [Prompt("review of : plot =>")], [0])
 
 
 def test_every_failure_of_a_guide_is_one_kind_of_error() -> None:
@@ -471,7 +477,7 @@ def test_nothing_to_ask_asks_nothing() -> None:
 
 
 def test_texts_are_split_by_fraction_and_add_up() -> None:
-    halves = lols(0.5, 0.5, 0.5).schedule(0, 0.0)
+    halves = lols(0.5, 0.5, 0.5).build().schedule(0, 0.0)
     assert allocate_rows(halves, 8) == [4, 4]
     assert sum(allocate_rows(halves, 7)) == 7
     thirds = [single_phase(0, POLICY, 1 / 3), single_phase(1, GUIDE, 2 / 3)]
@@ -480,7 +486,7 @@ def test_texts_are_split_by_fraction_and_add_up() -> None:
 
 
 def test_each_share_writes_its_part_of_the_texts(policy: LanguageModel) -> None:
-    rollout = run(rollout_config(policy, FunctionGuide(Listener())), lols(1.0, 1.0, 0.5))
+    rollout = run(rollout_config(policy, FunctionGuide(Listener())), lols(1.0, 1.0, 0.5).build())
     assert rollout.phase.tolist() == [0] * 12 + [1] * 12
     assert rollout.rollout_by.tolist() == [POLICY] * 12 + [GUIDE] * 12
 

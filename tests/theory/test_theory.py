@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from rlgf.algorithms import guided
-from rlgf.algorithms.guided import Algorithm, Phase, PhaseWeight
+from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.algorithms.switching import Phase, SwitchRule
 from rlgf.config.sections import CriticConfig, PPOConfig
 from rlgf.rl.experience import RolloutScorer
 from rlgf.types import GUIDE, POLICY, Origin
@@ -211,16 +212,16 @@ def check(
         assert float(far.max()) > STANDARD_ERRORS, f"{algorithm.title}: {other.title} looks the same ({far.max():.1f})"
 
 
-PLUS_PLUS, ONLY_PPO = guided.ppo_pp(0.9), guided.ppo()
-TD, GAE = guided.aggrevated(0.9, "td"), guided.aggrevated(0.9, "gae")
-PAPER_PLUS_PLUS, PAPER_TD = guided.ppo_pp(0.9, "paper"), guided.aggrevated(0.9, "td", "paper")
+PLUS_PLUS, ONLY_PPO = guided.ppo_pp(0.9).build(), guided.ppo().build()
+TD, GAE = guided.aggrevated(0.9, "td").build(), guided.aggrevated(0.9, "gae").build()
+PAPER_PLUS_PLUS, PAPER_TD = guided.ppo_pp(0.9, "paper").build(), guided.aggrevated(0.9, "td", "paper").build()
 
 
 @pytest.mark.slow
 def test_expected_update_is_that_of_enumeration() -> None:
     check(setting("ending"), PLUS_PLUS, [ONLY_PPO], texts=64)
     check(setting("ending"), TD, [PAPER_TD], texts=64)
-    check(setting("fixed", KL), guided.lols(0.6, 0.7, 0.4), [guided.lols(0.6, 0.7, 0.9)], texts=64)
+    check(setting("fixed", KL), guided.lols(0.6, 0.7, 0.4).build(), [guided.lols(0.6, 0.7, 0.9).build()], texts=64)
 
 
 @pytest.mark.slow
@@ -230,12 +231,12 @@ def test_expected_update_is_not_that_of_another_law_or_credit(kind: str) -> None
     check(setting(kind), TD, [PAPER_TD, GAE])
 
 
-RULES: tuple[guided.SwitchRule, ...] = ("uniform", "paper", "horizon")
+RULES: tuple[SwitchRule, ...] = ("uniform", "paper", "horizon")
 SHARED = [
-    guided.ppo(),
-    *(guided.ppo_pp(0.6, rule) for rule in ("uniform", "paper")),
-    *(guided.aggrevated(0.7, credit, rule) for credit in ("td", "gae", "switch") for rule in RULES),
-    *(guided.lols(0.6, 0.7, 0.4, credit=credit) for credit in ("td", "gae", "switch")),
+    guided.ppo().build(),
+    *(guided.ppo_pp(0.6, rule).build() for rule in ("uniform", "paper")),
+    *(guided.aggrevated(0.7, credit, rule).build() for credit in ("td", "gae", "switch") for rule in RULES),
+    *(guided.lols(0.6, 0.7, 0.4, credit=credit).build() for credit in ("td", "gae", "switch")),
 ]
 
 
@@ -250,7 +251,7 @@ def test_expected_update_of_every_algorithm_credit_and_law(algorithm: Algorithm,
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fixed", "ending"])
 def test_lols_by_iteration_and_d2lols_are_one_algorithm_at_a_time(kind: str) -> None:
-    lols = guided.lols(0.6, 0.7, 0.4, "iteration", "td")
+    lols = guided.lols(0.6, 0.7, 0.4, "iteration", "td").build()
     played = play(setting(kind).game, lols, setting(kind).policy, setting(kind).guide, PPOConfig())
     turns: dict[int, list[int]] = {0: [], 1: []}
     for iteration in range(400):
@@ -259,15 +260,15 @@ def test_lols_by_iteration_and_d2lols_are_one_algorithm_at_a_time(kind: str) -> 
     assert len(turns[0]) == pytest.approx(160, abs=40)  # α = .4; four standard deviations
     for phase in turns:
         check(setting(kind), lols, iterations=turns[phase][:16])
-    d2lols = guided.d2lols(0.6, 0.7, 16, "td")
-    check(setting(kind), d2lols, [guided.ppo_pp(0.6)], iterations=range(16))
-    check(setting(kind), d2lols, [guided.aggrevated(0.7, "td")], iterations=range(16, 32))
+    d2lols = guided.d2lols(0.6, 0.7, 16, "td").build()
+    check(setting(kind), d2lols, [guided.ppo_pp(0.6).build()], iterations=range(16))
+    check(setting(kind), d2lols, [guided.aggrevated(0.7, "td").build()], iterations=range(16, 32))
 
 
 @pytest.mark.parametrize("kind", ["fixed", "ending"])
 def test_sampler_and_full_forward_agree_on_the_double(kind: str) -> None:
     scene = setting(kind)
-    played = play(scene.game, guided.ppo_pp(0.6), scene.policy, scene.guide, PPOConfig(), prompt_lengths=(1, 4, 2))
+    played = play(scene.game, guided.ppo_pp(0.6).build(), scene.policy, scene.guide, PPOConfig(), prompt_lengths=(1, 4, 2))
     rollout = played.trainer.collect_rollout(0)
     sampled, _, _ = RolloutScorer(rollout, played.trainer.forward_config).recompute(played.trainer.components.models.policy)
     assert torch.allclose(rollout.log_probs, sampled, atol=1e-6)
@@ -302,7 +303,7 @@ def learn_on_tree(seed: int, credit: guided.Credit, iterations: int, rate: float
     )  # fmt: skip
     start = torch.zeros(game.states, game.vocabulary)
     critic = CriticConfig(learning_rate=0.05, value_clip=None)
-    played = play(game, guided.aggrevated(0.8, credit), start, guide, ppo, seed, critic=critic)
+    played = play(game, guided.aggrevated(0.8, credit).build(), start, guide, ppo, seed, critic=critic)
     for iteration in range(iterations):
         played.trainer.step(iteration)
     return played.value(), float(values(game, guide)[0]), best_of_guide(game, guide)
@@ -333,9 +334,9 @@ def test_aggrevated_at_the_switch_acts_by_the_best_advantage_of_its_guide(seed: 
 
 
 SOLVERS = {
-    "ppo": (guided.ppo(), 2000),
-    "ppo_pp": (guided.ppo_pp(0.5), 1300),
-    "d2lols": (guided.d2lols(0.5, 0.8, 10, "td"), 1300),
+    "ppo": (guided.ppo().build(), 2000),
+    "ppo_pp": (guided.ppo_pp(0.5).build(), 1300),
+    "d2lols": (guided.d2lols(0.5, 0.8, 10, "td").build(), 1300),
 }
 
 
@@ -346,11 +347,11 @@ def test_lock_of_four_is_solved_by_all(name: str) -> None:
 
 
 def test_released_law_never_trains_the_last_token_of_aggrevated_nor_the_first_of_ppo_pp() -> None:
-    texts, played = solve_lock(4, guided.aggrevated(0.8, "td", "paper"), seed=0, cap=320)
+    texts, played = solve_lock(4, guided.aggrevated(0.8, "td", "paper").build(), seed=0, cap=320)
     assert texts is None
     assert torch.equal(played.table[3], torch.zeros(5))
     assert bool((played.table[:3] != 0).any(1).all())
-    texts, played = solve_lock(4, guided.ppo_pp(1.0, "paper"), seed=0, cap=320)
+    texts, played = solve_lock(4, guided.ppo_pp(1.0, "paper").build(), seed=0, cap=320)
     assert texts is None
     assert torch.equal(played.table[0], torch.zeros(5))
     assert bool((played.table[1:4] != 0).any(1).all())
@@ -358,9 +359,9 @@ def test_released_law_never_trains_the_last_token_of_aggrevated_nor_the_first_of
 
 @pytest.mark.slow
 def test_restarts_solve_the_long_lock() -> None:
-    algorithms = guided.ppo_pp(0.5), guided.d2lols(0.5, 0.8, 10, "td")
+    algorithms = guided.ppo_pp(0.5).build(), guided.d2lols(0.5, 0.8, 10, "td").build()
     counts = [[solve_lock(8, algorithm, seed, 8000)[0] for seed in range(3)] for algorithm in algorithms]
-    alone = [solve_lock(8, guided.ppo(), seed, 8000)[0] for seed in range(3)]
+    alone = [solve_lock(8, guided.ppo().build(), seed, 8000)[0] for seed in range(3)]
     print(f"lock of 8: PPO++ {counts[0]}, D2LOLS {counts[1]}, PPO {alone}")
     assert all(texts is not None and texts < 4000 for texts in [*counts[0], *counts[1]])
     assert sum(texts is None for texts in alone) >= 2
@@ -389,22 +390,22 @@ def gap(algorithm: Algorithm, seed: int, iterations: int, learning_rate: float) 
 
 @pytest.mark.slow
 def test_lols_with_summed_advantages_stalls_where_ppo_goes_on() -> None:
-    assert gap(guided.lols(0.5, 0.8, 0.8, "advantage", "td"), 0, 40, 0.25) == pytest.approx(0.9, abs=0.005)
-    assert gap(guided.ppo_pp(0.5), 0, 40, 0.25) > 0.99
+    assert gap(guided.lols(0.5, 0.8, 0.8, "advantage", "td").build(), 0, 40, 0.25) == pytest.approx(0.9, abs=0.005)
+    assert gap(guided.ppo_pp(0.5).build(), 0, 40, 0.25) > 0.99
 
 
 REACHING = {
-    "lols-iteration": guided.lols(0.5, 0.8, 0.8, "iteration", "td"),
-    "d2lols": guided.d2lols(0.5, 0.8, 20, "td"),
-    "ppo": guided.ppo(),
-    "ppo_pp": guided.ppo_pp(0.5),
+    "lols-iteration": guided.lols(0.5, 0.8, 0.8, "iteration", "td").build(),
+    "d2lols": guided.d2lols(0.5, 0.8, 20, "td").build(),
+    "ppo": guided.ppo().build(),
+    "ppo_pp": guided.ppo_pp(0.5).build(),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_lols_with_summed_advantages_stalls(seed: int) -> None:
-    assert gap(guided.lols(0.5, 0.8, 0.8, "advantage", "td"), seed, 300, 0.05) == pytest.approx(0.9, abs=0.005)
+    assert gap(guided.lols(0.5, 0.8, 0.8, "advantage", "td").build(), seed, 300, 0.05) == pytest.approx(0.9, abs=0.005)
 
 
 @pytest.mark.slow

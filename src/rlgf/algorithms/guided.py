@@ -5,42 +5,23 @@ origin, which completes it. An algorithm uses no model, guide or task. Two rules
 algorithms, are implemented in `rlgf.rl`: the policy trains on the tokens it generated; the critic
 of a row's rollout origin trains on the states after the switch.
 
+Each algorithm is a dataclass of its options with `build()`. A new one is a class here and an entry
+in `ALGORITHMS`; its options are then `algorithm.options.NAME` of a config.
+
 Source: Chang et al. 2023, "Learning to Generate Better Than Your LLM" (arXiv:2306.11816), called
 "the paper" below.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
-from rlgf.errors import ConfigError, unknown
+from rlgf.algorithms.switching import Phase, SwitchRule, require_choice, require_probability, require_switch_rule
+from rlgf.errors import FieldError
 from rlgf.types import GUIDE, POLICY, Origin
 
 Credit = Literal["gae", "td", "switch"]
-SwitchRule = Literal["uniform", "paper", "horizon"]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One way to divide a completion between policy and guide.
-
-    With probability `beta` the rollin origin generates the first h tokens and the rollout origin
-    the rest; otherwise the rollout origin generates all tokens. `switch` is the distribution of the
-    switch position h given the rollin length L (see `sample_switch`).
-    """
-
-    rollin: Origin | None
-    rollout: Origin
-    beta: float = 0.0
-    switch: SwitchRule = "uniform"
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError if `beta` or `switch` is invalid."""
-        if not 0.0 <= self.beta <= 1.0:
-            raise ConfigError(f"beta is {self.beta:g}, but it is a probability: choose a value within [0, 1].")
-        if self.switch == "horizon" and self.rollin == GUIDE:
-            raise ConfigError("switch 'horizon' is a rule for policy rollins: choose 'uniform' or 'paper' here.")
+Mix = Literal["advantage", "iteration"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +37,10 @@ class PhaseWeight:
     guide_weight: float
 
 
+PhaseSchedule = Callable[[int, float], tuple[PhaseWeight, ...]]
+"""A function of (iteration, a uniform number in [0, 1)) that returns that iteration's weights."""
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """An algorithm: its phases, and a schedule that weights them in each iteration.
@@ -67,7 +52,7 @@ class Algorithm:
     name: str
     title: str
     phases: tuple[Phase, ...]
-    schedule: Callable[[int, float], tuple[PhaseWeight, ...]]
+    schedule: PhaseSchedule
     credit: Credit
     summary: str
 
@@ -95,140 +80,190 @@ def single_phase(phase: int, rollout_by: Origin, fraction: float = 1.0) -> Phase
     return PhaseWeight(phase, fraction, float(rollout_by == POLICY), float(rollout_by == GUIDE))
 
 
-def constant_schedule(*shares: PhaseWeight) -> Callable[[int, float], tuple[PhaseWeight, ...]]:
+def constant_schedule(*shares: PhaseWeight) -> PhaseSchedule:
     """Return a schedule with the same phase weights in every iteration."""
-    return lambda iteration, coin: shares
+    return lambda iteration, uniform: shares
 
 
-def sample_switch(rule: SwitchRule, rollin: Origin, length: int, max_new_tokens: int, uniform: float) -> int:
-    """Sample the switch position h: the number of rollin tokens to keep.
+class AlgorithmOptions(Protocol):
+    """The options of an algorithm, as every class in `ALGORITHMS` has them."""
 
-    Args:
-        rule: the distribution of h, uniform over one of these sets:
-            'uniform': {0 … L−1} for a guide rollin, so that the policy trains on the first token
-                as well; {1 … L} for a policy rollin, so that it trains on the last one as well.
-            'paper': {1 … L−1} for both; 0 if L < 2.
-            'horizon': {1 … H}, sampled before generation, clipped to L.
-        rollin: the origin of the rollin.
-        length: L, the tokens of the rollin, EOS token included.
-        max_new_tokens: H, the maximum completion length in tokens.
-        uniform: a uniform number in [0, 1); h is a deterministic function of it.
+    name: ClassVar[str]
+    title: ClassVar[str]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def build(self) -> Algorithm:
+        """Return the algorithm with these options."""
+        ...
+
+
+@dataclass(frozen=True)
+class PPO:
+    """PPO: the policy generates all tokens.
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms".
     """
-    if rule == "paper":
-        return 0 if length < 2 else 1 + math.floor(uniform * (length - 1))
-    if rule == "horizon":
-        return min(1 + math.floor(uniform * max_new_tokens), length)
-    first = 0 if rollin == GUIDE else 1
-    return min(first, length) + math.floor(uniform * length) if length else 0
+
+    name: ClassVar[str] = "ppo"
+    title: ClassVar[str] = "PPO"
+
+    def build(self) -> Algorithm:
+        """Return the algorithm; it has no options."""
+        phase = Phase(rollin=None, rollout=POLICY)
+        schedule = constant_schedule(single_phase(0, POLICY))
+        return Algorithm(self.name, self.title, (phase,), schedule, "gae", "the policy writes everything")
 
 
-def ppo() -> Algorithm:
-    """Return PPO: the policy generates all tokens."""
-    phase = Phase(rollin=None, rollout=POLICY)
-    return Algorithm("ppo", "PPO", (phase,), constant_schedule(single_phase(0, POLICY)), "gae", "the policy writes everything")
-
-
-def ppo_pp(beta: float, switch: SwitchRule = "uniform") -> Algorithm:
-    """Return PPO++: guide rollin with probability `beta`, policy rollout.
+@dataclass(frozen=True)
+class PPOPlusPlus:
+    """PPO++: guide rollin with probability `beta`, policy rollout.
 
     The policy trains on the tokens it generated. Source: the paper, algorithm 1.
     """
-    phase = Phase(GUIDE, POLICY, beta, switch)
-    return Algorithm(
-        "ppo_pp",
-        "PPO++",
-        (phase,),
-        constant_schedule(single_phase(0, POLICY)),
-        "gae",
-        "the guide begins, the policy finishes and learns",
-    )
+
+    name: ClassVar[str] = "ppo_pp"
+    title: ClassVar[str] = "PPO++"
+
+    beta: float = 0.2  # probability of a guide rollin
+    switch: SwitchRule = "uniform"  # distribution of the switch position
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for an invalid option."""
+        require_probability("beta", self.beta)
+        require_switch_rule("switch", self.switch, GUIDE)
+
+    def build(self) -> Algorithm:
+        """Return the algorithm with these options."""
+        phase = Phase(GUIDE, POLICY, self.beta, self.switch)
+        schedule = constant_schedule(single_phase(0, POLICY))
+        summary = "the guide begins, the policy finishes and learns"
+        return Algorithm(self.name, self.title, (phase,), schedule, "gae", summary)
 
 
-def aggrevated(beta: float, credit: Credit = "gae", switch: SwitchRule = "uniform") -> Algorithm:
-    """Return AggreVaTeD: policy rollin with probability `beta`, guide rollout.
+@dataclass(frozen=True)
+class AggreVaTeD:
+    """AggreVaTeD: policy rollin with probability `beta`, guide rollout.
 
     The policy trains on its rollin tokens; their advantages come from the completion that the guide
     generated after them. Source: the paper, algorithm 2.
     """
-    phase = Phase(POLICY, GUIDE, beta, switch)
-    return Algorithm(
-        "aggrevated",
-        "AggreVaTeD",
-        (phase,),
-        constant_schedule(single_phase(0, GUIDE)),
-        credit,
-        "the policy begins and learns, the guide finishes",
-    )
+
+    name: ClassVar[str] = "aggrevated"
+    title: ClassVar[str] = "AggreVaTeD"
+
+    beta: float = 0.8  # probability of a policy rollin
+    credit: Credit = "gae"  # advantage estimator for guide rollouts
+    switch: SwitchRule = "uniform"  # distribution of the switch position
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for an invalid option."""
+        require_probability("beta", self.beta)
+        require_choice("credit", self.credit, get_args(Credit))
+        require_switch_rule("switch", self.switch, POLICY)
+
+    def build(self) -> Algorithm:
+        """Return the algorithm with these options."""
+        phase = Phase(POLICY, GUIDE, self.beta, self.switch)
+        schedule = constant_schedule(single_phase(0, GUIDE))
+        summary = "the policy begins and learns, the guide finishes"
+        return Algorithm(self.name, self.title, (phase,), schedule, self.credit, summary)
 
 
-def _both(beta_guide: float, beta_policy: float, switch_guide: SwitchRule, switch_policy: SwitchRule) -> tuple[Phase, Phase]:
-    """Return the phase of PPO++ and the phase of AggreVaTeD, in this order."""
-    return Phase(GUIDE, POLICY, beta_guide, switch_guide), Phase(POLICY, GUIDE, beta_policy, switch_policy)
+@dataclass(frozen=True)
+class LOLS:
+    """LOLS: a mixture of PPO++ and AggreVaTeD.
 
-
-def lols(
-    beta_guide: float,
-    beta_policy: float,
-    alpha: float,
-    mix: Literal["advantage", "iteration"] = "advantage",
-    credit: Credit = "gae",
-    switch_guide: SwitchRule = "uniform",
-    switch_policy: SwitchRule = "uniform",
-) -> Algorithm:
-    """Return LOLS: a mixture of PPO++ and AggreVaTeD.
-
-    Args:
-        beta_guide: probability of a guide rollin in the phase of PPO++.
-        beta_policy: probability of a policy rollin in the phase of AggreVaTeD.
-        alpha: α, a weight in [0, 1].
-        mix: 'advantage': half of an iteration's rows per phase, trained on α A^π + (1−α) A^g;
-            'iteration': the whole iteration is PPO++ with probability α, else AggreVaTeD, as in
-            the paper's released code.
-        credit: the advantage estimator for guide rollouts.
-        switch_guide: the switch rule for guide rollins.
-        switch_policy: the switch rule for policy rollins.
-
-    Source: the paper, algorithm 4.
+    With `mix` 'advantage', half of an iteration's rows belong to each phase, and all are trained on
+    α A^π + (1−α) A^g, where α is `mixing_weight`. With 'iteration', the whole iteration is PPO++
+    with probability α, else AggreVaTeD, as in the paper's released code. Source: the paper,
+    algorithm 4.
     """
-    if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(f"alpha is {alpha:g}, but for lols it is a weight: choose a value within [0, 1].")
-    phases = _both(beta_guide, beta_policy, switch_guide, switch_policy)
-    plan: Callable[[int, float], tuple[PhaseWeight, ...]]
-    if mix == "advantage":
-        plan = constant_schedule(PhaseWeight(0, 0.5, alpha, 1 - alpha), PhaseWeight(1, 0.5, alpha, 1 - alpha))
-        summary = f"both at once, advantages mixed {alpha:g} to {1 - alpha:.2g}"
-    elif mix == "iteration":
 
-        def by_coin(iteration: int, coin: float) -> tuple[PhaseWeight, ...]:
-            return (single_phase(0, POLICY),) if coin < alpha else (single_phase(1, GUIDE),)
+    name: ClassVar[str] = "lols"
+    title: ClassVar[str] = "LOLS"
 
-        plan = by_coin
-        summary = f"each iteration PPO++ with probability {alpha:g}, otherwise AggreVaTeD"
-    else:
-        raise unknown("mix", mix, ("advantage", "iteration"))
-    return Algorithm("lols", "LOLS", phases, plan, credit, summary)
+    beta_guide: float = 0.2  # probability of a guide rollin in the phase of PPO++
+    beta_policy: float = 0.8  # probability of a policy rollin in the phase of AggreVaTeD
+    mixing_weight: float = 0.8  # α
+    mix: Mix = "advantage"  # mix advantages in every iteration, or whole iterations
+    credit: Credit = "gae"  # advantage estimator for guide rollouts
+    switch_guide: SwitchRule = "uniform"  # of guide rollins
+    switch_policy: SwitchRule = "uniform"  # of policy rollins
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for an invalid option."""
+        _check_both(self)
+        require_probability("mixing_weight", self.mixing_weight)
+        require_choice("mix", self.mix, get_args(Mix))
+
+    def build(self) -> Algorithm:
+        """Return the algorithm with these options."""
+        alpha = self.mixing_weight
+        if self.mix == "advantage":
+            schedule = constant_schedule(PhaseWeight(0, 0.5, alpha, 1 - alpha), PhaseWeight(1, 0.5, alpha, 1 - alpha))
+            summary = f"both at once, advantages mixed {alpha:g} to {1 - alpha:.2g}"
+        else:
+            schedule = _by_probability(alpha)
+            summary = f"each iteration PPO++ with probability {alpha:g}, otherwise AggreVaTeD"
+        return Algorithm(self.name, self.title, _both_phases(self), schedule, self.credit, summary)
 
 
-def d2lols(
-    beta_guide: float,
-    beta_policy: float,
-    alpha: int,
-    credit: Credit = "gae",
-    switch_guide: SwitchRule = "uniform",
-    switch_policy: SwitchRule = "uniform",
-) -> Algorithm:
-    """Return D2LOLS: AggreVaTeD for the first `alpha` iterations, then PPO++.
+@dataclass(frozen=True)
+class D2LOLS:
+    """D2LOLS: AggreVaTeD for the first `switch_iteration` iterations, then PPO++.
 
     Source: the paper, algorithm 3.
     """
-    if alpha < 0:
-        raise ConfigError(f"alpha is {alpha}, but for d2lols it counts iterations: choose 0 or more.")
 
-    def plan(iteration: int, coin: float) -> tuple[PhaseWeight, ...]:
-        return (single_phase(1, GUIDE),) if iteration < alpha else (single_phase(0, POLICY),)
+    name: ClassVar[str] = "d2lols"
+    title: ClassVar[str] = "D2LOLS"
 
-    phases = _both(beta_guide, beta_policy, switch_guide, switch_policy)
-    return Algorithm("d2lols", "D2LOLS", phases, plan, credit, f"AggreVaTeD for {alpha} iterations, then PPO++")
+    beta_guide: float = 0.2  # probability of a guide rollin in the phase of PPO++
+    beta_policy: float = 0.8  # probability of a policy rollin in the phase of AggreVaTeD
+    switch_iteration: int = 20  # the first iteration of PPO++
+    credit: Credit = "gae"  # advantage estimator for guide rollouts
+    switch_guide: SwitchRule = "uniform"  # of guide rollins
+    switch_policy: SwitchRule = "uniform"  # of policy rollins
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for an invalid option."""
+        _check_both(self)
+        if not self.switch_iteration >= 0:
+            raise FieldError(f"switch_iteration is {self.switch_iteration}, but it counts iterations: choose 0 or more.")
+
+    def build(self) -> Algorithm:
+        """Return the algorithm with these options."""
+        summary = f"AggreVaTeD for {self.switch_iteration} iterations, then PPO++"
+        return Algorithm(
+            self.name, self.title, _both_phases(self), _from_iteration(self.switch_iteration), self.credit, summary
+        )
+
+
+def _check_both(options: LOLS | D2LOLS) -> None:
+    """Raise for an invalid option of the phases of PPO++ and AggreVaTeD."""
+    require_probability("beta_guide", options.beta_guide)
+    require_probability("beta_policy", options.beta_policy)
+    require_choice("credit", options.credit, get_args(Credit))
+    require_switch_rule("switch_guide", options.switch_guide, GUIDE)
+    require_switch_rule("switch_policy", options.switch_policy, POLICY)
+
+
+def _both_phases(options: LOLS | D2LOLS) -> tuple[Phase, Phase]:
+    """Return the phase of PPO++ and the phase of AggreVaTeD, in this order."""
+    return (
+        Phase(GUIDE, POLICY, options.beta_guide, options.switch_guide),
+        Phase(POLICY, GUIDE, options.beta_policy, options.switch_policy),
+    )
+
+
+def _by_probability(alpha: float) -> PhaseSchedule:
+    """Return the schedule of the first phase with probability `alpha`, else of the second."""
+    return lambda iteration, uniform: (single_phase(0, POLICY),) if uniform < alpha else (single_phase(1, GUIDE),)
+
+
+def _from_iteration(start: int) -> PhaseSchedule:
+    """Return the schedule of the second phase before iteration `start`, then of the first."""
+    return lambda iteration, uniform: (single_phase(1, GUIDE),) if iteration < start else (single_phase(0, POLICY),)
 
 
 def guide_only() -> Algorithm:
@@ -242,4 +277,7 @@ def guide_only() -> Algorithm:
     )
 
 
-ALGORITHMS = ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols")
+ppo, ppo_pp, aggrevated, lols, d2lols = PPO, PPOPlusPlus, AggreVaTeD, LOLS, D2LOLS  # public names, as in a config
+
+ALGORITHMS: dict[str, type[AlgorithmOptions]] = {kind.name: kind for kind in (PPO, PPOPlusPlus, AggreVaTeD, LOLS, D2LOLS)}
+"""The algorithms by name."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change
+from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change, beta_changes
 from rlgf.config.loading import dump, override
 from rlgf.config.recipes import RECIPES, recipe
 from rlgf.config.schema import Config
@@ -84,7 +84,7 @@ def show(
         raise ConfigError(f"--iterations is {iterations}, but must be at least 1.")
     changes: list[tuple[str, Any]] = [("algorithm.name", what)]
     if beta is not None:
-        changes += [("algorithm.beta_guide", beta), ("algorithm.beta_policy", beta)]
+        changes += beta_changes(beta)
     if alpha is not None:
         changes.append(alpha_change(what, alpha))
     config = override(Config(), changes, COMMAND_LINE)

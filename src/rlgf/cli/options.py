@@ -1,5 +1,6 @@
 """Options shared by the commands, and the config that they define."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -76,8 +77,6 @@ def read_config(
         (key, value)
         for key, value in {
             "algorithm.name": algorithm,
-            "algorithm.beta_guide": beta,
-            "algorithm.beta_policy": beta,
             "guide.spec": guide,
             "policy": policy,
             "task.data": data,
@@ -87,8 +86,8 @@ def read_config(
         }.items()
         if value is not None
     ]
-    if alpha is not None:
-        changes.append(alpha_change(name, alpha))
+    changes += beta_changes(beta) if beta is not None else []
+    changes += [alpha_change(name, alpha)] if alpha is not None else []
     changes += [parse_assignment(text) for text in overrides or []]
     return override(config, changes, COMMAND_LINE)
 
@@ -106,7 +105,8 @@ def from_yaml(path: Path) -> Config:
 
     def walk(mapping: dict[str, Any], prefix: str) -> None:
         for key, value in mapping.items():
-            free = f"{prefix}{key}" in FREE_FORM_SECTIONS
+            # Options that are not given stay the recipe's.
+            free = f"{prefix}{key}" in FREE_FORM_SECTIONS and f"{prefix}{key}" != "algorithm.options"
             if isinstance(value, dict) and not free:
                 walk(value, f"{prefix}{key}.")  # pyright: ignore[reportUnknownArgumentType]
             else:
@@ -116,14 +116,24 @@ def from_yaml(path: Path) -> Config:
     return override(recipe(base), flat, str(path))
 
 
+def beta_changes(beta: float) -> list[tuple[str, Any]]:
+    """Return the fields that `--beta` sets, the rollin probabilities of all algorithms."""
+    return [
+        (f"algorithm.options.{name}.{field.name}", beta)
+        for name, kind in guided.ALGORITHMS.items()
+        for field in dataclasses.fields(kind)
+        if field.name.startswith("beta")
+    ]
+
+
 def alpha_change(name: str, alpha: float) -> tuple[str, Any]:
     """Return the field and value that `--alpha` sets for an algorithm."""
     if name == "lols":
-        return "algorithm.mixing_weight", alpha
+        return "algorithm.options.lols.mixing_weight", alpha
     if name == "d2lols":
         if alpha != alpha // 1:
             raise ConfigError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
-        return "algorithm.switch_iteration", int(alpha)
+        return "algorithm.options.d2lols.switch_iteration", int(alpha)
     raise ConfigError(f"--alpha means nothing to {name}: it belongs to lols and d2lols.")
 
 

@@ -9,13 +9,15 @@ from typing import Any, cast, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rlgf.config.flatten import to_dict
+from rlgf.config.base import as_config_error
+from rlgf.config.flatten import flatten, to_dict
 from rlgf.config.schema import Config
-from rlgf.errors import ConfigError, unknown
+from rlgf.errors import ConfigError
 from rlgf.types import FORMAT_VERSION
 
 FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
-    "task.options", "guide.options", "reward.weights", "reward.options", "evaluation.metric_options",
+    "task.options", "algorithm.options", "guide.options", "reward.weights", "reward.options",
+    "evaluation.metric_options",
 )  # fmt: skip
 
 
@@ -33,53 +35,28 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
     try:
         return _adapter.validate_python(values)
     except ValidationError as error:
-        raise _as_config_error(error, where) from None
+        raise as_config_error(error, where) from None
 
 
-def _as_config_error(error: ValidationError, where: str, separator: str = ": ") -> ConfigError:
-    """Return the first of pydantic's errors as one sentence; a check of ours keeps its own."""
-    first = error.errors()[0]
-    ours = first.get("ctx", {}).get("error")
-    if isinstance(ours, ConfigError):
-        return ours
-    key = ".".join(str(part) for part in first["loc"])
-    return ConfigError(f"{where}{separator}{key} = {first.get('input')!r}: {first['msg']}.")
-
-
-def check_keys(values: object, kind: Any, where: str, prefix: str = "", list_all: bool = False) -> None:
-    """Raise for a key that the config dataclass `kind` does not have.
-
-    The error suggests the nearest key of the whole config; with `list_all` the nearest of `kind`.
-    """
+def check_keys(values: object, kind: Any, where: str, prefix: str = "") -> None:
+    """Raise for a key that the config dataclass `kind` does not have; suggest the nearest key."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values.")
     hints = get_type_hints(kind)
     for key, value in cast("Mapping[str, Any]", values).items():
         if key not in hints:
-            raise unknown(f"key ({where})", key, hints) if list_all else unknown_key(f"{prefix}{key}", where)
+            raise unknown_key(f"{prefix}{key}", where)
         if dataclasses.is_dataclass(hints[key]):
             check_keys(value, hints[key], where, f"{prefix}{key}.")
 
 
-def read_options(values: Mapping[str, Any], kind: type, where: str, prefix: str) -> Any:
-    """Return free-form options as an instance of `kind`, their own dataclass.
-
-    Raises `ConfigError` for unknown keys and wrong types.
-    """
-    check_keys(values, kind, where, prefix, list_all=True)
-    try:
-        return TypeAdapter(kind).validate_python(values)
-    except ValidationError as error:
-        raise _as_config_error(error, f"{where}: {prefix}", "") from None
-
-
 def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
-    valid = list(all_keys(Config))
+    valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")]
     last = {name.split(".")[-1]: name for name in valid}
-    # a key of this name in another section, before similar names
-    moved = [name for name in valid if "." in key and name.split(".")[-1] == key.split(".")[-1]]
-    close = [last[key]] if key in last else difflib.get_close_matches(key, moved or valid, n=1, cutoff=0.6)
+    same = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]  # a field in another section
+    close = [last[key]] if key in last else difflib.get_close_matches(key, same, n=1, cutoff=0.0)
+    close = close or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
     close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
     hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
     return ConfigError(f"{where}: unknown key '{key}': {hint}")

@@ -15,11 +15,12 @@ from rlgf.config.sections import (
     GuideConfig,
     JudgeConfig,
     KLConfig,
-    LoraConfig,
     ModelConfig,
+    PolicyLoraConfig,
     PPOConfig,
     PreferenceConfig,
     RewardConfig,
+    RewardLoraConfig,
     SupervisedConfig,
     TaskConfig,
 )
@@ -33,6 +34,21 @@ class Control:
 
     title: str
     changes: Mapping[str, Any]
+
+
+def _algorithm(
+    beta_guide: float, beta_policy: float, mixing_weight: float = 0.8, switch_iteration: int = 20
+) -> AlgorithmConfig:
+    """Return the options of all algorithms, which share the probabilities of rollins."""
+    betas = {"beta_guide": beta_guide, "beta_policy": beta_policy}
+    return AlgorithmConfig(
+        options={
+            "ppo_pp": {"beta": beta_guide},
+            "aggrevated": {"beta": beta_policy},
+            "lols": {**betas, "mixing_weight": mixing_weight},
+            "d2lols": {**betas, "switch_iteration": switch_iteration},
+        }
+    )
 
 
 def quickstart() -> Config:
@@ -51,7 +67,7 @@ def quickstart() -> Config:
             sft=SupervisedConfig(steps=300, batch_size=64, learning_rate=3e-3, schedule="linear", adam_beta2=0.98),
             options={"right_aspect": 0.9, "positive_adjective": 0.8},
         ),
-        algorithm=AlgorithmConfig(beta_guide=0.8, beta_policy=0.8, mixing_weight=0.8, switch_iteration=8),
+        algorithm=_algorithm(beta_guide=0.8, beta_policy=0.8, mixing_weight=0.8, switch_iteration=8),
         ppo=PPOConfig(
             iterations=40,
             completions_per_iteration=128,
@@ -83,7 +99,7 @@ def imdb() -> Config:
         sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-5, seed=0),
         reward=RewardConfig(path="lvwerra/distilbert-imdb"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=20),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=20),
         ppo=PPOConfig(
             iterations=50, completions_per_iteration=112, epochs=5, minibatch_size=28, learning_rate=1e-6, gamma=0.99,
             gae_lambda=0.95,
@@ -113,7 +129,7 @@ def imdb_small() -> Config:
         sft=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=3e-4, seed=0),
         reward=RewardConfig(path="ngram"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=4),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=4),
         ppo=PPOConfig(
             iterations=15, completions_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4, gamma=0.99,
             gae_lambda=0.95,
@@ -138,7 +154,7 @@ def commongen() -> Config:
         sft=SupervisedConfig(epochs=1.0, batch_size=64, learning_rate=1e-4, seed=0),
         reward=RewardConfig(weights={"cider_d": 1.0, "spice": 1.0}),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=200),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=200),
         ppo=PPOConfig(
             iterations=500, completions_per_iteration=128, epochs=4, minibatch_size=32, learning_rate=1e-5, schedule="linear",
             gamma=0.99, gae_lambda=0.95, mle_coefficient=0.1,
@@ -180,7 +196,7 @@ def commongen_small() -> Config:
         ),
         reward=RewardConfig(path="spider"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_k=50, top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=10),
+        algorithm=_algorithm(beta_guide=0.2, beta_policy=0.8, mixing_weight=0.8, switch_iteration=10),
         ppo=PPOConfig(
             iterations=25, completions_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=3e-5, gamma=1.0,
             gae_lambda=1.0,
@@ -213,10 +229,10 @@ def tldr() -> Config:
         reward=RewardConfig(path="preferences", subtract_reference=True),
         preferences=PreferenceConfig(
             training=SupervisedConfig(epochs=1.0, batch_size=32, learning_rate=1e-5, seed=0),
-            lora_rank=32, lora_alpha=32, lora_dropout=0.0,
+            lora=RewardLoraConfig(rank=32),
         ),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=1.0),
+        algorithm=_algorithm(beta_guide=0.6, beta_policy=1.0),
         ppo=PPOConfig(
             iterations=100, completions_per_iteration=128, epochs=4, minibatch_size=128, learning_rate=1e-5, gamma=1.0,
             gae_lambda=0.95,
@@ -224,7 +240,7 @@ def tldr() -> Config:
         ),
         kl=KLConfig(coefficient=0.002),
         critic=CriticConfig(kind="lora", learning_rate=1e-5, value_coefficient=0.2),
-        lora=LoraConfig(rank=8, alpha=64.0, dropout=0.1),
+        lora=PolicyLoraConfig(rank=8, alpha=64.0, dropout=0.1),
         evaluation=EvaluationConfig(
             every=10, prompts=128, final_prompts=6_550, sampling=SamplingParams(greedy=True), best_of=8,
             metrics=("rouge1", "rouge2", "rougeL"), baselines=("zero_shot", "sft", "guide"),
@@ -253,7 +269,7 @@ def tldr_small() -> Config:
         ),
         judge=JudgeConfig(spec="preferences"),
         guide=GuideConfig(spec="sft", sampling=SamplingParams(top_p=0.92)),
-        algorithm=AlgorithmConfig(beta_guide=0.6, beta_policy=0.8),
+        algorithm=_algorithm(beta_guide=0.6, beta_policy=0.8),
         ppo=PPOConfig(
             iterations=12, completions_per_iteration=64, epochs=2, minibatch_size=32, learning_rate=2e-4, gamma=1.0,
             gae_lambda=0.95,
@@ -302,7 +318,9 @@ def controls(config: Config) -> dict[str, Control]:
     if config.recipe != "quickstart":
         return {}
     # as many completions as have a guide rollin in a run of PPO++
-    completions = round(config.ppo.iterations * config.ppo.completions_per_iteration * config.algorithm.beta_guide)
+    completions = round(
+        config.ppo.iterations * config.ppo.completions_per_iteration * config.algorithm.options["ppo_pp"]["beta"]
+    )
     distill = {"num_completions": completions, "steps": 150, "batch_size": 64, "learning_rate": 1e-3, "adam_beta2": 0.98}
     return {
         "ppo_sharpened": Control("PPO, own sampling sharpened (top-p 0.6)", {"sampling.top_p": 0.6}),

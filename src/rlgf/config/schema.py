@@ -4,10 +4,8 @@ A YAML file, a recipe and the command line all become a `Config`. Unknown keys a
 raise before any work is done, with their location and the nearest valid key.
 """
 
-from pydantic.dataclasses import dataclass
-
+from rlgf.config.base import Seed, section
 from rlgf.config.sections import (
-    STRICT,
     AlgorithmConfig,
     CriticConfig,
     DistillConfig,
@@ -15,8 +13,8 @@ from rlgf.config.sections import (
     GuideConfig,
     JudgeConfig,
     KLConfig,
-    LoraConfig,
     ModelConfig,
+    PolicyLoraConfig,
     PPOConfig,
     PreferenceConfig,
     RewardConfig,
@@ -24,16 +22,16 @@ from rlgf.config.sections import (
     SupervisedConfig,
     TaskConfig,
 )
-from rlgf.config.validation import check_numbers
+from rlgf.config.validation import check_config
 from rlgf.types import SamplingParams
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class Config:
     """The config of a whole run."""
 
     recipe: str = "custom"
-    seed: int = 0
+    seed: Seed = 0
     policy: str | None = None  # model folder to start from, instead of pretrain and sft
     task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
@@ -48,14 +46,14 @@ class Config:
     ppo: PPOConfig = PPOConfig()
     kl: KLConfig = KLConfig()
     critic: CriticConfig = CriticConfig()
-    lora: LoraConfig = LoraConfig()
+    lora: PolicyLoraConfig = PolicyLoraConfig()
     sampling: SamplingParams = SamplingParams()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 
     def __post_init__(self) -> None:
-        """Raise for numbers that cannot be trained with.
+        """Raise for values that do not go together.
 
-        Each message names the key, the value and the fix.
+        Each message names the keys, the values and the fix.
         """
-        check_numbers(self)
+        check_config(self)

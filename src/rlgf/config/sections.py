@@ -1,19 +1,26 @@
 """The sections of a config, as frozen dataclasses."""
 
 import dataclasses
-from typing import Annotated, Any, Literal
-
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from typing import Any, Literal
 
 from rlgf.algorithms import guided
+from rlgf.config.base import (
+    FiniteFloat,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    ProbabilityBelowOne,
+    Seed,
+    read_options,
+    section,
+)
 from rlgf.errors import unknown
 from rlgf.types import SamplingParams
 
-STRICT = ConfigDict(extra="forbid")
 
-
-@dataclass(frozen=True, config=STRICT)
+@section
 class TaskConfig:
     """The task: data, length of completions and options.
 
@@ -22,12 +29,12 @@ class TaskConfig:
 
     name: str = "toy_reviews"
     data: str | None = None  # Hub name, local folder or file
-    max_new_tokens: int = 16
-    min_new_tokens: int = 0
+    max_new_tokens: PositiveInt = 16
+    min_new_tokens: NonNegativeInt = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class ModelConfig:
     """The model before supervised fine-tuning: pretrained, or new with this shape.
 
@@ -38,48 +45,48 @@ class ModelConfig:
 
     path: str | None = None
     architecture: Literal["gpt2", "llama", "t5"] = "gpt2"  # t5: an encoder–decoder
-    layers: int = 2
-    width: int = 64
-    heads: int = 4
-    max_length: int = 128
-    vocabulary: int = 0
-    init_std: float = 0.02
+    layers: PositiveInt = 2
+    width: PositiveInt = 64
+    heads: PositiveInt = 4
+    max_length: PositiveInt = 128
+    vocabulary: NonNegativeInt = 0
+    init_std: NonNegativeFloat = 0.02
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class TrainingConfig:
     """A supervised training loop; with 0 steps and 0 epochs there is no training."""
 
-    epochs: float = 0.0
-    steps: int = 0  # 0: use epochs
-    batch_size: int = 32
-    learning_rate: float = 3e-4
+    epochs: NonNegativeFloat = 0.0
+    steps: NonNegativeInt = 0  # 0: use epochs
+    batch_size: PositiveInt = 32
+    learning_rate: NonNegativeFloat = 3e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = 0
-    adam_beta2: float = 0.999
-    weight_decay: float = 0.0
+    warmup_steps: NonNegativeInt = 0
+    adam_beta2: ProbabilityBelowOne = 0.999
+    weight_decay: NonNegativeFloat = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
-    seed: int | None = None  # None: the run's seed
+    seed: Seed | None = None  # None: the run's seed
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class SupervisedConfig(TrainingConfig):
     """Supervised training on data.
 
     `pretrain` trains on raw text, `sft` on targets, reward models on pairs.
     """
 
-    max_examples: int = 0  # 0: all
+    max_examples: NonNegativeInt = 0  # 0: all
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class DistillConfig(TrainingConfig):
     """Supervised training on completions that the guide samples before reinforcement learning."""
 
-    num_completions: int = 0  # sampled by the guide; 0: no distillation
+    num_completions: NonNegativeInt = 0  # sampled by the guide; 0: no distillation
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class RewardConfig:
     """The reward: a rule, a classifier, a reward model, a text metric or a function.
 
@@ -91,14 +98,14 @@ class RewardConfig:
     """
 
     path: str = "task"
-    weights: dict[str, float] = dataclasses.field(default_factory=dict[str, float])  # for a sum
+    weights: dict[str, FiniteFloat] = dataclasses.field(default_factory=dict[str, float])  # for a sum
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # of text metrics
-    clip: float | None = None  # bound on |reward|
+    clip: NonNegativeFloat | None = None  # bound on |reward|
     normalize: bool = False  # divide by a running standard deviation around a running mean
     subtract_reference: bool = False  # subtract the score of the prompt's first reference
-    missing_eos_penalty: float = 0.0  # subtracted from completions truncated at max_new_tokens
-    epochs: int = 8  # of the 'ngram' classifier
-    seed: int = 0
+    missing_eos_penalty: FiniteFloat = 0.0  # subtracted from completions truncated at max_new_tokens
+    epochs: NonNegativeInt = 8  # of the 'ngram' classifier
+    seed: Seed = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -106,27 +113,47 @@ class RewardConfig:
         return tuple(self.weights) or (self.path,)
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
+class LoraConfig:
+    """LoRA adapters in place of whole models."""
+
+    rank: NonNegativeInt = 0  # 0: no adapters, all weights are trained
+    alpha: PositiveFloat = 16.0
+    dropout: ProbabilityBelowOne = 0.0  # in supervised stages; 0 in reinforcement learning
+    target_modules: tuple[str, ...] = ()  # adapted layers; empty: see the section
+
+
+@section
+class PolicyLoraConfig(LoraConfig):
+    """The adapters of the policy; without `target_modules`, of all linear layers but the head.
+
+    Policy, critics, reference and guide share one copy of the base weights. The reference is the
+    frozen adapter of SFT, or, if SFT trained all weights, the base model with adapters off.
+    """
+
+    in_sft: bool = False  # train an adapter in supervised fine-tuning too
+    load_in_4bit: bool = False  # base weights in 4 bits, by bitsandbytes
+
+
+@section
+class RewardLoraConfig(LoraConfig):
+    """The adapters of a reward model; without `target_modules`, of PEFT's default layers."""
+
+    alpha: PositiveFloat = 32.0
+
+
+@section
 class PreferenceConfig:
     """A reward model trained here on human preference pairs (reward.path: 'preferences')."""
 
     data: str | None = None  # pairs: Hub name, folder or file; None: the task's own
     path: str | None = None  # initial model, Hub name or folder; None: the policy's initial model
     training: SupervisedConfig = SupervisedConfig(epochs=1.0, learning_rate=1e-5)  # examples: pairs
-    lora_rank: int = 0  # of LoRA adapters; 0: train all weights
-    lora_alpha: int = 32
-    lora_dropout: float = 0.0
-    lora_modules: tuple[str, ...] = ()  # adapted layers; empty: PEFT's default
-    min_words: int = 5  # pairs with a shorter completion are dropped
+    lora: RewardLoraConfig = RewardLoraConfig()
+    min_words: NonNegativeInt = 5  # pairs with a shorter completion are dropped
 
 
-Count = Annotated[int, Field(ge=0)]
-PositiveCount = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-@dataclass(frozen=True, config=STRICT)
+@section
 class EndpointConfig:
     """The connection to the server of a guide or a judge, its limits and its cache.
 
@@ -137,17 +164,17 @@ class EndpointConfig:
     api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key
     extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    thinking_tokens: Count = 0  # allowed in addition, for reasoning models
-    concurrency: PositiveCount = 8  # concurrent requests
-    requests_per_minute: Amount = 0.0  # 0: no limit
-    timeout_seconds: PositiveAmount = 60.0  # for a complete response
-    retries: Count = 5  # after a transient failure
-    retry_seconds: Amount = 1.0  # the first pause, doubled each time up to a minute
-    price_input: Amount | None = None  # per million tokens, in any currency
-    price_output: Amount | None = None
-    max_requests: PositiveCount | None = None
-    max_tokens: PositiveCount | None = None
-    max_cost: Amount | None = None
+    thinking_tokens: NonNegativeInt = 0  # allowed in addition, for reasoning models
+    concurrency: PositiveInt = 8  # concurrent requests
+    requests_per_minute: NonNegativeFloat = 0.0  # 0: no limit
+    timeout_seconds: PositiveFloat = 60.0  # for a complete response
+    retries: NonNegativeInt = 5  # after a transient failure
+    retry_seconds: NonNegativeFloat = 1.0  # the first pause, doubled each time up to a minute
+    price_input: NonNegativeFloat | None = None  # per million tokens, in any currency
+    price_output: NonNegativeFloat | None = None
+    max_requests: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    max_cost: NonNegativeFloat | None = None
     cache: str | None = None  # response cache file; None: next to the stages
     offline: bool = False  # use cached responses only
 
@@ -162,7 +189,7 @@ JUDGE_CONNECTION_FIELDS = tuple(f"endpoint.{name}" for name in CONNECTION_FIELDS
 GUIDE_CONNECTION_FIELDS = (*JUDGE_CONNECTION_FIELDS, "on_failure", "prefetch")
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class JudgeConfig:
     """The judge of completions against references, for the win rate in final evaluations.
 
@@ -175,12 +202,12 @@ class JudgeConfig:
     spec: str | None = None
     order: Literal["random", "both"] = "random"  # random per row, or each row in both orders
     template: str | None = None  # prompt template file; None: the paper's, appendix C.2
-    answer_tokens: PositiveCount = 256
-    seed: int = 0  # of the random order
+    answer_tokens: PositiveInt = 256
+    seed: Seed = 0  # of the random order
     endpoint: EndpointConfig = EndpointConfig()
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class GuideConfig:
     """The guide: a model, a server, a person, references or a function.
 
@@ -201,88 +228,84 @@ class GuideConfig:
     instruction: str | None = None  # for a chat model, with '{text}'; None: the task's own
     system: str | None = None  # system message for a chat model
     stop: tuple[str, ...] = ()
-    tokens_per_policy_token: PositiveAmount = 1.5  # guide tokens allowed per policy token
-    invalid_retries: Count = 2  # new requests after an invalid response
+    tokens_per_policy_token: PositiveFloat = 1.5  # guide tokens allowed per policy token
+    invalid_retries: NonNegativeInt = 2  # new requests after an invalid response
     on_failure: Literal["stop", "wait", "policy"] = "stop"  # after all retries; policy: it samples
-    prefetch: Count = 2  # iterations of rollins requested ahead, during training; 0: none
+    prefetch: NonNegativeInt = 2  # iterations of rollins requested ahead, during training; 0: none
     endpoint: EndpointConfig = EndpointConfig()
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class AlgorithmConfig:
-    """The algorithm and its parameters; see `rlgf.algorithms`."""
+    """The algorithm, and the options of all algorithms by name.
+
+    A comparison uses those of several. An option that is not given has its algorithm's default.
+    """
 
     name: str = "ppo"
-    beta_guide: float = 0.2  # probability of a rollin by the guide (PPO++)
-    beta_policy: float = 0.8  # probability of a policy rollin if the guide rolls out (AggreVaTeD)
-    mixing_weight: float = 0.8  # α of LOLS
-    switch_iteration: int = 20  # α of D2LOLS
-    mix: Literal["advantage", "iteration"] = "advantage"
-    credit: guided.Credit = "gae"
-    switch_guide: guided.SwitchRule = "uniform"
-    switch_policy: guided.SwitchRule = "uniform"
+    options: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict[str, dict[str, Any]])
+
+    def __post_init__(self) -> None:
+        """Validate the options of every algorithm and complete them with its defaults."""
+        for name in (self.name, *self.options):
+            if name not in guided.ALGORITHMS:
+                raise unknown("algorithm", name, guided.ALGORITHMS)
+        complete = {name: dataclasses.asdict(self._read_options(name)) for name in guided.ALGORITHMS}
+        object.__setattr__(self, "options", complete)
+
+    def _read_options(self, name: str) -> guided.AlgorithmOptions:
+        options = self.options.get(name, {})
+        return read_options(options, guided.ALGORITHMS[name], f"algorithm '{name}'", f"algorithm.options.{name}.")
 
     def build(self) -> guided.Algorithm:
-        """Return the algorithm with these parameters."""
-        betas = (self.beta_guide, self.beta_policy)
-        switches: tuple[guided.SwitchRule, guided.SwitchRule] = (self.switch_guide, self.switch_policy)
-        if self.name == "ppo":
-            return guided.ppo()
-        if self.name == "ppo_pp":
-            return guided.ppo_pp(self.beta_guide, self.switch_guide)
-        if self.name == "aggrevated":
-            return guided.aggrevated(self.beta_policy, self.credit, self.switch_policy)
-        if self.name == "lols":
-            return guided.lols(*betas, self.mixing_weight, self.mix, self.credit, *switches)
-        if self.name == "d2lols":
-            return guided.d2lols(*betas, self.switch_iteration, self.credit, *switches)
-        raise unknown("algorithm", self.name, guided.ALGORITHMS)
+        """Return the algorithm with its options."""
+        return self._read_options(self.name).build()
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class PPOConfig:
     """The collection and the update of one iteration."""
 
-    iterations: int = 40
-    completions_per_iteration: int = 128
-    samples_per_prompt: int = 1
-    epochs: int = 2
-    minibatch_size: int = 128  # completions per optimizer step
-    learning_rate: float = 1e-3
+    iterations: PositiveInt = 40
+    completions_per_iteration: PositiveInt = 128
+    samples_per_prompt: PositiveInt = 1
+    epochs: PositiveInt = 2
+    minibatch_size: PositiveInt = 128  # completions per optimizer step
+    learning_rate: NonNegativeFloat = 1e-3
     schedule: Literal["constant", "linear"] = "constant"
-    adam_epsilon: float = 1e-5
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # per model
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_range: float = 0.2
+    adam_epsilon: PositiveFloat = 1e-5
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0  # per model
+    gamma: Probability = 1.0
+    gae_lambda: Probability = 0.95
+    clip_range: PositiveFloat = 0.2
     whiten_advantages: bool = True
     loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     old_log_probs: Literal["sampler", "recompute"] = "sampler"
     ratio_support: Literal["sampled", "full"] = "sampled"  # full: no top-k, top-p; a biased ratio
     dropout: bool = False
-    target_kl: float | None = None  # stop the epochs if mean (ratio − 1) − log ratio exceeds it
+    target_kl: NonNegativeFloat | None = None  # stop the epochs if mean (ratio − 1) − log ratio exceeds it
     check_first_ratio: bool = False  # raise if the first ratio is off by more than 1e-4
-    mle_coefficient: float = 0.0
-    mle_batch: int | None = None  # targets per optimizer step; None: the minibatch size
+    mle_coefficient: NonNegativeFloat = 0.0
+    mle_batch: PositiveInt | None = None  # targets per optimizer step; None: the minibatch size
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class KLConfig:
     """The KL penalty between policy and reference model.
 
     The estimator is k1 in the reward, and k2 or importance-weighted k3 in the loss.
     """
 
-    coefficient: float = 0.001
+    coefficient: NonNegativeFloat = 0.001
     controller: Literal["fixed", "adaptive"] = "fixed"
-    target: float = 6.0  # nats per completion, for the adaptive controller
-    horizon: int = 10_000  # completions over which the coefficient adapts
-    loss_coefficient: float = 0.0
+    target: PositiveFloat = 6.0  # nats per completion, for the adaptive controller
+    horizon: PositiveInt = 10_000  # completions over which the coefficient adapts
+    loss_coefficient: NonNegativeFloat = 0.0
     loss_estimator: Literal["k2", "k3"] = "k2"
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class CriticConfig:
     """The value model: separate, or sharing weights with the policy.
 
@@ -293,15 +316,15 @@ class CriticConfig:
 
     kind: Literal["separate", "value_head", "lora"] = "separate"
     path: str | None = None  # initial model; None: the policy's initial model
-    learning_rate: float = 1e-3
-    value_coefficient: float = 0.5  # value_head only
-    value_clip: float | None = 0.2
-    initial_value: float = 0.0
-    warmup_iterations: int = 0  # initial iterations that train the critic only
+    learning_rate: NonNegativeFloat = 1e-3
+    value_coefficient: NonNegativeFloat = 0.5  # value_head only
+    value_clip: PositiveFloat | None = 0.2
+    initial_value: FiniteFloat = 0.0
+    warmup_iterations: NonNegativeInt = 0  # initial iterations that train the critic only
     warm_start_from_guide: bool = False  # d2lols: V^π is initialized as a copy of V^g
 
 
-@dataclass(frozen=True, config=STRICT)
+@section
 class EvaluationConfig:
     """The evaluation of completions by the policy alone, on held-out prompts.
 
@@ -310,36 +333,20 @@ class EvaluationConfig:
     reward of completions sampled as in training.
     """
 
-    every: int = 0  # iterations between evaluations on the validation split; 0: none
-    prompts: int = 128  # in evaluations on the validation split
-    final_prompts: int = 512  # in final evaluations, on the test split
+    every: NonNegativeInt = 0  # iterations between evaluations on the validation split; 0: none
+    prompts: PositiveInt = 128  # in evaluations on the validation split
+    final_prompts: PositiveInt = 512  # in final evaluations, on the test split
     sampling: SamplingParams | None = None  # None: as in training
-    seed: int = 0
+    seed: Seed = 0
     output_perplexity: bool = True  # under the model before SFT; requires one
     metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as in `rlgf score`
     metric_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # compared rows
     also_sampled: bool = False  # reward of sampled completions, in final evaluations
-    best_of: int = 0  # completions per prompt, for best of N in final evaluations; 0: none
+    best_of: NonNegativeInt = 0  # completions per prompt, for best of N in final evaluations; 0: none
 
 
-@dataclass(frozen=True, config=STRICT)
-class LoraConfig:
-    """LoRA adapters in place of whole models.
-
-    Policy, critics, reference and guide share one copy of the base weights. The reference is the
-    frozen adapter of SFT, or, if SFT trained all weights, the base model with adapters off.
-    """
-
-    rank: int = 0  # 0: no adapters
-    alpha: float = 16.0
-    dropout: float = 0.0  # in supervised stages; 0 in reinforcement learning
-    target_modules: tuple[str, ...] = ()  # adapted layers; empty: all linear layers but the head
-    in_sft: bool = False  # train an adapter in supervised fine-tuning too
-    load_in_4bit: bool = False  # base weights in 4 bits, by bitsandbytes
-
-
-@dataclass(frozen=True, config=STRICT)
+@section
 class RuntimeConfig:
     """The machine; with the defaults, results do not depend on it.
 
@@ -349,13 +356,13 @@ class RuntimeConfig:
     or 'off' (unchanged transformers).
     """
 
-    threads: int = 0  # 0: all cores (command line only; the library never sets threads)
+    threads: NonNegativeInt = 0  # 0: all cores (command line only; the library never sets threads)
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    token_budget: int = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
+    token_budget: NonNegativeInt = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
     offload: tuple[Literal["reference", "critic"], ...] = ()  # kept in host memory between uses
     kernels: Literal["auto", "native", "torch", "off"] = "auto"  # off: as in transformers
-    checkpoint_every: int = 10  # iterations; the last checkpoint is always kept
+    checkpoint_every: PositiveInt = 10  # iterations; the last checkpoint is always kept
     trackers: tuple[str, ...] = ("tensorboard",)
     profile: bool = False  # profile the second iteration into RUN/profile/
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from rlgf.algorithms.guided import ppo
+from rlgf.algorithms.guided import PPO
 from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import EvaluationContext, compute_metrics
 from rlgf.randomness import Purpose
@@ -43,7 +43,7 @@ def best_of(
         places = range(start, min(start + at_once, len(prompts)))
         repeated = [prompts[place] for place in places for _ in range(samples)]
         indices = [place * MAX_SAMPLES + sample for place in places for sample in range(samples)]
-        rollout = collect_rollout(rollout_config, ppo(), ppo().schedule(0, 0.0), repeated, indices, MAX_SAMPLES)
+        rollout = collect_rollout(rollout_config, PPO().build(), PPO().build().schedule(0, 0.0), repeated, indices, MAX_SAMPLES)
         scores = score(reward, rollout.prompts, rollout.completions)
         rows = [max(range(first, first + samples), key=lambda row: scores[row]) for first in range(0, len(scores), samples)]
         rollouts.append(select(rollout, rows))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlgf.algorithms.guided import Algorithm, guide_only, ppo
-from rlgf.config.loading import read_options
+from rlgf.algorithms.guided import PPO, Algorithm, guide_only
+from rlgf.config.base import read_options
 from rlgf.config.sections import EvaluationConfig
 from rlgf.errors import ConfigError
 from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
@@ -55,12 +55,12 @@ def evaluate_policy(
     Returns the metrics (keys: docs/metrics.md), the rollout and the scores of its completions.
     """
     rollout_config = dataclasses.replace(rollout_config, seed=seed, token_purpose=Purpose.EVALUATION_TOKEN)
-    rollout, metrics, scores = _collect_and_score(rollout_config, ppo(), prompts, judges)
+    rollout, metrics, scores = _collect_and_score(rollout_config, PPO().build(), prompts, judges)
     metrics["kl"], metrics["kl_k1"] = kl_to_reference(rollout, rollout_config.policy, judges.reference, judges.forward_config)
     metrics["perplexity"] = perplexity(rollout_config.policy, prompts, rollout_config.max_new_tokens, judges.forward_config)
     if judges.final is not None and judges.final.also_sampled:
         drawing = dataclasses.replace(rollout_config, sampling=judges.forward_config.sampling)
-        drawn = collect_rollout(drawing, ppo(), ppo().schedule(0, 0.0), prompts, range(len(prompts)))
+        drawn = collect_rollout(drawing, PPO().build(), PPO().build().schedule(0, 0.0), prompts, range(len(prompts)))
         values = torch.tensor(score(judges.reward, drawn.prompts, drawn.completions), dtype=torch.float64)
         metrics |= {"score_sampled": float(values.mean()), "score_sampled_standard_error": standard_error(values)}
     return metrics, rollout, scores

@@ -22,7 +22,7 @@ def shares_policy_weights(config: Config, names: Sequence[str]) -> bool:
 
     The policy must then be built first.
     """
-    trained = "preferences" in names and config.preferences.lora_rank > 0
+    trained = "preferences" in names and config.preferences.lora.rank > 0
     adapted = config.lora.rank > 0 or (config.policy is not None and lora.is_adapter_folder(config.policy))
     return adapted and (trained or any(lora.is_adapter_folder(name) for name in names))
 

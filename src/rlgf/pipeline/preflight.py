@@ -129,7 +129,7 @@ def _check_adapters(config: Config) -> None:
     This is so without their library, on base weights that are not stored anywhere, and with a
     distilled policy that is a full model.
     """
-    pairs = "preferences" in (*config.reward.names, config.judge.spec) and config.preferences.lora_rank > 0
+    pairs = "preferences" in (*config.reward.names, config.judge.spec) and config.preferences.lora.rank > 0
     if config.lora.rank or pairs:
         lora.require_peft()
     given = config.policy is not None and lora.is_adapter_folder(config.policy)

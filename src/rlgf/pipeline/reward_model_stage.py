@@ -73,7 +73,7 @@ def preference_stage(config: Config, stages: Path, report: Report, role: Role = 
     if lora.is_adapter_folder(start):  # start from the base weights of the SFT adapter
         start = lora.base_of(start)
     seed = (config.seed if settings.training.seed is None else settings.training.seed) + (1_000_003 if role == "judge" else 0)
-    in_4bit = config.lora.load_in_4bit and settings.lora_rank > 0
+    in_4bit = config.lora.load_in_4bit and settings.lora.rank > 0
     ingredients: Mapping[str, Any] = {
         "start": Path(start).name if Path(start).parent == stages else source_fingerprint(start),
         "preferences": to_dict(settings), "pairs": source_fingerprint(settings.data), "task": task_source(config.task),

@@ -11,7 +11,8 @@ from itertools import pairwise
 
 import torch
 
-from rlgf.algorithms.guided import Algorithm, Phase, PhaseWeight, sample_switch
+from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.algorithms.switching import Phase, sample_switch
 from rlgf.data.tokenization import complete_utf8_prefix
 from rlgf.errors import GuideError
 from rlgf.generation.base import Sampler, SampleRequest

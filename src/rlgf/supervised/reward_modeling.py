@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
 from rlgf.algorithms.losses import preference_loss
-from rlgf.config.sections import PreferenceConfig
+from rlgf.config.sections import LoraConfig, PreferenceConfig
 from rlgf.data.preferences import Pair, Pairs, length_baseline, pairwise_accuracy
 from rlgf.errors import ConfigError
 from rlgf.models import lora
@@ -26,7 +26,7 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
     """Load a model to train as a reward model.
 
     It is a language model with a new head, or a reward model with its own head, and has LoRA
-    adapters if `config.lora_rank` is not 0. `in_4bit` is for weights on which only adapters are
+    adapters if `config.lora.rank` is not 0. `in_4bit` is for weights on which only adapters are
     trained; the head is not quantized.
 
     A new head is initialized with standard deviation 1 / √(width + 1). Source: Huang et al. 2024
@@ -49,8 +49,8 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
         grown = _add_padding(model, tokenizer)
         model = use_fast_paths(model)
-        if config.lora_rank:
-            model = _with_adapters(model, config)
+        if config.lora.rank:
+            model = _with_adapters(model, config.lora)
     return RewardModel(model if in_4bit else model.to(device), tokenizer, path, embeddings_resized=grown)
 
 
@@ -74,26 +74,28 @@ def _add_padding(model: Any, tokenizer: Any) -> bool:
     return grown
 
 
-def _with_adapters(model: Any, config: PreferenceConfig) -> Any:
+def _with_adapters(model: Any, config: LoraConfig) -> Any:
     """Return the model with trainable LoRA adapters and head, its other weights frozen."""
     require_extra("LoRA adapters", "lora", "peft")
-    from peft import LoraConfig, TaskType, get_peft_model
+    import peft
 
     base = Path(model.config.name_or_path)
     if base.is_dir():
         # valid in any working directory
         model.config.name_or_path = model.name_or_path = str(base.resolve())
-    lora_config = LoraConfig(
-        task_type=TaskType.SEQ_CLS, r=config.lora_rank, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_modules) or None,
+    lora_config = peft.LoraConfig(
+        task_type=peft.TaskType.SEQ_CLS, r=config.rank, lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=config.dropout, target_modules=list(config.target_modules) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
     try:
         with lora.quiet_peft():
-            return get_peft_model(model, lora_config)
+            return peft.get_peft_model(model, lora_config)
     except ValueError as error:
-        modules = list(config.lora_modules)
-        raise ConfigError(f"preferences.lora_modules are {modules}, which peft refuses ({error}): name others.") from None
+        modules = list(config.target_modules)
+        raise ConfigError(
+            f"preferences.lora.target_modules are {modules}, which peft refuses ({error}): name others."
+        ) from None
 
 
 def train_reward_model(

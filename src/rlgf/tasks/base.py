@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlgf.config.loading import read_options
+from rlgf.config.base import read_options
 from rlgf.config.sections import TaskConfig
 from rlgf.data.preferences import Pairs
 from rlgf.types import Prompt, RewardFunction

@@ -18,6 +18,7 @@ import fault_server
 from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
 from helpers import config_of, guide_config, tiny_trainer
 from rlgf.algorithms.guided import d2lols, ppo_pp
+from rlgf.cli.options import beta_changes
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig, TaskConfig
@@ -533,7 +534,7 @@ VOCABULARY = re.findall(r"\w+", " ".join(fault_server.WORDS))
 def trained(server: FaultServer, folder: Path, **options: Any) -> tuple[list[dict[str, Any]], list[Any]]:
     """Metrics of a small D2LOLS run with both phases, and its rows."""
     guide = remote(server, folder, **options)
-    algorithm = d2lols(0.5, 0.5, 2)
+    algorithm = d2lols(0.5, 0.5, 2).build()
     config = config_of(ppo__completions_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4)
     trainer = tiny_trainer(algorithm, config, guide)
     steps = [trainer.step(i) for i in range(4)]
@@ -629,7 +630,7 @@ def test_with_policy_the_run_goes_on_without_the_guide(tmp_path: Path, name: str
     def half(key: str, attempt: int) -> str | None:
         return "503" if int(key[:2], 16) % 2 else None
 
-    algorithm = override(Config(), [("algorithm.name", name), ("algorithm.beta_policy", 0.5), ("algorithm.beta_guide", 0.5)])
+    algorithm = override(Config(), [("algorithm.name", name), *beta_changes(0.5)])
     runs: list[list[dict[str, Any]]] = []
     with FaultServer(half) as server:
         for options in ({}, {"offline": True}):
@@ -659,7 +660,7 @@ def test_with_policy_the_run_goes_on_without_the_guide(tmp_path: Path, name: str
 def ppo_pp_run(server: FaultServer, folder: Path, ahead: int) -> tuple[list[str], list[int]]:
     """Comparable metrics of a PPO++ run, and how many requests the server had seen after each iteration."""
     config = config_of(ppo__completions_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4, guide__prefetch=ahead)
-    trainer = tiny_trainer(ppo_pp(0.5), config, remote(server, folder))
+    trainer = tiny_trainer(ppo_pp(0.5).build(), config, remote(server, folder))
     metrics: list[dict[str, Any]] = []
     seen: list[int] = []
     for iteration in range(4):
@@ -685,7 +686,7 @@ def test_asking_ahead_changes_no_result_and_asks_nothing_twice(tmp_path: Path) -
 def test_the_next_iterations_are_asked_for_while_this_one_is_written(tmp_path: Path) -> None:
     with FaultServer() as server:
         config = config_of(ppo__completions_per_iteration=12, ppo__minibatch_size=12, ppo__iterations=4, guide__prefetch=2)
-        trainer = tiny_trainer(ppo_pp(1.0), config, remote(server, tmp_path))
+        trainer = tiny_trainer(ppo_pp(1.0).build(), config, remote(server, tmp_path))
         trainer.collect_rollout(0)
         assert trainer.prefetcher is not None
         trainer.prefetcher._pool.shutdown(wait=True)  # pyright: ignore[reportPrivateUsage]

@@ -187,7 +187,7 @@ def timeless(metrics: list[dict[str, Any]]) -> list[str]:
 
 def test_where_lengths_are_fixed_only_what_stands_before_the_switch_is_written(tmp_path: Path) -> None:
     with FaultServer(tokens=vllm()) as server:
-        _, rollouts = trained(server, tmp_path / "a", ppo_pp(1.0), minimum=6)
+        _, rollouts = trained(server, tmp_path / "a", ppo_pp(1.0).build(), minimum=6)
         asked = [body["max_tokens"] for body in texts_asked(server)]
         switches = [int(h) for rollout in rollouts for h in rollout.switch_position]
         assert sorted(asked) == sorted(h for h in switches if h)
@@ -198,13 +198,13 @@ def test_where_lengths_are_fixed_only_what_stands_before_the_switch_is_written(t
         guide = remote(server, tmp_path / "b", reports)
         assert not guide.capabilities.exact_length
         assert "does not keep to min_tokens" in reports[0]
-        _, rollouts = trained(server, tmp_path / "b", ppo_pp(1.0), minimum=6)
+        _, rollouts = trained(server, tmp_path / "b", ppo_pp(1.0).build(), minimum=6)
         assert {body["max_tokens"] for body in texts_asked(server)} == {6}
         assert {body["min_tokens"] for body in texts_asked(server)} == {0}
 
 
 def test_the_policys_ids_are_sent_as_they_are_and_the_guides_are_kept_as_they_come(server: FaultServer, tmp_path: Path) -> None:
-    _, rollouts = trained(server, tmp_path, aggrevated(0.8))
+    _, rollouts = trained(server, tmp_path, aggrevated(0.8).build())
     cache = ResponseCache(tmp_path / "answers.sqlite")
     answers = [json.loads(row[0]) for row in cache._execute("SELECT answer FROM answers")]  # pyright: ignore[reportPrivateUsage]
     told = {tuple(answer["ids"]) for answer in answers if "ids" in answer}
@@ -224,11 +224,11 @@ def test_the_policys_ids_are_sent_as_they_are_and_the_guides_are_kept_as_they_co
 def test_transient_faults_change_nothing_and_a_replay_is_the_same_run(tmp_path: Path) -> None:
     kinds = [kind for kind in TRANSIENT if kind not in ("hang", "trickle")]
     with FaultServer(tokens=vllm()) as server:
-        metrics, rollouts = trained(server, tmp_path / "a", d2lols(0.8, 0.8, 1))
+        metrics, rollouts = trained(server, tmp_path / "a", d2lols(0.8, 0.8, 1).build())
     with FaultServer(a_third(kinds), tokens=vllm()) as server:
-        faulty, same = trained(server, tmp_path / "b", d2lols(0.8, 0.8, 1))
+        faulty, same = trained(server, tmp_path / "b", d2lols(0.8, 0.8, 1).build())
         assert server.faults.total() > 3
-    again, replayed = trained(server, tmp_path / "b", d2lols(0.8, 0.8, 1), offline=True)
+    again, replayed = trained(server, tmp_path / "b", d2lols(0.8, 0.8, 1).build(), offline=True)
     for first_rollout, second, third in zip(rollouts, same, replayed):
         assert first_rollout.ids.equal(second.ids)
         assert first_rollout.ids.equal(third.ids)
