@@ -41,6 +41,8 @@ from rlgf.guides.local import ModelGuide
 from rlgf.models import lora
 from rlgf.models.loading import load_language_model
 from rlgf.pipeline import build_models
+from rlgf.pipeline.resolve import resolve
+from rlgf.pipeline.stage_cache import StageCache, no_report
 from rlgf.rewards.reward_model import load_reward_model
 from rlgf.supervised.reward_modeling import new_reward_model
 from rlgf.tasks.base import Task
@@ -72,15 +74,17 @@ def trainer_of(folder: Path, shared: bool) -> Trainer:
     )
     start = str(folder / "model")
     reference = load_language_model(start).freeze()
-    algorithm = aggrevated(0.8).build()
-    models = build_models.build_models(config, algorithm, reference, start, start)
+    algorithm, plan = aggrevated(0.8).build(), resolve(config).policy
+    models = build_models.build_models(plan, algorithm, reference, start, start)
     backbone = models.policy if shared else None
     reward, judge = (load_reward_model(str(folder / name), backbone=backbone) for name in ("reward", "judge"))
-    general = build_models.load_pre_sft_model(config, reference, folder, lambda line: None)
+    general = build_models.load_pre_sft_model(plan, reference, StageCache(folder, no_report))
     prompts = [Prompt(text="", ids=tuple(ids), references=("one two three",)) for ids in read_prompts(folder)]
     task = Task("S", prompts, prompts, prompts, reward)
     guide = ModelGuide(reference, SamplingParams(top_p=0.92))
-    return Trainer(Components(config, algorithm, task, reward, models, guide, [], general, RewardJudge(judge, "another one")))
+    return Trainer(
+        Components(config.trainer, algorithm, task, reward, models, guide, [], general, RewardJudge(judge, "another one"))
+    )
 
 
 def measure(folder: Path, shared: bool) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Tr
     guide = RemoteGuide(Server(config.guide.spec, config.guide, "completion"), config.guide, ResponseCache(cache))
     parts = Models(policy, policy.frozen_copy(), {POLICY: critic_of(policy)})
     task = Task("prefetch", prompts, prompts, prompts, judge)
-    made = Trainer(Components(config, config.algorithm.build(), task, judge, parts, guide, [], None))
+    made = Trainer(Components(config.trainer, config.algorithm.build(), task, judge, parts, guide, [], None))
     assert made.prefetcher is not None
     made.prefetcher.iterations += config.guide.prefetch  # what is asked ahead does not run dry before the last timed one
     return made

@@ -58,7 +58,7 @@ def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32",
 
     models = Models(policy, policy.frozen_copy(), {POLICY: new_critic(critic, model, policy, 0.0)})
     task = Task(workload.name, prompts, prompts, prompts, judge)
-    return Trainer(Components(config, config.algorithm.build(), task, judge, models, None, [], None))
+    return Trainer(Components(config.trainer, config.algorithm.build(), task, judge, models, None, [], None))
 
 
 def set_up(threads: int) -> None:

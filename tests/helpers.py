@@ -282,7 +282,7 @@ def tiny_parts(
     critics = {origin: Critic(None, width, 0.0) if shared else tiny_critic(policy) for origin in algorithm.critics}
     targets = [Example(WORDS(p.text)["input_ids"] + WORDS(p.sft_targets[0])["input_ids"], 4) for p in task.train]
     models = Models(policy, tiny_model(seed=7).frozen_copy(), critics)
-    return Components(config, algorithm, task, word_reward, models, guide or FunctionGuide(known_word), targets, None)
+    return Components(config.trainer, algorithm, task, word_reward, models, guide or FunctionGuide(known_word), targets, None)
 
 
 def tiny_trainer(

@@ -20,10 +20,12 @@ ORDER = {
         "__init__ diagnose options terminal schedule console check compare evaluate "
         "inspect train app"
     ),
-    "config": "__init__ base flatten sections specs validation schema loading recipes",
+    "config": (
+        "__init__ base flatten sections specs validation schema loading recipes variants"
+    ),
     "data": "hub __init__ chat files datasets preferences text tokenization",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
-    "experiments": "__init__ tables figures report variants compare",
+    "experiments": "__init__ tables figures report compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
     "generation/openai": "__init__ cache responses client token_ids usage pool",
     "guides": "__init__ base human local remote prefetch encoding",
@@ -33,8 +35,8 @@ ORDER = {
         "critic memory"
     ),
     "pipeline": (
-        "__init__ stage_cache stages build_models final_evaluation reward_model_stage "
-        "build_rewards preflight build_guide prepare run"
+        "__init__ stage_cache resolve stages build_models final_evaluation "
+        "reward_model_stage build_rewards preflight build_guide prepare run"
     ),
     "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
     "rl": "__init__ shaping tensors experience rollout update",

@@ -14,7 +14,7 @@ from threading import Event
 from typing import Any
 
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
-from rlgf.config.schema import Config
+from rlgf.config.schema import TrainerConfig
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
@@ -45,7 +45,7 @@ class Components:
     `rlgf.prepare` builds them from a config; your own code can build them as well.
     """
 
-    config: Config
+    config: TrainerConfig
     algorithm: Algorithm
     task: Task
     reward: RewardFunction
@@ -149,9 +149,9 @@ class Trainer:
                 self.rollout_config, self.components.algorithm, self.phase_weights(iteration), *self.prompts(iteration)
             )
 
-        if not isinstance(guide, RemoteGuide) or not config.guide.prefetch:
+        if not isinstance(guide, RemoteGuide) or not config.prefetch:
             return None
-        return Prefetcher(guide, requests_of, config.guide.prefetch, config.ppo.iterations)
+        return Prefetcher(guide, requests_of, config.prefetch, config.ppo.iterations)
 
     def phase_weights(self, iteration: int) -> tuple[PhaseWeight, ...]:
         """Return the phase weights of an iteration."""

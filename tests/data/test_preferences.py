@@ -15,6 +15,7 @@ from rlgf.data.chat import PromptBuilder
 from rlgf.data.preferences import Columns, Pair, Pairs, length_baseline, pairwise_accuracy, parts_of, read_pairs, split_for_role
 from rlgf.errors import INPUT_ERRORS
 from rlgf.pipeline import reward_model_stage
+from rlgf.pipeline.resolve import resolve
 from rlgf.tasks import prompts
 from rlgf.types import Prompt
 
@@ -184,7 +185,7 @@ def test_the_prompts_of_pairs_are_made_as_the_tasks_are(tmp_path: Path, word_tok
     config = Config(
         task=TaskConfig("prompts", "elsewhere", options=own), preferences=PreferenceConfig(data=str(source), min_words=0)
     )
-    pairs = reward_model_stage.preference_pairs(config, word_tokenizer, "reward")
+    pairs = reward_model_stage.preference_pairs(resolve(config).reward.preferences, word_tokenizer, "reward")
     (first, *_) = [*pairs.train, *pairs.test]
     assert first.prompt.text.endswith("\n\nANSWER:")
     assert (first.chosen, first.rejected) == (" is good", " is bad")

@@ -13,6 +13,7 @@ from rlgf.algorithms.switching import sample_switch
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart
 from rlgf.config.sections import ModelConfig
+from rlgf.config.specs import parse_guide
 from rlgf.data.files import read_complete_lines
 from rlgf.data.tokenization import (
     Codec,
@@ -367,15 +368,15 @@ def test_a_guide_of_another_tokenizer_begins_and_finishes(byte_tokenizer: Any, w
 
 
 def test_a_run_is_a_guide_once_it_has_a_policy(tmp_path: Path) -> None:
-    assert guide_model_path("model:some/where") == "some/where"
-    assert guide_model_path("references") is None
+    assert guide_model_path(parse_guide("model:some/where")) == "some/where"
+    assert guide_model_path(parse_guide("references")) is None
     with pytest.raises(ConfigError, match="holds no run"):
-        guide_model_path(f"run:{tmp_path}")
+        guide_model_path(parse_guide(f"run:{tmp_path}"))
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(ConfigError, match="has no policy yet"):
-        guide_model_path(f"run:{tmp_path}")
+        guide_model_path(parse_guide(f"run:{tmp_path}"))
     (tmp_path / "policy").mkdir()
-    assert guide_model_path(f"run:{tmp_path}") == str(tmp_path / "policy")
+    assert guide_model_path(parse_guide(f"run:{tmp_path}")) == str(tmp_path / "policy")
 
 
 SMALL = [
@@ -413,5 +414,5 @@ def test_a_model_of_any_tokenizer_guides_a_run_and_that_run_another(tmp_path: Pa
 def test_a_short_guide_of_the_policys_tokenizer_is_refused(tmp_path: Path, word_tokenizer: Any) -> None:
     model_of(word_tokenizer, seed=3, context=16).save(tmp_path / "model")
     config = override(quickstart(), [*SMALL, ("guide.spec", f"model:{tmp_path / 'model'}")])
-    with pytest.raises(ConfigError, match="reads 16 tokens"):
+    with pytest.raises(ConfigError, match="has a context of 16 tokens"):
         prepare(config, tmp_path / "stages")

@@ -11,15 +11,17 @@ import torch
 from helpers import END, SMALL, small, tiny_model, word_reward
 from rlgf.cli import app
 from rlgf.config.sections import ModelConfig
+from rlgf.config.variants import build_variants, plan_comparison
 from rlgf.errors import ConfigError
 from rlgf.evaluation.best_of_n import MAX_SAMPLES, best_of, concatenate, select
 from rlgf.experiments.compare import compare
-from rlgf.experiments.variants import build_variants
 from rlgf.generation.decoder import LocalSampler
 from rlgf.models.loading import new_language_model
+from rlgf.pipeline.build_models import load_pre_sft_model
+from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.run import evaluate_policy_on_test, train
-from rlgf.pipeline.stage_cache import no_report
-from rlgf.pipeline.stages import load_base_model, train_tokenizer
+from rlgf.pipeline.stage_cache import StageCache, no_report
+from rlgf.pipeline.stages import train_tokenizer
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.types import Prompt, SamplingParams
@@ -124,7 +126,7 @@ def test_a_run_is_evaluated_with_the_best_of_several_texts(
 
 def test_a_comparison_has_a_row_for_the_best_of_each(tmp_path: Path):
     config = small(("evaluation.best_of", 2))
-    results = compare(config, build_variants(config, ["ppo"], {}), [0], tmp_path)
+    results = compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), tmp_path)
     assert [row["key"] for row in results["rows"]] == ["sft", "sft_best_of", "guide", "ppo", "ppo_best_of"]
     assert [row["title"] for row in results["rows"]][1::3] == ["SFT, best of 2", "PPO, best of 2"]
     assert "| PPO, best of 2 |" in (tmp_path / "table.md").read_text()
@@ -144,13 +146,16 @@ def test_a_policy_of_another_vocabulary_is_refused_before_anything_is_trained(tm
     folder = tmp_path / "model"
     new_language_model(ModelConfig(layers=1, width=8, heads=1), train_tokenizer(["other words"] * 9, 260), 0).save(folder)
     with pytest.raises(ConfigError, match="has another vocabulary"):
-        evaluate_policy_on_test(small(), str(folder), tmp_path / "stages", no_report)
+        evaluate_policy_on_test(resolve(small()), str(folder), StageCache(tmp_path / "stages", no_report))
     assert not (tmp_path / "stages").exists()
 
 
 def test_a_baseline_is_a_command_and_says_what_a_comparison_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = small(("evaluation.baselines", ["zero_shot", "sft", "guide"]), ("runtime.threads", 1))
-    rows = {row["key"]: row for row in compare(config, build_variants(config, ["ppo"], {}), [0], tmp_path / "all")["rows"]}
+    rows = {
+        row["key"]: row
+        for row in compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), tmp_path / "all")["rows"]
+    }
     run = tmp_path / "all" / "runs" / "ppo-seed0"
     for name in ("zero_shot", "sft", "guide"):
         found = evaluated([str(run), "--baseline", name], tmp_path, monkeypatch)
@@ -181,4 +186,4 @@ def test_baselines_that_cannot_be_are_refused(
 def test_zero_shot_is_refused_where_only_the_policy_is_given(tmp_path: Path):
     config = small(("policy", "somewhere"))
     with pytest.raises(ConfigError, match="does not say which one that was"):
-        load_base_model(config, tmp_path, lambda line: None)
+        load_pre_sft_model(resolve(config).policy, tiny_model(), StageCache(tmp_path, no_report))

@@ -11,6 +11,7 @@ from helpers import small, word_reward
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.sections import EndpointConfig, JudgeConfig
+from rlgf.config.variants import build_variants, plan_comparison
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.evaluation.chat_judge import (
     TEMPLATE,
@@ -24,12 +25,13 @@ from rlgf.evaluation.chat_judge import (
 )
 from rlgf.evaluation.win_rate import RewardJudge, summary, win_rate, win_rate_metrics
 from rlgf.experiments.compare import compare
-from rlgf.experiments.variants import build_variants
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.pool import PoolRequest, PoolResponse
 from rlgf.pipeline.preflight import check
 from rlgf.pipeline.prepare import prepare
+from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.run import evaluate_policy_on_test
+from rlgf.pipeline.stage_cache import StageCache
 from rlgf.types import Prompt
 
 
@@ -214,7 +216,7 @@ def test_responses_of_an_earlier_version_are_found(tmp_path: Path):
 )
 def test_judges_that_cannot_be_are_refused_before_any_work(spec: str, words: str):
     with pytest.raises(ConfigError, match=words):
-        check(small(("judge.spec", spec)))
+        check(resolve(small(("judge.spec", spec))))
 
 
 def test_secrets_of_a_judge_come_from_the_environment():
@@ -225,7 +227,7 @@ def test_secrets_of_a_judge_come_from_the_environment():
 def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rlgf.pipeline.prepare.prepare_judge", lambda *_: RewardJudge(word_reward, "the words' judge"))
     config = small(("evaluation.best_of", 2))
-    results = compare(config, build_variants(config, ["ppo"], {}), [0], tmp_path)
+    results = compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), tmp_path)
     assert all("win_rate" in row["metrics"] for row in results["rows"])
     table = (tmp_path / "table.md").read_text()
     assert "by the words' judge; 0 answers could not be read" in table
@@ -240,7 +242,7 @@ def test_a_judge_on_a_server_is_asked_before_anything_is_trained(tmp_path: Path)
     assert not list((tmp_path / "stages").glob("sft*"))
     assert prepare(small(*changes, ("judge.endpoint.offline", True)), tmp_path / "stages").judge is not None
     with pytest.raises(ConfigError, match="probe: the judge"):
-        evaluate_policy_on_test(small(*changes), None, tmp_path / "others", lambda line: None)
+        evaluate_policy_on_test(resolve(small(*changes)), None, StageCache(tmp_path / "others", lambda line: None))
     assert not list((tmp_path / "others").glob("sft*"))
 
 

@@ -8,11 +8,11 @@ from helpers import SMALL, small
 from rlgf.cli import app
 from rlgf.config.loading import override
 from rlgf.config.recipes import Control
+from rlgf.config.variants import build_variants, plan_comparison
 from rlgf.errors import ConfigError
 from rlgf.experiments import figures
 from rlgf.experiments.compare import compare
 from rlgf.experiments.tables import markdown, mean_and_spread
-from rlgf.experiments.variants import build_variants
 
 DISTIL = Control("distill, then PPO", {"distill.num_completions": 8, "distill.steps": 2, "distill.batch_size": 4})
 
@@ -21,7 +21,7 @@ def test_a_comparison_has_a_row_for_every_baseline_algorithm_and_control(tmp_pat
     config = small(("evaluation.every", 1))
     rows = build_variants(config, ["ppo", "d2lols"], {"distill": DISTIL})
     lines: list[str] = []
-    results = compare(config, rows, [0, 1], tmp_path, report=lines.append)
+    results = compare(plan_comparison(config, rows, [0, 1]), tmp_path, report=lines.append)
     assert [row["key"] for row in results["rows"]] == ["sft", "guide", "ppo", "d2lols", "distill"]
     for row in results["rows"][2:]:
         assert row["completions_used"] == 24 + (8 if row["key"] == "distill" else 0)
@@ -31,7 +31,7 @@ def test_a_comparison_has_a_row_for_every_baseline_algorithm_and_control(tmp_pat
         assert (tmp_path / name).stat().st_size > 0
     assert "± " in (tmp_path / "table.md").read_text()
     again: list[str] = []
-    assert compare(config, rows, [0, 1], tmp_path, report=again.append)["rows"] == results["rows"]
+    assert compare(plan_comparison(config, rows, [0, 1]), tmp_path, report=again.append)["rows"] == results["rows"]
     assert sum("reusing" in line for line in again) == 6
     assert not any("making" in line for line in again)
 
@@ -40,17 +40,19 @@ def test_a_comparison_has_a_row_for_every_baseline_algorithm_and_control(tmp_pat
 def test_runs_in_processes_of_their_own_give_the_same_numbers(tmp_path: Path):
     config = small()
     rows = build_variants(config, ["ppo", "ppo_pp"], {})
-    one = compare(config, rows, [0], tmp_path / "one")
-    two = compare(config, rows, [0], tmp_path / "two", jobs=2)
+    one = compare(plan_comparison(config, rows, [0]), tmp_path / "one")
+    two = compare(plan_comparison(config, rows, [0]), tmp_path / "two", jobs=2)
     assert [row["metrics"] for row in one["rows"]] == [row["metrics"] for row in two["rows"]]
 
 
 def test_a_folder_with_another_run_is_refused_before_anything_runs(tmp_path: Path):
     config = small()
     rows = build_variants(config, ["ppo"], {})
-    compare(config, rows, [0], tmp_path)
+    compare(plan_comparison(config, rows, [0]), tmp_path)
     with pytest.raises(ConfigError, match="another run"):
-        compare(override(config, [("ppo.epochs", 1)]), build_variants(config, ["ppo", "lols"], {}), [0], tmp_path)
+        compare(
+            plan_comparison(override(config, [("ppo.epochs", 1)]), build_variants(config, ["ppo", "lols"], {}), [0]), tmp_path
+        )
     assert not (tmp_path / "runs" / "lols-seed0").exists()
 
 
@@ -62,7 +64,7 @@ def test_an_algorithm_that_the_guide_cannot_serve_is_refused_before_anything_run
     for spec in ("references", "python:begins_only:guide"):
         config = small(("guide.spec", spec))
         with pytest.raises(ConfigError, match=r"cannot finish a prefix .* LOLS asks of it"):
-            compare(config, build_variants(config, ["ppo", "ppo_pp", "lols"], {}), [0], tmp_path / "out")
+            compare(plan_comparison(config, build_variants(config, ["ppo", "ppo_pp", "lols"], {}), [0]), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 
 

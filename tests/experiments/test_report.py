@@ -7,11 +7,11 @@ import pytest
 
 from helpers import small
 from rlgf.cli import app
+from rlgf.config.variants import build_variants, parse_vary, plan_comparison
 from rlgf.errors import ConfigError
 from rlgf.experiments import figures
 from rlgf.experiments.compare import compare
 from rlgf.experiments.report import report_files, side_by_side, write_report
-from rlgf.experiments.variants import build_variants, parse_vary
 
 
 def row(key: str, **more: Any) -> dict[str, Any]:
@@ -156,7 +156,7 @@ def test_a_comparison_with_a_varied_setting_runs_each_value_once(tmp_path: Path)
         ("ppo", "PPO"),
         ("ppo-kl.coefficient=0.5", "PPO, kl.coefficient 0.5"),
     ]
-    results = compare(config, rows, [0], tmp_path)
+    results = compare(plan_comparison(config, rows, [0]), tmp_path)
     assert results["varied"] == {"kl.coefficient": config.kl.coefficient}
     for name in ("table.md", "texts.md", "curves.png", "tradeoff.png", "sensitivity.png"):
         assert (tmp_path / name).stat().st_size > 0
@@ -169,7 +169,7 @@ def test_a_report_is_written_again_from_results_alone(
 ):
     config = small(("evaluation.every", 1))
     first, second = tmp_path / "first", tmp_path / "second"
-    compare(config, build_variants(config, ["ppo"], {}), [0], first)
+    compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), first)
     monkeypatch.setattr("sys.argv", ["rlgf", "report", str(first), "--out", str(second)])
     with pytest.raises(SystemExit) as stopped:
         app.main()

@@ -29,7 +29,9 @@ from rlgf.generation.openai.cache import ResponseCache
 from rlgf.models.language_model import LanguageModel
 from rlgf.pipeline.final_evaluation import evaluate_baselines
 from rlgf.pipeline.prepare import prepare
+from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.run import train
+from rlgf.pipeline.stage_cache import StageCache
 from rlgf.tasks import imdb
 from rlgf.trainer import Progress
 
@@ -232,7 +234,7 @@ def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) 
 def test_a_guide_that_fails_for_some_texts_can_be_evaluated(tmp_path: Path, stages: Path) -> None:
     with FaultServer(lambda key, attempt: "503" if int(key[:2], 16) % 2 else None) as server:
         asked = config(server, kept(tmp_path), ("guide.on_failure", "policy"), ("guide.endpoint.retries", 0))
-        found = evaluate_baselines(prepare(asked, stages), stages, print)
+        found = evaluate_baselines(prepare(asked, stages), resolve(asked).policy, StageCache(stages, print))
     assert 0 < found["guide"]["evaluation"]["completions"] < 8 == found["sft"]["evaluation"]["completions"]
 
 

@@ -19,6 +19,7 @@ from rlgf.models.forward import pad_rows, token_logits
 from rlgf.models.language_model import POLICY_ADAPTER, SFT, LanguageModel
 from rlgf.models.loading import load_language_model
 from rlgf.pipeline import build_models
+from rlgf.pipeline.resolve import resolve
 from rlgf.tasks import toy_reviews
 from rlgf.trainer import Components, Trainer
 from rlgf.types import GUIDE, POLICY, SamplingParams
@@ -40,10 +41,10 @@ def saved(folder: Path, **shape: Any) -> str:
 def trainer_on(start: str, algorithm: Any, **values: Any) -> Trainer:
     config = config_of(**{**LORA, "ppo__learning_rate": 0.05, "critic__learning_rate": 0.05, **values})
     reference = load_language_model(start).freeze()
-    models = build_models.build_models(config, algorithm, reference, start, start)
+    models = build_models.build_models(resolve(config).policy, algorithm, reference, start, start)
     task = toy_reviews.build(config.task, reference.tokenizer)
     guide = ModelGuide(reference, SamplingParams(top_k=5))
-    return Trainer(Components(config, algorithm, task, word_reward, models, guide, [], None))
+    return Trainer(Components(config.trainer, algorithm, task, word_reward, models, guide, [], None))
 
 
 def test_one_copy_of_the_weights_serves_all_and_training_moves_what_it_should(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from rlgf.models import offload as offloading
 from rlgf.models.memory import find_micro_batch_size
 from rlgf.models.offload import offload, on_device
 from rlgf.pipeline.preflight import check
+from rlgf.pipeline.resolve import resolve
 from rlgf.trainer import Trainer
 from rlgf.types import SamplingParams
 
@@ -93,13 +94,13 @@ class Moves:
         ([("runtime.offload", ["reference"]), ("lora.rank", 2), ("runtime.device", "cuda")], "no weights of its own"),
         (
             [("runtime.offload", ["critic"]), ("critic.kind", "value_head"), ("runtime.device", "cuda")],
-            "with the policy's weights",
+            "uses the policy's weights",
         ),
     ],
 )
 def test_what_cannot_be_offloaded_is_refused(changes: list[tuple[str, Any]], words: str):
     with pytest.raises(ConfigError, match=words):
-        check(override(Config(), changes))
+        check(resolve(override(Config(), changes)))
 
 
 @pytest.mark.parametrize(("room", "most", "found"), [(5000, 10**6, 4096), (10**9, 5000, 8192), (10**9, 10, 2048)])

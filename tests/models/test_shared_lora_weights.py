@@ -19,9 +19,10 @@ from rlgf.models.loading import load_language_model, new_language_model
 from rlgf.pipeline import preflight
 from rlgf.pipeline.preflight import check_to_train
 from rlgf.pipeline.prepare import prepare
+from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.reward_model_stage import preference_stage
 from rlgf.pipeline.run import evaluate_policy_on_test, train
-from rlgf.pipeline.stage_cache import no_report
+from rlgf.pipeline.stage_cache import StageCache, no_report
 from rlgf.pipeline.stages import train_tokenizer
 from rlgf.rewards import reward_model
 from rlgf.rewards.reward_model import RewardModel
@@ -82,7 +83,9 @@ def test_with_adapters_all_models_share_their_weights(tmp_path: Path, monkeypatc
     for name in ("policy", *(f"critic-{origin.name.lower()}" for origin in critics)):
         assert (tmp_path / "run" / name / "adapter_config.json").is_file()
     loads.options.clear()
-    found = evaluate_policy_on_test(config, str(tmp_path / "run" / "policy"), tmp_path / "stages", no_report)
+    found = evaluate_policy_on_test(
+        resolve(config), str(tmp_path / "run" / "policy"), StageCache(tmp_path / "stages", no_report)
+    )
     assert len(loads.options) == 1  # for all of them
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["output_perplexity_model"] == results["output_perplexity_model"] == str(tmp_path / "base")
@@ -96,12 +99,12 @@ def test_with_adapters_all_models_share_their_weights(tmp_path: Path, monkeypatc
 
 def test_weights_in_four_bits_are_so_in_every_stage_and_in_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = on_adapters(tmp_path, ("lora.load_in_4bit", True))
-    monkeypatch.setattr("rlgf.pipeline.preflight.check", lambda config: config.algorithm.build())  # which asks for a GPU
-    monkeypatch.setattr("rlgf.pipeline.run.check", lambda config: config.algorithm.build())
+    monkeypatch.setattr("rlgf.pipeline.preflight.check", lambda run: None)  # which asks for a GPU
+    monkeypatch.setattr("rlgf.pipeline.run.check", lambda run: None)
     loads = Loads(monkeypatch, tmp_path / "base")
     train(config, tmp_path / "run", tmp_path / "stages")
-    evaluate_policy_on_test(config, str(tmp_path / "run" / "policy"), tmp_path / "stages", no_report)
-    evaluate_policy_on_test(config, None, tmp_path / "stages", no_report, zero_shot=True)
+    evaluate_policy_on_test(resolve(config), str(tmp_path / "run" / "policy"), StageCache(tmp_path / "stages", no_report))
+    evaluate_policy_on_test(resolve(config), None, StageCache(tmp_path / "stages", no_report), zero_shot=True)
     assert [options.get("bits") for options in loads.options] == [4] * 6
 
 
@@ -238,7 +241,10 @@ def test_heads_are_not_taken_for_policies(tmp_path: Path):
 
 def test_a_reward_model_made_in_four_bits_is_another_one(tmp_path: Path):
     def made(in_4bit: bool) -> str:
-        return preference_stage(on_adapters(tmp_path, ("lora.load_in_4bit", in_4bit)), tmp_path / "stages", no_report).name
+        return preference_stage(
+            resolve(on_adapters(tmp_path, ("lora.load_in_4bit", in_4bit))).reward.preferences,
+            StageCache(tmp_path / "stages", no_report),
+        ).name
 
     with pytest.MonkeyPatch.context() as patch:
         Loads(patch, tmp_path / "base")
@@ -248,12 +254,12 @@ def test_a_reward_model_made_in_four_bits_is_another_one(tmp_path: Path):
 def test_a_reward_that_nobody_named_and_a_person_who_is_not_there_are_refused_from_the_config(monkeypatch: pytest.MonkeyPatch):
     rows = override(recipe("prompts"), [("task.data", str(Path(__file__)))])
     with pytest.raises(ConfigError, match="task 'prompts' has no rule of its own"):
-        check_to_train(rows)
+        check_to_train(resolve(rows))
     asked = small(("guide.spec", "human"), ("algorithm.name", "ppo_pp"))
     monkeypatch.setattr(preflight, "has_no_terminal", lambda: True)
-    with pytest.raises(ConfigError, match="asked at a terminal, and there is none"):
-        check_to_train(asked)
-    check_to_train(override(asked, [("algorithm.name", "ppo")]))  # who asks nobody needs nobody
+    with pytest.raises(ConfigError, match="queried at a terminal, and there is none"):
+        check_to_train(resolve(asked))
+    check_to_train(resolve(override(asked, [("algorithm.name", "ppo")])))  # who asks nobody needs nobody
 
 
 def test_nobody_types_into_the_null_device_but_a_file_may_hold_what_somebody_wrote(

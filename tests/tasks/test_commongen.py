@@ -17,6 +17,8 @@ from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, text
 from rlgf.experiments.tables import columns_of, markdown
 from rlgf.pipeline import stages
 from rlgf.pipeline.prepare import prepare
+from rlgf.pipeline.resolve import resolve
+from rlgf.pipeline.stage_cache import StageCache
 from rlgf.pipeline.stages import train_tokenizer
 from rlgf.rewards.build import build_reward
 from rlgf.rewards.weighted_sum import WeightedSum, score_components
@@ -154,7 +156,7 @@ def test_an_encoder_decoder_learns_spans_then_every_target(tmp_path: Path, monke
         task=task_config(data(tmp_path)), pretrain=few, sft=few,
         model=ModelConfig(architecture="t5", layers=1, width=16, heads=2, max_length=32, vocabulary=300),
     )  # fmt: skip
-    folder = stages.sft_stage(config, tmp_path / "stages", lambda line: None)
+    folder = stages.fine_tune_stage(resolve(config).policy.sft, StageCache(tmp_path / "stages", lambda line: None))
     from rlgf.models.loading import load_language_model
 
     model = load_language_model(str(folder))

@@ -16,6 +16,8 @@ from rlgf.data.preferences import Pairs, length_baseline, split_for_role
 from rlgf.errors import INPUT_ERRORS
 from rlgf.evaluation.win_rate import win_rate
 from rlgf.pipeline.build_rewards import prepare_judge
+from rlgf.pipeline.resolve import resolve
+from rlgf.pipeline.stage_cache import StageCache
 from rlgf.pipeline.stages import train_tokenizer
 from rlgf.tasks import tldr
 from rlgf.tasks.base import Task
@@ -247,7 +249,7 @@ def test_the_thousand_recorded_answers_of_a_judge_give_640_to_360(shared_data: P
     with FaultServer(writer=answer) as server:
         spec = f"server:fault-model@{server.url}"
         config = override(tldr_small(), [("judge", {"spec": spec, "order": order})])
-        judge = prepare_judge(config, {}, tmp_path, lambda line: None)
+        judge = prepare_judge(resolve(config).judge, {}, StageCache(tmp_path, lambda line: None))
         assert judge is not None
         found = win_rate(judge, prompts, [row["openai_ppo_1b"] for row in rows])
         asked = server.asked
@@ -275,7 +277,7 @@ def test_a_chat_judge_counts_what_it_cannot_read_and_asks_again_where_the_server
             tldr_small(),
             [("judge", {"spec": f"server:fault-model@{server.url}", "answer_tokens": 99, "endpoint": {"retry_seconds": 0.0}})],
         )
-        judge = prepare_judge(config, {}, tmp_path, lambda line: None)
+        judge = prepare_judge(resolve(config).judge, {}, StageCache(tmp_path, lambda line: None))
         assert judge is not None
         assert judge.name == "chat model fault-model, order random"
         found = win_rate(judge, prompts, texts)

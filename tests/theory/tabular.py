@@ -276,7 +276,7 @@ def play(
     )
     writer = ModelGuide(language_model(game, guide).frozen_copy(), SamplingParams())
     task = Task("tabular", prompts, [], [], reward)
-    played = Play(game, Trainer(Components(config, algorithm, task, reward, models, writer, [], None)))
+    played = Play(game, Trainer(Components(config.trainer, algorithm, task, reward, models, writer, [], None)))
     models.policy.model.head.table.register_hook(played.gradients.append)
     return played
 

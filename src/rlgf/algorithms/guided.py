@@ -65,6 +65,11 @@ class Algorithm:
         return tuple(origin for origin in (POLICY, GUIDE) if any(phase.rollout == origin for phase in self.phases))
 
     @property
+    def needs_guide(self) -> bool:
+        """Return whether the guide is queried in any phase."""
+        return self.needs_guide_rollin or self.needs_guide_rollout
+
+    @property
     def needs_guide_rollin(self) -> bool:
         """Return whether the guide must generate rollins from prompts."""
         return any(phase.rollin == GUIDE and phase.beta > 0 for phase in self.phases)

@@ -44,12 +44,13 @@ def compare(
     except ValueError:
         raise ConfigError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
     from rlgf.cli import console, terminal
+    from rlgf.config import variants
     from rlgf.experiments import compare as comparing
-    from rlgf.experiments import variants
     from rlgf.experiments.report import report_files
-    from rlgf.pipeline import preflight
+    from rlgf.pipeline.preflight import check_to_train
+    from rlgf.pipeline.resolve import resolve
 
-    preflight.check_to_train(config)
+    check_to_train(resolve(config))
     console.configure_runtime(config)
     target = out or Path("runs") / config.recipe
     varied = variants.parse_vary(config, vary or [])
@@ -57,12 +58,15 @@ def compare(
     if dry_run:
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
-            console.print_plan(planned, preflight.check_to_train(planned), row.title)
+            run = resolve(planned)
+            check_to_train(run)
+            console.print_plan(planned, run.algorithm, row.title)
         console.report(f"{len(rows)} rows, each with seeds {seeds} (runs at a time: {jobs}), and the baselines, in {target}")
         return
+    plan = variants.plan_comparison(config, rows, numbers)
     watch = console.ProgressReporter(may_draw=config.guide.spec != "human")
     try:
-        results = comparing.compare(config, rows, numbers, target, jobs, terminal.report_reuse_once(), watch)
+        results = comparing.compare(plan, target, jobs, terminal.report_reuse_once(), watch)
     finally:
         watch.close()
     console.print_comparison(results)

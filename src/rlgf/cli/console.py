@@ -25,7 +25,7 @@ from rlgf.experiments.tables import table_rows
 from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
-from rlgf.pipeline.preflight import needs_guide, training_warnings
+from rlgf.pipeline.preflight import training_warnings
 from rlgf.trainer import Progress as Step
 from rlgf.types import POLICY
 
@@ -192,7 +192,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     out.print(Text(f"{config.recipe}: {title or algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
     for number, line in enumerate(describe_phases(algorithm)):
         out.print(Text(f"  phase {number}: {line}"))
-    guide = config.guide.spec if needs_guide(algorithm) or config.distill.num_completions else "not asked"
+    guide = config.guide.spec if algorithm.needs_guide or config.distill.num_completions else "not asked"
     if guide in ("sft", "trained") or guide.startswith("model:"):
         guide += f" ({config.guide.sampling.describe()})"
     size, known = _parameters(config)
@@ -242,7 +242,7 @@ def _bytes_per_parameter(config: Config, algorithm: Algorithm) -> float:
     """
     spec, whole = config.guide.spec, 4.0
     critics = len(algorithm.critics) if config.critic.kind == "separate" else 0
-    own_guide = needs_guide(algorithm) and (spec == "trained" or spec.startswith(("model:", "run:")))
+    own_guide = algorithm.needs_guide and (spec == "trained" or spec.startswith(("model:", "run:")))
     if config.lora.rank:  # one shared copy of the base weights; adapters are small
         return (0.5 if config.lora.load_in_4bit else whole) + 4 * whole * critics + whole * own_guide
     return 4 * whole * (1 + critics) + whole * (1 + own_guide + bool(config.evaluation.output_perplexity))

@@ -4,6 +4,7 @@ A task is checked without a policy: rewards must be finite, as many as completio
 and pure; targets must continue their prompts, and should outscore empty and shuffled text.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from typing import Any
 from rlgf.algorithms import guided
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
-from rlgf.config.specs import load_object
+from rlgf.config.sections import EndpointConfig
+from rlgf.config.specs import GuideKind
 from rlgf.data.preferences import Pairs, length_baseline
 from rlgf.data.tokenization import Codec, decode
 from rlgf.errors import INPUT_ERRORS, TrainingError
@@ -22,14 +24,16 @@ from rlgf.generation.openai.client import CONTINUATIONS, Server
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import CompletionRequest, Guide, query_guide
-from rlgf.guides.local import FunctionGuide, TextModelGuide, guide_model_path
+from rlgf.guides.local import FunctionGuide, TextModelGuide
 from rlgf.models.loading import load_eos_token_ids, load_language_model, load_tokenizer, max_length_of
-from rlgf.pipeline import build_guide, build_rewards, prepare
+from rlgf.pipeline import build_guide, build_rewards
 from rlgf.pipeline.final_evaluation import final_prompts
 from rlgf.pipeline.preflight import check
+from rlgf.pipeline.prepare import prepare_prompts
+from rlgf.pipeline.resolve import GuidePlan, resolve
 from rlgf.pipeline.reward_model_stage import load_pairs
-from rlgf.pipeline.run import Report
-from rlgf.pipeline.stages import tokenizer_for
+from rlgf.pipeline.stage_cache import Report, StageCache, no_report
+from rlgf.pipeline.stages import prepare_tokenizer
 from rlgf.randomness import Purpose, permutation
 from rlgf.rewards.base import score
 from rlgf.rewards.build import check_reward_columns, check_reward_names
@@ -53,23 +57,28 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
 
     An 'error' among the findings means that the task cannot be trained.
     """
-    tokenizer, _ = tokenizer_for(config, config.task, config.model, stages, report)
-    task = prepare.prepare_prompts(config, tokenizer, lambda line: None)
+    run, cache = resolve(config), StageCache(stages, report)
+    tokenizer, _ = prepare_tokenizer(run.policy.tokenizer, cache)
+    task = prepare_prompts(run.task, tokenizer, no_report)
     sizes = f"{len(task.train):,} / {len(task.validation):,} / {len(task.test):,} train, validation and test prompts"
     findings = [Finding("ok", sizes)]
     findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in task.dropped_rows.items()]
     findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.warnings.items()]
     findings += check_prompts(task, tokenizer)
     check_reward_names(config.reward.names)
-    for split, prompts in (("training", task.train), ("validation", task.validation), *final_prompts(task, config).items()):
+    for split, prompts in (
+        ("training", task.train),
+        ("validation", task.validation),
+        *final_prompts(task, config.evaluation).items(),
+    ):
         try:
             check_reward_columns(config.reward, split, prompts)
         except INPUT_ERRORS as error:
             return [*findings, Finding("error", str(error))]
     if "preferences" in config.reward.names:  # no reward model is trained for the check
-        return [*findings, *check_pairs(load_pairs(config, stages, report))]
-    made = build_rewards.train_rewards(override(config, [("judge.spec", None)]), stages, report)
-    return findings + check_reward(task, build_rewards.prepare_reward(config, task, made))
+        return [*findings, *check_pairs(load_pairs(run.reward.preferences, cache))]
+    folders = build_rewards.train_rewards(run.reward, None, cache)
+    return findings + check_reward(task, build_rewards.prepare_reward(run.reward, task, folders))
 
 
 def check_pairs(pairs: Pairs) -> list[Finding]:
@@ -88,24 +97,27 @@ def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: 
 
     Guides that cannot be queried here are described.
     """
-    spec = config.guide.spec
     changes: list[tuple[str, object]] = [("algorithm.name", "ppo_pp")]
     if task_definition(config.task).needs_data:
         changes.append(("task.data", config.task.data or "."))  # required, but not loaded
-    check(override(config, changes))
-    if spec.startswith("server:"):
-        return _check_server(config, prompt, prefix, stages, report)
+    run, cache = resolve(override(config, changes)), StageCache(stages, report)
+    check(run)
+    plan = run.guide
+    if plan.spec.kind == GuideKind.SERVER:
+        return _check_server(
+            plan, run.policy.tokenizer.path, ServerRequest(prompt, prefix, config.task.max_new_tokens, 0), cache
+        )
     question = ServerRequest(prompt, prefix, config.task.max_new_tokens, 0)
-    if spec.startswith("python:"):
-        return _query_local_guide(FunctionGuide(load_object(spec, "guide")), question)
-    path = guide_model_path(spec)
+    if plan.spec.kind == GuideKind.PYTHON:
+        return _query_local_guide(FunctionGuide(plan.load_function()), question)
+    path = plan.model_path()
     if path is not None:
         model = load_language_model(path, config.runtime.device).freeze()
         # The sample's length is counted in the model's own tokens.
         ids = model.codec.prompt(Prompt(prompt + prefix))
         found = Finding("ok", f"a model that reads {max_length_of(path):,} tokens")
         return [found, *_query_local_guide(TextModelGuide(model, config.guide.sampling), question, ids)]
-    able = spec != "references"
+    able = plan.spec.kind != GuideKind.REFERENCES
     return [Finding("ok", _describe_support(able) + ("" if able else "; it cannot finish what another has begun"))]
 
 
@@ -124,25 +136,27 @@ def _query_local_guide(guide: Guide, question: ServerRequest, ids: Sequence[int]
     return [*findings, Finding("ok", _describe_support(able))]
 
 
-def _check_server(config: Config, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+def _check_server(plan: GuidePlan, policy: str | None, question: ServerRequest, cache: StageCache) -> list[Finding]:
+    """Query a server in the configured continuation mode, or in all of them.
+
+    `policy` is the path of the policy's model, if there is one.
+    """
     findings: list[Finding] = []
-    settings, chosen = build_guide.guide_settings(config), config.guide.continuation
+    chosen = plan.config.continuation
     modes = CONTINUATIONS[:-1] if chosen == "auto" else () if chosen == "token_ids" else (chosen,)
     for mode in modes:
-        server = Server(config.guide.spec, settings, mode, report)
-        questions = (ServerRequest(prompt, part, config.task.max_new_tokens, 0) for part in ("", prefix))
-        findings += _findings(config, server, *questions)
-    path = config.policy or config.model.path
-    if chosen == "token_ids" or (chosen == "auto" and path):
-        findings += _check_token_ids(config, path, prompt, prefix, stages, report)
+        server = Server(plan.spec.text, plan.settings, mode, cache.report)
+        findings += _findings(plan.config.endpoint, server, dataclasses.replace(question, prefix=""), question)
+    if chosen == "token_ids" or (chosen == "auto" and policy):
+        findings += _check_token_ids(plan, policy, question, cache)
     if not any(finding.level == "ok" for finding in findings):
         return [Finding("error", finding.text) for finding in findings]
-    if chosen == "auto" and not path:
+    if chosen == "auto" and not policy:
         findings.append(Finding("ok", "guide.continuation=token_ids: not tried; policy=PATH names a policy to try it with"))
     return findings
 
 
-def _findings(config: Config, server: Server, begin: ServerRequest, finish: ServerRequest) -> list[Finding]:
+def _findings(endpoint: EndpointConfig, server: Server, begin: ServerRequest, finish: ServerRequest) -> list[Finding]:
     """Query a server in one continuation mode, and return the findings."""
     where = f"guide.continuation={server.mode}: "
     begun = _send(server, begin)
@@ -150,32 +164,32 @@ def _findings(config: Config, server: Server, begin: ServerRequest, finish: Serv
         return [Finding("warning", f"{where}does not write ({begun})")]
     found = [Finding("ok", f"{where}begins a text, {begun[1]:.2f} s: {begun[0].text!r}")]
     if server.mode == "none":
-        return [*found, Finding("ok", where + _describe_support(False)), _price(config, begun[0], "rollins")]
+        return [*found, Finding("ok", where + _describe_support(False)), _price(endpoint, begun[0], "rollins")]
     finished = _send(server, finish)
     if isinstance(finished, str):
         found.append(Finding("warning", f"{where}does not finish a prefix ({finished}); " + _describe_support(False)))
-        return [*found, _price(config, begun[0], "rollins")]
+        return [*found, _price(endpoint, begun[0], "rollins")]
     found.append(Finding("ok", f"{where}finishes {finish.prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
     found.append(Finding("ok", where + _describe_support(True)))
-    return [*found, _price(config, begun[0], "rollins"), _price(config, finished[0], "rollouts")]
+    return [*found, _price(endpoint, begun[0], "rollins"), _price(endpoint, finished[0], "rollouts")]
 
 
-def _check_token_ids(config: Config, path: str | None, prompt: str, prefix: str, stages: Path, report: Report) -> list[Finding]:
+def _check_token_ids(plan: GuidePlan, path: str | None, question: ServerRequest, cache: StageCache) -> list[Finding]:
     """Check whether the server accepts token ids of the policy, which must be named."""
     where = "guide.continuation=token_ids: "
     if path is None:
         return [Finding("warning", f"{where}needs to know the policy: name it with policy=PATH")]
-    tokenizer, settings = load_tokenizer(path), build_guide.guide_settings(config)
-    ids = Codec(tokenizer).prompts([Prompt(text) for text in (prompt, prompt + prefix)])
-    budget = config.task.max_new_tokens
-    tokens = TokenIdSetup(tokenizer, load_eos_token_ids(path, tokenizer), max(map(len, ids)) + budget)
+    tokenizer, budget = load_tokenizer(path), question.max_tokens
+    ids = Codec(tokenizer).prompts([Prompt(text) for text in (question.prompt, question.prompt + question.prefix)])
+    setup = TokenIdSetup(tokenizer, load_eos_token_ids(path, tokenizer), max(map(len, ids)) + budget)
+    responses = build_guide.response_cache(plan.config, cache)
     try:
-        server = connect_by_token_ids(config.guide.spec, settings, tokens, build_guide.response_cache(config, stages), report)
+        server = connect_by_token_ids(plan.spec.text, plan.settings, setup, responses, cache.report)
     except INPUT_ERRORS as error:
         return [Finding("warning", where + str(error))]
-    begin, finish = (ServerRequest("", part, budget, 0, tuple(found)) for part, found in zip(("", prefix), ids))
+    begin, finish = (ServerRequest("", part, budget, 0, tuple(found)) for part, found in zip(("", question.prefix), ids))
     exact = "keeps to a least length" if server.exact else "does not keep to a least length"
-    return [*_findings(config, server, begin, finish), Finding("ok", f"{where}{exact}")]
+    return [*_findings(plan.config.endpoint, server, begin, finish), Finding("ok", f"{where}{exact}")]
 
 
 def _send(server: Server, question: ServerRequest) -> tuple[ServerResponse, float] | str:
@@ -197,9 +211,9 @@ def _describe_support(can_continue: bool) -> str:
     return f"serves {', '.join(served)}"
 
 
-def _price(config: Config, answer: ServerResponse, parts: str) -> Finding:
+def _price(endpoint: EndpointConfig, answer: ServerResponse, parts: str) -> Finding:
     """Return the cost of a thousand rollins or rollouts like this one."""
-    endpoint, bill = config.guide.endpoint, answer.usage
+    bill = answer.usage
     if not bill.known:
         limits = "guide.endpoint.max_tokens and guide.endpoint.max_cost"
         return Finding("warning", f"it does not say what it bills: {limits} cannot be kept")

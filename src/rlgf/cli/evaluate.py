@@ -74,17 +74,19 @@ def evaluate(
             f"{folder} has no policy/ yet: finish the run with `rlgf train {folder / 'config.yaml'} --out {folder}`."
         )
     from rlgf.cli import console, terminal
-    from rlgf.pipeline import run
+    from rlgf.pipeline.resolve import resolve
+    from rlgf.pipeline.run import evaluate_guide_on_test, evaluate_policy_on_test
+    from rlgf.pipeline.stage_cache import StageCache
 
     if json_out:
         check_writable(json_out)
     console.configure_runtime(config)
     shelf = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
-    report = terminal.report_reuse_once()
+    run, cache = resolve(config), StageCache(shelf, terminal.report_reuse_once())
     if baseline == "guide":
-        found = run.evaluate_guide_on_test(config, shelf, report)
+        found = evaluate_guide_on_test(run, cache)
     else:
-        found = run.evaluate_policy_on_test(config, chosen, shelf, report, zero_shot=baseline == "zero_shot")
+        found = evaluate_policy_on_test(run, chosen, cache, zero_shot=baseline == "zero_shot")
     values = {**found["evaluation"], **{key: value for key, value in found.items() if key != "evaluation"}}
     emit(values, json_out, lambda: console.print_evaluation(found))
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -59,12 +59,17 @@ def train(
     if profile:
         config = override(config, [("runtime.profile", True)], COMMAND_LINE)
     from rlgf.cli import console, terminal
-    from rlgf.pipeline import preflight, run
+    from rlgf.pipeline import preflight
+    from rlgf.pipeline.resolve import resolve
+    from rlgf.pipeline.run import train_run
+    from rlgf.pipeline.stage_cache import StageCache
     from rlgf.runs.directory import RunDirectory
 
     console.configure_runtime(config)
     if dry_run:
-        console.print_plan(config, preflight.check_to_train(config))
+        run = resolve(config)
+        preflight.check_to_train(run)
+        console.print_plan(config, run.algorithm)
         return
     target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
     directory = RunDirectory(target, config)
@@ -73,7 +78,9 @@ def train(
     else:
         watch = console.ProgressReporter(may_draw=config.guide.spec != "human")
         try:
-            run.train(config, target, stages, terminal.report_reuse_once(), watch)
+            run = resolve(config)
+            preflight.check_to_train(run)
+            train_run(run, directory, StageCache(stages or target / "stages", terminal.report_reuse_once()), watch)
         except KeyboardInterrupt:
             raise InterruptedRunError(directory.resume_hint(config)) from None
         finally:
@@ -87,28 +94,32 @@ def _stage(name: str, source: str, overrides: list[str] | None, policy: str | No
            out: Path | None, stages: Path | None) -> None:  # fmt: skip
     config = read_config(source, overrides, policy=policy, data=data, seed=seed)
     from rlgf.cli import console
-    from rlgf.pipeline import preflight
+    from rlgf.pipeline import preflight, reward_model_stage
     from rlgf.pipeline import stages as making
+    from rlgf.pipeline.resolve import resolve
+    from rlgf.pipeline.stage_cache import StageCache
     from rlgf.runs.directory import require_writable
 
-    preflight.check(config)
+    run = resolve(config)
+    preflight.check(run)
     console.configure_runtime(config)
-    target = out or Path("runs") / f"{config.recipe}-{name}"
-    shelf = stages or target.parent / "stages"
+    target = out or Path("runs") / f"{run.recipe}-{name}"
+    cache = StageCache(stages or target.parent / "stages", console.report)
     require_writable(target.parent)
-    make: dict[str, Any] = {"pretrain": making.pretrain_stage, "sft": making.sft_stage, "reward": making.reward_stage}
-    if "preferences" in config.reward.names:
-        from rlgf.pipeline.reward_model_stage import load_pairs, preference_stage
-
-        if name == "reward":
-            load_pairs(config, shelf, console.report)
-        make["reward"] = lambda config, shelf, report, target: preference_stage(config, shelf, report, "reward", target)
-    if name == "sft" and not (config.sft.steps or config.sft.epochs):
-        raise ConfigError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
-    if name == "sft" and policy:
-        raise ConfigError("--policy skips the sft stage: give model.path=... to fine-tune that model.")
-    folder = make[name](config, shelf, console.report, target)
-    metrics = json.loads((Path(folder) / "stage.json").read_text())["metrics"]
+    if name == "pretrain":
+        folder = making.pretrain_stage(run.policy.base, cache, target)
+    elif name == "sft":
+        if not run.policy.sft.training.is_enabled:
+            raise ConfigError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
+        if policy:
+            raise ConfigError("--policy skips the sft stage: give model.path=... to fine-tune that model.")
+        folder = making.fine_tune_stage(run.policy.sft, cache, target)
+    elif run.reward.uses_preferences:
+        reward_model_stage.load_pairs(run.reward.preferences, cache)
+        folder = reward_model_stage.preference_stage(run.reward.preferences, cache, at=target)
+    else:
+        folder = making.reward_stage(run.reward, cache, target)
+    metrics = json.loads((folder / "stage.json").read_text())["metrics"]
     console.print_metrics(metrics)
     console.report(f"{folder} is ready")
 

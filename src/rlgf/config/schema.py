@@ -4,6 +4,8 @@ A YAML file, a recipe and the command line all become a `Config`. Unknown keys a
 raise before any work is done, with their location and the nearest valid key.
 """
 
+import dataclasses
+
 from rlgf.config.base import Seed, section
 from rlgf.config.sections import (
     AlgorithmConfig,
@@ -24,6 +26,22 @@ from rlgf.config.sections import (
 )
 from rlgf.config.validation import check_config
 from rlgf.types import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """The part of a config that the training loop and its evaluations use."""
+
+    seed: int
+    task: TaskConfig
+    sampling: SamplingParams
+    ppo: PPOConfig
+    kl: KLConfig
+    critic: CriticConfig
+    reward: RewardConfig
+    evaluation: EvaluationConfig
+    runtime: RuntimeConfig
+    prefetch: int  # iterations of rollins requested ahead from a remote guide
 
 
 @section
@@ -50,6 +68,14 @@ class Config:
     sampling: SamplingParams = SamplingParams()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @property
+    def trainer(self) -> TrainerConfig:
+        """Return the part that the training loop uses."""
+        return TrainerConfig(
+            self.seed, self.task, self.sampling, self.ppo, self.kl, self.critic, self.reward, self.evaluation,
+            self.runtime, self.guide.prefetch,
+        )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Raise for values that do not go together.

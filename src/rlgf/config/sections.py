@@ -68,6 +68,11 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Seed | None = None  # None: the run's seed
 
+    @property
+    def is_enabled(self) -> bool:
+        """Return whether there is any training."""
+        return bool(self.steps or self.epochs)
+
 
 @section
 class SupervisedConfig(TrainingConfig):

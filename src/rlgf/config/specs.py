@@ -1,11 +1,77 @@
-"""User-defined objects, named `python:module:name`."""
+"""Specs of guides, judges and user-defined objects, parsed once."""
 
 import importlib
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rlgf.errors import ConfigError
+from rlgf.errors import ConfigError, unknown
+
+
+class GuideKind(StrEnum):
+    """The kinds of guides that `guide.spec` names."""
+
+    SFT = "sft"  # the policy's initial model
+    TRAINED = "trained"  # a model trained here
+    MODEL = "model"  # a model, Hub name or folder
+    RUN = "run"  # the policy of a run
+    SERVER = "server"
+    HUMAN = "human"
+    REFERENCES = "references"
+    PYTHON = "python"  # a function
+
+
+class JudgeKind(StrEnum):
+    """The kinds of judges that `judge.spec` names."""
+
+    PREFERENCES = "preferences"  # a reward model trained here
+    MODEL = "model"  # a reward model, Hub name or folder
+    SERVER = "server"
+
+
+@dataclass(frozen=True)
+class GuideSpec:
+    """A parsed `guide.spec`."""
+
+    kind: GuideKind
+    name: str  # after the colon; empty without one
+    text: str  # the whole spec
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """A parsed `judge.spec`."""
+
+    kind: JudgeKind
+    name: str  # after the colon; empty without one
+    text: str  # the whole spec
+
+
+GUIDE_FORMS = ("sft", "trained", "model:PATH", "run:DIR", "server:MODEL@URL", "human", "references", "python:module:name")
+JUDGE_FORMS = ("preferences", "model:PATH", "server:MODEL@URL")
+
+
+def parse_guide(text: str) -> GuideSpec:
+    """Parse `guide.spec`; raise `ConfigError` for an unknown kind."""
+    kind, name = _split(text, "guide", GUIDE_FORMS)
+    return GuideSpec(GuideKind(kind), name, text)
+
+
+def parse_judge(text: str) -> JudgeSpec:
+    """Parse `judge.spec`; raise `ConfigError` for an unknown kind."""
+    kind, name = _split(text, "judge", JUDGE_FORMS)
+    return JudgeSpec(JudgeKind(kind), name, text)
+
+
+def _split(text: str, what: str, forms: Sequence[str]) -> tuple[str, str]:
+    """Split a spec into kind and name; only the forms with a colon have a name."""
+    kind, colon, name = text.partition(":")
+    if not any(kind == form.partition(":")[0] and colon == form.partition(":")[1] for form in forms):
+        raise unknown(what, text, forms)
+    return kind, name
 
 
 def load_object(spec: str, kind: str) -> Any:

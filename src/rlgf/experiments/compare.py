@@ -11,79 +11,76 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.config.loading import dump, override
-from rlgf.config.schema import Config
+from rlgf.config.loading import without_threads
+from rlgf.config.variants import ComparisonPlan, Variant
 from rlgf.data.files import json_safe, read_complete_lines, read_json, write_json
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.experiments.report import write_report
-from rlgf.experiments.variants import Variant, numeric_setting
 from rlgf.pipeline.final_evaluation import evaluate_baselines
-from rlgf.pipeline.preflight import check
-from rlgf.pipeline.prepare import prepare
-from rlgf.pipeline.run import Report, guide_evaluation_config, train
-from rlgf.pipeline.stage_cache import fingerprint, no_report
+from rlgf.pipeline.preflight import check_to_train
+from rlgf.pipeline.prepare import prepare_run
+from rlgf.pipeline.resolve import ResolvedRun, resolve
+from rlgf.pipeline.run import for_guide_evaluation, no_progress, train_run
+from rlgf.pipeline.stage_cache import Report, StageCache, fingerprint, no_report
 from rlgf.runs.directory import RunDirectory, require_writable
 from rlgf.trainer import Progress
 from rlgf.types import FORMAT_VERSION
 
 
 def compare(
-    config: Config,
-    rows: Sequence[Variant],
-    seeds: Sequence[int],
+    plan: ComparisonPlan,
     out: Path,
     jobs: int = 1,
     report: Report = no_report,
-    watch: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = no_progress,
 ) -> dict[str, Any]:
     """Run or reuse every row with every seed, and return the results.
 
     Runs are in subfolders of `out`; `results.json` and its report are written there. With `jobs`
     > 1, that many runs are executed at a time, each in a separate process.
     """
-    if not rows or not seeds:
-        raise ConfigError("nothing to compare: give at least one algorithm and one seed.")
     if (out / "config.yaml").exists():
         raise ConfigError(f"{out} holds a single run: choose another --out for a comparison.")
-    stages = out / "stages"
+    cache = StageCache(out / "stages", report)
     began = time.monotonic()
-    configs = {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds}
-    folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in configs}
-    for place, changed in configs.items():  # fail early: check all runs before any work
-        RunDirectory(folders[place], changed)
-        check(changed)
+    folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in plan.configs}
+    directories = {place: RunDirectory(folders[place], config) for place, config in plan.configs.items()}
+    runs = {place: resolve(config) for place, config in plan.configs.items()}
+    for run in runs.values():  # fail early: check all runs before any work
+        check_to_train(run)
     require_writable(out)
-    baselines = [_baselines(override(config, [("seed", seed)]), out, stages, report) for seed in seeds]
-    waiting = [place for place in configs if not (folders[place] / "results.json").is_file()]
-    for place in configs:
+    baselines = [_baselines(resolve(config), out, cache) for config in plan.baselines.values()]
+    waiting = [place for place in runs if not (folders[place] / "results.json").is_file()]
+    for place in runs:
         if place not in waiting:
             report(f"{place[0]} seed {place[1]}: reusing {folders[place].name}")
     if jobs > 1:
-        _run_in_processes([(configs[place], folders[place]) for place in waiting], stages, jobs, report)
+        _run_in_processes([(runs[place], directories[place]) for place in waiting], cache, jobs)
     else:
-        for key, seed in waiting:
-            report(f"{key} seed {seed}")
-            train(configs[key, seed], folders[key, seed], stages, report, watch)
-    return _write_results(config, rows, seeds, folders, baselines, out, time.monotonic() - began)
+        for place in waiting:
+            report(f"{place[0]} seed {place[1]}")
+            train_run(runs[place], directories[place], cache, on_progress)
+    return _write_results(plan, folders, baselines, out, time.monotonic() - began)
 
 
-def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[str, Any]:
+def _baselines(run: ResolvedRun, out: Path, cache: StageCache) -> dict[str, Any]:
     """Return the baselines of one seed, evaluated once.
 
     Any algorithm that queries the guide can prepare them.
     """
-    asking = guide_evaluation_config(config)
-    mark = fingerprint({"config": dump(override(asking, [("runtime.threads", 0)]))})
-    path = out / "baselines" / f"seed{config.seed}.json"
-    if path.is_file() and read_json(path).get("fingerprint") == mark:
+    identity = fingerprint({"config": without_threads(run.config)})
+    path = out / "baselines" / f"seed{run.trainer.seed}.json"
+    if path.is_file() and read_json(path).get("fingerprint") == identity:
         return read_json(path)["rows"]
-    rows = evaluate_baselines(prepare(asking, stages, report), stages, report)
-    write_json(path, json_safe({"fingerprint": mark, "rows": rows}))
+    run = for_guide_evaluation(run)
+    check_to_train(run)
+    rows = evaluate_baselines(prepare_run(run, cache), run.policy, cache)
+    write_json(path, json_safe({"fingerprint": identity, "rows": rows}))
     return rows
 
 
-def _run_in_processes(runs: Sequence[tuple[Config, Path]], stages: Path, jobs: int, report: Report) -> None:
-    """Run each config in a separate process, `jobs` at a time.
+def _run_in_processes(runs: Sequence[tuple[ResolvedRun, RunDirectory]], cache: StageCache, jobs: int) -> None:
+    """Run each run in a separate process, `jobs` at a time.
 
     The cores are divided among them. Raises `TrainingError` if a run fails.
     """
@@ -92,14 +89,15 @@ def _run_in_processes(runs: Sequence[tuple[Config, Path]], stages: Path, jobs: i
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                config, folder = waiting.pop(0)
-                RunDirectory(folder, config).create(config)
+                run, directory = waiting.pop(0)
+                folder = directory.folder
+                directory.create(run.config)
                 command = [sys.executable, "-m", "rlgf", "train", str(folder / "config.yaml"), "--out", str(folder)]
-                command += ["--stages", str(stages), f"runtime.threads={threads}"]
+                command += ["--stages", str(cache.folder), f"runtime.threads={threads}"]
                 log = (folder / "log.txt").open("w")
                 running[folder] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
                 log.close()
-                report(f"started {folder.name}")
+                cache.report(f"started {folder.name}")
             time.sleep(0.2)
             for folder, process in list(running.items()):
                 if process.poll() is not None:
@@ -107,33 +105,33 @@ def _run_in_processes(runs: Sequence[tuple[Config, Path]], stages: Path, jobs: i
                     if process.returncode:
                         tail = (folder / "log.txt").read_text().strip().splitlines()[-1:]
                         raise TrainingError(f"{folder.name} ended with exit code {process.returncode}: {' '.join(tail)}")
-                    report(f"finished {folder.name} ({len(waiting) + len(running)} to go)")
+                    cache.report(f"finished {folder.name} ({len(waiting) + len(running)} to go)")
     finally:
         for process in running.values():
             process.terminate()
 
 
 def _write_results(
-    config: Config, rows: Sequence[Variant], seeds: Sequence[int], folders: Mapping[tuple[str, int], Path],
-    baselines: Sequence[Mapping[str, Any]], out: Path, seconds: float,
+    plan: ComparisonPlan, folders: Mapping[tuple[str, int], Path], baselines: Sequence[Mapping[str, Any]], out: Path,
+    seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
+    """Collect the results of all runs, write them with their report, and return them."""
     table: list[dict[str, Any]] = []
     for key in baselines[0]:
         table += _rows(key, [baseline[key] for baseline in baselines], [])
-    settings = dict.fromkeys(setting for row in rows for setting in row.varied or {})
-    for row in rows:
-        found = [read_json(folders[row.key, seed] / "results.json") for seed in seeds]
-        curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in seeds]
+    for row in plan.rows:
+        found = [read_json(folders[row.key, seed] / "results.json") for seed in plan.seeds]
+        curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in plan.seeds]
         table += _rows(row.key, [{**result, "title": row.title} for result in found], curves, row)
-    first = read_json(folders[rows[0].key, seeds[0]] / "results.json")
+    first = read_json(folders[plan.rows[0].key, plan.seeds[0]] / "results.json")
     results = {
         "format_version": FORMAT_VERSION,
-        "recipe": config.recipe,
-        "seeds": list(seeds),
-        "task": config.task.name,
-        "evaluation_prompts": config.evaluation.final_prompts,
+        "recipe": plan.recipe,
+        "seeds": list(plan.seeds),
+        "task": plan.task,
+        "evaluation_prompts": plan.evaluation_prompts,
         "rows": table,
-        **({"varied": {setting: numeric_setting(config, setting) for setting in settings}} if settings else {}),
+        **({"varied": dict(plan.varied)} if plan.varied else {}),
         "machine": first["machine"],
         **{key: first[key] for key in ("judge", "output_perplexity_model") if key in first},
         "seconds_of_this_call": seconds,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rlgf.config.specs import GuideKind, GuideSpec
 from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations
 from rlgf.errors import ConfigError, GuideError
 from rlgf.generation.base import SampledCompletions, Sampler, SampleRequest
@@ -20,20 +21,21 @@ TOKEN_MARGIN = 1.5
 EXTRA_TOKENS = 8  # a character can take four tokens
 
 
-def guide_model_path(spec: str) -> str | None:
+def guide_model_path(spec: GuideSpec) -> str | None:
     """Return the path of a guide's model, or None if the spec names none.
 
-    It is PATH for `model:PATH` and that run's policy for `run:DIR`.
+    It is PATH for `model:PATH` and that run's policy for `run:DIR`. Raises `ConfigError` if the run
+    has no policy.
     """
-    if spec.startswith("model:"):
-        return spec.removeprefix("model:")
-    if not spec.startswith("run:"):
+    if spec.kind == GuideKind.MODEL:
+        return spec.name
+    if spec.kind != GuideKind.RUN:
         return None
-    folder = Path(spec.removeprefix("run:")).expanduser()
+    folder = Path(spec.name).expanduser()
     if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"guide '{spec}': {folder} holds no run: give the folder that a run was written to with --out.")
+        raise ConfigError(f"guide '{spec.text}': {folder} holds no run: give the folder that a run was written to with --out.")
     if not (folder / "policy").is_dir():
-        raise ConfigError(f"guide '{spec}': the run in {folder} has no policy yet: let it finish first.")
+        raise ConfigError(f"guide '{spec.text}': the run in {folder} has no policy yet: let it finish first.")
     return str(folder / "policy")
 
 

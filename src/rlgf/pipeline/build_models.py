@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from rlgf.algorithms.guided import Algorithm
-from rlgf.config.schema import Config
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.models import lora
@@ -22,42 +21,49 @@ from rlgf.models.loading import (
     require_language_model,
 )
 from rlgf.models.offload import offload
-from rlgf.pipeline.stage_cache import Report
-from rlgf.pipeline.stages import base_is_known, load_base_model, tokenizer_for
+from rlgf.pipeline.resolve import PolicyPlan, TokenizerPlan
+from rlgf.pipeline.stage_cache import StageCache
+from rlgf.pipeline.stages import load_base_model, prepare_tokenizer
 from rlgf.rl.experience import Models
 from rlgf.types import Origin
 
 
-def build_models(config: Config, algorithm: Algorithm, reference: LanguageModel, start: str, policy_path: str) -> Models:
+def build_models(plan: PolicyPlan, algorithm: Algorithm, reference: LanguageModel, start: str, policy_path: str) -> Models:
     """Return the policy, the reference model and the critics.
 
     They are separate models, or adapters on the reference's weights.
+
+    Args:
+        plan: the policy's plan.
+        algorithm: decides which critics there are.
+        reference: the starting model, frozen.
+        start: the folder or Hub name of the starting model.
+        policy_path: the same, or that of the distilled policy.
     """
-    critic = config.critic
+    critic = plan.critic
     policy = (
-        adapted_policy(config, reference, start, policy_path)
-        if config.lora.rank or reference.adapter is not None
-        else load_language_model(policy_path, config.runtime.device)
+        adapted_policy(plan, reference, start, policy_path)
+        if plan.lora.rank or reference.adapter is not None
+        else load_language_model(policy_path, plan.machine.device)
     )
 
     def new(origin: Origin) -> Critic:
         if critic.kind == "lora":
-            name = f"critic_{origin.name.lower()}"
-            seed = config.seed + origin
-            return new_lora_critic(name, policy, critic.initial_value, config.lora, seed, critic.path)
+            name, seed = f"critic_{origin.name.lower()}", plan.seed + origin
+            return new_lora_critic(name, policy, critic.initial_value, plan.lora, seed, critic.path)
         return new_critic(critic.kind, critic.path or policy_path, policy, critic.initial_value)
 
     models = Models(policy, reference, {origin: new(origin) for origin in algorithm.critics})
-    device = torch.device(config.runtime.device)
+    device = torch.device(plan.machine.device)
     for module in (
-        *([reference.model] if "reference" in config.runtime.offload else []),
-        *(models.critics.values() if "critic" in config.runtime.offload else []),
+        *([reference.model] if "reference" in plan.offload else []),
+        *(models.critics.values() if "critic" in plan.offload else []),
     ):
         offload(module, device)
     return models
 
 
-def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_path: str) -> LanguageModel:
+def adapted_policy(plan: PolicyPlan, reference: LanguageModel, start: str, policy_path: str) -> LanguageModel:
     """Return the policy as a new adapter on the reference's weights.
 
     It starts from the result of SFT or, if the policy was distilled, of distillation.
@@ -68,7 +74,7 @@ def adapted_policy(config: Config, reference: LanguageModel, start: str, policy_
     elif reference.adapter is not None:
         lora.clone(model, reference.adapter, POLICY_ADAPTER)
     else:
-        lora.add(model, POLICY_ADAPTER, config.lora, config.seed)
+        lora.add(model, POLICY_ADAPTER, plan.lora, plan.seed)
     return dataclasses.replace(reference, adapter=POLICY_ADAPTER)
 
 
@@ -92,27 +98,30 @@ def merge(folder: str, out: Path) -> None:
     whole.save(out)
 
 
-def starting_codec(config: Config, stages: Path, report: Report) -> tuple[Codec, int]:
-    """Return the policy's codec and context length, before the policy is built."""
-    path = config.policy or config.model.path
-    if path is None:
-        tokenizer = tokenizer_for(config, config.task, config.model, stages, report)[0]
-        return Codec(tokenizer, config.model.architecture == "t5"), config.model.max_length
-    return load_codec(path), max_length_of(path)
+def starting_codec(plan: TokenizerPlan, max_length: int, cache: StageCache) -> tuple[Codec, int]:
+    """Return the policy's codec and context length, before the policy is built.
 
-
-def starting_eos_token_ids(config: Config, tokenizer: Any) -> tuple[int, ...]:
-    """Return the policy's EOS token ids, before the policy is built."""
-    path = config.policy or config.model.path
-    return (int(tokenizer.eos_token_id),) if path is None else load_eos_token_ids(path, tokenizer)
-
-
-def load_pre_sft_model(config: Config, reference: LanguageModel, stages: Path, report: Report) -> LanguageModel | None:
-    """Return the model before SFT, for output perplexity, or None.
-
-    None if output perplexity is disabled or the model before SFT is unknown. If the reference is an
-    adapter on its weights, or these weights themselves, they are shared.
+    `max_length` is that of a new model.
     """
-    if not config.evaluation.output_perplexity or not base_is_known(config):
-        return None
-    return load_base_model(config, stages, report, reference).freeze()
+    if plan.path is None:
+        return Codec(prepare_tokenizer(plan, cache)[0], plan.architecture == "t5"), max_length
+    return load_codec(plan.path), max_length_of(plan.path)
+
+
+def starting_eos_token_ids(plan: TokenizerPlan, tokenizer: Any) -> tuple[int, ...]:
+    """Return the policy's EOS token ids, before the policy is built."""
+    return (int(tokenizer.eos_token_id),) if plan.path is None else load_eos_token_ids(plan.path, tokenizer)
+
+
+def load_pre_sft_model(plan: PolicyPlan, reference: LanguageModel, cache: StageCache) -> LanguageModel:
+    """Return the model before SFT, frozen.
+
+    If the reference is an adapter on its weights, or these weights themselves, they are shared.
+    Raises `ConfigError` if the model before SFT is unknown.
+    """
+    if not plan.base_is_known:
+        raise ConfigError(
+            f"zero-shot is the model before SFT, and '{plan.path}' does not say which one that was: give model.path, or "
+            "leave zero_shot out of evaluation.baselines."
+        )
+    return load_base_model(plan.base, cache, plan.lora.load_in_4bit, reference).freeze()

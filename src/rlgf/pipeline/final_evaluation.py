@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from rlgf.config.schema import Config
+from rlgf.config.schema import TrainerConfig
+from rlgf.config.sections import EvaluationConfig, RewardConfig
 from rlgf.data.files import read_complete_lines
 from rlgf.errors import ConfigError
 from rlgf.evaluation.best_of_n import evaluate_best_of
 from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, evaluate_guide, evaluate_policy
 from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.local import ModelGuide
-from rlgf.pipeline.stage_cache import Report
-from rlgf.pipeline.stages import load_base_model
+from rlgf.pipeline.build_models import load_pre_sft_model
+from rlgf.pipeline.resolve import BasePlan, PolicyPlan, ResolvedRun
+from rlgf.pipeline.stage_cache import StageCache
 from rlgf.rewards.build import check_reward_columns
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
@@ -35,17 +36,17 @@ def examples(rollout: Rollout, scores: Sequence[float]) -> list[dict[str, Any]]:
     return [{"prompt": prompt.text, "text": text, "score": value} for prompt, text, value in shown]
 
 
-def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
+def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun) -> dict[str, Any]:
     """Return the final evaluation on the test split and the task's extra splits.
 
     The result also has the run's settings, time and machine. Completions are written to
     `evaluation[-SPLIT].jsonl`.
     """
     config, codec = trainer.config, trainer.components.models.policy.codec
-    judges = dataclasses.replace(trainer.evaluation_context, final=config.evaluation, judge=trainer.components.judge)
+    context = dataclasses.replace(trainer.evaluation_context, final=config.evaluation, judge=trainer.components.judge)
     found: dict[str, dict[str, float]] = {}
     shown: list[dict[str, Any]] = []
-    splits = final_prompts(trainer.components.task, config)
+    splits = final_prompts(trainer.components.task, config.evaluation)
     for split, prompts in splits.items():
         found[split], rollout, scores = trainer.evaluate(prompts, final=True)
         path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{split}.jsonl")
@@ -53,45 +54,43 @@ def final_results(trainer: Trainer, directory: RunDirectory) -> dict[str, Any]:
         directory.log(path.name, rollout_rows(rollout, scores, config.ppo.iterations, codec))
         shown = shown or examples(rollout, scores)
     return {
-        "algorithm": config.algorithm.name,
-        "title": trainer.components.algorithm.title,
-        "recipe": config.recipe,
+        "algorithm": run.algorithm.name,
+        "title": run.algorithm.title,
+        "recipe": run.recipe,
         "seed": config.seed,
-        "completions_used": config.ppo.iterations * config.ppo.completions_per_iteration + config.distill.num_completions,
+        "completions_used": config.ppo.iterations * config.ppo.completions_per_iteration + run.distill.config.num_completions,
         "sampling": (config.evaluation.sampling or config.sampling).describe(),
         **as_results(found),
         "examples": shown,
-        **extra_results(config, trainer.rollout_config, splits["test"], judges),
+        **extra_results(config, run.policy.base, trainer.rollout_config, splits["test"], context),
         "token_budget": trainer.forward_config.token_budget,
         "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
         "machine": describe_machine(),
     }
 
 
-def final_prompts(task: Task, config: Config) -> dict[str, Sequence[Prompt]]:
+def final_prompts(task: Task, evaluation: EvaluationConfig) -> dict[str, Sequence[Prompt]]:
     """Return the prompts of the final evaluation for each split.
 
     Splits are 'test' and the task's `extra_test_splits`.
     """
-    return {
-        split: prompts[: config.evaluation.final_prompts]
-        for split, prompts in {"test": task.test, **task.extra_test_splits}.items()
-    }
+    splits = {"test": task.test, **task.extra_test_splits}
+    return {split: prompts[: evaluation.final_prompts] for split, prompts in splits.items()}
 
 
-def check_final_evaluation(task: Task, config: Config) -> None:
+def check_final_evaluation(task: Task, evaluation: EvaluationConfig, reward: RewardConfig, has_judge: bool) -> None:
     """Raise `ConfigError` if the final evaluation cannot be computed.
 
     Called before anything is trained.
     """
-    splits = final_prompts(task, config)
-    check_text_metrics(config.evaluation, [prompt for part in splits.values() for prompt in part])
+    splits = final_prompts(task, evaluation)
+    check_text_metrics(evaluation, [prompt for part in splits.values() for prompt in part])
     for split, prompts in splits.items():
-        check_reward_columns(config.reward, split, prompts)
-        if config.judge.spec and not any(prompt.references for prompt in prompts):
+        check_reward_columns(reward, split, prompts)
+        if has_judge and not any(prompt.references for prompt in prompts):
             raise ConfigError(
-                f"the judge compares texts with references, and no {split} prompt of task '{task.name}' has one: leave out "
-                "--judge, or give held-out prompts references."
+                f"the judge compares completions with references, and no {split} prompt of task '{task.name}' has one: leave "
+                "out --judge, or give held-out prompts references."
             )
 
 
@@ -105,24 +104,27 @@ def as_results(found: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def extra_results(
-    config: Config, rollout_config: RolloutConfig, prompts: Sequence[Prompt], judges: EvaluationContext
-) -> dict[str, Any]:
+    config: TrainerConfig, base: BasePlan, rollout_config: RolloutConfig, prompts: Sequence[Prompt],
+    context: EvaluationContext,
+) -> dict[str, Any]:  # fmt: skip
     """Return the judge's name, the output-perplexity model and best-of-n metrics.
 
     Each is included only if it is configured.
     """
-    found: dict[str, Any] = {"judge": judges.judge.name} if judges.judge else {}
-    if judges.pre_sft_model is not None:
-        found["output_perplexity_model"] = config.model.path or "a model trained here on the task's raw text"
+    found: dict[str, Any] = {"judge": context.judge.name} if context.judge else {}
+    if context.pre_sft_model is not None:
+        found["output_perplexity_model"] = base.shape.path or "a model trained here on the task's raw text"
     samples = config.evaluation.best_of
     if samples:
-        rollout_config = dataclasses.replace(rollout_config, sampling=best_of_n_sampling(config))
-        metrics, _, _ = evaluate_best_of(rollout_config, prompts, judges, samples, config.evaluation.seed)
-        found["best_of"] = {"samples": samples, "sampling": best_of_n_sampling(config).describe(), "evaluation": metrics}
+        sampling = best_of_n_sampling(config)
+        metrics, _, _ = evaluate_best_of(
+            dataclasses.replace(rollout_config, sampling=sampling), prompts, context, samples, config.evaluation.seed
+        )
+        found["best_of"] = {"samples": samples, "sampling": sampling.describe(), "evaluation": metrics}
     return found
 
 
-def best_of_n_sampling(config: Config) -> SamplingParams:
+def best_of_n_sampling(config: TrainerConfig) -> SamplingParams:
     """Return the sampling parameters of best-of-n.
 
     They are those of evaluations, unless these always return the same completion (greedy, beams).
@@ -131,12 +133,12 @@ def best_of_n_sampling(config: Config) -> SamplingParams:
     return config.sampling if sampling is None or sampling.greedy or sampling.num_beams > 1 else sampling
 
 
-def evaluate_baselines(parts: Components, stages: Path, report: Report) -> dict[str, dict[str, Any]]:
+def evaluate_baselines(parts: Components, policy: PolicyPlan, cache: StageCache) -> dict[str, dict[str, Any]]:
     """Return the final evaluations of `evaluation.baselines`, on the prompts of every run."""
     config, seed = parts.config, parts.config.evaluation.seed
     precision = config.runtime.precision
     forward_config = ForwardConfig(config.sampling, config.ppo, config.runtime.micro_batch_tokens, precision)
-    judges = EvaluationContext(
+    context = EvaluationContext(
         parts.task, parts.reward, parts.models.reference, parts.pre_sft_model, forward_config, config.evaluation, parts.judge
     )
     sampling = config.evaluation.sampling or config.sampling
@@ -146,19 +148,21 @@ def evaluate_baselines(parts: Components, stages: Path, report: Report) -> dict[
     )  # fmt: skip
 
     def row(title: str, how: str, evaluate: Callable[[Sequence[Prompt]], Evaluated]) -> dict[str, Any]:
-        found = {split: evaluate(prompts) for split, prompts in final_prompts(parts.task, config).items()}
+        found = {split: evaluate(prompts) for split, prompts in final_prompts(parts.task, config.evaluation).items()}
         metrics = as_results({split: measured for split, (measured, _, _) in found.items()})
         return {"title": title, "sampling": how, **metrics, "examples": examples(*found["test"][1:]), "completions_used": 0}
 
     found: dict[str, dict[str, Any]] = {}
     if "zero_shot" in config.evaluation.baselines:
-        base = load_base_model(config, stages, report, parts.models.reference)
+        base = load_pre_sft_model(policy, parts.models.reference, cache)
         before = dataclasses.replace(rollout_config, policy=base, sampler=LocalSampler(base, precision))
-        found["zero_shot"] = row("zero-shot", sampling.describe(), lambda p: evaluate_policy(before, p, judges, seed))
+        found["zero_shot"] = row("zero-shot", sampling.describe(), lambda p: evaluate_policy(before, p, context, seed))
     if "sft" in config.evaluation.baselines:
-        found["sft"] = row("SFT", sampling.describe(), lambda p: evaluate_policy(rollout_config, p, judges, seed))
-        found["sft"] |= extra_results(config, rollout_config, final_prompts(parts.task, config)["test"], judges)
+        found["sft"] = row("SFT", sampling.describe(), lambda p: evaluate_policy(rollout_config, p, context, seed))
+        found["sft"] |= extra_results(
+            config, policy.base, rollout_config, final_prompts(parts.task, config.evaluation)["test"], context
+        )
     if "guide" in config.evaluation.baselines and parts.guide is not None:
-        how = config.guide.sampling.describe() if isinstance(parts.guide, ModelGuide) else "its own"
-        found["guide"] = row("guide", how, lambda p: evaluate_guide(rollout_config, p, judges, seed))
+        how = parts.guide.sampling.describe() if isinstance(parts.guide, ModelGuide) else "its own"
+        found["guide"] = row("guide", how, lambda p: evaluate_guide(rollout_config, p, context, seed))
     return found

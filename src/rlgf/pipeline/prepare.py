@@ -10,95 +10,119 @@ from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.guides.base import Guide, TracksUsage
 from rlgf.kernels import dispatch
+from rlgf.models.language_model import LanguageModel
 from rlgf.models.loading import load_language_model
 from rlgf.pipeline.build_guide import build_external_guide, build_model_guide, guide_examples
 from rlgf.pipeline.build_models import build_models, load_pre_sft_model, starting_codec
-from rlgf.pipeline.build_rewards import prepare_judge, prepare_reward, shares_policy_weights, train_rewards
+from rlgf.pipeline.build_rewards import prepare_judge, prepare_reward, train_rewards
 from rlgf.pipeline.final_evaluation import check_final_evaluation
-from rlgf.pipeline.preflight import (
-    check_lengths,
-    check_models,
-    check_to_train,
-    judge_names,
-    needs_guide,
-    probe_guide,
-    training_warnings,
-)
+from rlgf.pipeline.preflight import check_lengths, check_models, check_to_train, probe_guide, training_warnings
+from rlgf.pipeline.resolve import ResolvedRun, TaskPlan, resolve
 from rlgf.pipeline.reward_model_stage import load_pairs
-from rlgf.pipeline.stage_cache import Report, no_report
-from rlgf.pipeline.stages import distill_stage, sft_stage
+from rlgf.pipeline.stage_cache import Report, StageCache, no_report
+from rlgf.pipeline.stages import distill_stage, starting_model
 from rlgf.rewards.base import probe_reward
 from rlgf.rewards.build import check_reward_columns
 from rlgf.runs.directory import RunDirectory
 from rlgf.supervised.examples import TargetExamples
 from rlgf.tasks.base import Task
-from rlgf.tasks.registry import task_definition
 from rlgf.trainer import Components
 
 NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
 
 
-def prepare(config: Config, stages: Path, report: Report = no_report, directory: RunDirectory | None = None) -> Components:
+def prepare(config: Config, stages: Path, report: Report = no_report) -> Components:
     """Build or reuse every stage and return the components of a trainer.
 
-    Raises `ConfigError` if the run cannot be trained. The guide's usage in distillation is stored
-    in `directory`, so that the guide's limits include it.
+    Raises `ConfigError` if the run cannot be trained.
     """
-    algorithm = check_to_train(config)
+    run = resolve(config)
+    check_to_train(run)
+    return prepare_run(run, StageCache(stages, report))
+
+
+def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | None = None) -> Components:
+    """Build or reuse every stage of a checked run and return the components of a trainer.
+
+    The guide's usage in distillation is stored in `directory`, so that the guide's limits include
+    it. Raises `ConfigError` if the run cannot be trained.
+    """
+    config, algorithm = run.trainer, run.algorithm
     dispatch.select(config.runtime.kernels)
     for warning in training_warnings(algorithm):
-        report(f"warning: {warning}")
-    wanted = needs_guide(algorithm) or config.distill.num_completions > 0
+        cache.report(f"warning: {warning}")
     # Fail early: all checks that need no model run before one is trained.
-    codec, context = starting_codec(config, stages, report)
-    check_models(config, codec.tokenizer, context)
-    task = prepare_prompts(config, codec.tokenizer, report)
-    longest = check_lengths(codec, context, task, config)
-    check_final_evaluation(task, config)
-    check_reward_columns(config.reward, "training", task.train)
-    check_reward_columns(config.reward, "validation", task.validation[: max(NUM_PROBE_PROMPTS, config.evaluation.prompts)])
-    if "preferences" in (*config.reward.names, config.judge.spec):
-        load_pairs(config, stages, report)
-    probe_judge(config.judge, task.test, stages, report)
-    if config.reward.subtract_reference and not all(prompt.references for prompt in task.train):
-        raise ConfigError(f"reward.subtract_reference needs a reference for every prompt, which task '{task.name}' has not.")
-    made = train_rewards(config, stages, report)  # before other models need memory
-    reward = None if shares_policy_weights(config, config.reward.names) else prepare_reward(config, task, made)
-    judge = None if shares_policy_weights(config, judge_names(config)) else prepare_judge(config, made, stages, report)
+    codec, context = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
+    check_models(run, codec.tokenizer, context)
+    task = prepare_prompts(run.task, codec.tokenizer, cache.report)
+    longest = check_lengths(codec, context, task, config.task.max_new_tokens)
+    check_data(run, task, cache)
+    folders = train_rewards(run.reward, run.judge, cache)  # before other models need memory
+    reward = None if run.reward.shares_policy_weights else prepare_reward(run.reward, task, folders)
+    judge = None if run.judge.shares_policy_weights else prepare_judge(run.judge, folders, cache)
     if reward is not None:
         probe_reward(reward, task.validation[:NUM_PROBE_PROMPTS])
-    guide = build_external_guide(config, algorithm, codec.tokenizer, longest, stages, report) if wanted else None
+    guide: Guide | None = None
+    if run.guide.is_needed:
+        guide = build_external_guide(run.guide, algorithm, run.policy.tokenizer, codec.tokenizer, longest, cache)
     if guide is not None:
-        probe_guide(guide, algorithm, codec, task, config)
-    start = str(sft_stage(config, stages, report))
-    reference = load_language_model(start, config.runtime.device, config.lora.load_in_4bit).freeze()
-    if wanted and guide is None:
-        guide = build_model_guide(config, reference, stages, report)
-        probe_guide(guide, algorithm, codec, task, config)
+        probe_guide(guide, algorithm, codec, task, config.task, config.seed)
+    start = starting_model(run.policy, cache)
+    reference = load_language_model(start, config.runtime.device, run.policy.lora.load_in_4bit).freeze()
+    if run.guide.is_needed and guide is None:
+        guide = build_model_guide(run.guide, reference, cache)
+        probe_guide(guide, algorithm, codec, task, config.task, config.seed)
     policy_path = start
-    if config.distill.num_completions:
+    if run.distill.config.num_completions:
         assert guide is not None
-        chosen = guide
-        with _track_guide_usage(guide, directory, config):
-            policy_path = str(
-                distill_stage(
-                    config, start, lambda count: guide_examples(config, reference, chosen, task, count), stages, report
-                )
-            )
-    models = build_models(config, algorithm, reference, start, policy_path)
+        policy_path = _distill(run, start, reference, guide, task, cache, directory)
+    models = build_models(run.policy, algorithm, reference, start, policy_path)
     if reward is None:
-        reward = prepare_reward(config, task, made, models.policy)
+        reward = prepare_reward(run.reward, task, folders, models.policy)
         probe_reward(reward, task.validation[:NUM_PROBE_PROMPTS])
-    judge = judge or prepare_judge(config, made, stages, report, models.policy)
+    judge = judge or prepare_judge(run.judge, folders, cache, models.policy)
     targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, TracksUsage):
         guide.pop_metrics()  # queries until here belong to no iteration
-    general = load_pre_sft_model(config, reference, stages, report)
-    return Components(config, algorithm, task, reward, models, guide, targets, general, judge)
+    return Components(
+        config, algorithm, task, reward, models, guide, targets, output_perplexity_model(run, reference, cache), judge
+    )
+
+
+def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:
+    """Raise if prompts or pairs lack what the reward, the judge or an evaluation needs."""
+    config = run.trainer
+    check_final_evaluation(task, config.evaluation, config.reward, run.judge.spec is not None)
+    check_reward_columns(config.reward, "training", task.train)
+    check_reward_columns(config.reward, "validation", task.validation[: max(NUM_PROBE_PROMPTS, config.evaluation.prompts)])
+    if run.reward.uses_preferences or run.judge.uses_preferences:
+        load_pairs(run.reward.preferences, cache)
+    probe_judge(run.judge.config, task.test, cache.folder, cache.report)
+    if config.reward.subtract_reference and not all(prompt.references for prompt in task.train):
+        raise ConfigError(f"reward.subtract_reference needs a reference for every prompt, which task '{task.name}' has not.")
+
+
+def output_perplexity_model(run: ResolvedRun, reference: LanguageModel, cache: StageCache) -> LanguageModel | None:
+    """Return the model before SFT, or None if output perplexity is off or the model unknown."""
+    wanted = run.trainer.evaluation.output_perplexity and run.policy.base_is_known
+    return load_pre_sft_model(run.policy, reference, cache) if wanted else None
+
+
+def _distill(
+    run: ResolvedRun, start: str, reference: LanguageModel, guide: Guide, task: Task, cache: StageCache,
+    directory: RunDirectory | None,
+) -> str:  # fmt: skip
+    """Fine-tune the policy on completions of the guide, and return its folder."""
+
+    def sample(count: int) -> Any:
+        return guide_examples(run.trainer, reference, guide, task, count)
+
+    with _track_guide_usage(guide, directory, run):
+        return str(distill_stage(run.distill, run.guide, start, sample, cache))
 
 
 @contextmanager
-def _track_guide_usage(guide: Guide, directory: RunDirectory | None, config: Config) -> Generator[None]:
+def _track_guide_usage(guide: Guide, directory: RunDirectory | None, run: ResolvedRun) -> Generator[None]:
     """Store the guide's usage within the block in the run's total usage.
 
     It is stored even if the block raises.
@@ -112,13 +136,13 @@ def _track_guide_usage(guide: Guide, directory: RunDirectory | None, config: Con
         yield
     finally:
         if guide.state() != before:
-            directory.create(config)
+            directory.create(run.config)
             directory.save_guide_usage(guide.state())
 
 
-def prepare_prompts(config: Config, tokenizer: Any, report: Report) -> Task:
+def prepare_prompts(plan: TaskPlan, tokenizer: Any, report: Report) -> Task:
     """Build the task's prompts, and report dropped rows and warnings."""
-    task = task_definition(config.task).build(config.task, tokenizer)
+    task = plan.definition.build(plan.config, tokenizer)
     for reason, count in task.dropped_rows.items():
         report(f"task {task.name}: {count:,} {reason}, left out")
     for remark, count in task.warnings.items():

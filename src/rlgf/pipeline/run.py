@@ -1,13 +1,15 @@
 """The pipeline of a run: checks, stages, training, evaluation, saving."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from rlgf.algorithms.guided import ALGORITHMS
 from rlgf.config.flatten import to_dict
-from rlgf.config.loading import override
 from rlgf.config.schema import Config
+from rlgf.config.specs import GuideKind
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
@@ -25,16 +27,20 @@ from rlgf.pipeline.final_evaluation import (
     final_prompts,
     final_results,
 )
-from rlgf.pipeline.preflight import check, check_base, check_lengths, judge_names
-from rlgf.pipeline.prepare import prepare, prepare_prompts
-from rlgf.pipeline.stage_cache import Report, no_report
-from rlgf.pipeline.stages import load_base_model, sft_stage
-from rlgf.rewards.build import check_reward_names
+from rlgf.pipeline.preflight import check, check_base, check_lengths, check_rewards, check_to_train
+from rlgf.pipeline.prepare import output_perplexity_model, prepare_prompts, prepare_run
+from rlgf.pipeline.resolve import ResolvedRun, resolve
+from rlgf.pipeline.stage_cache import Report, StageCache, fingerprint, no_report
+from rlgf.pipeline.stages import starting_model
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.runs.directory import RunDirectory, require_space, require_writable
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
+
+
+def no_progress(progress: Progress) -> None:
+    """Ignore the progress."""
 
 
 def disk_needed(parts: Components) -> int:
@@ -52,7 +58,7 @@ def train(
     out: Path | str,
     stages: Path | str | None = None,
     report: Report = no_report,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[Progress], None] = no_progress,
 ) -> Trainer:
     """Train and evaluate one run in the folder `out`, and return its trainer.
 
@@ -62,90 +68,106 @@ def train(
     """
     out = Path(out)
     directory = RunDirectory(out, config)
-    check(config)
-    shelf = Path(stages) if stages else out / "stages"
-    require_writable(out)
-    require_space(out, 50_000_000)
-    require_writable(shelf, "--stages")
-    parts = prepare(config, shelf, report, directory)
-    require_space(out, disk_needed(parts))
+    run = resolve(config)
+    check_to_train(run)
+    return train_run(run, directory, StageCache(Path(stages) if stages else out / "stages", report), on_progress)
+
+
+def train_run(
+    run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None] = no_progress
+) -> Trainer:
+    """Train and evaluate a checked run in a directory, and return its trainer."""
+    require_writable(directory.folder)
+    require_space(directory.folder, 50_000_000)
+    require_writable(cache.folder, "--stages")
+    parts = prepare_run(run, cache, directory)
+    require_space(directory.folder, disk_needed(parts))
     trainer = Trainer(parts)
-    directory.create(config)
+    directory.create(run.config)
     with (
-        RunRecorder(trainer, directory, config.runtime, to_dict(config)) as recorder,
+        RunRecorder(trainer, directory, run.trainer.runtime, to_dict(run.config)) as recorder,
         closing(trainer.iterate(recorder.run_step)) as iterations,
     ):
         for progress in iterations:
             recorder.write(progress.metrics, progress.experience)
             on_progress(progress)
     if directory.results is None:
-        parts.models.policy.save(out / "policy")
+        parts.models.policy.save(directory.folder / "policy")
         for origin, critic in parts.models.critics.items():
-            critic.save(out / f"critic-{origin.name.lower()}")
-        directory.finish(final_results(trainer, directory))
+            critic.save(directory.folder / f"critic-{origin.name.lower()}")
+        directory.finish(final_results(trainer, directory, run))
     return trainer
 
 
-def guide_evaluation_config(config: Config) -> Config:
-    """Return the config with an algorithm that uses all of the guide's capabilities.
+def for_guide_evaluation(run: ResolvedRun) -> ResolvedRun:
+    """Return the run with an algorithm that uses all of the guide's capabilities.
 
-    With it, `prepare` builds the guide.
+    With it, `prepare_run` builds the guide, and distills nothing.
     """
-    guide = config.guide
-    able = guide.spec != "references" and not guide.spec.startswith("python:") and guide.continuation != "none"
-    return override(config, [("algorithm.name", "aggrevated" if able else "ppo_pp"), ("distill.num_completions", 0)])
+    guide, distill = run.guide, run.distill
+    able = guide.spec.kind not in (GuideKind.REFERENCES, GuideKind.PYTHON) and guide.config.continuation != "none"
+    return dataclasses.replace(
+        run,
+        algorithm=ALGORITHMS["aggrevated" if able else "ppo_pp"]().build(),
+        guide=dataclasses.replace(guide, is_needed=True, run_key=fingerprint({"guide_evaluation": guide.run_key})),
+        distill=dataclasses.replace(distill, config=dataclasses.replace(distill.config, num_completions=0)),
+    )
 
 
-def evaluate_guide_on_test(config: Config, stages: Path, report: Report) -> dict[str, Any]:
-    """Evaluate the config's guide on the test split.
+def evaluate_guide_on_test(run: ResolvedRun, cache: StageCache) -> dict[str, Any]:
+    """Evaluate the guide of a run on the test split.
 
     Returns 'evaluation', 'evaluations' and 'judge', as `evaluate_policy_on_test`.
     """
-    parts = prepare(override(guide_evaluation_config(config), [("evaluation.baselines", ["guide"])]), stages, report)
-    row = evaluate_baselines(parts, stages, report)["guide"]
-    measured = {key: row[key] for key in ("evaluation", "evaluations") if key in row}
-    return {**measured, **({"judge": parts.judge.name} if parts.judge else {})}
+    run = for_guide_evaluation(run)
+    evaluation = dataclasses.replace(run.trainer.evaluation, baselines=("guide",))
+    run = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, evaluation=evaluation))
+    check_to_train(run)
+    parts = prepare_run(run, cache)
+    row = evaluate_baselines(parts, run.policy, cache)["guide"]
+    metrics = {key: row[key] for key in ("evaluation", "evaluations") if key in row}
+    return {**metrics, **({"judge": parts.judge.name} if parts.judge else {})}
 
 
-def evaluate_policy_on_test(
-    config: Config, policy: str | None, stages: Path, report: Report, zero_shot: bool = False
-) -> dict[str, Any]:
+def evaluate_policy_on_test(run: ResolvedRun, policy: str | None, cache: StageCache, zero_shot: bool = False) -> dict[str, Any]:
     """Evaluate a policy on the test split, without RL training.
 
     `policy` is a folder or Hub name; None is the SFT stage or, with `zero_shot`, the model before
     SFT. Returns 'evaluation' (metrics), 'evaluations' (those of the task's extra splits, if any)
     and the entries of `extra_results`.
     """
-    check(config)
-    codec, _ = starting_codec(config, stages, report)
+    check(run)
+    settings = run.trainer
+    codec, _ = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
     if policy and load_tokenizer(policy).get_vocab() != codec.tokenizer.get_vocab():
         raise ConfigError(
             f"the policy '{policy}' has another vocabulary than the model that its texts are compared with (KL needs the same "
             "one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
         )
-    check_base(config, codec.tokenizer)
-    check_reward_names((*config.reward.names, *judge_names(config)))
-    task = prepare_prompts(config, codec.tokenizer, report)
-    check_final_evaluation(task, config)
-    probe_judge(config.judge, task.test, stages, report)
-    start = sft_stage(config, stages, report)
-    made, in_4bit, device = train_rewards(config, stages, report), config.lora.load_in_4bit, config.runtime.device
-    reference = language_model = load_language_model(str(start), device, in_4bit).freeze()
+    check_base(run.policy, settings.evaluation, codec.tokenizer)
+    check_rewards(run.reward, run.judge)
+    task = prepare_prompts(run.task, codec.tokenizer, cache.report)
+    check_final_evaluation(task, settings.evaluation, settings.reward, run.judge.spec is not None)
+    probe_judge(run.judge.config, task.test, cache.folder, cache.report)
+    start, folders = starting_model(run.policy, cache), train_rewards(run.reward, run.judge, cache)
+    in_4bit, device = run.policy.lora.load_in_4bit, settings.runtime.device
+    reference = language_model = load_language_model(start, device, in_4bit).freeze()
     if policy:
         in_4bit = in_4bit and lora.is_adapter_folder(policy)
         language_model = load_language_model(policy, device, in_4bit, reference, POLICY_ADAPTER).freeze()
     if zero_shot:
-        language_model = load_base_model(config, stages, report, reference).freeze()
-    check_lengths(language_model.codec, language_model.max_length, task, config)
-    reward = prepare_reward(config, task, made, reference)
-    forward_config = ForwardConfig(config.sampling, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision)
-    general = load_pre_sft_model(config, reference, stages, report)
-    judge = prepare_judge(config, made, stages, report, reference)
-    judges = EvaluationContext(task, reward, reference, general, forward_config, config.evaluation, judge)
+        language_model = load_pre_sft_model(run.policy, reference, cache)
+    check_lengths(language_model.codec, language_model.max_length, task, settings.task.max_new_tokens)
+    reward = prepare_reward(run.reward, task, folders, reference)
+    precision = settings.runtime.precision
+    forward_config = ForwardConfig(settings.sampling, settings.ppo, settings.runtime.micro_batch_tokens, precision)
+    judge, pre_sft = prepare_judge(run.judge, folders, cache, reference), output_perplexity_model(run, reference, cache)
+    context = EvaluationContext(task, reward, reference, pre_sft, forward_config, settings.evaluation, judge)
     rollout_config = RolloutConfig(
-        language_model, LocalSampler(language_model, config.runtime.precision), None,
-        config.evaluation.sampling or config.sampling, config.task.max_new_tokens, config.task.min_new_tokens, config.seed,
+        language_model, LocalSampler(language_model, precision), None, settings.evaluation.sampling or settings.sampling,
+        settings.task.max_new_tokens, settings.task.min_new_tokens, settings.seed,
     )  # fmt: skip
-    splits = final_prompts(task, config)
-    found = {split: evaluate_policy(rollout_config, part, judges, config.evaluation.seed)[0] for split, part in splits.items()}
-    return {**as_results(found), **extra_results(config, rollout_config, splits["test"], judges)}
+    splits, seed = final_prompts(task, settings.evaluation), settings.evaluation.seed
+    found = {split: evaluate_policy(rollout_config, part, context, seed)[0] for split, part in splits.items()}
+    extra = extra_results(settings, run.policy.base, rollout_config, splits["test"], context)
+    return {**as_results(found), **extra}

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from rlgf.types import FORMAT_VERSION
 Report = Callable[[str], None]
 
 
-def fingerprint(ingredients: Mapping[str, Any]) -> str:
+def fingerprint(inputs: Mapping[str, Any]) -> str:
     """Return a short hash of all inputs of a stage."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, default=str).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 def source_fingerprint(source: str | None) -> Any:
@@ -47,29 +48,47 @@ def _content_hash(file: str, size: int, time: int) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-def build_stage(
-    folder: Path, name: str, ingredients: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], report: Report
-) -> Path:
-    """Return the folder of a stage; build it if it is missing.
+@dataclass(frozen=True)
+class StageCache:
+    """The folder that holds the stages, and the function that reports their progress."""
 
-    `build` writes to a folder and returns metrics.
-    """
-    return build_at(folder / f"{name}-{fingerprint(ingredients)}", name, ingredients, build, report)
+    folder: Path
+    report: Report
+
+    def build(
+        self, name: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], at: Path | None = None
+    ) -> Path:
+        """Return the folder of a stage; build it if it is missing.
+
+        Args:
+            name: the stage's name.
+            inputs: all that its result depends on; their fingerprint names the folder.
+            build: writes to a folder and returns metrics.
+            at: the exact folder, instead.
+
+        Raises:
+            ConfigError: `at` holds anything else.
+        """
+        return build_at(at or self.folder / f"{name}-{fingerprint(inputs)}", name, inputs, build, self.report)
+
+    def identity(self, path: str) -> Any:
+        """Return the identity of a model: the name of a stage here, otherwise its fingerprint."""
+        return Path(path).name if Path(path).parent == self.folder else source_fingerprint(path)
 
 
 def build_at(
-    target: Path, name: str, ingredients: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], report: Report
+    target: Path, name: str, inputs: Mapping[str, Any], build: Callable[[Path], Mapping[str, Any]], report: Report
 ) -> Path:
     """Build or reuse a stage in exactly this folder.
 
     Raises `ConfigError` if the folder holds anything else.
     """
-    mark = fingerprint(ingredients)
+    identity = fingerprint(inputs)
     record = target / "stage.json"
     if record.is_file():
         found = read_json(record)
         require_format(found, record)
-        if found.get("fingerprint") != mark:
+        if found.get("fingerprint") != identity:
             raise ConfigError(f"{target} holds a stage made from other settings: choose another --out or remove it.")
         report(f"{name}: reusing {target.name}")
         return target
@@ -85,8 +104,8 @@ def build_at(
             {
                 "format_version": FORMAT_VERSION,
                 "stage": name,
-                "fingerprint": mark,
-                "inputs": json.loads(json.dumps(ingredients, default=str)),
+                "fingerprint": identity,
+                "inputs": json.loads(json.dumps(inputs, default=str)),
                 "metrics": metrics,
             },
         )

@@ -139,7 +139,10 @@ def identifying_settings(config: Config) -> dict[str, Any]:
 
     These are all settings except the machine's and those of connections to a guide or a judge.
     """
-    speakers = {"guide.spec": without_address(config.guide.spec), "judge.spec": without_address(config.judge.spec or "")}
+    speakers = {
+        "guide.spec": without_address(config.guide.spec),
+        "judge.spec": without_address(config.judge.spec or "", "judge"),
+    }
     values = {**flatten(to_dict(config)), **speakers}
     reaching = {*(f"guide.{name}" for name in GUIDE_CONNECTION_FIELDS), *(f"judge.{name}" for name in JUDGE_CONNECTION_FIELDS)}
     return {key: value for key, value in values.items() if not key.startswith("runtime.") and key not in reaching}

@@ -30,7 +30,7 @@ from rlgf.generation.openai.responses import ServerRequest
 from rlgf.guides.base import Completion, CompletionRequest, query_guide
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.remote import RemoteGuide
-from rlgf.pipeline.build_guide import guide_settings
+from rlgf.pipeline.resolve import resolve
 from rlgf.types import GUIDE, Prompt, SamplingParams
 
 pytestmark = pytest.mark.server
@@ -509,10 +509,10 @@ def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.M
 def test_a_task_tells_a_chat_model_what_to_do_and_so_may_you(tmp_path: Path, name: str) -> None:
     """The template is part of what an answer is kept under, where one is used."""
     task = Config(task=TaskConfig(name))
-    told = guide_settings(task).instruction
+    told = resolve(task).guide.settings.instruction
     assert told is not None
     assert "{text}" in told
-    mine = guide_settings(override(task, [("guide.instruction", "Go on: {text}")]))
+    mine = resolve(override(task, [("guide.instruction", "Go on: {text}")])).guide.settings
     assert mine.instruction == "Go on: {text}"
     with pytest.raises(ConfigError, match=r"put \{text\} there"):
         override(task, [("guide.instruction", "Go on!")])

@@ -330,9 +330,9 @@ def parse_spec(spec: str, role: str = "guide") -> tuple[str, str]:
     return model, "http" + url
 
 
-def without_address(spec: str) -> str:
+def without_address(spec: str, role: str = "guide") -> str:
     """Return a guide's spec without the address, which does not affect its completions."""
-    return f"server:{parse_spec(spec)[0]}" if spec.startswith("server:") else spec
+    return f"server:{parse_spec(spec, role)[0]}" if spec.startswith("server:") else spec
 
 
 def connect(spec: str, config: GuideConfig, cache: ResponseCache, report: Callable[[str], None]) -> Server:

@@ -22,6 +22,33 @@ class Variant:
     varied: Mapping[str, float] | None = None  # setting and value, if varied
 
 
+@dataclass(frozen=True)
+class ComparisonPlan:
+    """The runs of a comparison: one config per row and seed."""
+
+    recipe: str
+    task: str
+    evaluation_prompts: int
+    rows: Sequence[Variant]
+    seeds: Sequence[int]
+    configs: Mapping[tuple[str, int], Config]  # by key of the row and seed
+    baselines: Mapping[int, Config]  # by seed
+    varied: Mapping[str, float]  # the recipe's own values of the settings that rows vary
+
+
+def plan_comparison(config: Config, rows: Sequence[Variant], seeds: Sequence[int]) -> ComparisonPlan:
+    """Return the configs of a comparison; raise `ConfigError` without rows or seeds."""
+    if not rows or not seeds:
+        raise ConfigError("nothing to compare: give at least one algorithm and one seed.")
+    settings = dict.fromkeys(setting for row in rows for setting in row.varied or {})
+    return ComparisonPlan(
+        config.recipe, config.task.name, config.evaluation.final_prompts, rows, seeds,
+        {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds},
+        {seed: override(config, [("seed", seed)]) for seed in seeds},
+        {setting: numeric_setting(config, setting) for setting in settings},
+    )  # fmt: skip
+
+
 def build_variants(
     config: Config,
     algorithms: Sequence[str],
