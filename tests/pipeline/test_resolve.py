@@ -77,8 +77,8 @@ def test_specs_become_types() -> None:
 
 
 @pytest.mark.parametrize(("key", "spec"), [("guide", "sft:x"), ("guide", "model"), ("judge", "model"), ("judge", "sft")])
-def test_an_unknown_spec_is_refused_with_those_that_are_known(key: str, spec: str) -> None:
-    with pytest.raises(ConfigError, match=rf"unknown {key} '{spec}'.*model:PATH"):
+def test_an_unknown_spec_is_refused(key: str, spec: str) -> None:
+    with pytest.raises(ConfigError, match=rf"unknown {key} '{spec}'"):
         resolve(override(Config(), [(f"{key}.spec", spec)]))
 
 
