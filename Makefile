@@ -11,7 +11,7 @@ VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
 .PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm gpu lint types bench \
-  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate docs sample clean
+  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels docs sample clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -111,6 +111,9 @@ bench-generate: setup  ## the decoder beside model.generate
 
 bench-adapters: setup  ## weights, optimizers and peak memory with adapters and with whole models
 	$(BIN)/python -m bench.adapters
+
+bench-kernels: setup  ## what each fast path saves, about 25 minutes a workload; a killed run goes on
+	$(BIN)/python -m bench.kernels
 
 bench-rewards: setup  ## what text metrics cost as rewards
 	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m bench.text_rewards

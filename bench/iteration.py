@@ -174,13 +174,7 @@ def measure(plan: Mapping[str, Sequence[str]], arguments: argparse.Namespace) ->
     first = next(iter(next(iter(workloads.values()))["sides"].values()))
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": {
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": arguments.threads,
-            "cpu_capability": first["cpu_capability"],
-            "load_before": load_before,
-        },
+        "machine": machine(first, arguments.threads, load_before),
         "rounds": arguments.rounds,
         "workloads": workloads,
     }
@@ -192,13 +186,32 @@ def keep(result: Mapping[str, Any], out: Path) -> None:
     out.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def machine(about: Mapping[str, Any], threads: int, load_before: Sequence[float]) -> dict[str, Any]:
+    """Describe the machine; `about` is what a worker on it says of itself."""
+    return {
+        "processor": processor(),
+        "cpu_family": cpu_info("cpu family"),  # virtual machines hide the name of the model
+        "cpu_model": cpu_info("model"),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "cpu_capability": about["cpu_capability"],
+        "load_before": load_before,
+    }
+
+
 def processor() -> str:
     """The name of the processor."""
+    return cpu_info("model name") or platform.processor()
+
+
+def cpu_info(field: str) -> str | None:
+    """Return a field of the first processor in /proc/cpuinfo, or None."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        lines = []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+        return None
+    fields = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in fields if name.strip() == field), None)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.worker import Turns, arguments, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
@@ -13,7 +14,7 @@ from rlgf.algorithms import losses
 from rlgf.cli.console import keep_freed_memory, quiet
 from rlgf.config.schema import Config
 from rlgf.config.sections import CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
-from rlgf.kernels import native
+from rlgf.kernels import dispatch, linear, native
 from rlgf.models.critic import new_critic
 from rlgf.models.loading import load_language_model
 from rlgf.rl.experience import Models
@@ -68,10 +69,45 @@ def set_up(threads: int) -> None:
     quiet()
 
 
+def unused_paths(model: Path, threads: int) -> dict[str, str]:
+    """Return the fast paths that cannot matter here for a causal model, each with the reason.
+
+    Selects all fast paths.
+    """
+
+    def layers(*without: str) -> list[type]:
+        dispatch.select("native", without)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        return [type(module) for module in dispatch.replace_modules(skeleton).modules()]
+
+    every = layers()
+    found = {
+        path: "the model has no such layer"
+        for path in dispatch.PATHS
+        if path not in ("attention", "log_softmax", "concurrency") and layers(path) == every  # the others replace layers
+    }
+    dispatch.select("native")
+    if not linear.prefers_onednn() and not native.has_matmul():
+        found["products"] = "this processor has no library that multiplies faster than torch's default one"
+    if threads < 2:
+        found["concurrency"] = "there is one thread"
+    return found
+
+
 def main() -> None:
-    asked = arguments(__doc__, precision=("fp32", "bf16"), critic=("separate", "value_head"))
+    asked = arguments(
+        __doc__,
+        precision=("fp32", "bf16"),
+        critic=("separate", "value_head"),
+        kernels=dispatch.MODES,
+        without=("", *dispatch.PATHS),
+    )
     set_up(asked.threads)
-    turns = Turns()
+    turns, about = Turns(), dict[str, Any]()
+    if asked.kernels == "native" and not asked.without:  # the side that the others are compared with
+        about = {"paths": list(dispatch.PATHS), "unused": unused_paths(asked.folder / "model", asked.threads)}
+    dispatch.select(asked.kernels, [asked.without] if asked.without else [])
     trainer = build(asked.workload, asked.folder, asked.turns, asked.precision, asked.critic)
     models = trainer.components.models
     turns.count_optimizer_steps(policy=next(models.policy.model.parameters()), critic=models.critics[POLICY].head.weight)
@@ -84,12 +120,13 @@ def main() -> None:
         return counted
 
     turns.say(
-        **machine("rlgf", "torch", "transformers"),
+        **machine("rlgf", "torch", "transformers", *(["rlgf-native"] if asked.kernels == "native" else [])),
         parameters=sum(parameter.numel() for parameter in models.policy.model.parameters()),
         token_budget=trainer.forward_config.token_budget,
         attention=models.policy.model.config._attn_implementation,
-        compiled=native.describe(),
+        kernels=dispatch.describe(),
         loaded_rss_mb=peak_rss_mb(),
+        **about,
     )
     with replaced(losses, "ppo_loss", counting):
         for iteration in range(asked.turns):

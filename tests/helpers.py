@@ -19,7 +19,6 @@ from rlgf.config.sections import EndpointConfig, GuideConfig, ModelConfig, TaskC
 from rlgf.data.files import read_complete_lines
 from rlgf.guides.base import Completion, CompletionRequest, Guide
 from rlgf.guides.local import FunctionGuide
-from rlgf.kernels import native
 from rlgf.models import padding_free
 from rlgf.models.critic import Critic
 from rlgf.models.forward import MicroBatch, micro_batch
@@ -204,6 +203,8 @@ WAYS_TO_ATTEND = ("texts", "rows", "kernel")
 
 def let_it_attend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let packed rows attend by the C kernels, by products of padded rows, or by torch's SDPA."""
+    from rlgf.kernels import native  # here, as the others are used without the fast paths as well (tests/kernels_off.py)
+
     monkeypatch.setattr(native, "_enabled", way == "texts")
     if way == "kernel":
         monkeypatch.setattr(padding_free, "MAX_STORED_WIDTH", 0)
