@@ -1,4 +1,4 @@
-"""Commands that inspect and download: `rlgf list`, `show`, `samples`, `download`."""
+"""Commands that inspect and download: `rlgf list`, `show`, `samples`, `env`, `download`."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change, beta_changes
+from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change, beta_changes, check_writable, emit
 from rlgf.errors import ConfigError, unknown
 
 
@@ -137,3 +137,33 @@ def list_() -> None:
         typer.echo(title)
         for name, text in items.items():
             typer.echo(f"  {name:22}{text}")
+
+
+def env(
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write it to this file; -: print JSON instead.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Print versions, processor, devices, kernels and Java, for a bug report.
+
+    It holds no secrets, and no names of users, hosts or folders.
+    """
+    from rlgf.runs.machine import describe_environment
+
+    if json_out:
+        check_writable(json_out)
+    found = describe_environment()
+    emit(found, json_out, lambda: _print_environment(found))
+
+
+def _print_environment(found: dict[str, Any]) -> None:
+    """Print one line per version, device and other entry of `describe_environment`."""
+    lines = {name: text or "not installed" for name, text in found["versions"].items()}
+    lines["cuda"] = found["versions"]["cuda"] or "not in this torch"
+    lines |= {name: str(found[name]) for name in ("platform", "processor", "cores", "threads")}
+    lines["devices"] = ", ".join(f"{device['name']} ({device['memory_gib']:g} GiB)" for device in found["devices"])
+    lines |= {"kernels": found["kernels"], "java": found["java"], "SPICE jars": found["spice_jars"]}
+    lines["offline"] = ", ".join(name for name, is_set in found["offline"].items() if is_set) or "no"
+    for name, text in lines.items():
+        typer.echo(f"{name:13} {text}")
