@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rlgf.config.recipes import recipe
     from rlgf.config.schema import Config
     from rlgf.errors import CheckpointError, ConfigError, DataError, GuideError, RewardError, RlgfError, TrainingError
-    from rlgf.guides.base import Completion, CompletionRequest, Guide
+    from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide
     from rlgf.pipeline.prepare import prepare
     from rlgf.pipeline.run import train
     from rlgf.rl.tensors import Experience, Rollout
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "CheckpointError", "Completion", "CompletionRequest", "Components", "Config", "ConfigError", "DataError", "Experience",
+    "Capabilities", "CheckpointError", "Completion", "CompletionRequest", "Components", "Config", "ConfigError", "DataError",
+    "Experience",
     "Guide", "GuideError", "Prompt", "RewardError", "RlgfError", "Rollout", "SamplingParams", "Task", "TaskDefinition",
     "Trainer", "TrainingError", "__version__", "aggrevated", "d2lols", "lols", "override", "ppo", "ppo_pp", "prepare",
     "recipe", "train",
@@ -37,7 +38,7 @@ _MODULES = {
     "rlgf.errors": (
         "CheckpointError", "ConfigError", "DataError", "GuideError", "RewardError", "RlgfError", "TrainingError",
     ),
-    "rlgf.guides.base": ("Completion", "CompletionRequest", "Guide"),
+    "rlgf.guides.base": ("Capabilities", "Completion", "CompletionRequest", "Guide"),
     "rlgf.pipeline.prepare": ("prepare",),
     "rlgf.pipeline.run": ("train",),
     "rlgf.rl.tensors": ("Experience", "Rollout"),
