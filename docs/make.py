@@ -1,8 +1,14 @@
-"""Write `docs/config.md`, the reference of every setting, from the dataclasses of `rlgf/config/` and their comments."""
+"""Write the reference pages that are made from the code.
+
+`docs/config.md` has every setting, from the dataclasses of `rlgf/config/` and their comments; `docs/api.md` every public name,
+from its docstring.
+"""
 
 import ast
+import inspect
 import io
 import re
+import textwrap
 import tokenize
 from pathlib import Path
 
@@ -33,6 +39,72 @@ SECTIONS = {
     "EvaluationConfig": "evaluation",
     "RuntimeConfig": "runtime",
 }
+HEADINGS = {
+    "Training": ("pipeline.run", "pipeline.prepare", "trainer"),
+    "Configs": ("config.recipes", "config.loading", "config.schema"),
+    "Algorithms": ("algorithms.guided",),
+    "Prompts, rollouts and experience": ("types", "rl.tensors"),
+    "Guides": ("guides.base",),
+    "Tasks": ("tasks.base",),
+    "Errors": ("errors",),
+}
+"""The sections of `docs/api.md`, and the modules whose public names they list."""
+EXAMPLES_BEGIN_WITH = """\
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import rlgf
+
+small = [  # changes that make a run take a second
+    ("algorithm.name", "ppo_pp"),
+    ("algorithm.options.ppo_pp.beta", 1.0),
+    ("task.options", {"train_prompts": 16, "held_out_prompts": 4}),
+    ("model.width", 16),
+    ("guide.model.width", 16),
+    ("sft.steps", 2),
+    ("guide.sft.steps", 2),
+    ("ppo.iterations", 2),
+    ("ppo.completions_per_iteration", 4),
+    ("ppo.minibatch_size", 4),
+    ("evaluation.every", 0),
+    ("evaluation.baselines", []),
+    ("runtime.trackers", []),
+]
+"""
+"""The lines before all examples in docstrings; `tests/test_examples.py` runs them too."""
+
+
+def api_page() -> str:
+    """Return the text of `docs/api.md`."""
+    import rlgf
+
+    lines = [
+        "# The public interface",
+        "",
+        "Made from the docstrings by `make docs`; `help(rlgf.train)` has shapes, arguments and errors. A name",
+        "is imported when it is first used. All examples are tests, and begin with",
+        "",
+        *("```python", *EXAMPLES_BEGIN_WITH.splitlines(), "```"),
+    ]
+    left = dict(rlgf._MODULES)
+    for heading, modules in HEADINGS.items():
+        names = [name for module in modules for name in left.pop(f"rlgf.{module}", ())]
+        lines += ["", f"## {heading}", *(line for name in names for line in api_entry(name, getattr(rlgf, name)))]
+    if left:
+        raise ValueError(f"HEADINGS of docs/make.py has no section for the public names of {', '.join(left)}: add one.")
+    return "\n".join(lines) + "\n"
+
+
+def api_entry(name: str, thing: object) -> list[str]:
+    """Return the lines of one public name: its first sentence and its example."""
+    text = inspect.getdoc(thing) or ""
+    _, _, example = text.partition("Example:\n")
+    return ["", f"### `rlgf.{name}`", "", text.splitlines()[0], "", "```pycon", *textwrap.dedent(example).splitlines(), "```"]
+
+
+def description(node: ast.ClassDef) -> str:
+    """Return a class's docstring in one line, without links, errors and examples."""
+    return " ".join(re.split(r"\n\n(?:See |Raises:|Example:)", ast.get_docstring(node) or "")[0].split())
 
 
 def page() -> str:
@@ -92,7 +164,7 @@ def readable_type(annotation: ast.expr) -> str:
 
 def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[str]:
     """Return the lines of one section."""
-    lines = ["", f"## {section or 'the whole run'}", "", " ".join((ast.get_docstring(node) or "").split()), ""]
+    lines = ["", f"## {section or 'the whole run'}", "", description(node), ""]
     fields = [
         field
         for field in node.body
@@ -112,3 +184,4 @@ def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[st
 
 if __name__ == "__main__":
     (ROOT / "docs" / "config.md").write_text(page(), encoding="utf-8")
+    (ROOT / "docs" / "api.md").write_text(api_page(), encoding="utf-8")

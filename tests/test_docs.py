@@ -4,11 +4,20 @@ import re
 import runpy
 from pathlib import Path
 
+import rlgf
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_reference_of_settings_is_current():
     assert runpy.run_path(str(ROOT / "docs" / "make.py"))["page"]() == (ROOT / "docs" / "config.md").read_text()
+
+
+def test_the_reference_of_public_names_is_current():
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert runpy.run_path(str(ROOT / "docs" / "make.py"))["api_page"]() == text
+    assert set(re.findall(r"^### `rlgf\.(\w+)`$", text, re.MULTILINE)) == set(rlgf.__all__) - {"__version__"}
+    assert text.count("```pycon\n>>> ") == len(rlgf.__all__) - 1
 
 
 def test_links_in_the_documents_lead_somewhere():

@@ -121,3 +121,12 @@ def test_a_file_imports_only_from_those_before_it() -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = "import sys, rlgf; assert not {'torch', 'transformers', 'rlgf.config.schema'} & set(sys.modules); rlgf.Config"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_errors_load_nothing_else() -> None:
+    code = (
+        "import sys, rlgf; rlgf.ConfigError, rlgf.CheckpointError; "
+        "assert {name for name in sys.modules if name.startswith('rlgf')} == {'rlgf', 'rlgf.errors'}; "
+        "assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rlgf.config.loading import override
     from rlgf.config.recipes import recipe
     from rlgf.config.schema import Config
-    from rlgf.guides.base import Completion, CompletionRequest, Guide
+    from rlgf.errors import CheckpointError, ConfigError, DataError, GuideError, RewardError, RlgfError, TrainingError
+    from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide
     from rlgf.pipeline.prepare import prepare
     from rlgf.pipeline.run import train
     from rlgf.rl.tensors import Experience, Rollout
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Completion", "CompletionRequest", "Components", "Config", "Experience", "Guide", "Prompt", "Rollout",
-    "SamplingParams", "Task", "TaskDefinition", "Trainer", "__version__", "aggrevated", "d2lols", "lols", "override",
-    "ppo", "ppo_pp", "prepare", "recipe", "train",
+    "Capabilities", "CheckpointError", "Completion", "CompletionRequest", "Components", "Config", "ConfigError", "DataError",
+    "Experience",
+    "Guide", "GuideError", "Prompt", "RewardError", "RlgfError", "Rollout", "SamplingParams", "Task", "TaskDefinition",
+    "Trainer", "TrainingError", "__version__", "aggrevated", "d2lols", "lols", "override", "ppo", "ppo_pp", "prepare",
+    "recipe", "train",
 ]  # fmt: skip
 
 _MODULES = {
@@ -32,14 +35,17 @@ _MODULES = {
     "rlgf.config.loading": ("override",),
     "rlgf.config.recipes": ("recipe",),
     "rlgf.config.schema": ("Config",),
-    "rlgf.guides.base": ("Completion", "CompletionRequest", "Guide"),
+    "rlgf.errors": (
+        "CheckpointError", "ConfigError", "DataError", "GuideError", "RewardError", "RlgfError", "TrainingError",
+    ),
+    "rlgf.guides.base": ("Capabilities", "Completion", "CompletionRequest", "Guide"),
     "rlgf.pipeline.prepare": ("prepare",),
     "rlgf.pipeline.run": ("train",),
     "rlgf.rl.tensors": ("Experience", "Rollout"),
     "rlgf.tasks.base": ("Task", "TaskDefinition"),
     "rlgf.trainer": ("Components", "Trainer"),
     "rlgf.types": ("Prompt", "SamplingParams"),
-}
+}  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 

@@ -8,14 +8,32 @@ from collections.abc import Iterable
 
 
 class RlgfError(Exception):
-    """The base of all errors that the library raises on purpose."""
+    """The base of all errors that the library raises on purpose.
+
+    `exit_code` is the exit status of the command line.
+
+    Example:
+        >>> try:
+        ...     rlgf.recipe("quikstart")
+        ... except rlgf.RlgfError as error:
+        ...     print(error.exit_code, error)
+        2 unknown recipe 'quikstart': did you mean 'quickstart'?
+    """
 
     exit_code = 1
     """The exit status of the command line."""
 
 
 class ConfigError(RlgfError, ValueError):
-    """A setting, name or model that cannot be used, found before any work."""
+    """A setting, name or model that cannot be used, found before any work.
+
+    It is a `ValueError` as well.
+
+    Example:
+        >>> rlgf.override(rlgf.Config(), [("ppo.epoch", 4)])
+        Traceback (most recent call last):
+        rlgf.errors.ConfigError: override: unknown key 'ppo.epoch': did you mean 'ppo.epochs'?
+    """
 
     exit_code = 2
 
@@ -28,27 +46,75 @@ class FieldError(ConfigError):
 
 
 class DataError(RlgfError):
-    """A dataset or file whose content cannot be used, found before any work."""
+    """A dataset or file whose content cannot be used, found before any work.
+
+    Example:
+        >>> _ = Path("rows.jsonl").write_text('{"question": "2 + 2 ="}')
+        >>> changes = [("task.data", "rows.jsonl"), ("reward.path", "ngram")]
+        >>> config = rlgf.override(rlgf.recipe("prompts"), changes)
+        >>> rlgf.prepare(config, Path("runs/stages"))
+        Traceback (most recent call last):
+        rlgf.errors.DataError: rows.jsonl, split train, row 1: there is no 'prompt'; ...
+    """
 
     exit_code = 2
 
 
 class TrainingError(RlgfError):
-    """A failure while training or evaluating; during training a checkpoint is written first."""
+    """A failure while training or evaluating; during training a checkpoint is written first.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> try:
+        ...     trainer = rlgf.train(config, out="runs/mine", stages="runs/stages")
+        ... except rlgf.TrainingError as error:
+        ...     print(error, "Fix it and run again: the run goes on from its checkpoint.")
+    """
 
     exit_code = 3
 
 
 class GuideError(TrainingError):
-    """A guide that fails, or returns no completion for a request."""
+    """A guide that fails, or returns no completion for a request.
+
+    Example:
+        >>> class Silent:
+        ...     capabilities = rlgf.Capabilities(can_continue=True)
+        ...
+        ...     def complete(self, requests):
+        ...         return []
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> components = replace(rlgf.prepare(config, Path("runs/stages")), guide=Silent())
+        >>> rlgf.Trainer(components).collect_rollout(0)
+        Traceback (most recent call last):
+        rlgf.errors.GuideError: the guide gave 0 texts for 4 requests: ...
+    """
 
 
 class RewardError(TrainingError):
-    """A reward that fails, or returns no finite number for a completion."""
+    """A reward that fails, or returns no finite number for a completion.
+
+    Example:
+        >>> def reward(prompts, completions):
+        ...     return [len(text) / 0 for text in completions]
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> components = replace(rlgf.prepare(config, Path("runs/stages")), reward=reward)
+        >>> rlgf.Trainer(components).step(0)
+        Traceback (most recent call last):
+        rlgf.errors.RewardError: the reward failed on 4 texts (ZeroDivisionError: ...): ...
+    """
 
 
 class CheckpointError(TrainingError):
-    """A checkpoint that cannot be loaded."""
+    """A checkpoint that cannot be loaded.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> try:
+        ...     trainer = rlgf.train(config, out="runs/mine", stages="runs/stages")
+        ... except rlgf.CheckpointError as error:
+        ...     print(error, "Remove runs/mine/checkpoints to begin again.")
+    """
 
 
 INPUT_ERRORS = (ConfigError, DataError)

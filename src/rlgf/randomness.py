@@ -7,9 +7,11 @@ the order of rows, padding, resuming and the number of processes change no rando
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Purpose(IntEnum):
@@ -33,24 +35,32 @@ class Purpose(IntEnum):
     BEST_OF_TOKEN = 21  # index: prompt and sample
 
 
-def uniforms(seed: int, purpose: Purpose, index: int, count: int, start: int = 0) -> NDArray[np.float64]:
+def uniforms(seed: int, purpose: Purpose, index: int, count: int, start: int = 0) -> "NDArray[np.float64]":
     """Sample `count` uniform numbers in [0, 1), at positions from `start` on.
 
     Returns:
         float64 [count].
     """
+    import numpy as np  # here, so that `rlgf list` responds at once
+
     # uint64: a list would be converted through float64, where large adjacent seeds are equal
     key = np.array([seed % 2**64, int(purpose)], dtype=np.uint64)
     bits = np.random.Philox(key=key, counter=np.array([0, index % 2**64, 0, 0], dtype=np.uint64))
     return np.random.Generator(bits).random(start + count)[start:]
 
 
-def uniform_rows(seed: int, purpose: Purpose, indices: Sequence[int], count: int, starts: Sequence[int]) -> NDArray[np.float64]:
+def uniform_rows(
+    seed: int, purpose: Purpose, indices: Sequence[int], count: int, starts: Sequence[int]
+) -> "NDArray[np.float64]":
     """Sample `count` uniform numbers per index, each from its own start position, [rows, count]."""
+    import numpy as np
+
     rows = [uniforms(seed, purpose, index, count, start) for index, start in zip(indices, starts)]
     return np.stack(rows) if rows else np.zeros((0, count))
 
 
-def permutation(seed: int, purpose: Purpose, index: int, size: int) -> NDArray[np.int64]:
+def permutation(seed: int, purpose: Purpose, index: int, size: int) -> "NDArray[np.int64]":
     """Sample a permutation of `range(size)`, int64 [size]."""
+    import numpy as np
+
     return np.argsort(uniforms(seed, purpose, index, size), kind="stable")

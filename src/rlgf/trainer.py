@@ -43,6 +43,13 @@ class Components:
     """The components of a trainer: config, algorithm, task, reward, models and guide.
 
     `rlgf.prepare` builds them from a config; your own code can build them as well.
+
+    Example:
+        >>> def reward(prompts, completions):
+        ...     return [float(text.count("superb")) for text in completions]
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> components = replace(rlgf.prepare(config, Path("runs/stages")), reward=reward)
+        >>> trainer = rlgf.Trainer(components)
     """
 
     config: TrainerConfig
@@ -77,6 +84,17 @@ class Trainer:
 
     Iterate over `iterate()`, or call `collect_rollout`, `make_experience` and `update` in a loop of
     your own.
+
+    Raises:
+        ConfigError: the algorithm needs a critic that the components lack.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> trainer = rlgf.Trainer(rlgf.prepare(config, Path("runs/stages")))
+        >>> for progress in trainer.iterate():
+        ...     print(progress.iteration, "of", progress.iterations)
+        1 of 2
+        2 of 2
     """
 
     def __init__(self, components: Components) -> None:

@@ -44,6 +44,13 @@ class Prompt:
     - `messages`: the messages of a conversation.
     - `reply_prefix`: the text that the chat template starts every reply with (for example
       `<think></think>`); it is part of the completion, so the policy generates it.
+
+    Example:
+        >>> prompt = rlgf.Prompt("2 + 2 =", references=(" 4",))
+        >>> def reward(prompts, completions):
+        ...     return [float(c in p.references) for p, c in zip(prompts, completions)]
+        >>> reward([prompt, prompt], [" 4", " 5"])
+        [1.0, 0.0]
     """
 
     text: str
@@ -71,7 +78,16 @@ class SamplingParams:
     The logits are divided by `temperature`, then restricted to the `top_k` most likely tokens
     (0: all), then to the smallest set of tokens whose total probability is at least `top_p`.
     `greedy` takes the most likely token, `num_beams` above 1 is beam search; both ignore the other
-    parameters. Values out of bounds raise `ConfigError`.
+    parameters.
+
+    Raises:
+        ConfigError: a value is out of bounds.
+
+    Example:
+        >>> rlgf.SamplingParams(temperature=0.7, top_p=0.9).describe()
+        'temperature 0.7, top-p 0.9'
+        >>> rlgf.SamplingParams().describe()
+        'full softmax'
     """
 
     temperature: float = 1.0

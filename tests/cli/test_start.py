@@ -4,6 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from rlgf.cli.app import app
 
 CODE = """
 import sys
@@ -13,11 +16,30 @@ try:
     main()
 except SystemExit:
     pass
-print("loaded:", sorted({"torch", "transformers", "datasets"} & set(sys.modules)))
+heavy = {"torch", "transformers", "datasets", "rlgf.config.schema", "numpy"}
+print("loaded:", *sorted(heavy & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["list"], ["show", "lols"], ["show", "config"]])
-def test_commands_that_show_something_load_no_model_library(arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "loaded"),
+    [
+        (["--help"], ""),
+        (["--version"], ""),
+        (["train", "--help"], ""),
+        (["list"], " rlgf.config.schema"),
+        (["show", "lols"], " numpy"),
+        (["show", "config"], " rlgf.config.schema"),
+    ],
+)
+def test_commands_that_show_something_load_only_what_they_need(arguments: list[str], loaded: str) -> None:
     ran = subprocess.run([sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, check=True)
-    assert ran.stdout.endswith("loaded: []\n"), ran.stdout[-300:]
+    assert ran.stdout.endswith(f"\nloaded:{loaded}\n"), ran.stdout[-300:]
+
+
+@pytest.mark.parametrize("defaults", [["lols", "--alpha", "0.8"], ["d2lols", "--alpha", "20"], ["ppo_pp", "--beta", "0.2"]])
+def test_show_draws_the_same_defaults_with_and_without_the_config(defaults: list[str]) -> None:
+    without, with_config = (CliRunner().invoke(app, ["show", *given]) for given in (defaults[:1], defaults))
+    assert without.output == with_config.output
+    assert "phase 0" in without.output
+    assert CliRunner().invoke(app, ["show", *defaults[:2], "0.5" if defaults[0] != "d2lols" else "5"]).output != without.output

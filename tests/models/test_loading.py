@@ -145,7 +145,7 @@ def test_a_hub_that_is_not_there_is_asked_once_and_then_left_alone(tmp_path: Pat
             return path
 
     hub_is_reachable.cache_clear()
-    monkeypatch.setattr("rlgf.data.hub.get_session", Nowhere)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Nowhere)
     assert from_pretrained(Auto, str(tmp_path), "model") == str(tmp_path)
     assert not heads  # a folder needs no Hub
     from_pretrained(Auto, "gpt2", "model")

@@ -107,6 +107,11 @@ class PPO:
     """PPO: the policy generates all tokens.
 
     Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms".
+
+    Example:
+        >>> algorithm = rlgf.ppo().build()
+        >>> algorithm.needs_guide_rollin, algorithm.needs_guide_rollout
+        (False, False)
     """
 
     name: ClassVar[str] = "ppo"
@@ -124,6 +129,16 @@ class PPOPlusPlus:
     """PPO++: guide rollin with probability `beta`, policy rollout.
 
     The policy trains on the tokens it generated. Source: the paper, algorithm 1.
+
+    Raises:
+        ConfigError: `beta` is outside [0, 1], or `switch` is not a rule for guide rollins.
+
+    Example:
+        >>> rlgf.ppo_pp(beta=0.5).build().needs_guide_rollin
+        True
+        >>> rlgf.ppo_pp(beta=1.5)
+        Traceback (most recent call last):
+        rlgf.errors.FieldError: beta is 1.5, but it is a probability: choose a value within [0, 1].
     """
 
     name: ClassVar[str] = "ppo_pp"
@@ -151,6 +166,14 @@ class AggreVaTeD:
 
     The policy trains on its rollin tokens; their advantages come from the completion that the guide
     generated after them. Source: the paper, algorithm 2.
+
+    Raises:
+        ConfigError: `beta` is outside [0, 1], or `credit` or `switch` is unknown.
+
+    Example:
+        >>> algorithm = rlgf.aggrevated(beta=0.8, credit="switch").build()
+        >>> algorithm.needs_guide_rollout, algorithm.critics
+        (True, (<Origin.GUIDE: 3>,))
     """
 
     name: ClassVar[str] = "aggrevated"
@@ -182,6 +205,14 @@ class LOLS:
     α A^π + (1−α) A^g, where α is `mixing_weight`. With 'iteration', the whole iteration is PPO++
     with probability α, else AggreVaTeD, as in the paper's released code. Source: the paper,
     algorithm 4.
+
+    Raises:
+        ConfigError: a probability or `mixing_weight` is outside [0, 1], or a choice is unknown.
+
+    Example:
+        >>> algorithm = rlgf.lols(mixing_weight=0.75).build()
+        >>> [(w.fraction, w.policy_weight, w.guide_weight) for w in algorithm.schedule(0, 0.5)]
+        [(0.5, 0.75, 0.25), (0.5, 0.75, 0.25)]
     """
 
     name: ClassVar[str] = "lols"
@@ -218,6 +249,15 @@ class D2LOLS:
     """D2LOLS: AggreVaTeD for the first `switch_iteration` iterations, then PPO++.
 
     Source: the paper, algorithm 3.
+
+    Raises:
+        ConfigError: a probability is outside [0, 1], `switch_iteration` is negative, or a choice is
+            unknown.
+
+    Example:
+        >>> algorithm = rlgf.d2lols(switch_iteration=8).build()
+        >>> [algorithm.schedule(iteration, 0.5)[0].guide_weight for iteration in (7, 8)]
+        [1.0, 0.0]
     """
 
     name: ClassVar[str] = "d2lols"

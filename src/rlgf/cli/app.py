@@ -25,7 +25,7 @@ check_app = typer.Typer(no_args_is_help=True, help="Validate a part before train
 
 COMMANDS = (
     train.train, compare.compare, compare.report, train.pretrain, train.sft, train.reward, train.merge, evaluate.evaluate,
-    evaluate.score, inspect.download, inspect.samples, inspect.show,
+    evaluate.score, inspect.download, inspect.samples, inspect.show, inspect.env,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

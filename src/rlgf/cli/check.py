@@ -7,8 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from rlgf.cli.options import Data, Overrides, Policy, Stages, read_config
-from rlgf.config.loading import override
-from rlgf.config.recipes import RECIPES
 from rlgf.data.text import escape_control_characters
 from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
 
@@ -52,6 +50,9 @@ def check_task(
     Rewards must be finite, pure and not constant. Targets must continue their prompts, and should
     score well.
     """
+    from rlgf.config.loading import override
+    from rlgf.config.recipes import RECIPES
+
     homes = {"toy_reviews": "quickstart"}  # a task name selects the recipe with its settings
     source = "prompts" if name.startswith("python:") else homes.get(name, name)
     if source not in RECIPES and not Path(source).is_file():

@@ -7,8 +7,6 @@ import typer
 
 from rlgf.algorithms import guided
 from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_config
-from rlgf.config.loading import override
-from rlgf.config.recipes import controls as recipe_controls
 from rlgf.errors import ConfigError, unknown
 
 
@@ -45,6 +43,8 @@ def compare(
         raise ConfigError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
     from rlgf.cli import console, terminal
     from rlgf.config import variants
+    from rlgf.config.loading import override
+    from rlgf.config.recipes import controls as recipe_controls
     from rlgf.experiments import compare as comparing
     from rlgf.experiments.report import report_files
     from rlgf.pipeline.preflight import check_to_train

@@ -17,8 +17,6 @@ from rlgf.cli.options import (
     emit,
     read_config,
 )
-from rlgf.config.loading import override
-from rlgf.config.recipes import RECIPES
 from rlgf.errors import ConfigError, unknown
 
 
@@ -50,6 +48,9 @@ def evaluate(
 
     New completions are sampled from the policy alone.
     """
+    from rlgf.config.loading import override
+    from rlgf.config.recipes import RECIPES
+
     if baseline is not None and baseline not in BASELINES:
         raise unknown("baseline", baseline, BASELINES)
     if baseline is not None and policy is not None:

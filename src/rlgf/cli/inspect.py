@@ -1,4 +1,4 @@
-"""Commands that inspect and download: `rlgf list`, `show`, `samples`, `download`."""
+"""Commands that inspect and download: `rlgf list`, `show`, `samples`, `env`, `download`."""
 
 import sys
 from pathlib import Path
@@ -7,10 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change, beta_changes
-from rlgf.config.loading import dump, override
-from rlgf.config.recipes import RECIPES, recipe
-from rlgf.config.schema import Config
+from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change, beta_changes, check_writable, emit
 from rlgf.errors import ConfigError, unknown
 
 
@@ -71,32 +68,47 @@ def show(
     seed: Annotated[int, typer.Option(help="Draws the uniform_numbers of lols mixed by iteration.")] = 0,
 ) -> None:
     """Draw an algorithm's phases over training, or print a recipe or the default config."""
-    if what == "config":
-        defaults = dump(Config())
-        typer.echo(defaults, nl=False)
-        return
-    if what in RECIPES:
-        typer.echo(dump(recipe(what)), nl=False)
-        return
     if what not in guided.ALGORITHMS:
-        raise unknown("algorithm or recipe", what, [*guided.ALGORITHMS, *RECIPES, "config"])
+        _show_config(what)
+        return
     if iterations < 1:
         raise ConfigError(f"--iterations is {iterations}, but must be at least 1.")
-    changes: list[tuple[str, Any]] = [("algorithm.name", what)]
-    if beta is not None:
-        changes += beta_changes(beta)
-    if alpha is not None:
-        changes.append(alpha_change(what, alpha))
-    config = override(Config(), changes, COMMAND_LINE)
     from rlgf.cli.schedule import print_algorithm
     from rlgf.randomness import Purpose, uniforms
 
     uniform_numbers = [float(uniforms(seed, Purpose.PHASE, number, 1)[0]) for number in range(iterations)]
-    print_algorithm(config.algorithm.build(), iterations, uniform_numbers)
+    print_algorithm(_algorithm(what, alpha, beta), iterations, uniform_numbers)
+
+
+def _show_config(what: str) -> None:
+    """Print a recipe or, for 'config', the default config, as YAML."""
+    from rlgf.config.loading import dump
+    from rlgf.config.recipes import RECIPES, recipe
+    from rlgf.config.schema import Config
+
+    if what != "config" and what not in RECIPES:
+        raise unknown("algorithm or recipe", what, [*guided.ALGORITHMS, *RECIPES, "config"])
+    typer.echo(dump(Config() if what == "config" else recipe(what)), nl=False)
+
+
+def _algorithm(name: str, alpha: float | None, beta: float | None) -> guided.Algorithm:
+    """Return an algorithm with the values of `--alpha` and `--beta`, otherwise its defaults."""
+    if alpha is None and beta is None:  # the config's classes are slow to import
+        return guided.ALGORITHMS[name]().build()
+    from rlgf.config.loading import override
+    from rlgf.config.schema import Config
+
+    changes: list[tuple[str, Any]] = [("algorithm.name", name)]
+    if beta is not None:
+        changes += beta_changes(beta)
+    if alpha is not None:
+        changes.append(alpha_change(name, alpha))
+    return override(Config(), changes, COMMAND_LINE).algorithm.build()
 
 
 def list_() -> None:
     """List the recipes, tasks, algorithms, guides and metrics."""
+    from rlgf.config.recipes import RECIPES
     from rlgf.tasks.registry import TASKS
     from rlgf.text_metrics.as_rewards import TEXT_FUNCTIONS
     from rlgf.text_metrics.score import DESCRIPTIONS
@@ -104,7 +116,10 @@ def list_() -> None:
     sections: dict[str, dict[str, str]] = {
         "recipes": {name: (make.__doc__ or "").split("\n")[0] for name, make in RECIPES.items()},
         "tasks": {name: (sys.modules[kind.build.__module__].__doc__ or "").split("\n")[0] for name, kind in TASKS.items()},
-        "algorithms": {},
+        "algorithms": {
+            name: f"{built.title}: {built.summary}"
+            for name, built in ((name, options().build()) for name, options in guided.ALGORITHMS.items())
+        },
         "guides": {
             "sft": "the policy's starting point, sampled as guide.sampling says",
             "trained": "a model of its own, trained here (guide.model, guide.sft)",
@@ -118,10 +133,37 @@ def list_() -> None:
         "metrics as rewards": {name: (make.__doc__ or "").split("\n")[0] for name, make in TEXT_FUNCTIONS.items()},
         "metrics of rlgf score": DESCRIPTIONS,
     }
-    for name in guided.ALGORITHMS:
-        built = override(Config(), [("algorithm.name", name)]).algorithm.build()
-        sections["algorithms"][name] = f"{built.title}: {built.summary}"
     for title, items in sections.items():
         typer.echo(title)
         for name, text in items.items():
             typer.echo(f"  {name:22}{text}")
+
+
+def env(
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write it to this file; -: print JSON instead.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Print versions, processor, devices, kernels and Java, for a bug report.
+
+    It holds no secrets, and no names of users, hosts or folders.
+    """
+    from rlgf.runs.machine import describe_environment
+
+    if json_out:
+        check_writable(json_out)
+    found = describe_environment()
+    emit(found, json_out, lambda: _print_environment(found))
+
+
+def _print_environment(found: dict[str, Any]) -> None:
+    """Print one line per version, device and other entry of `describe_environment`."""
+    lines = {name: text or "not installed" for name, text in found["versions"].items()}
+    lines["cuda"] = found["versions"]["cuda"] or "not in this torch"
+    lines |= {name: str(found[name]) for name in ("platform", "processor", "cores", "threads")}
+    lines["devices"] = ", ".join(f"{device['name']} ({device['memory_gib']:g} GiB)" for device in found["devices"])
+    lines |= {"kernels": found["kernels"], "java": found["java"], "SPICE jars": found["spice_jars"]}
+    lines["offline"] = ", ".join(name for name, is_set in found["offline"].items() if is_set) or "no"
+    for name, text in lines.items():
+        typer.echo(f"{name:13} {text}")

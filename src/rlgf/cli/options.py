@@ -1,19 +1,22 @@
-"""Options shared by the commands, and the config that they define."""
+"""Options shared by the commands, and the config that they define.
+
+The config's classes take a quarter of a second to import, so functions import them when called.
+"""
 
 import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, parse_assignment, read_yaml
-from rlgf.config.recipes import RECIPES, recipe
-from rlgf.config.schema import Config
 from rlgf.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from rlgf.config.schema import Config
 
 COMMAND_LINE = "command line"  # source of a value, for error messages
 BASELINES = ("zero_shot", "sft", "guide")
@@ -59,11 +62,14 @@ def read_config(
     iterations: int | None = None,
     seed: int | None = None,
     offline: bool = False,
-) -> Config:
+) -> "Config":
     """Load a recipe or a YAML file, and apply flags and assignments.
 
     A YAML file may change the recipe that it names.
     """
+    from rlgf.config.loading import override, parse_assignment
+    from rlgf.config.recipes import RECIPES, recipe
+
     if source in RECIPES:
         config = recipe(source)
     elif source.endswith((".yaml", ".yml")) or Path(source).is_file():
@@ -92,11 +98,14 @@ def read_config(
     return override(config, changes, COMMAND_LINE)
 
 
-def from_yaml(path: Path) -> Config:
+def from_yaml(path: Path) -> "Config":
     """Load a YAML file: a whole config, or changes to a recipe.
 
     The key `recipe` names the recipe.
     """
+    from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, read_yaml
+    from rlgf.config.recipes import RECIPES, recipe
+
     values = read_yaml(path)
     base = values.get("recipe")
     if base not in RECIPES:

@@ -25,7 +25,6 @@ from rlgf.cli.options import (
     Stages,
     read_config,
 )
-from rlgf.config.loading import override
 from rlgf.errors import ConfigError
 
 
@@ -57,6 +56,8 @@ def train(
         iterations=iterations, seed=seed, offline=offline,
     )  # fmt: skip
     if profile:
+        from rlgf.config.loading import override
+
         config = override(config, [("runtime.profile", True)], COMMAND_LINE)
     from rlgf.cli import console, terminal
     from rlgf.pipeline import preflight

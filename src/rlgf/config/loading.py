@@ -73,7 +73,18 @@ def all_keys(kind: Any, prefix: str = "") -> list[str]:
 
 
 def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "override") -> Config:
-    """Return the config with dotted keys replaced: `override(config, [("ppo.epochs", 4)])`."""
+    """Return a copy of a config with the values of dotted keys replaced.
+
+    `where` is the source of the changes, for errors.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest valid one, or a value that cannot be used.
+
+    Example:
+        >>> config = rlgf.override(rlgf.Config(), [("ppo.epochs", 4), ("seed", 1)])
+        >>> config.ppo.epochs, config.seed
+        (4, 1)
+    """
     values = to_dict(config)
     valid = set(all_keys(Config))
     for key, value in changes:

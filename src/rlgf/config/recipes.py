@@ -331,7 +331,18 @@ def controls(config: Config) -> dict[str, Control]:
 
 
 def recipe(name: str) -> Config:
-    """Return a recipe's config by name."""
+    """Return a recipe's config by name.
+
+    `rlgf list` lists the names.
+
+    Raises:
+        ConfigError: there is no such recipe.
+
+    Example:
+        >>> config = rlgf.recipe("quickstart")
+        >>> config.task.name, config.ppo.iterations
+        ('toy_reviews', 40)
+    """
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]()

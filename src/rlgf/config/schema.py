@@ -46,7 +46,20 @@ class TrainerConfig:
 
 @section
 class Config:
-    """The config of a whole run."""
+    """The config of a whole run.
+
+    See docs/config.md for the fields of all sections, with units and defaults.
+
+    Raises:
+        ConfigError: an unknown field, a value out of bounds, or values that do not go together.
+
+    Example:
+        >>> rlgf.Config().ppo.clip_range
+        0.2
+        >>> rlgf.Config(seed=-1)
+        Traceback (most recent call last):
+        rlgf.errors.ConfigError: Config: seed is -1, but must be at least 0.
+    """
 
     recipe: str = "custom"
     seed: Seed = 0

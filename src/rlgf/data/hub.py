@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session
 
 # suffixes that no name on the Hub has
 FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz", ".txt")
@@ -21,6 +20,8 @@ def hub_is_reachable() -> bool:
 
     Without a connection its client retries each file for half a minute.
     """
+    from huggingface_hub.utils import get_session  # slow to import, with its HTTP client
+
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception:  # no connection or offline mode: only the local cache is left

@@ -13,7 +13,14 @@ from rlgf.types import Prompt
 
 @dataclass(frozen=True)
 class Capabilities:
-    """The capabilities of a guide."""
+    """The capabilities of a guide.
+
+    Only a guide that can continue a prefix may finish what the policy began (AggreVaTeD).
+
+    Example:
+        >>> rlgf.Capabilities(can_continue=True)
+        Capabilities(can_continue=True, exact_length=False)
+    """
 
     can_continue: bool  # true if it can continue a prefix
     exact_length: bool = False  # true if it respects min_new_tokens and max_new_tokens
@@ -21,7 +28,17 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class CompletionRequest:
-    """A request for a completion of a prompt and a prefix, which may be empty."""
+    """A request for a completion of a prompt and a prefix, which may be empty.
+
+    The library makes requests; a guide reads those fields that it needs. Lengths are in tokens of
+    the policy.
+
+    Example:
+        >>> film = rlgf.Prompt("The film")
+        >>> request = rlgf.CompletionRequest(film, [], " was", [], 8, 0, index=0, seed=0)
+        >>> request.prompt.text + request.prefix, request.max_new_tokens
+        ('The film was', 8)
+    """
 
     prompt: Prompt
     prompt_ids: Sequence[int]
@@ -39,6 +56,10 @@ class Completion:
 
     `finished` is false if it was truncated at max_new_tokens. `ids` are the policy's tokens, EOS
     token included, of a guide that uses them; `text` is then ignored.
+
+    Example:
+        >>> rlgf.Completion(" was superb.", finished=True).text
+        ' was superb.'
     """
 
     text: str
@@ -48,7 +69,19 @@ class Completion:
 
 
 class Guide(Protocol):
-    """The interface of all guides."""
+    """The interface of all guides.
+
+    Example:
+        >>> class Admirer:
+        ...     capabilities = rlgf.Capabilities(can_continue=True)
+        ...
+        ...     def complete(self, requests):
+        ...         return [rlgf.Completion(" superb.", finished=True) for request in requests]
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> components = replace(rlgf.prepare(config, Path("runs/stages")), guide=Admirer())
+        >>> rlgf.Trainer(components).collect_rollout(0).guide_completions[0]
+        ' superb.'
+    """
 
     @property
     def capabilities(self) -> Capabilities:
@@ -56,7 +89,10 @@ class Guide(Protocol):
         ...
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
-        """Return one completion for each request, in order."""
+        """Return one completion for each request, in order.
+
+        An exception becomes a `GuideError`.
+        """
         ...
 
 

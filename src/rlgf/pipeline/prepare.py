@@ -34,7 +34,21 @@ NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
 def prepare(config: Config, stages: Path, report: Report = no_report) -> Components:
     """Build or reuse every stage and return the components of a trainer.
 
-    Raises `ConfigError` if the run cannot be trained.
+    Args:
+        config: the config of the run.
+        stages: the folder in which stages (pretraining, SFT, reward, guide) are kept and found.
+        report: called with each line of progress.
+
+    Raises:
+        ConfigError: the run cannot be trained.
+        DataError: the task's data cannot be used.
+        TrainingError: the guide, the reward or the judge fails when it is tried.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> components = rlgf.prepare(config, Path("runs/stages"))
+        >>> components.algorithm.title, components.task.name
+        ('PPO++', 'toy_reviews')
     """
     run = resolve(config)
     check_to_train(run)

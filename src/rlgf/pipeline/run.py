@@ -62,9 +62,26 @@ def train(
 ) -> Trainer:
     """Train and evaluate one run in the folder `out`, and return its trainer.
 
-    Resumes from what is in `out`, or reuses it. The trained policy is
-    `trainer.components.models.policy` and, on disk, `out/policy`. `stages` defaults to
-    `out/stages`.
+    The trained policy is `trainer.components.models.policy` and, on disk, `out/policy`.
+
+    Args:
+        config: the config of the run.
+        out: the folder of the run; resumes from a checkpoint in it, or reuses a finished run.
+        stages: the folder in which stages are kept and found; None: `out/stages`.
+        report: called with each line of progress.
+        on_progress: called after each iteration, with its metrics (docs/metrics.md).
+
+    Raises:
+        ConfigError: the run cannot be trained, or `out` has a run with other settings.
+        DataError: the task's data cannot be used.
+        TrainingError: a guide or a reward failed; a checkpoint is written first.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> trainer = rlgf.train(config, out="runs/mine", stages="runs/stages")
+        >>> metrics, rollout, scores = trainer.evaluate(trainer.components.task.test)
+        >>> len(scores), 0 <= metrics["pass_rate"] <= 1
+        (4, True)
     """
     out = Path(out)
     directory = RunDirectory(out, config)

@@ -15,7 +15,17 @@ class Rollout:
     """A batch of completions: tokens, the origin of each token, and the switch positions.
 
     A row holds prompt, completion and padding, in this order: padding is on the right, so causal
-    attention needs no padding mask. `width` is the length of the longest row.
+    attention needs no padding mask. `width` is the length of the longest row, and `rows` is
+    `ppo.completions_per_iteration`. Log-probabilities are in nats.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> trainer = rlgf.Trainer(rlgf.prepare(config, Path("runs/stages")))
+        >>> rollout = trainer.collect_rollout(0)
+        >>> rollout.ids.shape == rollout.origin.shape == (4, int(rollout.lengths.max()))
+        True
+        >>> bool((rollout.completion_mask == rollout.by_policy | rollout.by_guide).all())
+        True
     """
 
     prompts: Sequence[Prompt]
@@ -87,7 +97,19 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout and the quantities computed from it before the first update."""
+    """A rollout and the quantities computed from it before the first update.
+
+    All tensors are float32 and 0 outside the completion. Log-probabilities and KL are in nats.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> trainer = rlgf.Trainer(rlgf.prepare(config, Path("runs/stages")))
+        >>> experience = trainer.make_experience(trainer.collect_rollout(0), 0)
+        >>> experience.score.shape
+        torch.Size([4])
+        >>> experience.advantages.shape == experience.rollout.ids.shape
+        True
+    """
 
     rollout: Rollout
     credit: str  # see `Rollout.trained_tokens`

@@ -1,12 +1,22 @@
 """The machine and the software versions of a result."""
 
+import os
 import platform
-from importlib.metadata import version
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from rlgf.errors import ConfigError
 from rlgf.kernels import dispatch
+from rlgf.text_metrics import jars
+from rlgf.text_metrics.java import JAVA
+
+OPTIONAL = ("datasets", "peft", "bitsandbytes", "openai", "rlgf_native")
+OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+FOLDERS = re.compile(r"(?<![\w:/])~?/(?:[^\s/'\"]+/)+")  # of an absolute path: a user's name may be in it
 
 
 def describe_machine() -> dict[str, Any]:
@@ -20,3 +30,76 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("rlgf", "torch", "transformers")},
     }
+
+
+def describe_environment() -> dict[str, Any]:
+    """Return the machine, versions, devices, kernels and Java, for a bug report.
+
+    Neither secrets nor names of users, hosts and folders are in it. `memory_gib` is in units of
+    2**30 bytes; a version is None if the package is not installed.
+    """
+    machine = describe_machine()
+    return {
+        "versions": {
+            **{name: machine[name] for name in ("rlgf", "python", "torch", "transformers")},
+            **{name: _version(name) for name in OPTIONAL},
+            "cuda": torch.version.cuda,
+        },
+        "platform": f"{platform.system()} {platform.release()}",
+        "processor": f"{_processor_name()} ({machine['processor']}, {machine['cpu_capability']})",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": machine["threads"],
+        "devices": _devices(),
+        "kernels": _without_folders(machine["kernels"]),
+        "java": _without_folders(_java()),
+        "spice_jars": _spice_jars(),
+        "offline": {name: os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE") for name in OFFLINE_FLAGS},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor_name() -> str:
+    """Return the processor's name, or 'unknown'."""
+    try:
+        found = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1] if found else platform.processor() or "unknown"
+
+
+def _devices() -> list[dict[str, Any]]:
+    """Return the name and the memory of the CPU and of every CUDA device."""
+    memory = {"cpu": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
+    for number in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(number)
+        memory[f"cuda:{number} {properties.name}"] = properties.total_memory
+    return [{"name": name, "memory_gib": round(size / 2**30, 1)} for name, size in memory.items()]
+
+
+def _java() -> str:
+    """Start Java and return its version, or why METEOR and SPICE cannot use it."""
+    try:
+        JAVA.start()
+    except ConfigError as error:
+        return str(error)
+    return JAVA.version
+
+
+def _spice_jars() -> str:
+    """Return where the jars of SPICE were found, or that they are missing."""
+    try:
+        folder = jars.find()[0].parent
+    except ConfigError:
+        return f"not found: run `rlgf download spice`, or set {jars.VARIABLE}"
+    return "found in the cache folder" if folder.is_relative_to(jars.cache_folder()) else f"found by {jars.VARIABLE}"
+
+
+def _without_folders(text: str) -> str:
+    """Return the text with absolute paths shortened to their last part."""
+    return FOLDERS.sub("", text)

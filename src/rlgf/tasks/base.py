@@ -15,7 +15,16 @@ from rlgf.types import Prompt, RewardFunction
 
 @dataclass(frozen=True)
 class Task:
-    """The prompts of three splits, the reward rule and the options of an evaluation."""
+    """The prompts of three splits, the reward rule and the options of an evaluation.
+
+    Example:
+        >>> def reward(prompts, completions):
+        ...     return [float("yes" in text) for text in completions]
+        >>> prompts = [rlgf.Prompt("Is it good?"), rlgf.Prompt("Will it last?")]
+        >>> task = rlgf.Task("say_yes", prompts, prompts, prompts, reward, pass_threshold=1.0)
+        >>> task.reward(task.test, [" yes, it is", " no"])
+        [1.0, 0.0]
+    """
 
     name: str
     train: Sequence[Prompt]
@@ -35,7 +44,21 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskDefinition:
-    """The functions and options that build a task from a config."""
+    """The functions and options that build a task from a config.
+
+    A config names a definition of yours as `task.name=python:module:NAME`.
+
+    Example:
+        >>> @dataclass
+        ... class Options:
+        ...     question: str = "Is it good?"
+        >>> def build(config, tokenizer):
+        ...     prompts = [rlgf.Prompt(Options(**config.options).question)]
+        ...     return rlgf.Task(config.name, prompts, prompts, prompts)
+        >>> definition = rlgf.TaskDefinition(build, Options, has_builtin_reward=False)
+        >>> definition.build(rlgf.Config().task, None).test[0].text
+        'Is it good?'
+    """
 
     build: Callable[[TaskConfig, Any], Task]  # (config, tokenizer)
     options: type  # a dataclass: the keys of `task.options`

@@ -9,10 +9,8 @@ reward.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from rlgf.config.sections import TaskConfig
@@ -20,6 +18,10 @@ from rlgf.errors import ConfigError
 from rlgf.randomness import Purpose, uniforms
 from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 ASPECTS = [
     "acting",
@@ -72,12 +74,12 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
 def _prompts(options: Options, split: int, size: int) -> list[Prompt]:
     columns = len(ASPECTS) + 4 * options.slots
     draws = uniforms(options.seed, Purpose.TASK, split, size * columns).reshape(size, columns)
-    asked = np.argsort(draws[:, : len(ASPECTS)], axis=1)[:, : options.slots]
+    asked = draws[:, : len(ASPECTS)].argsort(axis=1)[:, : options.slots]
     rest = draws[:, len(ASPECTS) :].reshape(size, options.slots, 4)
     return [_prompt(options, *row) for row in zip(asked, rest)]
 
 
-def _prompt(options: Options, asked: NDArray[np.int64], draws: NDArray[np.float64]) -> Prompt:
+def _prompt(options: Options, asked: "NDArray[np.int64]", draws: "NDArray[np.float64]") -> Prompt:
     clauses: list[str] = []
     for wanted, (aspect, other, positive, adjective) in zip(asked, draws):
         named = wanted if aspect < options.right_aspect else int(other * len(ASPECTS))
