@@ -336,7 +336,7 @@ def test_its_budget_is_enough_for_the_policys_and_ends_at_its_context(byte_token
     ids = Codec(byte_tokenizer).prompt(Prompt(request().prompt.text + last))
     assert len(ids) == 63
     assert len(guide.complete([request(prefix=last)])[0].text) == 1
-    with pytest.raises(TrainingError, match="the guide reads 64 tokens"):
+    with pytest.raises(TrainingError, match="the guide's context is 64 tokens"):
         query_guide(guide, [request(prefix=last + "a")])
 
 

@@ -138,6 +138,6 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
     with pytest.raises(SystemExit):
         app.main()
     shown = capsys.readouterr().out
-    for words in ("D2LOLS", "phase 0", "phase 1", "3 of 8 texts", "parameters", "memory"):
+    for words in ("D2LOLS", "phase 0", "phase 1", "3 of 8 completions", "parameters", "memory"):
         assert words in shown
     assert not list(tmp_path.iterdir())

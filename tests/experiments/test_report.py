@@ -123,7 +123,7 @@ def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
         "ppo.epochs": [1, 3],
     }
     for text, message in {
-        "kl.coefficient": "give numbers with commas between them",
+        "kl.coefficient": "give numbers separated by commas",
         "kl.coefficient=a": "give numbers",
         "kl.controller=1": "only numbers can be varied",
         "seed=1,2": "share seeds, evaluation and machine",

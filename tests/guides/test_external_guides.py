@@ -225,7 +225,7 @@ def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) 
         train(asked, tmp_path / "run", stages, on_progress=watch)
         train(asked, tmp_path / "again", stages, on_progress=watch)
     assert re.fullmatch(r" · guide \d requests, 0\.\d\d s each, cost \d\.\d+e?-?\d* so far", lines[0])
-    assert re.fullmatch(r" · guide 0 requests, \d texts kept from before, cost 0 so far", lines[1])
+    assert re.fullmatch(r" · guide 0 requests, \d completions from the cache, cost 0 so far", lines[1])
     assert console.guide_progress({"score": 1.0}, {}) == ""
 
 
@@ -372,7 +372,7 @@ def test_a_check_tries_functions_and_models_and_knows_what_others_can_do(
     assert [text.split(",")[0] for _, text in found["whole"]] == ["begins a text", "finishes ' was'", "serves PPO"]
     assert [text for _, text in found["begins"]][1:] == ["serves PPO, PPO++"]
     assert found["bad"][0][0] == "error"
-    assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot finish what another has begun"
+    assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot continue a prefix"
     with pytest.raises(ConfigError, match="holds no run"):
         checked("run:nowhere", tmp_path)
     new_tiny_model("llama").save(tmp_path / "model")

@@ -44,7 +44,7 @@ def train(
     stages: Stages = None,
     offline: Offline = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also say where the time of an iteration goes: RUN/profile/ has a chrome trace.")
+        bool, typer.Option("--profile", help="Also profile iterations: RUN/profile/ gets a Chrome trace.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -80,7 +80,9 @@ def train(
             watch.close()
     results = json.loads((target / "results.json").read_text())
     console.print_metrics({name: float("nan") if v is None else v for name, v in results["evaluation"].items()})
-    console.report(f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see texts with `rlgf samples {target}`")
+    console.report(
+        f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see completions with `rlgf samples {target}`"
+    )
 
 
 def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,
@@ -94,20 +96,22 @@ def _stage(name: str, source: str, overrides: list[str] | None, policy: str | No
     preflight.check(config)
     console.configure_runtime(config)
     target = out or Path("runs") / f"{config.recipe}-{name}"
-    shelf = stages or target.parent / "stages"
+    stage_folder = stages or target.parent / "stages"
     require_writable(target.parent)
     make: dict[str, Any] = {"pretrain": making.pretrain_stage, "sft": making.sft_stage, "reward": making.reward_stage}
     if "preferences" in config.reward.names:
         from rlgf.pipeline.reward_model_stage import load_pairs, preference_stage
 
         if name == "reward":
-            load_pairs(config, shelf, console.report)
-        make["reward"] = lambda config, shelf, report, target: preference_stage(config, shelf, report, "reward", target)
+            load_pairs(config, stage_folder, console.report)
+        make["reward"] = lambda config, stage_folder, report, target: preference_stage(
+            config, stage_folder, report, "reward", target
+        )
     if name == "sft" and not (config.sft.steps or config.sft.epochs):
         raise ConfigError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
     if name == "sft" and policy:
         raise ConfigError("--policy skips the sft stage: give model.path=... to fine-tune that model.")
-    folder = make[name](config, shelf, console.report, target)
+    folder = make[name](config, stage_folder, console.report, target)
     metrics = json.loads((Path(folder) / "stage.json").read_text())["metrics"]
     console.print_metrics(metrics)
     console.report(f"{folder} is ready")
@@ -142,7 +146,7 @@ def reward(
 
 def merge(
     folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as a run's policy/.")],
-    out: Annotated[Path, typer.Option(help="Folder for the whole model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
 ) -> None:
     """Merge an adapter into its base weights, and write the full model."""
     from rlgf.cli import console

@@ -46,7 +46,7 @@ def compare(
     if (out / "config.yaml").exists():
         raise ConfigError(f"{out} holds a single run: choose another --out for a comparison.")
     stages = out / "stages"
-    began = time.monotonic()
+    started = time.monotonic()
     configs = {(row.key, seed): override(config, [*row.changes.items(), ("seed", seed)]) for row in rows for seed in seeds}
     folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in configs}
     for place, changed in configs.items():  # fail early: check all runs before any work
@@ -64,7 +64,7 @@ def compare(
         for key, seed in waiting:
             report(f"{key} seed {seed}")
             train(configs[key, seed], folders[key, seed], stages, report, watch)
-    return _write_results(config, rows, seeds, folders, baselines, out, time.monotonic() - began)
+    return _write_results(config, rows, seeds, folders, baselines, out, time.monotonic() - started)
 
 
 def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[str, Any]:
@@ -72,13 +72,13 @@ def _baselines(config: Config, out: Path, stages: Path, report: Report) -> dict[
 
     Any algorithm that queries the guide can prepare them.
     """
-    asking = guide_evaluation_config(config)
-    mark = fingerprint({"config": dump(override(asking, [("runtime.threads", 0)]))})
+    guide_config = guide_evaluation_config(config)
+    key = fingerprint({"config": dump(override(guide_config, [("runtime.threads", 0)]))})
     path = out / "baselines" / f"seed{config.seed}.json"
-    if path.is_file() and read_json(path).get("fingerprint") == mark:
+    if path.is_file() and read_json(path).get("fingerprint") == key:
         return read_json(path)["rows"]
-    rows = evaluate_baselines(prepare(asking, stages, report), stages, report)
-    write_json(path, json_safe({"fingerprint": mark, "rows": rows}))
+    rows = evaluate_baselines(prepare(guide_config, stages, report), stages, report)
+    write_json(path, json_safe({"fingerprint": key, "rows": rows}))
     return rows
 
 

@@ -18,9 +18,9 @@ class Column:
 COLUMNS = {
     "pass_rate": Column("pass rate", 3),
     # the training objective; `score` uses the evaluation's sampling parameters
-    "score_sampled": Column("reward, drawn", 3),
+    "score_sampled": Column("reward, sampled", 3),
     "score": Column("reward", 3),
-    "score_continuation": Column("reward, continuation alone", 3),
+    "score_continuation": Column("reward, continuation only", 3),
     "score_minus_reference": Column("reward − reference's", 3),
     **{f"bleu_{order}": Column(f"BLEU-{order}", 2, 100) for order in (1, 2, 3, 4)},
     "cider_d": Column("CIDEr-D", 2, 10),
@@ -102,7 +102,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     counted = [f"{count:,.0f} prompts of {split}" for split, count in texts.items() if count]
     lines += [
         f"Recipe `{results['recipe']}`; {spread}; {' and '.join(counted)} for each figure. "
-        "KL is exact: summed over every state of a text and the whole vocabulary, averaged over texts. "
+        "KL is exact: summed over every state of a completion and the whole vocabulary, averaged over completions. "
         "Completions used: those of training, and those of a distillation.",
         "",
         f"Sampling: {'; '.join(decodings)}." + judge_note(results),
@@ -127,5 +127,5 @@ def judge_note(results: Mapping[str, Any]) -> str:
     values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
     return under + (
         f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
-        f"{sum(values):.0f} answers could not be read and are left out."
+        f"{sum(values):.0f} unparseable answers are left out."
     )

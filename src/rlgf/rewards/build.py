@@ -76,7 +76,7 @@ def _build(
 def missing_rule_error(task: str) -> ConfigError:
     """Return the error for a task without a reward of its own."""
     return ConfigError(
-        f"task '{task}' has no rule of its own: set reward.path to 'ngram', 'preferences', a metric, a classifier or a reward "
+        f"task '{task}' has no built-in reward: set reward.path to 'ngram', 'preferences', a metric, a classifier or a reward "
         "model, or 'python:module:name'."
     )
 

@@ -128,7 +128,7 @@ def test_an_address_without_v1_is_told_to_lack_it(healthy: FaultServer, tmp_path
     spec = f"server:fault-model@{healthy.url.removesuffix('/v1')}"
     config = GuideConfig()
     guide = RemoteGuide(Server(spec, config, "completion"), config, ResponseCache(tmp_path / "answers.sqlite"))
-    with pytest.raises(TrainingError, match=r"No such path: /completions; most servers' addresses end in /v1"):
+    with pytest.raises(TrainingError, match=r"No such path: /completions; most servers' URLs end in /v1"):
         query_guide(guide, requests(1))
 
 
@@ -398,8 +398,8 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) 
     assert "max_completion_tokens" in body
     assert not {"max_tokens", "temperature", "n"} & set(body)
     assert sorted(reports) == [
-        "guide: n is left out from now on, as the server refuses it",
-        "guide: temperature is left out from now on, as the server refuses it",
+        "guide: n is omitted from now on, as the server rejects it",
+        "guide: temperature is omitted from now on, as the server rejects it",
     ]
 
 
@@ -492,7 +492,7 @@ def test_pauses_are_told_and_end_when_nothing_is_left_to_ask_for(tmp_path: Path,
         with pytest.raises(TrainingError, match="refuses"):
             query_guide(guide, requests(4))
         assert time.monotonic() - began < 10
-    assert reports in ([], ["guide: HTTP 429; asked again in 60 s"])  # the one refused may have been the first
+    assert reports in ([], ["guide: HTTP 429; retrying in 60 s"])  # the one refused may have been the first
 
 
 def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +502,7 @@ def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.M
         guide = remote(server, tmp_path)
         guide.pool._report = reports.append  # pyright: ignore[reportPrivateUsage]
         query_guide(guide, requests(3))
-    assert reports == ["guide: HTTP 429; asked again in 60 s"]
+    assert reports == ["guide: HTTP 429; retrying in 60 s"]
 
 
 @pytest.mark.parametrize("name", ["imdb", "toy_reviews"])

@@ -79,7 +79,7 @@ def test_another_tokenizer_is_refused_and_no_endpoint_too(tmp_path: Path) -> Non
     other = train_tokenizer(["the plot is a bore"], 300)
     for tokens, words in (
         (vllm(other), "its tokens of 'The film begins"),
-        (None, "cannot be driven by token ids .*404"),
+        (None, "cannot continue token ids .*404"),
         (vllm(context=31), "reads 31 tokens, but a prompt and its text can have 32"),
     ):
         with FaultServer(tokens=tokens) as server, pytest.raises(ConfigError, match=words):
