@@ -172,7 +172,7 @@ def test_a_reward_model_is_trained_on_dialogues_of_hh_by_one_command(
     measured = json.loads((tmp_path / "reward" / "stage.json").read_text())["metrics"]
     assert (measured["steps"], measured["trained_posts"], measured["held_out_posts"]) == (3, 88, 22)
     assert 0 <= measured["accuracy"] <= 1
-    assert 0 <= measured["longer_rule"] <= 1
+    assert 0 <= measured["length_baseline"] <= 1
     assert (tmp_path / "reward" / "adapter_config.json").is_file() == bool(rank)
 
 

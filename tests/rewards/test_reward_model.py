@@ -144,8 +144,8 @@ def test_a_reward_model_learns_what_is_preferred_on_posts_it_has_not_seen(start:
     assert (measured["trained_pairs"], measured["trained_posts"]) == (64, 32)
     assert (measured["held_out_pairs"], measured["held_out_posts"]) == (16, 8)
     longer = [len(pair.chosen) - len(pair.rejected) for pair in PAIRS.test]
-    assert measured["longer_rule"] == sum((d > 0) + 0.5 * (d == 0) for d in longer) / 16
-    assert measured["texts_cut"] == measured["held_out_texts_cut"] == 0
+    assert measured["length_baseline"] == sum((d > 0) + 0.5 * (d == 0) for d in longer) / 16
+    assert measured["completions_truncated"] == measured["held_out_completions_truncated"] == 0
 
 
 def test_adapters_and_head_are_saved_and_loaded_by_peft_and_by_us(start: Path, tmp_path: Path):

@@ -371,7 +371,7 @@ def test_bertscore_counts_what_its_model_cannot_read_whole(encoder: str, quiet_l
     assert found.warnings == ["BERTScore truncated 1 texts to its model's context."]
     function = build_text_function("bertscore_f1", options={"model": encoder, "layers": 2})
     assert function([PROMPTS[1]], ["a cat"]) == close(found_alone(encoder))
-    with pytest.raises(ValueError, match="1 of the texts are longer"):
+    with pytest.raises(ValueError, match="1 of the completions exceed the context"):
         function([PROMPTS[1]], [long])
 
 

@@ -98,7 +98,7 @@ class ChatTemplate:
     def reply(self, messages: Sequence[Message], text: str) -> str:
         """Render an assistant's reply as it follows `prompt(messages)`.
 
-        The text that closes the turn is left out.
+        The text that closes the turn is omitted.
         """
         if messages[-1]["role"] == "assistant":
             return text

@@ -120,9 +120,9 @@ def fill_template(template: str, prompt: Prompt, first: str, second: str) -> tup
     if prompt.messages:
         context = "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
     parts = {"context": context.strip(), "summary 1": first.strip(), "summary 2": second.strip()}
-    system, asked = split_system(template)
+    system, question_template = split_system(template)
     # one substitution for all: the texts may contain placeholders themselves
-    return system, PLACEHOLDER.sub(lambda place: parts[place.group(1)], asked)
+    return system, PLACEHOLDER.sub(lambda place: parts[place.group(1)], question_template)
 
 
 def split_system(template: str) -> tuple[str | None, str]:

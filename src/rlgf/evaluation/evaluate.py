@@ -124,7 +124,7 @@ def compute_metrics(rollout: Rollout, scores: Sequence[float], context: Evaluati
 def mean_reward_gain(reward: RewardFunction, prompts: Sequence[Prompt], scores: Sequence[float]) -> float:
     """Return the mean difference between completions' and first references' scores.
 
-    Prompts without references are left out; with no references the mean is nan.
+    Prompts without references are ignored; with no references the mean is nan.
     """
     rows = [(prompt, value) for prompt, value in zip(prompts, scores) if prompt.references]
     references = score(reward, [prompt for prompt, _ in rows], [prompt.references[0] for prompt, _ in rows])

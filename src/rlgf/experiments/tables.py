@@ -1,6 +1,7 @@
 """The tables of a comparison: one row per policy, one column per metric."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,18 +101,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     decodings = sorted({f"{row['title']}: {row['sampling']}" for row in results["rows"]})
     texts = {split: next(iter(metrics_of(results["rows"][0], split).get("completions", [None]))) for split in splits}
     counted = [f"{count:,.0f} prompts of {split}" for split, count in texts.items() if count]
-    lines += [
+    notes = [
         f"Recipe `{results['recipe']}`; {spread}; {' and '.join(counted)} for each figure. "
         "KL is exact: summed over every state of a completion and the whole vocabulary, averaged over completions. "
         "Completions used: those of training, and those of a distillation.",
-        "",
         f"Sampling: {'; '.join(decodings)}." + judge_note(results),
-        "",
         f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
         f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"rlgf {machine['rlgf']}.",
-        "",
     ]
+    for note in notes:
+        lines += [*textwrap.wrap(note, 100, break_long_words=False, break_on_hyphens=False), ""]
     return "\n".join(lines)
 
 

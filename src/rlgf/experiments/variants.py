@@ -54,13 +54,13 @@ def build_variants(
 def _same_algorithm(one: Config, other: Config) -> bool:
     """Return whether two configs have the same phases in every iteration.
 
-    Compared for all values of the iteration's random draw, in steps of 0.01.
+    Compared for all values of the iteration's random number, in steps of 0.01.
     """
     algorithm, other_algorithm = one.algorithm.build(), other.algorithm.build()
     if (algorithm.phases, algorithm.credit) != (other_algorithm.phases, other_algorithm.credit):
         return False
-    draws = [(iteration, coin / 100) for iteration in range(one.ppo.iterations) for coin in range(100)]
-    return all(algorithm.schedule(*draw) == other_algorithm.schedule(*draw) for draw in draws)
+    inputs = [(iteration, coin / 100) for iteration in range(one.ppo.iterations) for coin in range(100)]
+    return all(algorithm.schedule(*values) == other_algorithm.schedule(*values) for values in inputs)
 
 
 def numeric_setting(config: Config, setting: str) -> float:

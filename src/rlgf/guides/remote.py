@@ -1,4 +1,4 @@
-"""A guide on a server: requests made from trajectories, draws and what their failures lead to.
+"""A guide on a server: requests made from trajectories, samples and what their failures lead to.
 
 Concurrency, retries, limits and cached responses are in `generation/openai/pool.py`.
 """
@@ -37,11 +37,13 @@ class RemoteGuide:
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Return one completion for each request; raise `GuideError` if one fails."""
         self.pool.usage.count("rows_needed", len(requests))
-        return self.pool.complete(self._draws(requests), lambda row, response: self._completion(requests[row], response))
+        return self.pool.complete(
+            self._pool_requests(requests), lambda row, response: self._completion(requests[row], response)
+        )
 
     def prefetch(self, requests: Sequence[CompletionRequest]) -> None:
         """Send future requests, so that their responses are cached; failures are ignored."""
-        self.pool.prefetch(self._draws(requests))
+        self.pool.prefetch(self._pool_requests(requests))
 
     def stop_prefetching(self) -> None:
         """Start no more prefetching requests."""
@@ -80,7 +82,7 @@ class RemoteGuide:
         tokens = max(1, round(request.max_new_tokens * self.config.tokens_per_policy_token))
         return ServerRequest(request.prompt.text, request.prefix, tokens, seed)
 
-    def _draws(self, requests: Sequence[CompletionRequest]) -> list[PoolRequest]:
+    def _pool_requests(self, requests: Sequence[CompletionRequest]) -> list[PoolRequest]:
         samples = range(self.config.invalid_retries + 1)
         return [
             PoolRequest(request.index, [self.server_request(request, sample) for sample in samples]) for request in requests
@@ -97,7 +99,7 @@ class RemoteGuide:
             ids = last.get("ids")
             text = Completion(last["text"], last["finished"], ids if ids is None else tuple(ids))
         elif request.prefix and all(stored.get("silent") for stored in response.samples):
-            text = Completion("", finished=True)  # every draw was empty: the prefix is complete
+            text = Completion("", finished=True)  # every sample was empty: the prefix is complete
         if text is not None:
             self.pool.usage.count("rows_answered" if response.is_new else "rows_cached")
             return text

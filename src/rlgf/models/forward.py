@@ -58,8 +58,8 @@ class MicroBatch:
 def micro_batches(model: Any, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int) -> Iterator[MicroBatch]:
     """Yield micro-batches as `model` needs them, for the `selected` tokens of `ids` [rows, width].
 
-    A row without a selected token is left out; the others are cut after their last one. `starts`
-    [rows] are the columns in which the completions begin. A causal model cannot predict
+    A row without a selected token is dropped; the others are truncated after their last one.
+    `starts` [rows] are the columns in which the completions begin. A causal model cannot predict
     column 0, which no token precedes.
     """
     needed = (torch.arange(1, ids.shape[1] + 1) * selected).amax(1) if ids.numel() else torch.zeros(0)

@@ -235,7 +235,7 @@ def _sft(
         cut = check_example_lengths(examples, model, task)
         measured = fit(trained, examples, training, seed, config.runtime.micro_batch_tokens, report)
         trained.save(folder)
-        return measured | {"targets_cut": cut}
+        return measured | {"targets_truncated": cut}
 
     if at:
         return build_at(at, name, ingredients, build, report)

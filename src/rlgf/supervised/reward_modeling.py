@@ -106,8 +106,8 @@ def train_reward_model(
 
     Returns the metrics of training and those on held-out pairs, which are about other posts.
     `accuracy` is the fraction of held-out pairs in which the preferred completion scores higher,
-    `longer_rule` the accuracy of preferring the longer completion, `prefers_longer` the fraction in
-    which the model agrees with that rule.
+    `length_baseline` the accuracy of preferring the longer completion, and
+    `length_baseline_agreement` the fraction in which the model agrees with that rule.
     """
     training = config.training
     rows = _encoded(reward, pairs.train)
@@ -128,15 +128,15 @@ def train_reward_model(
         **fitted,
         "accuracy": accuracy,
         "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
-        "longer_rule": length_baseline(pairs.test),
-        "prefers_longer": sum(same) / max(1, len(same)),
+        "length_baseline": length_baseline(pairs.test),
+        "length_baseline_agreement": sum(same) / max(1, len(same)),
         "margin": sum(a - b for a, b in zip(chosen, rejected)) / count,
         "held_out_pairs": count,
         "held_out_posts": len({pair.group for pair in pairs.test}),
         "trained_pairs": len(pairs.train),
         "trained_posts": len({pair.group for pair in pairs.train}),
-        "texts_cut": num_truncated,
-        "held_out_texts_cut": reward.num_truncated,
+        "completions_truncated": num_truncated,
+        "held_out_completions_truncated": reward.num_truncated,
     }
 
 

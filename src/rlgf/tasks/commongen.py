@@ -26,7 +26,7 @@ class Options:
     """The columns of the data, and the number of held-out training concept sets.
 
     Held-out concept sets are evaluated on during training. Their sentences occur under other sets
-    too; those sets are left out of training.
+    too; those sets are dropped from training.
     """
 
     concepts_column: str = "concepts"

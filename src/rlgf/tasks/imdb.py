@@ -77,7 +77,7 @@ Piece = tuple[tuple[int, ...], str, str] | None
 def _first_tokens(texts: Sequence[str], count: int, max_new_tokens: int, tokenizer: Any) -> list[Piece]:
     """Split each text after its first `count` tokens.
 
-    A token that ends inside a character is left out of the prompt, with the others of that
+    A token that ends inside a character is dropped from the prompt, with the others of that
     character. None stands for a text without a continuation.
     """
     # characters, enough for the prompt of nearly every review; the others are encoded whole

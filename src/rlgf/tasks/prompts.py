@@ -107,7 +107,7 @@ def preference_pairs(config: TaskConfig, tokenizer: Any, min_words: int) -> Pair
 
 
 def load_pairs(config: TaskConfig, options: Options, builder: PromptBuilder, min_words: int) -> Pairs:
-    """Load the preference pairs in the data of `config`, with prompts made by `builder`."""
+    """Load the preference pairs in the data of `config`, with prompts from `builder`."""
     columns = Columns(options.prompt_column, options.chosen_column, options.rejected_column)
     splits = _splits(config, options)
     found = {

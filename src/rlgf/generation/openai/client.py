@@ -372,5 +372,5 @@ def _probe_mode(spec: str, config: GuideConfig, report: Callable[[str], None]) -
     except RefusedError as error:
         with suppress(InvalidError):
             Server(spec, config, "instruction").send(request)
-        report(f"guide: no text completion endpoint ({error}); a chat instruction asks it to continue instead")
+        report(f"guide: no text completion endpoint ({error}); completions are requested by a chat instruction instead")
         return "instruction"

@@ -38,7 +38,7 @@ class RetriesExhaustedError(Exception):
 
 @dataclass(frozen=True)
 class PoolRequest:
-    """A request and its draws, of which each is sent if those before it were invalid.
+    """A request and its samples, of which each is sent if those before it were invalid.
 
     `index` is part of the cache key, so that equal requests of two rows have their own responses.
     """
@@ -49,7 +49,7 @@ class PoolRequest:
 
 @dataclass(frozen=True)
 class PoolResponse:
-    """The stored responses to the draws of a request, up to the first valid one.
+    """The stored responses to the samples of a request, up to the first valid one.
 
     Each has 'text', 'finished' and perhaps 'ids'; or 'invalid' (the reason) and 'silent'; or
     'given_up' (the failure). `is_new` is true if this run, or the run that it replays, sent the
@@ -61,7 +61,7 @@ class PoolResponse:
 
     @property
     def last(self) -> Mapping[str, Any]:
-        """Return the response to the last draw."""
+        """Return the response to the last sample."""
         return self.samples[-1]
 
 
@@ -98,12 +98,12 @@ class EndpointPool:
 
         Requests without a cached response are sent concurrently. After an error none is sent.
         """
-        cached = [self._draw(request) for request in requests]
+        cached = [self._collect_responses(request) for request in requests]
         missing = [row for row, keyed_responses in enumerate(cached) if not keyed_responses]
 
         def use_sent(row: int, stop: threading.Event) -> T:
             try:
-                return use(row, self._count_usage(self._draw(requests[row], stop)))
+                return use(row, self._count_usage(self._collect_responses(requests[row], stop)))
             except BaseException:
                 stop.set()
                 raise
@@ -146,7 +146,7 @@ class EndpointPool:
         def fetch(request: PoolRequest) -> None:
             if not self._stop_prefetching.is_set():
                 with suppress(Exception):
-                    self._draw(request, self._stop_prefetching)
+                    self._collect_responses(request, self._stop_prefetching)
 
         with ThreadPoolExecutor(self.config.concurrency, thread_name_prefix=f"{self.role} ahead") as pool:
             list(pool.map(fetch, requests))
@@ -155,11 +155,11 @@ class EndpointPool:
         """Start no more prefetching requests."""
         self._stop_prefetching.set()
 
-    def _draw(self, request: PoolRequest, stop: threading.Event | None = None) -> list[KeyedResponse]:
-        """Return the responses to the draws of a request, up to the first valid one.
+    def _collect_responses(self, request: PoolRequest, stop: threading.Event | None = None) -> list[KeyedResponse]:
+        """Return the responses to the samples of a request, up to the first valid one.
 
         Draws come from the cache or the server; without `stop` nothing is sent, and the result is
-        empty if a draw is not cached.
+        empty if a sample is not cached.
         """
         keyed_responses: list[KeyedResponse] = []
         for server_request in request.samples:
@@ -211,7 +211,7 @@ class EndpointPool:
         return f"{key}/{self.run}"
 
     def _count_usage(self, keyed_responses: Sequence[KeyedResponse]) -> PoolResponse:
-        """Count the usage of all draws of a request that belong to this run.
+        """Count the usage of all samples of a request that belong to this run.
 
         Draws belong to it if this run sent them, or replays the run that sent them.
         """
