@@ -101,7 +101,8 @@ def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Com
         valid = isinstance(completion, Completion) and isinstance(completion.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
         if not valid or any(not isinstance(token, int) for token in completion.ids or ()):
             raise GuideError(
-                f"the guide returned {completion!r} for the prompt {request.prompt.text[:60]!r}: it must return a `Completion`."
+                f"the guide returned {completion!r} for the prompt {request.prompt.text[:60]!r}: it must return a "
+                "string or a `Completion`."
             )
         if completion.failed:
             continue

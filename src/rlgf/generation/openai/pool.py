@@ -294,8 +294,8 @@ class EndpointPool:
         if not usage.known and (self.config.max_tokens is not None or self.config.max_cost is not None):
             section = f"{self.role}.endpoint"
             raise self._error(
-                f"the {self.role} at {self.server.url} does not say what an answer costs, so {section}.max_tokens and "
-                f"{section}.max_cost cannot be kept: leave them out and set {section}.max_requests."
+                f"the {self.role} at {self.server.url} reports no usage, so {section}.max_tokens and "
+                f"{section}.max_cost cannot be enforced: leave them out and set {section}.max_requests."
             )
         return stored
 
