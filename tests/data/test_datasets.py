@@ -1,4 +1,4 @@
-"""Rows and files: what is read, what is refused and in which words, and that files are whole or not there."""
+"""Rows and files: what is read, the error messages, and atomic writes."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Preference pairs: where their prompts come from, what is dropped, and how posts are shared out."""
+"""Preference pairs: the source of their prompts, dropped rows, and the split of posts."""
 
 import gzip
 import itertools

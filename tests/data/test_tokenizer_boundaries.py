@@ -1,4 +1,4 @@
-"""Texts of other tokenizers: what becomes of a guide's text, of characters that are several tokens, of a guide of its own."""
+"""Guides with other tokenizers: text completions, characters of several tokens, a guide model."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Best of N: what is kept, what draws hang on, and what commands and tables make of it."""
+"""Best of N: the kept completion, the dependence of samples on seeds, and the commands."""
 
 import json
 from collections.abc import Sequence

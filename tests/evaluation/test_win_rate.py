@@ -1,4 +1,4 @@
-"""Win rates: the question, the order, what an answer says, and the arithmetic."""
+"""Win rates: the prompt of the judge, the order, parsing of responses, and the arithmetic."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Comparisons: equal data, finished runs reused, a table and a plot from what was measured."""
+"""Comparisons: equal data, reuse of finished runs, the table and the plot."""
 
 from pathlib import Path
 

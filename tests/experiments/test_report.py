@@ -1,4 +1,4 @@
-"""What a comparison leaves for people: figures of what was measured, texts side by side, settings varied one at a time."""
+"""The report of a comparison: figures, completions side by side, and varied settings."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Whole runs with a guide outside the process: what is left when they stop, and that they go on as if they had not."""
+"""Whole runs with a guide outside the process: the state after a stop, and resuming."""
 
 import json
 import os
@@ -292,7 +292,7 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
     terminal.until("[1/2] review of :")  # the first text of the run: nobody is asked to write for nothing
     terminal.until("> ")
     terminal.type("undo")
-    terminal.until("nothing to undo")
+    terminal.until("Nothing to undo")
     terminal.type("wrong plot")
     terminal.until("[2/2]")
     terminal.type("undo")

@@ -1,4 +1,4 @@
-"""One copy of the base weights for all that reads with them, in training and in evaluation, whole or in 4 bits."""
+"""One copy of the base weights in training and evaluation, in full precision or 4 bits."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""From a config to a finished run, and everything that must be refused before any work is done."""
+"""From a config to a finished run, and the errors that are raised before any work."""
 
 import dataclasses
 import json

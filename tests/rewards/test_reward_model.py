@@ -1,4 +1,4 @@
-"""Reward models: what is scored and where, the loss by hand, learning, adapters, and what is saved."""
+"""Reward models: the scored position, the loss by hand, training, adapters, and saved files."""
 
 import dataclasses
 import math

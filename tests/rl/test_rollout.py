@@ -1,4 +1,4 @@
-"""Two authors, one text: who wrote what, where the pen changed hands, and what a guide may not do."""
+"""Rollouts: origins, switch positions, and the errors of guides."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace

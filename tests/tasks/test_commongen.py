@@ -1,4 +1,4 @@
-"""CommonGen, and what it needs of others: span corruption, a tokenizer with sentinels, sums of text metrics, further splits."""
+"""CommonGen, and its needs: span corruption, sentinels, sums of text metrics, further splits."""
 
 import json
 import math

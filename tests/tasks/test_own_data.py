@@ -1,4 +1,4 @@
-"""docs/own-data.md does what it says: its files are written and its commands run, in an empty folder."""
+"""The files and commands of docs/own-data.md, run in an empty folder."""
 
 import json
 import re

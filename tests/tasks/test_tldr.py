@@ -1,4 +1,4 @@
-"""TL;DR: how posts are shared out, what prompts keep, and the judge's recorded answers."""
+"""TL;DR: the split of posts, truncation of prompts, and the judge's recorded responses."""
 
 import json
 from collections.abc import Mapping, Sequence

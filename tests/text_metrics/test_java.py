@@ -1,4 +1,4 @@
-"""The handle on Java's process, with a stand-in for Java; the jars of SPICE: found, fetched, checked."""
+"""The Java process, with a stand-in for Java, and the download of SPICE's jars."""
 
 import functools
 import hashlib

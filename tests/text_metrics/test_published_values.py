@@ -1,4 +1,4 @@
-"""Text metrics on real data: published values, other people's implementations, functions that are pure."""
+"""Text metrics on real data: published values, other implementations, and purity."""
 
 import contextlib
 import gzip

@@ -1,4 +1,4 @@
-"""Guides on servers: how they are asked, what their failures lead to, what is kept and counted."""
+"""Guides on servers: requests, failures, the cache and the counts of usage."""
 
 import json
 import re
@@ -215,7 +215,7 @@ def texts_of(pool: EndpointPool, count: int) -> list[Any]:
         (None, {"max_requests": 2}, r"the oracle's budget is used up \(2 of oracle\.endpoint\.max_requests=2\)"),
         (None, {"max_tokens": 1, "concurrency": 1}, r"of oracle\.endpoint\.max_tokens=1\)"),
         (None, {"offline": True}, "the oracle is offline"),
-        ("401", {}, r"the oracle at .* refuses .*: mend oracle\.spec"),
+        ("401", {}, r"the oracle at .* rejects requests .*: fix oracle\.spec"),
     ],
 )
 def test_a_pool_names_its_role_and_no_guide(tmp_path: Path, kind: str | None, options: dict[str, Any], words: str) -> None:

@@ -1,4 +1,4 @@
-"""What a server's JSON means: texts, endings, bills, and answers that are of no use."""
+"""Parsing of a server's JSON: text, finish reason, usage, and invalid responses."""
 
 import json
 from datetime import UTC, datetime, timedelta

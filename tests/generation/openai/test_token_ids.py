@@ -1,4 +1,4 @@
-"""A server of the policy's own tokenizer, driven by token ids: agreed on beforehand, exact in what it is asked and answers."""
+"""A server with the policy's tokenizer, queried by token ids."""
 
 import json
 from collections.abc import Iterator
