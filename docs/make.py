@@ -112,8 +112,10 @@ def page() -> str:
     lines = [
         "# Every setting",
         "",
-        "Made from `src/rlgf/config/` by `make docs`. On the command line: `section.field=value`; in a YAML file: nested.",
-        "A recipe (`rlgf show quickstart`) changes some of these defaults.",
+        *wrapped(
+            "Generated from `src/rlgf/config/` by `make docs`. On the command line: `section.field=value`; in a YAML file: "
+            "nested. A recipe (`rlgf show quickstart`) changes some of these defaults."
+        ),
     ]
     classes = {node.name: (node, comments) for source in SOURCES for node, comments in classes_of(source)}
     for name, section in SECTIONS.items():
@@ -123,6 +125,11 @@ def page() -> str:
                 if algorithm := algorithm_name(node):
                     lines += table(node, comments, f"algorithm.options.{algorithm}")
     return "\n".join(lines) + "\n"
+
+
+def wrapped(text: str) -> list[str]:
+    """Return the lines of a paragraph, at most 100 columns wide."""
+    return textwrap.wrap(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False)
 
 
 def classes_of(path: Path) -> list[tuple[ast.ClassDef, dict[int, str]]]:
@@ -164,7 +171,7 @@ def readable_type(annotation: ast.expr) -> str:
 
 def table(node: ast.ClassDef, comments: dict[int, str], section: str) -> list[str]:
     """Return the lines of one section."""
-    lines = ["", f"## {section or 'the whole run'}", "", description(node), ""]
+    lines = ["", f"## {section or 'the whole run'}", "", *wrapped(description(node)), ""]
     fields = [
         field
         for field in node.body

@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, tiny language models, and the data beside the repository."""
+"""Shared fixtures: one thread, no network, tiny language models, and real data."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Small things to test with: texts spelled as strings of authors, models whose gradient names the token, tiny trainers."""
+"""Test helpers: completions spelled by origin, models with known gradients, tiny trainers."""
 
 import copy
 import dataclasses

@@ -7,6 +7,26 @@ from pathlib import Path
 import rlgf
 
 ROOT = Path(__file__).resolve().parents[1]
+PROSE = [
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md",
+    ROOT / "native" / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+    *(path for path in sorted((ROOT / "docs" / "results").rglob("*.md")) if path.name != "texts.md"),
+]  # fmt: skip
+WIDTH = 100
+
+
+def wide_lines(text: str) -> list[int]:
+    """Return the numbers of lines of prose over 100 columns; code, tables and addresses are exempt."""
+    found: list[int] = []
+    is_code = False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            is_code = not is_code
+        elif not is_code and not line.startswith("    ") and not line.lstrip().startswith("|"):
+            shown = re.sub(r"\]\([^)]*\)|https?://\S+", "", line)
+            if len(shown) > WIDTH:
+                found.append(number)
+    return found
 
 
 def test_the_reference_of_settings_is_current():
@@ -24,6 +44,17 @@ def test_links_in_the_documents_lead_somewhere():
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_prose_of_the_documents_is_at_most_100_columns_wide():
+    wide = {str(path.relative_to(ROOT)): lines for path in PROSE if (lines := wide_lines(path.read_text()))}
+    assert wide == {}
+
+
+def test_wide_lines_are_found_in_prose_only():
+    long = "word " * 21
+    text = "\n".join([long, "```", long, "```", f"| {long} |", f"    {long}", f"[a link](https://{'x' * 100}).", "short"])
+    assert wide_lines(text) == [1]
 
 
 def test_the_sample_of_two_tokenizers_is_the_one_that_was_drawn():

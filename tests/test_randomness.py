@@ -1,4 +1,4 @@
-"""Draws are a pure function of (seed, purpose, index, position)."""
+"""Random numbers are a pure function of (seed, purpose, index, position)."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Every mask is a question asked of who wrote what and of the switch point."""
+"""Masks derive from the origin of each token and the switch position."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""The family as data: laws of the switch point, plans, what is refused, and the identities between members."""
+"""The algorithms as data: switch rules, schedules, errors, and identities between algorithms."""
 
 import ast
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The arithmetic: numbers that can be checked by hand, then properties that hold for all inputs."""
+"""Losses and advantages: numbers checked by hand, and properties for all inputs."""
 
 import math
 

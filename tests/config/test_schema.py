@@ -1,4 +1,4 @@
-"""Configs: what is refused and in which words, and that what is written is read back."""
+"""Configs: errors and their messages, and a round trip through YAML."""
 
 import dataclasses
 import traceback

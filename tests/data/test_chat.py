@@ -81,7 +81,7 @@ def test_a_tokenizer_without_a_template_says_how_to_give_one(tokenizer: Any):
 
 
 def test_what_a_template_refuses_is_an_error_with_its_row_and_reason(tokenizer: Any):
-    with pytest.raises(INPUT_ERRORS, match=r"row 2: the chat template refuses .*only user and assistant may speak"):
+    with pytest.raises(INPUT_ERRORS, match=r"row 2: the chat template rejects .*only user and assistant may speak"):
         PromptBuilder(tokenizer, template=BRACKETS)([ASKED], ["row 2"])
 
 
@@ -96,7 +96,7 @@ def test_a_template_is_a_file_or_a_text(tmp_path: Any):
 
 @pytest.mark.parametrize("value", [[{"role": "user"}], [{"role": "user", "content": [{"type": "image"}]}]])
 def test_messages_without_a_text_are_refused(chatty: Any, value: Any):
-    with pytest.raises(INPUT_ERRORS, match="row 3: message 1 must have a 'role' and a 'content' that are texts"):
+    with pytest.raises(INPUT_ERRORS, match="row 3: message 1 must have a 'role' and a 'content' that are strings"):
         PromptBuilder(chatty)([value], ["row 3"])
 
 

@@ -1,4 +1,4 @@
-"""Rows and files: what is read, what is refused and in which words, and that files are whole or not there."""
+"""Rows and files: what is read, the error messages, and atomic writes."""
 
 import gzip
 import json
@@ -66,7 +66,7 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
 
 def test_a_file_whose_name_says_nothing_is_refused_with_the_names_that_do(tmp_path: Path) -> None:
     path = file_with(tmp_path / "a.txt", "hello\n")
-    with pytest.raises(INPUT_ERRORS, match=r"line 1: not valid JSON .* how their names end \(\.jsonl\[\.gz\], \.csv"):
+    with pytest.raises(INPUT_ERRORS, match=r"line 1: not valid JSON .* extension gives the format \(\.jsonl\[\.gz\], \.csv"):
         read_rows(str(path), "train")
 
 
@@ -132,7 +132,7 @@ def test_a_dataset_that_cannot_be_loaded_is_one_sentence(monkeypatch: pytest.Mon
         "give a Hub name, a folder, or a file (.jsonl[.gz], .csv, .tsv, .parquet or .json)."
     )
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
-    with pytest.raises(INPUT_ERRORS, match="there is no such file or folder, and the Hugging Face Hub does not answer"):
+    with pytest.raises(INPUT_ERRORS, match="there is no such file or folder, and the Hugging Face Hub is unreachable"):
         read_rows("someone/reviews", "train")
     with pytest.raises(INPUT_ERRORS, match=r"rows\.csv.* cannot be loaded \(there is no such file or folder\)"):
         read_rows("rows.csv", "train")

@@ -1,4 +1,4 @@
-"""Preference pairs: where their prompts come from, what is dropped, and how posts are shared out."""
+"""Preference pairs: the source of their prompts, dropped rows, and the split of posts."""
 
 import gzip
 import itertools
@@ -64,7 +64,7 @@ def test_responses_may_be_texts_in_parts():
     explicit = {"prompt": asked, "chosen": [said("assistant", "Alien")], "rejected": said("assistant", "no", "ne")}
     assert parts_of(explicit, Columns(), "row 1") == (asked, "Alien", "none")
     picture = {"role": "assistant", "content": [{"type": "image", "url": "x"}]}
-    with pytest.raises(INPUT_ERRORS, match="a response must be a text or one message"):
+    with pytest.raises(INPUT_ERRORS, match="a response must be a string or one assistant message"):
         parts_of({**explicit, "chosen": picture}, Columns(), "row 1")
 
 
@@ -80,14 +80,14 @@ def test_what_cannot_be_compared_is_dropped_and_counted(word_tokenizer: Any):
         ("plot", " great plot", " dull plot", "plot")
     ]
     assert dropped == {
-        "pairs with equal sides": 1, "pairs with a side under 2 words": 1, "pairs with no common prompt": 1,
+        "pairs with identical responses": 1, "pairs with a response under 2 words": 1, "pairs with no common prompt": 1,
     }  # fmt: skip
 
 
 def test_rows_without_sides_are_refused(word_tokenizer: Any):
     with pytest.raises(INPUT_ERRORS, match=r"row 1: there is no column 'rejected'; it has chosen, prompt"):
         pairs_of([{"prompt": "plot", "chosen": " great plot"}], word_tokenizer)
-    with pytest.raises(INPUT_ERRORS, match="must be two texts or two conversations"):
+    with pytest.raises(INPUT_ERRORS, match="must be two strings or two conversations"):
         pairs_of([{"chosen": 1, "rejected": 2}], word_tokenizer)
 
 
@@ -113,10 +113,10 @@ def test_no_post_is_in_two_parts_nor_in_training_and_test():
 
 
 def test_a_test_split_is_used_without_posts_that_are_trained_on():
-    pairs = Pairs(made(10), [*made(2), Pair(Prompt("new"), "a b", "c d", "new")], {"pairs with equal sides": 4})
+    pairs = Pairs(made(10), [*made(2), Pair(Prompt("new"), "a b", "c d", "new")], {"pairs with identical responses": 4})
     part = split_for_role(pairs, 1, 0)
     assert [pair.group for pair in part.test] == ["new"]
-    assert part.dropped == {"pairs with equal sides": 4, "held-out pairs about posts that are trained on": 6}
+    assert part.dropped == {"pairs with identical responses": 4, "held-out pairs about posts of the training pairs": 6}
 
 
 def test_too_few_posts_are_refused():
@@ -142,7 +142,7 @@ def test_dialogues_of_hh_are_told_apart_as_counted_by_another_program(shared_dat
     for name, (rows, equal, short) in counted.items():
         source = str(shared_data / "hh_rlhf_test" / f"{name}.test.jsonl.gz")
         pairs = prompts.preference_pairs(TaskConfig("prompts", source), word_tokenizer, 5)
-        dropped = {"pairs with equal sides": equal, "pairs with a side under 5 words": short}
+        dropped = {"pairs with identical responses": equal, "pairs with a response under 5 words": short}
         assert pairs.dropped == {reason: count for reason, count in dropped.items() if count}
         assert len(pairs.train) == rows - equal - short
         assert all(pair.prompt.text.endswith("\n\nAssistant:") for pair in pairs.train)
@@ -173,7 +173,7 @@ def test_a_reward_model_is_trained_on_dialogues_of_hh_by_one_command(
     measured = json.loads((tmp_path / "reward" / "stage.json").read_text())["metrics"]
     assert (measured["steps"], measured["trained_posts"], measured["held_out_posts"]) == (3, 88, 22)
     assert 0 <= measured["accuracy"] <= 1
-    assert 0 <= measured["longer_rule"] <= 1
+    assert 0 <= measured["length_baseline"] <= 1
     assert (tmp_path / "reward" / "adapter_config.json").is_file() == bool(rank)
 
 

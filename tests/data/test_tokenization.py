@@ -1,4 +1,4 @@
-"""Text to ids and back at the joint between two writers, with real tokenizers."""
+"""Text to ids and back at the boundary between prefix and continuation, with real tokenizers."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Texts of other tokenizers: what becomes of a guide's text, of characters that are several tokens, of a guide of its own."""
+"""Guides with other tokenizers: text completions, characters of several tokens, a guide model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -337,7 +337,7 @@ def test_its_budget_is_enough_for_the_policys_and_ends_at_its_context(byte_token
     ids = Codec(byte_tokenizer).prompt(Prompt(request().prompt.text + last))
     assert len(ids) == 63
     assert len(guide.complete([request(prefix=last)])[0].text) == 1
-    with pytest.raises(TrainingError, match="the guide reads 64 tokens"):
+    with pytest.raises(TrainingError, match="the guide's context is 64 tokens"):
         query_guide(guide, [request(prefix=last + "a")])
 
 

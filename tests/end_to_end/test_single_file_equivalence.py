@@ -1,4 +1,4 @@
-"""The one-file PPO++ of `examples/` and the library, fed the same texts and weights, do the same arithmetic."""
+"""The one-file PPO++ of `examples/` computes what the library computes, from the same weights."""
 
 import copy
 import importlib.util

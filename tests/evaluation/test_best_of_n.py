@@ -1,4 +1,4 @@
-"""Best of N: what is kept, what draws hang on, and what commands and tables make of it."""
+"""Best of N: the kept completion, the dependence of samples on seeds, and the commands."""
 
 import json
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ def test_rows_are_selected_and_joined_with_all_that_belongs_to_them():
 
 
 def test_what_cannot_be_drawn_several_times_is_refused():
-    with pytest.raises(ConfigError, match="needs decoding that draws"):
+    with pytest.raises(ConfigError, match="needs stochastic sampling"):
         best_of(rollout_config(sampling=SamplingParams(greedy=True)), PROMPTS, word_reward, 4, 0)
     with pytest.raises(ConfigError, match="choose a number from 1 to 65,536"):
         best_of(rollout_config(), PROMPTS, word_reward, 0, 0)
@@ -169,8 +169,8 @@ def test_a_baseline_is_a_command_and_says_what_a_comparison_says(tmp_path: Path,
     ("arguments", "words"),
     [
         (["--baseline", "oracle"], "unknown baseline 'oracle'"),
-        (["--baseline", "sft", "--policy", "somewhere"], "both say whose texts are measured"),
-        (["--baseline", "guide", "--best-of", "2"], "a guide is none"),
+        (["--baseline", "sft", "--policy", "somewhere"], "both choose the model to evaluate"),
+        (["--baseline", "guide", "--best-of", "2"], "--baseline=guide has none"),
     ],
 )
 def test_baselines_that_cannot_be_are_refused(

@@ -1,4 +1,4 @@
-"""Metrics against other people's numbers and against enumeration; evaluation; rewards and guides at their doors."""
+"""Model metrics against reference values and enumeration; checks of rewards and guides."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Win rates: the question, the order, what an answer says, and the arithmetic."""
+"""Win rates: the prompt of the judge, the order, parsing of responses, and the arithmetic."""
 
 import json
 from collections.abc import Sequence
@@ -98,7 +98,7 @@ def test_another_question_must_say_where_its_parts_stand(tmp_path: Path):
     path.write_text("Which is kinder to [context]?\n(A) [summary 1]\n(B) [summary 2]\n")
     assert fill_template(load_template(str(path)), Prompt("you"), "a", "b") == (None, "Which is kinder to you?\n(A) a\n(B) b")
     path.write_text("Which is kinder to [context]?")
-    with pytest.raises(ConfigError, match=r"where \[summary 1\] and \[summary 2\] shall stand"):
+    with pytest.raises(ConfigError, match=r"lacks \[summary 1\] and \[summary 2\]"):
         load_template(str(path))
     with pytest.raises(ConfigError, match="cannot be read"):
         load_template(str(tmp_path / "nothing.txt"))
@@ -132,7 +132,7 @@ class Scripted:
         self.answer, self.asked = answer, list[str]()
 
     def complete(self, requests: Sequence[PoolRequest], use: Any) -> list[Any]:
-        questions = [request.draws[0].prompt for request in requests]
+        questions = [request.samples[0].prompt for request in requests]
         self.asked += questions
         answers = [PoolResponse([{"text": self.answer(question)}], True) for question in questions]
         return [use(row, answer) for row, answer in enumerate(answers)]
@@ -230,7 +230,7 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
     results = compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), tmp_path)
     assert all("win_rate" in row["metrics"] for row in results["rows"])
     table = (tmp_path / "table.md").read_text()
-    assert "by the words' judge; 0 answers could not be read" in table
+    assert "by the words' judge; 0 unparseable answers" in " ".join(table.split())
     assert "win rate" in table
 
 

@@ -1,4 +1,4 @@
-"""Comparisons: equal data, finished runs reused, a table and a plot from what was measured."""
+"""Comparisons: equal data, reuse of finished runs, the table and the plot."""
 
 from pathlib import Path
 
@@ -140,6 +140,6 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
     with pytest.raises(SystemExit):
         app.main()
     shown = capsys.readouterr().out
-    for words in ("D2LOLS", "phase 0", "phase 1", "3 of 8 texts", "parameters", "memory"):
+    for words in ("D2LOLS", "phase 0", "phase 1", "3 of 8 completions", "parameters", "memory"):
         assert words in shown
     assert not list(tmp_path.iterdir())

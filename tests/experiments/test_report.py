@@ -1,4 +1,4 @@
-"""What a comparison leaves for people: figures of what was measured, texts side by side, settings varied one at a time."""
+"""The report of a comparison: figures, completions side by side, and varied settings."""
 
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ def test_only_numbers_are_varied_and_what_a_setting_refuses_is_refused():
         "ppo.epochs": [1, 3],
     }
     for text, message in {
-        "kl.coefficient": "give numbers with commas between them",
+        "kl.coefficient": "give numbers separated by commas",
         "kl.coefficient=a": "give numbers",
         "kl.controller=1": "only numbers can be varied",
         "seed=1,2": "share seeds, evaluation and machine",

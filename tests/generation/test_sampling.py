@@ -1,4 +1,4 @@
-"""The decoder: what it writes, what it says it drew from, and that no row is touched by its neighbours."""
+"""The decoder: its samples and log-probabilities, and the independence of rows."""
 
 import contextlib
 import functools

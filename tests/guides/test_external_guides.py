@@ -1,4 +1,4 @@
-"""Whole runs with a guide outside the process: what is left when they stop, and that they go on as if they had not."""
+"""Whole runs with a guide outside the process: the state after a stop, and resuming."""
 
 import json
 import os
@@ -86,11 +86,11 @@ def test_a_key_that_expires_stops_the_run_with_a_checkpoint_and_it_goes_on_with_
             if progress.iteration == 3:
                 server.api_key = "sk-second-key-456"
 
-        with pytest.raises(TrainingError, match=r"refuses \(Error code: 401"):
+        with pytest.raises(TrainingError, match=r"rejects requests \(Error code: 401"):
             train(asked, tmp_path / "run", stages, on_progress=expire)
         assert (tmp_path / "run" / "checkpoints" / "iteration-000003").is_dir()
         assert not (tmp_path / "run" / "results.json").exists()
-        with pytest.raises(ConfigError, match=r"refuses \(Error code: 401"):  # nothing is trained with a wrong key
+        with pytest.raises(ConfigError, match=r"rejects requests \(Error code: 401"):  # nothing is trained with a wrong key
             train(override(asked, [kept(tmp_path, "none")]), tmp_path / "none", tmp_path / "no-stages")
         assert not list((tmp_path / "no-stages").glob("sft*"))
         monkeypatch.setenv("OPENAI_API_KEY", "sk-second-key-456")
@@ -199,7 +199,7 @@ def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stag
             assert process.stderr is not None
             told = process.stderr.read().decode()
         assert process.returncode == 130, told
-        assert "requests under way come to their end first, in 60 s at most" in told
+        assert "waiting for requests in flight, 60 s at most" in told
         assert "interrupted; there is no checkpoint" in told
         assert "Traceback" not in told
         assert server.asked <= before + 2
@@ -227,7 +227,7 @@ def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) 
         train(asked, tmp_path / "run", stages, on_progress=watch)
         train(asked, tmp_path / "again", stages, on_progress=watch)
     assert re.fullmatch(r" · guide \d requests, 0\.\d\d s each, cost \d\.\d+e?-?\d* so far", lines[0])
-    assert re.fullmatch(r" · guide 0 requests, \d texts kept from before, cost 0 so far", lines[1])
+    assert re.fullmatch(r" · guide 0 requests, \d completions from the cache, cost 0 so far", lines[1])
     assert console.guide_progress({"score": 1.0}, {}) == ""
 
 
@@ -294,7 +294,7 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
     terminal.until("[1/2] review of :")  # the first text of the run: nobody is asked to write for nothing
     terminal.until("> ")
     terminal.type("undo")
-    terminal.until("nothing to undo")
+    terminal.until("Nothing to undo")
     terminal.type("wrong plot")
     terminal.until("[2/2]")
     terminal.type("undo")
@@ -319,7 +319,7 @@ def test_a_person_guides_at_a_terminal_leaves_and_goes_on(tmp_path: Path, stages
 
 def test_a_person_is_not_asked_offline(tmp_path: Path, stages: Path) -> None:
     asked = override(quickstart(), [*SMALL, ("guide.spec", "human"), ("guide.endpoint.offline", True), kept(tmp_path)])
-    with pytest.raises(TrainingError, match="answers are not in"):
+    with pytest.raises(TrainingError, match="completions are not in"):
         train(asked, tmp_path / "run", stages)
     assert len(ResponseCache(tmp_path / "answers.sqlite")) == 0
 
@@ -339,14 +339,14 @@ def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Pa
         found = checked(spec, tmp_path, *prices)
         texts = [text for _, text in found]
         assert found[0][0] == "warning"
-        assert "completion: does not write (Error code: 404" in texts[0]
+        assert "completion: generates nothing (Error code: 404" in texts[0]
         body = server.requests[1]["body"]  # what cannot begin a text is not asked to finish one
         assert body["messages"][0]["content"] == imdb.INSTRUCTION.replace("{text}", "The film")
         assert body["max_tokens"] == 9
         for mode in ("assistant", "continue_final_message", "prefix", "instruction"):
             said = [text for text in texts if text.startswith(f"guide.continuation={mode}: ")]
-            assert re.search(r"begins a text, \d\.\d\d s: ' \w+", said[0])
-            assert re.search(r"finishes ' was', \d\.\d\d s: ' \w+", said[1])
+            assert re.search(r"starts a completion, \d\.\d\d s: ' \w+", said[0])
+            assert re.search(r"continues ' was', \d\.\d\d s: ' \w+", said[1])
             assert said[2].endswith("serves PPO, PPO++, AggreVaTeD, LOLS, D2LOLS")
         bills = re.findall(r"(\w+): billed (\d+) \+ (\d+) tokens: (\d\.\d+) per thousand", " ".join(texts))
         assert [bill[0] for bill in bills] == ["rollins", "rollouts"] * 4
@@ -371,13 +371,13 @@ def test_a_check_tries_functions_and_models_and_knows_what_others_can_do(
     )
     monkeypatch.chdir(tmp_path)
     found = {name: checked(f"python:mine_to_check:{name}", tmp_path) for name in ("whole", "begins", "bad")}
-    assert [text.split(",")[0] for _, text in found["whole"]] == ["begins a text", "finishes ' was'", "serves PPO"]
+    assert [text.split(",")[0] for _, text in found["whole"]] == ["starts a completion", "continues ' was'", "serves PPO"]
     assert [text for _, text in found["begins"]][1:] == ["serves PPO, PPO++"]
     assert found["bad"][0][0] == "error"
-    assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot finish what another has begun"
+    assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot continue a prefix"
     with pytest.raises(ConfigError, match="holds no run"):
         checked("run:nowhere", tmp_path)
     new_tiny_model("llama").save(tmp_path / "model")
     found["model"] = checked(f"model:{tmp_path / 'model'}", tmp_path)
-    said = ["a model that reads 64 tokens", "begins a text", "finishes ' was'", "serves PPO"]
+    said = ["a model with a context of 64 tokens", "starts a completion", "continues ' was'", "serves PPO"]
     assert [text.split(",")[0] for _, text in found["model"]] == said

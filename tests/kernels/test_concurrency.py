@@ -1,4 +1,4 @@
-"""Two tasks at once: the same results, errors that surface, and nobody side by side who shares something."""
+"""Two tasks at once: equal results, propagated errors, and no concurrency with shared weights."""
 
 import threading
 import time

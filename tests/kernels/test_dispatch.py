@@ -1,4 +1,4 @@
-"""The door to the fast paths: the modes, single paths switched off, and a package without any."""
+"""Dispatch of the fast paths: the modes, single paths switched off, and none installed."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Encoder–decoders: the same sampler and the same forward pass, a prompt as source and restarts from any beginning."""
+"""Encoder–decoders: sampling, the forward pass, and restarts from any prefix."""
 
 import copy
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Adapters: policy, critics, reference and guide on one copy of the weights, each untouched by the others' training."""
+"""Adapters: policy, critics, reference and guide on one copy of the base weights."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a GPU's memory holds: models that rest in the host's, and micro-batches as large as fit."""
+"""GPU memory: offloaded models, and the largest micro-batch that fits."""
 
 from dataclasses import replace
 from typing import Any

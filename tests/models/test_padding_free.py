@@ -1,4 +1,4 @@
-"""A line without padding gives what padded rows give: logits, states, losses and gradients."""
+"""The packed forward pass equals that of padded rows: logits, states, losses and gradients."""
 
 import copy
 import json

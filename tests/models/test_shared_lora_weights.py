@@ -1,4 +1,4 @@
-"""One copy of the base weights for all that reads with them, in training and in evaluation, whole or in 4 bits."""
+"""One copy of the base weights in training and evaluation, in full precision or 4 bits."""
 
 import json
 import os
@@ -253,7 +253,7 @@ def test_a_reward_model_made_in_four_bits_is_another_one(tmp_path: Path):
 
 def test_a_reward_that_nobody_named_and_a_person_who_is_not_there_are_refused_from_the_config(monkeypatch: pytest.MonkeyPatch):
     rows = override(recipe("prompts"), [("task.data", str(Path(__file__)))])
-    with pytest.raises(ConfigError, match="task 'prompts' has no rule of its own"):
+    with pytest.raises(ConfigError, match="task 'prompts' has no built-in reward"):
         check_to_train(resolve(rows))
     asked = small(("guide.spec", "human"), ("algorithm.name", "ppo_pp"))
     monkeypatch.setattr(preflight, "has_no_terminal", lambda: True)

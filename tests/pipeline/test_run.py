@@ -1,4 +1,4 @@
-"""From a config to a finished run, and everything that must be refused before any work is done."""
+"""From a config to a finished run, and the errors that are raised before any work."""
 
 import dataclasses
 import json
@@ -294,7 +294,7 @@ def test_interrupted_it_says_where_the_same_command_goes_on_and_finished_that_it
     interrupt_after(2)
     assert run_command(monkeypatch, *command) == 130
     told = capsys.readouterr().err
-    assert f"interrupted; {run} holds a checkpoint after 2 of 3 iterations: the same command goes on from there." in told
+    assert f"interrupted; {run} holds a checkpoint after 2 of 3 iterations: the same command resumes from there." in told
     interrupt_after(0)
     assert run_command(monkeypatch, *command) == 0
     first = capsys.readouterr()

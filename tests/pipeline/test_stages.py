@@ -1,4 +1,4 @@
-"""What identifies stages and runs: whatever changes a completion, and nothing else."""
+"""Fingerprints of stages and runs: whatever changes a completion, and nothing else."""
 
 import dataclasses
 from typing import Any

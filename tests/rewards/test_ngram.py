@@ -1,4 +1,4 @@
-"""The sentiment classifier: its features by hand, that it learns, and that it is stored without pickle."""
+"""The n-gram classifier: its features by hand, its training, and storage without pickle."""
 
 from pathlib import Path
 

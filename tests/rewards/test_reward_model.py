@@ -1,4 +1,4 @@
-"""Reward models: what is scored and where, the loss by hand, learning, adapters, and what is saved."""
+"""Reward models: the scored position, the loss by hand, training, adapters, and saved files."""
 
 import dataclasses
 import math
@@ -144,8 +144,8 @@ def test_a_reward_model_learns_what_is_preferred_on_posts_it_has_not_seen(start:
     assert (measured["trained_pairs"], measured["trained_posts"]) == (64, 32)
     assert (measured["held_out_pairs"], measured["held_out_posts"]) == (16, 8)
     longer = [len(pair.chosen) - len(pair.rejected) for pair in PAIRS.test]
-    assert measured["longer_rule"] == sum((d > 0) + 0.5 * (d == 0) for d in longer) / 16
-    assert measured["texts_cut"] == measured["held_out_texts_cut"] == 0
+    assert measured["length_baseline"] == sum((d > 0) + 0.5 * (d == 0) for d in longer) / 16
+    assert measured["completions_truncated"] == measured["held_out_completions_truncated"] == 0
 
 
 def test_adapters_and_head_are_saved_and_loaded_by_peft_and_by_us(start: Path, tmp_path: Path):
@@ -223,7 +223,7 @@ def test_a_long_text_loses_part_of_its_prompt_but_not_what_ends_it_and_is_counte
 
 def test_a_response_that_is_too_long_by_itself_is_an_error(start: Path):
     reward = new_reward_model(str(start), PreferenceConfig(), 0)
-    with pytest.raises(Exception, match=r"a response has \d+ tokens, but the reward model .* reads 48"):
+    with pytest.raises(Exception, match=r"a response has \d+ tokens, but the context of the reward model .* is 48"):
         score(reward, [Prompt("about:")], [" ".join(["plot"] * 80)])
 
 
@@ -231,10 +231,10 @@ def test_pairs_with_a_response_that_cannot_be_read_whole_are_left_out_and_counte
     reward = new_reward_model(str(start), PreferenceConfig(), 0)
     long = dataclasses.replace(made(9), rejected=" ".join(["plot"] * 80))
     fine = [made(number) for number in range(4)]
-    kept = drop_too_long(reward, Pairs([*fine, long], fine[:1], {"pairs with equal sides": 2}))
+    kept = drop_too_long(reward, Pairs([*fine, long], fine[:1], {"pairs with identical responses": 2}))
     assert (list(kept.train), list(kept.test)) == (fine, fine[:1])
     assert kept.dropped == {
-        "pairs with equal sides": 2, "pairs with a response of more tokens than the reward model reads (48)": 1,
+        "pairs with identical responses": 2, "pairs with a response of more tokens than the reward model reads (48)": 1,
     }  # fmt: skip
     assert reward.num_truncated == 0
     with pytest.raises(ConfigError, match=r"1 pairs with a response .* leave none to train on or to measure on"):

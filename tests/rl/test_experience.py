@@ -1,4 +1,4 @@
-"""Appraising, on texts small enough to be worked out by hand."""
+"""Experience: log-probabilities, values and advantages of small examples, by hand."""
 
 import math
 from collections.abc import Sequence

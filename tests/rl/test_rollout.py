@@ -1,4 +1,4 @@
-"""Two authors, one text: who wrote what, where the pen changed hands, and what a guide may not do."""
+"""Rollouts: origins, switch positions, and the errors of guides."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -432,15 +432,15 @@ def bad(answer: Any) -> Callable[[Sequence[CompletionRequest]], Any]:
 
 
 FAILURES: dict[str, tuple[Any, str]] = {
-    "too few": (lambda requests: [Completion("a", True)] * (len(requests) - 1), "gave 23 texts for 24 requests"),
-    "too many": (lambda requests: [Completion("a", True)] * (len(requests) + 1), "gave 25 texts for 24 requests"),
+    "too few": (lambda requests: [Completion("a", True)] * (len(requests) - 1), "returned 23 completions for 24 requests"),
+    "too many": (lambda requests: [Completion("a", True)] * (len(requests) + 1), "returned 25 completions for 24 requests"),
     "no list": (lambda requests: None, "the guide failed on 24 requests"),
     "one text": (lambda requests: "a", "the guide failed on 24 requests"),
-    "a None among them": (lambda requests: [None] * len(requests), "answered None to the prompt"),
-    "a number among them": (lambda requests: [3] * len(requests), "answered 3 to the prompt"),
-    "a text of None": (lambda requests: [Completion(None, True)] * len(requests), "it must be a text"),  # type: ignore[arg-type]
-    "nothing, unfinished": (lambda requests: [Completion("", False)] * len(requests), "wrote nothing for the prompt"),
-    "no ids, unfinished": (lambda requests: [Completion("a", False, [])] * len(requests), "wrote nothing for the prompt"),
+    "a None among them": (lambda requests: [None] * len(requests), "returned None for the prompt"),
+    "a number among them": (lambda requests: [3] * len(requests), "returned 3 for the prompt"),
+    "a text of None": (lambda requests: [Completion(None, True)] * len(requests), "it must return a string"),  # type: ignore[arg-type]
+    "nothing, unfinished": (lambda requests: [Completion("", False)] * len(requests), "generated nothing for the prompt"),
+    "no ids, unfinished": (lambda requests: [Completion("a", False, [])] * len(requests), "generated nothing for the prompt"),
     "an exception": (lambda requests: 1 // 0, r"the guide failed on 24 requests \(ZeroDivisionError"),
 }
 

@@ -1,4 +1,4 @@
-"""Optimizer steps: who is trained on what, and every option of algorithms.md, section 4."""
+"""Optimizer steps: the tokens that are trained, and every option of the algorithms."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""CommonGen, and what it needs of others: span corruption, a tokenizer with sentinels, sums of text metrics, further splits."""
+"""CommonGen, and its needs: span corruption, sentinels, sums of text metrics, further splits."""
 
 import json
 import math
@@ -71,10 +71,10 @@ def test_a_test_split_whose_references_are_kept_back_is_not_reported(tmp_path: P
     task = commongen.build(task_config(source), None)
     assert task.test == task.validation
     assert not task.extra_test_splits
-    assert task.warnings == {"test prompts have no references: validation is reported alone": 3}
+    assert task.warnings == {"test prompts have no references: only validation is reported": 3}
     hidden[0]["target"] = "A dog catches a frisbee."  # some, but not all
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hidden))
-    with pytest.raises(INPUT_ERRORS, match="split test, row 2: 'targets' \\(or 'target'\\) must hold at least one text"):
+    with pytest.raises(INPUT_ERRORS, match="split test, row 2: 'targets' \\(or 'target'\\) must hold at least one string"):
         commongen.build(task_config(source), None)
 
 
@@ -100,7 +100,7 @@ def test_no_sentence_of_concept_sets_held_out_is_trained_on(tmp_path: Path):
     assert trained.isdisjoint(held)
     assert set(commongen.raw_texts(config, 0)) == trained
     left_out = 6 - len(task.train) - len(task.validation)
-    assert task.warnings == {"training prompts share a sentence with those held back, and are left out": left_out}
+    assert task.warnings == {"training prompts share a sentence with held-out ones, and are dropped": left_out}
     with pytest.raises(INPUT_ERRORS, match="held_out is 1: every other training prompt shares a sentence with them"):
         commongen.build(task_config(data(tmp_path, [ROWS[0]] * 3), held_out=1), None)
 
@@ -109,9 +109,9 @@ def test_no_sentence_of_concept_sets_held_out_is_trained_on(tmp_path: Path):
     ("row", "message"),
     [
         ({"concepts": [], "targets": ["a"]}, "row 1: the prompt is empty"),
-        ({"concepts": ["dog"], "targets": []}, r"'targets' \(or 'target'\) must hold at least one text"),
+        ({"concepts": ["dog"], "targets": []}, r"'targets' \(or 'target'\) must hold at least one string"),
         ({"concepts": ["dog"], "targets": [" "]}, "none of them empty"),
-        ({"concepts": ["dog"]}, "must hold at least one text"),
+        ({"concepts": ["dog"]}, "must hold at least one string"),
     ],
 )
 def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, row: dict[str, Any], message: str):

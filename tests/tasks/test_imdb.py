@@ -45,7 +45,7 @@ def config(folder: Path, **options: Any) -> TaskConfig:
 
 
 def test_first_tokens_are_exactly_those_of_the_review(folder: Path, tokenizer: Any):
-    task = imdb.KIND.build(config(folder, prompt="first", prompt_tokens=10), tokenizer)
+    task = imdb.TASK.build(config(folder, prompt="first", prompt_tokens=10), tokenizer)
     texts = {review(number) for number in range(40)}
     for prompt in task.train:
         assert prompt.ids is not None
@@ -57,7 +57,7 @@ def test_first_tokens_are_exactly_those_of_the_review(folder: Path, tokenizer: A
 
 
 def test_half_a_review_by_words_keeps_its_end(folder: Path, tokenizer: Any):
-    task = imdb.KIND.build(config(folder, prompt="half", prompt_tokens=6), tokenizer)
+    task = imdb.TASK.build(config(folder, prompt="half", prompt_tokens=6), tokenizer)
     words = review(0).split()
     first = task.train[0]
     assert first.references[0] == " " + " ".join(words[20:])
@@ -67,20 +67,20 @@ def test_half_a_review_by_words_keeps_its_end(folder: Path, tokenizer: Any):
 
 
 def test_only_positive_reviews_are_targets(folder: Path, tokenizer: Any):
-    task = imdb.KIND.build(config(folder, prompt="first", prompt_tokens=10), tokenizer)
+    task = imdb.TASK.build(config(folder, prompt="first", prompt_tokens=10), tokenizer)
     assert all(bool(prompt.sft_targets) == (prompt.columns["label"] == 1) for prompt in task.train)
     assert all(prompt.references for prompt in task.train)
 
 
 def test_validation_and_test_prompts_are_apart(folder: Path, tokenizer: Any):
-    task = imdb.KIND.build(config(folder, held_out_prompts=12), tokenizer)
+    task = imdb.TASK.build(config(folder, held_out_prompts=12), tokenizer)
     assert len(task.validation) == len(task.test) == 12
 
 
 def test_reviews_that_are_too_short_are_counted(tmp_path: Path, tokenizer: Any):
     rows = [{"text": "great", "label": 1}] * 3 + [{"text": review(i), "label": 1} for i in range(9)]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = imdb.KIND.build(config(tmp_path / "all.jsonl", prompt="first", prompt_tokens=10), tokenizer)
+    task = imdb.TASK.build(config(tmp_path / "all.jsonl", prompt="first", prompt_tokens=10), tokenizer)
     assert sum(task.dropped_rows.values()) == 3
     assert len(task.train) + len(task.validation) + len(task.test) in (8, 9)  # an odd one of the held-out rows is left
 
@@ -96,7 +96,7 @@ def test_reviews_that_are_too_short_are_counted(tmp_path: Path, tokenizer: Any):
 def test_unusable_reviews_are_refused(tmp_path: Path, tokenizer: Any, rows: list[dict[str, Any]], words: str):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(INPUT_ERRORS, match=words):
-        imdb.KIND.build(config(tmp_path), tokenizer)
+        imdb.TASK.build(config(tmp_path), tokenizer)
 
 
 SMALL = [

@@ -1,4 +1,4 @@
-"""docs/own-data.md does what it says: its files are written and its commands run, in an empty folder."""
+"""The files and commands of docs/own-data.md, run in an empty folder."""
 
 import json
 import re
@@ -78,7 +78,7 @@ def test_a_policy_is_trained_and_evaluated_as_the_page_says(
 
 def test_the_options_that_the_page_names_are_there():
     for name in re.findall(r"task\.options\.(\w+)", PAGE):
-        if name not in ("help", "most"):
+        if name not in ("help", "max_count"):
             check_keys({name: None}, prompts.Options, "the page")
     for column in ("completion_column", "references_column", "chosen_column", "rejected_column", "truncation", "suffix"):
         assert f"`{column}" in PAGE

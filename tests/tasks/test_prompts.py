@@ -77,7 +77,7 @@ def test_a_cell_that_says_na_is_a_word_and_an_empty_one_no_reference(tmp_path: P
     [
         ("", "rows.csv, split train, holds no rows"),
         ("prompt,references\n", "rows.csv, split train, holds no rows"),
-        ('prompt,references\n"a,b\n', r"rows.csv' cannot be loaded \(.*EOF inside string.*\): mend the file"),
+        ('prompt,references\n"a,b\n', r"rows.csv' cannot be loaded \(.*EOF inside string.*\): fix the file"),
     ],
 )
 def test_a_table_that_holds_nothing_or_is_broken_says_so(content: str, words: str, tmp_path: Path, tokenizer: Any):
@@ -135,7 +135,7 @@ def test_held_out_prompts_that_are_trained_on_are_left_out_and_counted(tmp_path:
     write(tmp_path / "train.jsonl", ROWS[:10])
     write(tmp_path / "test.jsonl", ROWS[8:16])
     task = task_of(tmp_path, tokenizer)
-    assert task.dropped_rows == {prompts.SEEN: 2}
+    assert task.dropped_rows == {prompts.IN_TRAINING: 2}
     assert len(task.validation) + len(task.test) == 6
     write(tmp_path / "test.jsonl", ROWS[:10])
     with pytest.raises(INPUT_ERRORS, match="10 training, 0 validation and 0 test prompts"):
@@ -189,7 +189,7 @@ def test_conversations_and_texts_may_stand_side_by_side(tmp_path: Path, tokenize
 
 def test_a_completion_of_several_turns_is_refused(tmp_path: Path, tokenizer: Any):
     rows = [{"prompt": "ask", "completion": [said("assistant", "a"), said("user", "b")]}]
-    with pytest.raises(INPUT_ERRORS, match="row 1: a response must be a text or one message by the assistant"):
+    with pytest.raises(INPUT_ERRORS, match="row 1: a response must be a string or one assistant message"):
         task_of(write(tmp_path / "rows.jsonl", rows), tokenizer)
 
 
@@ -217,7 +217,7 @@ def test_prompts_are_cut_and_it_is_said_how_many(tmp_path: Path, word_tokenizer:
     rows = [{"prompt": "review of : plot cast music script sound"}, *({"prompt": f"review of : plot {n}"} for n in range(8))]
     task = task_of(write(tmp_path / "rows.jsonl", rows), word_tokenizer, prompt_tokens=6, suffix=" =>")
     assert {len(prompt.text.split()) for prompt in all_prompts(task)} == {6}
-    assert task.warnings == {"prompts cut to 6 tokens": 1}
+    assert task.warnings == {"prompts truncated to 6 tokens": 1}
 
 
 def test_what_cannot_be_read_is_refused(tmp_path: Path, tokenizer: Any):
@@ -251,7 +251,7 @@ def build(config, tokenizer):
     prompts = [Prompt(f"count to {n}:", (f" {n}",), (f" {n}",)) for n in range(config.options.get("highest", 30))]
     return Task(config.name, prompts[6:], prompts[:3], prompts[3:6], reward=lambda prompts, texts: [len(t) for t in texts])
 
-KIND = TaskDefinition(build, Options, raw_texts=lambda config, most: [f"count to {n}: {n}" for n in range(30)])
+TASK = TaskDefinition(build, Options, raw_texts=lambda config, most: [f"count to {n}: {n}" for n in range(30)])
 """
 
 
@@ -274,12 +274,12 @@ def test_own_data_is_validated_with_a_reward_that_sees_its_columns(
     assert code == 0
     assert "targets, each a continuation of its prompt" in out
     assert "the reward is pure" in out
-    assert "training prompts say what an earlier one says" in out
+    assert "training prompts repeat an earlier one" in out
 
 
 @pytest.mark.parametrize(
     ("reward", "words"),
-    [("rouge1", "training prompts: 'rouge1' as a reward needs a reference to compare a text with for every prompt, and 1 of"),
+    [("rouge1", "training prompts: 'rouge1' as a reward needs a reference to compare a completion with for every prompt, and"),
      ("concept_coverage", "'concept_coverage' as a reward needs concepts in column 'concepts' for every prompt, and")],
 )  # fmt: skip
 def test_a_metric_as_reward_needs_what_it_reads_of_every_prompt(
@@ -305,11 +305,11 @@ def test_a_task_of_the_users_own_is_one_short_file(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "counting_task.py").write_text(OWN)
     code, out, err = run(
-        ["check", "task", "python:counting_task:KIND", "model.vocabulary=300", "reward.path=task"], monkeypatch, capsys
+        ["check", "task", "python:counting_task:TASK", "model.vocabulary=300", "reward.path=task"], monkeypatch, capsys
     )
     assert (code, "24 / 3 / 3 train, validation and test prompts" in out) == (0, True), err
     code, _, err = run(
-        ["check", "task", "python:counting_task:KIND", "model.vocabulary=300", "task.options.mots=4"], monkeypatch, capsys
+        ["check", "task", "python:counting_task:TASK", "model.vocabulary=300", "task.options.mots=4"], monkeypatch, capsys
     )
     assert (code, "'mots': choose from: highest" in " ".join(err.split())) == (2, True), err
     with pytest.raises(INPUT_ERRORS, match=r"must be a rlgf\.tasks\.base\.TaskDefinition"):
@@ -317,7 +317,7 @@ def test_a_task_of_the_users_own_is_one_short_file(
 
 
 def test_prompts_and_tldr_are_among_the_tasks():
-    assert TASKS["prompts"] is prompts.KIND
+    assert TASKS["prompts"] is prompts.TASK
     assert "tldr" in TASKS
 
 
@@ -330,7 +330,7 @@ def test_demonstrations_that_the_model_cannot_read_are_refused(
     code, _, err = run(["sft", "prompts", "--data", "rows.jsonl", "runtime.threads=1", *small.split()], monkeypatch, capsys)
     assert code == 2
     assert "demonstration 1: prompt and target have" in " ".join(err.split())
-    assert "but the model reads 20: shorten the prompts" in " ".join(err.split())
+    assert "but the model's context is 20: shorten the prompts" in " ".join(err.split())
     assert not list((tmp_path / "runs").glob("prompts-sft*"))
 
 

@@ -1,4 +1,4 @@
-"""TL;DR: how posts are shared out, what prompts keep, and the judge's recorded answers."""
+"""TL;DR: the split of posts, truncation of prompts, and the judge's recorded responses."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ def test_every_post_is_in_one_part_and_those_that_are_compared_are_left_to_the_r
     assert {name: len(part) for name, part in parts.items()} == {"sft": 2, "train": 3, "validation": 2, "test": 3}
     assert set.union(*parts.values()) == set(NAMES[:10])  # ten in all, so that none is in two
     # the one that was edited at its end is the same post
-    assert task.warnings == {tldr.SHARED: 2, "prompts cut to 64 tokens": 10}
+    assert task.warnings == {tldr.SHARED: 2, "prompts truncated to 64 tokens": 10}
     pairs = tldr.preference_pairs(config, tokenizer, 5)
     assert named([pair.prompt for pair in [*pairs.train, *pairs.test]]) == set(NAMES[10:])
 
@@ -209,7 +209,7 @@ def test_the_real_posts_are_split_once(shared_data: Path, real: tuple[TaskConfig
     compared = [{pair.group for pair in part} for part in (reward.train, judge.train, reward.test)]
     assert sum(map(len, compared)) == len(set.union(*compared)) == 1651
     assert not set.union(*compared) & set(used)
-    assert pairs.dropped == {"pairs with a side under 5 words": 14}
+    assert pairs.dropped == {"pairs with a response under 5 words": 14}
     assert len(pairs.train) + len(pairs.test) == 10_000 - 14
     lengths = [(len(pair.chosen), len(pair.rejected)) for pair in [*pairs.train, *pairs.test]]
     longer, equal = (sum(test(*sides) for sides in lengths) / len(lengths) for test in (int.__gt__, int.__eq__))

@@ -1,4 +1,4 @@
-"""The handle on Java's process, with a stand-in for Java; the jars of SPICE: found, fetched, checked."""
+"""The Java process, with a stand-in for Java, and the download of SPICE's jars."""
 
 import functools
 import hashlib
@@ -81,7 +81,9 @@ def test_a_worker_that_was_killed_between_questions_is_started_again(stand_in: C
 def test_a_worker_that_dies_of_a_question_is_asked_once_more(stand_in: Callable[..., Java], tmp_path: Path) -> None:
     handle = stand_in()
     assert handle.request("die_once", mark=str(tmp_path / "mark"), text="a")[1] == "a"
-    with pytest.raises(TrainingError, match=r"Java died twice at the same task \(die\); the last it said: .*out of memory"):
+    with pytest.raises(
+        TrainingError, match=r"the Java process crashed twice at the same operation \(die\); its last output: .*out of memory"
+    ):
         handle.request("die")
     assert handle.request("echo", text="a")[1] == "a"
 
@@ -89,7 +91,7 @@ def test_a_worker_that_dies_of_a_question_is_asked_once_more(stand_in: Callable[
 def test_a_failure_in_java_is_an_error_and_the_worker_stays(stand_in: Callable[..., Java]) -> None:
     handle = stand_in()
     first = handle.request("echo")[0]
-    with pytest.raises(TrainingError, match=r"Java failed at a task \(fail\): NullPointerException: oh"):
+    with pytest.raises(TrainingError, match=r"the Java process failed at an operation \(fail\): NullPointerException: oh"):
         handle.request("fail")
     assert handle.request("echo")[0] == first
 
@@ -118,7 +120,7 @@ def test_threads_get_their_own_answers(stand_in: Callable[..., Java]) -> None:
             '{"failed": "the one found is 1.8.0"}',
             "Java 11 or newer is needed for these metrics, but the one found is 1.8.0: install",
         ),
-        ('sys.exit("no heap")', "Java died while it started; the last it said: no heap"),
+        ('sys.exit("no heap")', "the Java process crashed at startup; its last output: no heap"),
     ],
 )
 def test_java_that_is_missing_too_old_or_does_not_start(stand_in: Callable[..., Java], start: str, message: str) -> None:
@@ -212,7 +214,7 @@ def test_fetching_from_a_folder(tmp_path: Path, small_jars: Path, flat: bool) ->
     said: list[str] = []
     assert jars.fetch(str(source), said.append) == small_jars
     assert said[0].startswith("parser-1.0.jar: copied from")
-    assert said[1] == "parser-1.0-models.jar is there already"
+    assert said[1] == "parser-1.0-models.jar already exists"
     assert jars.find()[0].read_bytes() == CONTENT[""]
 
 
@@ -236,11 +238,13 @@ def test_a_wrong_sum_leaves_nothing_behind(tmp_path: Path, served: tuple[Path, s
 def test_a_source_that_has_nothing(tmp_path: Path, served: tuple[Path, str], small_jars: Path) -> None:
     with pytest.raises(ConfigError, match=r"has neither parser-1.0.jar nor edu/example/parser/1.0/parser-1.0.jar"):
         jars.fetch(str(tmp_path / "nothing"), lambda line: None)
-    with pytest.raises(ConfigError, match=r"parser-1.0.jar cannot be had from http://127.0.0.1:\d+ \(.*404.*\): give --from"):
+    with pytest.raises(
+        ConfigError, match=r"parser-1.0.jar cannot be downloaded from http://127.0.0.1:\d+ \(.*404.*\): give --from"
+    ):
         jars.fetch(served[1], lambda line: None)
-    with pytest.raises(ConfigError, match=r"cannot be had from http://127.0.0.1:1/x \(.*refused.*\)"):
+    with pytest.raises(ConfigError, match=r"cannot be downloaded from http://127.0.0.1:1/x \(.*refused.*\)"):
         jars.fetch("http://127.0.0.1:1/x", lambda line: None)
-    with pytest.raises(ConfigError, match="--from has a name or a password in it") as caught:
+    with pytest.raises(ConfigError, match="--from contains a user name or a password") as caught:
         jars.fetch("http://me:secret@127.0.0.1:1/x", lambda line: None)
     assert "secret" not in str(caught.value)
     assert list(small_jars.iterdir()) == []
@@ -291,9 +295,7 @@ cp {source}/$name $out/"""
 
 def test_maven_that_fails_or_is_not_installed(tmp_path: Path, small_jars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maven(tmp_path / "bin", "echo '[ERROR] Unknown host'; exit 1", monkeypatch)
-    with pytest.raises(
-        ConfigError, match=r"Maven could not fetch edu.example:parser:1.0:jar \(it said: \[ERROR\] Unknown host\)"
-    ):
+    with pytest.raises(ConfigError, match=r"Maven could not download edu.example:parser:1.0:jar \(\[ERROR\] Unknown host\)"):
         jars.fetch(None, lambda line: None)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"`mvn` is not installed, .* or give --from"):
@@ -303,7 +305,7 @@ def test_maven_that_fails_or_is_not_installed(tmp_path: Path, small_jars: Path, 
 
 def test_only_spice_can_be_fetched() -> None:
     assert CliRunner().invoke(app, ["download", "corenlp"]).exit_code == 1
-    with pytest.raises(ConfigError, match="unknown thing to fetch 'corenlp': choose from: spice"):
+    with pytest.raises(ConfigError, match="unknown download 'corenlp': choose from: spice"):
         CliRunner().invoke(app, ["download", "corenlp"], catch_exceptions=False)
 
 

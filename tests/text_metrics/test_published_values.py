@@ -1,4 +1,4 @@
-"""Text metrics on real data: published values, other people's implementations, functions that are pure."""
+"""Text metrics on real data: published values, other implementations, and purity."""
 
 import contextlib
 import gzip
@@ -280,7 +280,7 @@ def test_the_reward_weighs_by_the_training_prompts_one_document_each(concept_set
 def test_few_lines_are_warned_of(images: list[dict[str, Any]]) -> None:
     lines = [Line(row["candidate"], tuple(row["references"])) for row in images[:99]]
     assert score.score(lines, ["cider_d"], Options()).warnings == [
-        "CIDEr-D takes its document frequencies from the 99 scored lines; with fewer than 100 it says little."
+        "CIDEr-D computes its document frequencies from the 99 scored lines; with fewer than 100 it is unreliable."
     ]
 
 

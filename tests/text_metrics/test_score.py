@@ -142,14 +142,14 @@ GOOD = {"prediction": "a", "references": ["b"], "concepts": ["c"]}
     ("row", "message"),
     [
         ({"references": ["b"]}, "line 2: there is no 'prediction'; it has 'references'."),
-        ({"prediction": None, "references": ["b"]}, "line 2: 'prediction' is null, but must be a text."),
-        ({"prediction": ["a"], "references": ["b"]}, "line 2: 'prediction' is a list that holds something else, but must be"),
+        ({"prediction": None, "references": ["b"]}, "line 2: 'prediction' is null, but must be a string."),
+        ({"prediction": ["a"], "references": ["b"]}, "line 2: 'prediction' is a list with other values, but must be"),
         ({"prediction": "a"}, "line 2: there is no 'references'"),
         ({"prediction": "a", "references": []}, "line 2: 'references' is empty"),
-        ({"prediction": "a", "references": ["b", " "]}, "line 2: 'references' has an empty text"),
+        ({"prediction": "a", "references": ["b", " "]}, "line 2: 'references' has an empty string"),
         (
             {"prediction": "a", "references": ["b", 3]},
-            "line 2: 'references' is a list that holds something else, but must be a list",
+            "line 2: 'references' is a list with other values, but must be a list",
         ),
         ({"prediction": "a", "references": {"b": 1}}, "line 2: 'references' is an object"),
         ({"prediction": "a", "references": ["b"], "concepts": []}, "line 2: 'concepts' is empty"),
@@ -196,7 +196,7 @@ def test_the_table_multiplies_as_the_field_does_and_says_so() -> None:
         ["cider_d", "15.69", "× 10"],
         ["spice", "32.00", "× 100"],
         ["meteor", "0.3000", ""],
-        ["rougeL", "0.5000", "summarisation tools"],
+        ["rougeL", "0.5000", "summarization tools"],
         ["self_bleu", "–", ""],
     ]
 
@@ -207,7 +207,7 @@ def test_the_command_writes_a_table_and_json(tmp_path: Path) -> None:
     ran = CliRunner().invoke(app, ["score", file, "--metrics", "rouge1,distinct_1", "--stem", "--json", str(out)])
     assert ran.exit_code == 0
     assert ran.stdout.split("\n")[0].split() == ["2", "lines", "score", "shown", "as"]
-    assert "rouge1      0.5000  summarisation tools" in ran.stdout
+    assert "rouge1      0.5000  summarization tools" in ran.stdout
     found = json.loads(out.read_text())
     assert found["corpus"] == {"rouge1": 0.5, "distinct_1": 1.0}
     assert found["per_line"] == {"rouge1": [1.0, 0.0]}
@@ -368,10 +368,10 @@ def test_bertscore_counts_what_its_model_cannot_read_whole(encoder: str, quiet_l
     long = "a dog " * 20
     lines = [Line("a dog", ("a cat",)), Line(long, ("a cat",))]
     found = score.score(lines, ["bertscore_f1"], Options(bertscore_model=encoder, bertscore_layers=2))
-    assert found.warnings == ["BERTScore read only the beginning of 1 texts, which are longer than its model reads."]
+    assert found.warnings == ["BERTScore truncated 1 texts to its model's context."]
     function = build_text_function("bertscore_f1", options={"model": encoder, "layers": 2})
     assert function([PROMPTS[1]], ["a cat"]) == close(found_alone(encoder))
-    with pytest.raises(ValueError, match="1 of the texts are longer"):
+    with pytest.raises(ValueError, match="1 of the completions exceed the context"):
         function([PROMPTS[1]], [long])
 
 
@@ -383,7 +383,7 @@ def found_alone(encoder: str) -> float:
 @pytest.mark.parametrize(
     ("model", "layers", "message"),
     [
-        ("my/model", None, "BERTScore knows no best layer of 'my/model'"),
+        ("my/model", None, "BERTScore has no default layer for 'my/model'"),
         ("ENCODER", 5, "BERTScore with 5 layers: num_layers should be between 0 and 2"),
         ("/nowhere", 1, "no encoder for BERTScore can be loaded from '/nowhere'"),
     ],

@@ -1,4 +1,4 @@
-"""What the theory promises (algorithms.md, section 5), asked of the library's own path from collecting to stepping."""
+"""The theory's claims, tested on the library's own rollout, experience and update."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -18,7 +18,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Reinforcement learning from guided feedback: a policy and a guide take turns writing; the policy learns to win.",
+    help="Reinforcement learning from guided feedback: a policy and a guide generate completions together, and "
+    "the policy learns from their rewards.",
     epilog="Start with: rlgf compare quickstart --out runs/quickstart",
 )
 check_app = typer.Typer(no_args_is_help=True, help="Validate a part before training with it.")
@@ -65,7 +66,7 @@ def main() -> None:
         _fail(f"interrupted; {error}", INTERRUPTED)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            _fail("interrupted; what is finished is kept, and the same command goes on from there.", INTERRUPTED)
+            _fail("interrupted; finished work is kept, and the same command resumes.", INTERRUPTED)
         raise
 
 

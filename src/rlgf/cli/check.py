@@ -14,13 +14,16 @@ from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
 def check_guide(
     spec: Annotated[str, typer.Argument(help="A guide, such as server:MODEL@URL.")],
     overrides: Overrides = None,
-    prompt: Annotated[str, typer.Option(help="What it shall continue.")] = "The film begins in a quiet town where",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The film begins in a quiet town where",
     prefix: Annotated[
-        str, typer.Option(help="What another has written of the continuation.")
+        str, typer.Option(help="Prefix of the continuation, from another model.")
     ] = " nothing ever happens. One day",
     max_tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=1)] = 48,
     recipe_or_yaml: Annotated[
-        str, typer.Option("--recipe", help="Whose guide settings and task's instruction to use.", metavar="RECIPE_OR_YAML")
+        str,
+        typer.Option(
+            "--recipe", help="Recipe or config with the guide's settings and the task's instruction.", metavar="RECIPE_OR_YAML"
+        ),
     ] = "imdb-small",
 ) -> None:
     """Test a guide: capabilities, samples, latency, cost, and the algorithms it supports.
@@ -35,11 +38,11 @@ def check_guide(
     findings = diagnose.check_guide(config, prompt, prefix, Path("runs") / "stages", console.report)
     _print_findings(findings)
     if not any(finding.level == "ok" for finding in findings):
-        raise ConfigError("this guide cannot be used: mend what is marked ERROR.")
+        raise ConfigError("this guide cannot be used: fix what is marked ERROR.")
 
 
 def check_task(
-    name: Annotated[str, typer.Argument(help="A task, a recipe, a YAML file, or your own as python:module:KIND.")],
+    name: Annotated[str, typer.Argument(help="A task, a recipe, a YAML file, or your own as python:module:TASK.")],
     overrides: Overrides = None,
     data: Data = None,
     policy: Policy = None,
@@ -70,13 +73,13 @@ def check_task(
         small = f"{source}-small"
         if small not in RECIPES or config.model.path is None or "tokenizer" not in str(error):
             raise
-        raise ConfigError(f"{error} Or check '{small}', the same task with a tokenizer that is made here.") from None
+        raise ConfigError(f"{error} Or check '{small}', the same task with a tokenizer trained here.") from None
     _print_findings(findings)
     if any(finding.level == "error" for finding in findings):
-        raise ConfigError(f"task '{config.task.name}' cannot be trained as it is: mend what is marked ERROR.")
+        raise ConfigError(f"task '{config.task.name}' cannot be trained as it is: fix what is marked ERROR.")
 
 
 def _print_findings(findings: Sequence[Any]) -> None:
     for finding in findings:
-        mark = {"ok": "  ok     ", "warning": "  WARNING", "error": "  ERROR  "}[finding.level]
-        typer.echo(f"{mark} {escape_control_characters(finding.text)}")
+        label = {"ok": "  ok     ", "warning": "  WARNING", "error": "  ERROR  "}[finding.level]
+        typer.echo(f"{label} {escape_control_characters(finding.text)}")

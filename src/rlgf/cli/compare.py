@@ -16,7 +16,7 @@ def compare(
     algorithms_: Annotated[str, typer.Option("--algorithms", help="Comma-separated; default: all.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
     jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own, sharing the cores.")] = 1,
-    controls: Annotated[bool, typer.Option(help="Whether the recipe's control runs are made too.")] = True,
+    controls: Annotated[bool, typer.Option(help="Also run the recipe's control runs.")] = True,
     vary: Annotated[
         list[str] | None,
         typer.Option(help="Every algorithm again with each value of a setting, as kl.coefficient=0,0.01; may be repeated."),
@@ -40,7 +40,7 @@ def compare(
     try:
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError:
-        raise ConfigError(f"--seeds is '{seeds}', but must be whole numbers with commas between them.") from None
+        raise ConfigError(f"--seeds is '{seeds}', but must be whole numbers separated by commas.") from None
     from rlgf.cli import console, terminal
     from rlgf.config import variants
     from rlgf.config.loading import override

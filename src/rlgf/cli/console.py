@@ -52,9 +52,9 @@ def keep_freed_memory() -> None:
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
-        trim_threshold, mmap_threshold, most = -1, -3, 2**31 - 1
-        libc.mallopt(trim_threshold, most)
-        libc.mallopt(mmap_threshold, most)
+        trim_threshold, mmap_threshold, max_threshold = -1, -3, 2**31 - 1
+        libc.mallopt(trim_threshold, max_threshold)
+        libc.mallopt(mmap_threshold, max_threshold)
 
 
 def quiet() -> None:
@@ -138,7 +138,7 @@ def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> st
     if metrics["guide_latency_mean"]:  # zero in a replay
         shown += f", {metrics['guide_latency_mean']:.2f} s each"
     if metrics["guide_rows_cached"]:
-        shown += f", {metrics['guide_rows_cached']:,.0f} texts kept from before"
+        shown += f", {metrics['guide_rows_cached']:,.0f} completions from the cache"
     if failed := metrics["guide_retried"] + metrics["guide_given_up"]:
         shown += f", {failed:,.0f} failed"
     return shown + (f", cost {spent['cost']:.4g} so far" if "cost" in spent else "")
@@ -192,7 +192,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     out.print(Text(f"{config.recipe}: {title or algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
     for number, line in enumerate(describe_phases(algorithm)):
         out.print(Text(f"  phase {number}: {line}"))
-    guide = config.guide.spec if algorithm.needs_guide or config.distill.num_completions else "not asked"
+    guide = config.guide.spec if algorithm.needs_guide or config.distill.num_completions else "not queried"
     if guide in ("sft", "trained") or guide.startswith("model:"):
         guide += f" ({config.guide.sampling.describe()})"
     size, known = _parameters(config)
@@ -201,7 +201,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     vocabulary = config.model.vocabulary or 0
     memory = _bytes_per_parameter(config, algorithm) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
     lines = {
-        "data": task.data or "made by the task",
+        "data": task.data or "built by the task",
         "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",
         "parameters": f"{size:,}" if known else "unknown until it is loaded",
         "adapters": _adapters(config),
@@ -209,12 +209,12 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         "guide": guide,
         "reward": " + ".join(f"{weight:g} {name}" for name, weight in config.reward.weights.items()) or config.reward.path,
         "sampling": config.sampling.describe(),
-        "iterations": f"{ppo.iterations} of {ppo.completions_per_iteration} texts; {steps} optimizer steps each",
-        "tokens": f"at most {ppo.completions_per_iteration * task.max_new_tokens:,} written in an iteration",
-        "distilled": f"{config.distill.num_completions:,} texts by the guide, before that"
+        "iterations": f"{ppo.iterations} of {ppo.completions_per_iteration} completions; {steps} optimizer steps each",
+        "tokens": f"at most {ppo.completions_per_iteration * task.max_new_tokens:,} generated in an iteration",
+        "distilled": f"{config.distill.num_completions:,} completions by the guide, before that"
         if config.distill.num_completions
         else "",
-        "in all": f"{ppo.iterations * ppo.completions_per_iteration + config.distill.num_completions:,} texts",
+        "in all": f"{ppo.iterations * ppo.completions_per_iteration + config.distill.num_completions:,} completions",
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
     for name, value in lines.items():
@@ -256,11 +256,11 @@ def _parameters(config: Config) -> tuple[int, bool]:
     try:
         if path:
             base = lora.base_of(path) if lora.is_adapter_folder(path) else path
-            wanted: Any = from_pretrained(AutoConfig, base, "model config")
+            model_config: Any = from_pretrained(AutoConfig, base, "model config")
         else:
-            wanted = shape_config(config.model, config.model.vocabulary or 64)
+            model_config = shape_config(config.model, config.model.vocabulary or 64)
         with torch.device("meta"):
-            auto = AutoModelForSeq2SeqLM if wanted.is_encoder_decoder else AutoModelForCausalLM
-            return count_parameters(auto.from_config(wanted)), True
+            auto = AutoModelForSeq2SeqLM if model_config.is_encoder_decoder else AutoModelForCausalLM
+            return count_parameters(auto.from_config(model_config)), True
     except (*INPUT_ERRORS, OSError, ValueError):
         return 0, False

@@ -62,7 +62,7 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     task = prepare_prompts(run.task, tokenizer, no_report)
     sizes = f"{len(task.train):,} / {len(task.validation):,} / {len(task.test):,} train, validation and test prompts"
     findings = [Finding("ok", sizes)]
-    findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in task.dropped_rows.items()]
+    findings += [Finding("ok", f"{count:,} {reason}, dropped") for reason, count in task.dropped_rows.items()]
     findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.warnings.items()]
     findings += check_prompts(task, tokenizer)
     check_reward_names(config.reward.names)
@@ -87,7 +87,7 @@ def check_pairs(pairs: Pairs) -> list[Finding]:
         Finding("ok", f"{len(part):,} {name} pairs about {len({pair.group for pair in part}):,} posts")
         for name, part in (("training", pairs.train), ("held-out", pairs.test))
     ]
-    findings += [Finding("ok", f"{count:,} {reason}, left out") for reason, count in pairs.dropped.items()]
+    findings += [Finding("ok", f"{count:,} {reason}, dropped") for reason, count in pairs.dropped.items()]
     rule = length_baseline([*pairs.train, *pairs.test])
     return [*findings, Finding("ok", f"people preferred the longer response in {100 * rule:.1f} % of them")]
 
@@ -115,25 +115,25 @@ def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: 
         model = load_language_model(path, config.runtime.device).freeze()
         # The sample's length is counted in the model's own tokens.
         ids = model.codec.prompt(Prompt(prompt + prefix))
-        found = Finding("ok", f"a model that reads {max_length_of(path):,} tokens")
+        found = Finding("ok", f"a model with a context of {max_length_of(path):,} tokens")
         return [found, *_query_local_guide(TextModelGuide(model, config.guide.sampling), question, ids)]
-    able = plan.spec.kind != GuideKind.REFERENCES
-    return [Finding("ok", _describe_support(able) + ("" if able else "; it cannot finish what another has begun"))]
+    can_continue = plan.spec.kind != GuideKind.REFERENCES
+    return [Finding("ok", _describe_support(can_continue) + ("" if can_continue else "; it cannot continue a prefix"))]
 
 
-def _query_local_guide(guide: Guide, question: ServerRequest, ids: Sequence[int] = ()) -> list[Finding]:
+def _query_local_guide(guide: Guide, sample: ServerRequest, ids: Sequence[int] = ()) -> list[Finding]:
     """Query a guide in this process: a rollin and, if it can continue, a rollout."""
-    able, findings = guide.capabilities.can_continue, list[Finding]()
-    for prefix in ("", question.prefix) if able else ("",):
-        began = time.monotonic()
-        request = CompletionRequest(Prompt(question.prompt), ids, prefix, [], question.max_tokens, 0, 0, 0)
+    can_continue, findings = guide.capabilities.can_continue, list[Finding]()
+    for prefix in ("", sample.prefix) if can_continue else ("",):
+        start = time.monotonic()
+        request = CompletionRequest(Prompt(sample.prompt), ids, prefix, [], sample.max_tokens, 0, 0, 0)
         try:
             text = query_guide(guide, [request])[0].text
         except TrainingError as error:
             return [Finding("error", str(error))]
-        does = f"finishes {prefix!r}" if prefix else "begins a text"
-        findings.append(Finding("ok", f"{does}, {time.monotonic() - began:.2f} s: {text!r}"))
-    return [*findings, Finding("ok", _describe_support(able))]
+        does = f"continues {prefix!r}" if prefix else "starts a completion"
+        findings.append(Finding("ok", f"{does}, {time.monotonic() - start:.2f} s: {text!r}"))
+    return [*findings, Finding("ok", _describe_support(can_continue))]
 
 
 def _check_server(plan: GuidePlan, policy: str | None, question: ServerRequest, cache: StageCache) -> list[Finding]:
@@ -156,29 +156,31 @@ def _check_server(plan: GuidePlan, policy: str | None, question: ServerRequest, 
     return findings
 
 
-def _findings(endpoint: EndpointConfig, server: Server, begin: ServerRequest, finish: ServerRequest) -> list[Finding]:
+def _findings(
+    endpoint: EndpointConfig, server: Server, rollin_request: ServerRequest, rollout_request: ServerRequest
+) -> list[Finding]:
     """Query a server in one continuation mode, and return the findings."""
     where = f"guide.continuation={server.mode}: "
-    begun = _send(server, begin)
-    if isinstance(begun, str):
-        return [Finding("warning", f"{where}does not write ({begun})")]
-    found = [Finding("ok", f"{where}begins a text, {begun[1]:.2f} s: {begun[0].text!r}")]
+    rollin = _send(server, rollin_request)
+    if isinstance(rollin, str):
+        return [Finding("warning", f"{where}generates nothing ({rollin})")]
+    found = [Finding("ok", f"{where}starts a completion, {rollin[1]:.2f} s: {rollin[0].text!r}")]
     if server.mode == "none":
-        return [*found, Finding("ok", where + _describe_support(False)), _price(endpoint, begun[0], "rollins")]
-    finished = _send(server, finish)
-    if isinstance(finished, str):
-        found.append(Finding("warning", f"{where}does not finish a prefix ({finished}); " + _describe_support(False)))
-        return [*found, _price(endpoint, begun[0], "rollins")]
-    found.append(Finding("ok", f"{where}finishes {finish.prefix!r}, {finished[1]:.2f} s: {finished[0].text!r}"))
+        return [*found, Finding("ok", where + _describe_support(False)), _price(endpoint, rollin[0], "rollins")]
+    rollout = _send(server, rollout_request)
+    if isinstance(rollout, str):
+        found.append(Finding("warning", f"{where}does not continue a prefix ({rollout}); " + _describe_support(False)))
+        return [*found, _price(endpoint, rollin[0], "rollins")]
+    found.append(Finding("ok", f"{where}continues {rollout_request.prefix!r}, {rollout[1]:.2f} s: {rollout[0].text!r}"))
     found.append(Finding("ok", where + _describe_support(True)))
-    return [*found, _price(endpoint, begun[0], "rollins"), _price(endpoint, finished[0], "rollouts")]
+    return [*found, _price(endpoint, rollin[0], "rollins"), _price(endpoint, rollout[0], "rollouts")]
 
 
 def _check_token_ids(plan: GuidePlan, path: str | None, question: ServerRequest, cache: StageCache) -> list[Finding]:
     """Check whether the server accepts token ids of the policy, which must be named."""
     where = "guide.continuation=token_ids: "
     if path is None:
-        return [Finding("warning", f"{where}needs to know the policy: name it with policy=PATH")]
+        return [Finding("warning", f"{where}needs the policy: give policy=PATH")]
     tokenizer, budget = load_tokenizer(path), question.max_tokens
     ids = Codec(tokenizer).prompts([Prompt(text) for text in (question.prompt, question.prompt + question.prefix)])
     setup = TokenIdSetup(tokenizer, load_eos_token_ids(path, tokenizer), max(map(len, ids)) + budget)
@@ -187,16 +189,18 @@ def _check_token_ids(plan: GuidePlan, path: str | None, question: ServerRequest,
         server = connect_by_token_ids(plan.spec.text, plan.settings, setup, responses, cache.report)
     except INPUT_ERRORS as error:
         return [Finding("warning", where + str(error))]
-    begin, finish = (ServerRequest("", part, budget, 0, tuple(found)) for part, found in zip(("", question.prefix), ids))
-    exact = "keeps to a least length" if server.exact else "does not keep to a least length"
-    return [*_findings(plan.config.endpoint, server, begin, finish), Finding("ok", f"{where}{exact}")]
+    rollin_request, rollout_request = (
+        ServerRequest("", part, budget, 0, tuple(found)) for part, found in zip(("", question.prefix), ids)
+    )
+    exact = "respects min_tokens" if server.exact else "ignores min_tokens"
+    return [*_findings(plan.config.endpoint, server, rollin_request, rollout_request), Finding("ok", f"{where}{exact}")]
 
 
-def _send(server: Server, question: ServerRequest) -> tuple[ServerResponse, float] | str:
+def _send(server: Server, request: ServerRequest) -> tuple[ServerResponse, float] | str:
     """Return the response and its seconds, or the error message."""
-    began = time.monotonic()
+    start = time.monotonic()
     try:
-        return server.send(question), time.monotonic() - began
+        return server.send(request), time.monotonic() - start
     except (TransientError, InvalidError, PermanentError) as error:
         return str(error)
 
@@ -211,18 +215,18 @@ def _describe_support(can_continue: bool) -> str:
     return f"serves {', '.join(served)}"
 
 
-def _price(endpoint: EndpointConfig, answer: ServerResponse, parts: str) -> Finding:
+def _price(endpoint: EndpointConfig, response: ServerResponse, parts: str) -> Finding:
     """Return the cost of a thousand rollins or rollouts like this one."""
-    bill = answer.usage
-    if not bill.known:
+    usage = response.usage
+    if not usage.known:
         limits = "guide.endpoint.max_tokens and guide.endpoint.max_cost"
-        return Finding("warning", f"it does not say what it bills: {limits} cannot be kept")
-    thoughts = f" ({bill.thinking_tokens} of thought)" if bill.thinking_tokens else ""
-    billed = f"{parts}: billed {bill.prompt_tokens} + {bill.completion_tokens} tokens{thoughts}"
+        return Finding("warning", f"it reports no usage: {limits} cannot be enforced")
+    thoughts = f" ({usage.thinking_tokens} thinking tokens)" if usage.thinking_tokens else ""
+    billed = f"{parts}: billed {usage.prompt_tokens} + {usage.completion_tokens} tokens{thoughts}"
     if endpoint.price_input is None or endpoint.price_output is None:
         unknown_price = "price unknown: give guide.endpoint.price_input and guide.endpoint.price_output per million tokens"
         return Finding("ok", f"{billed}; {unknown_price}")
-    thousand = (bill.prompt_tokens * endpoint.price_input + bill.completion_tokens * endpoint.price_output) / 1e3
+    thousand = (usage.prompt_tokens * endpoint.price_input + usage.completion_tokens * endpoint.price_output) / 1e3
     return Finding("ok", f"{billed}: {thousand:.4f} per thousand at the prices given")
 
 
@@ -238,14 +242,14 @@ def check_prompts(task: Task, tokenizer: Any) -> list[Finding]:
         if not Codec(tokenizer).prompt(prompt):
             return [Finding("error", "a prompt is empty: remove the row")]
         if prompt.ids is not None and not _ids_match_text(tokenizer, prompt):
-            findings.append(Finding("error", f"the ids of a prompt do not say its text: {prompt.text[:60]!r}"))
+            findings.append(Finding("error", f"the ids of a prompt do not decode to its text: {prompt.text[:60]!r}"))
             break
     bad = [p for p in sample for target in p.sft_targets if not _continues(p, target)]
     shown = task.demonstrations or task.train
     targets = sum(bool(prompt.sft_targets) for prompt in shown)
     repeated = len(task.train) - len({(prompt.text, prompt.ids) for prompt in task.train})
     if repeated:
-        findings.append(Finding("ok", f"{repeated:,} training prompts say what an earlier one says: they are asked more often"))
+        findings.append(Finding("ok", f"{repeated:,} training prompts repeat an earlier one: they are sampled more often"))
     if bad:
         what = "a target is empty, is no reference of its prompt, or begins by repeating it"
         findings.append(Finding("error", f"{what}: {bad[0].text[:60]!r}"))
@@ -293,30 +297,32 @@ def check_reward(task: Task, reward: RewardFunction) -> list[Finding]:
         alone = [score(reward, prompts[i : i + 1], goals[i : i + 1])[0] for i in range(min(4, len(prompts)))]
     except TrainingError as error:
         return [Finding("error", str(error))]
-    findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each text")]
+    findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each completion")]
     together = scores["targets"]
     if any(abs(a - b) > 1e-6 for a, b in [*zip(together, again), *zip(together, alone)]):
-        findings.append(Finding("error", "the reward is not pure: the same text got another number the second time or alone"))
+        findings.append(
+            Finding("error", "the reward is not pure: the same completion got another number the second time or alone")
+        )
     else:
-        findings.append(Finding("ok", "the reward is pure: the same text gets the same number, alone or among others"))
+        findings.append(Finding("ok", "the reward is pure: the same completion gets the same number, alone or among others"))
     findings.append(_constant(task, reward, [value for values in scores.values() for value in values]))
     means = {name: statistics.fmean(values) for name, values in scores.items()}
     for name in ("empty texts", "shuffled targets"):
-        said = f"{name} ({means[name]:.3f})"
+        compared = f"{name} ({means[name]:.3f})"
         if means["targets"] > means[name]:
-            findings.append(Finding("ok", f"targets ({means['targets']:.3f}) outscore {said}"))
+            findings.append(Finding("ok", f"targets ({means['targets']:.3f}) outscore {compared}"))
         else:
             reason = "expected of noisy demonstrations, otherwise a sign that targets and reward disagree"
-            findings.append(Finding("warning", f"targets ({means['targets']:.3f}) do not outscore {said}: {reason}"))
+            findings.append(Finding("warning", f"targets ({means['targets']:.3f}) do not outscore {compared}: {reason}"))
     return findings
 
 
-def _constant(task: Task, reward: RewardFunction, seen: Sequence[float]) -> Finding:
+def _constant(task: Task, reward: RewardFunction, known: Sequence[float]) -> Finding:
     """Check that the reward is not constant.
 
     A sparse reward is evaluated on more targets before it is reported as constant.
     """
-    values, tried = list(seen), len(seen)
+    values, tried = list(known), len(known)
     for start in range(SAMPLE, len(task.train), 4096):
         if max(values) > min(values):
             break
@@ -324,8 +330,8 @@ def _constant(task: Task, reward: RewardFunction, seen: Sequence[float]) -> Find
         values += score(reward, part, [prompt.sft_targets[0] for prompt in part])
         tried += len(part)
     if max(values) == min(values):
-        return Finding("error", f"the reward is constant: {values[0]:g} for all {tried:,} texts tried")
-    return Finding("ok", f"the reward is not constant: from {min(values):.3f} to {max(values):.3f} over {tried:,} texts")
+        return Finding("error", f"the reward is constant: {values[0]:g} for all {tried:,} completions tried")
+    return Finding("ok", f"the reward is not constant: from {min(values):.3f} to {max(values):.3f} over {tried:,} completions")
 
 
 def shuffled(text: str, number: int) -> str:

@@ -30,10 +30,10 @@ def evaluate(
     ] = None,
     best_of: Annotated[
         int | None,
-        typer.Option(min=1, help="Also write this many texts for each prompt and keep the one the reward likes best."),
+        typer.Option(min=1, help="Also sample this many completions per prompt and keep the one with the highest reward."),
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Who compares with references: preferences, model:PATH or server:MODEL@URL.")
+        str | None, typer.Option(help="Judge that compares with references: preferences, model:PATH or server:MODEL@URL.")
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(help="Instead of a policy: zero_shot (the model before SFT), sft or guide.")
@@ -54,9 +54,9 @@ def evaluate(
     if baseline is not None and baseline not in BASELINES:
         raise unknown("baseline", baseline, BASELINES)
     if baseline is not None and policy is not None:
-        raise ConfigError("--baseline and --policy both say whose texts are measured: give one of them.")
+        raise ConfigError("--baseline and --policy both choose the model to evaluate: give one of them.")
     if baseline == "guide" and best_of is not None:
-        raise ConfigError("--best-of keeps the best texts of a policy, and a guide is none: leave it out.")
+        raise ConfigError("--best-of selects completions of a policy, and --baseline=guide has none: leave it out.")
     folder = Path(run_or_recipe)
     is_run = (folder / "config.yaml").is_file()
     if not is_run and run_or_recipe not in RECIPES and not folder.is_file():
@@ -82,28 +82,28 @@ def evaluate(
     if json_out:
         check_writable(json_out)
     console.configure_runtime(config)
-    shelf = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
-    run, cache = resolve(config), StageCache(shelf, terminal.report_reuse_once())
+    stage_folder = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
+    run, cache = resolve(config), StageCache(stage_folder, terminal.report_reuse_once())
     if baseline == "guide":
-        found = evaluate_guide_on_test(run, cache)
+        results = evaluate_guide_on_test(run, cache)
     else:
-        found = evaluate_policy_on_test(run, chosen, cache, zero_shot=baseline == "zero_shot")
-    values = {**found["evaluation"], **{key: value for key, value in found.items() if key != "evaluation"}}
-    emit(values, json_out, lambda: console.print_evaluation(found))
+        results = evaluate_policy_on_test(run, chosen, cache, zero_shot=baseline == "zero_shot")
+    values = {**results["evaluation"], **{key: value for key, value in results.items() if key != "evaluation"}}
+    emit(values, json_out, lambda: console.print_evaluation(results))
 
 
 def score(
     file: Annotated[str, typer.Argument(help="JSON lines, plain or gzip; - is standard input.", metavar="FILE")],
     metrics: Annotated[
-        str, typer.Option(help="Groups or keys with commas between them (`rlgf list`).")
+        str, typer.Option(help="Comma-separated groups or keys (`rlgf list`).")
     ] = "bleu,rouge,meteor,cider,distinct",
     json_out: Annotated[
         Path | None,
         typer.Option("--json", help="Also write all values to this file; -: print them instead.", metavar="FILE"),
     ] = None,
     stem: Annotated[bool, typer.Option("--stem", help="Porter stems for rouge1, rouge2, rougeL, rougeLsum.")] = False,
-    bertscore_model: Annotated[str, typer.Option(help="Its encoder, a Hub name or a folder.")] = "roberta-large",
-    bertscore_layers: Annotated[int | None, typer.Option(help="Which layer is compared; known for usual models.")] = None,
+    bertscore_model: Annotated[str, typer.Option(help="Encoder, a Hub name or a folder.")] = "roberta-large",
+    bertscore_layers: Annotated[int | None, typer.Option(help="Layer to compare; common models have a default.")] = None,
 ) -> None:
     """Score the predictions of a file with text metrics.
 
@@ -124,6 +124,6 @@ def score(
     def show() -> None:
         terminal.print_table([f"{len(lines):,} line{'s' * (len(lines) > 1)}", "score", "shown as"], scoring.table(scores))
         if scoring.SCALES.keys() & scores.corpus.keys():
-            terminal.report("× 100 and × 10 are for people: functions and --json have 0 to 1, CIDEr-D 0 to 10.")
+            terminal.report("× 100 and × 10 apply to this table only: functions and --json return 0 to 1, CIDEr-D 0 to 10.")
 
     emit(scoring.document(file, scores, options, len(lines)), json_out, show)

@@ -15,7 +15,7 @@ def download(
     what: Annotated[str, typer.Argument(help="'spice': the jars of CoreNLP 3.6.0 (GPL-3.0), about 390 MB.")],
     source: Annotated[
         str | None,
-        typer.Option("--from", help="A Maven repository's address, or a folder; default: `mvn` asks Maven Central."),
+        typer.Option("--from", help="A Maven repository's URL, or a folder; default: `mvn` and Maven Central."),
     ] = None,
 ) -> None:
     """Download files that no Python package provides into the cache folder.
@@ -23,7 +23,7 @@ def download(
     They are verified by checksum.
     """
     if what != "spice":
-        raise unknown("thing to fetch", what, ["spice"])
+        raise unknown("download", what, ["spice"])
     from rlgf.cli import terminal
     from rlgf.text_metrics import jars
 
@@ -33,12 +33,10 @@ def download(
 
 def samples(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    iteration: Annotated[
-        int | None, typer.Option(help="Which iteration, from 0 on; default: the last that was logged.")
-    ] = None,
-    count: Annotated[int, typer.Option(help="How many texts.")] = 5,
+    iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 0; default: the last one logged.")] = None,
+    count: Annotated[int, typer.Option(help="Number of completions.")] = 5,
     evaluation: Annotated[
-        bool, typer.Option("--evaluation", help="Texts of the final evaluation, by the policy alone.")
+        bool, typer.Option("--evaluation", help="Completions of the final evaluation, by the policy alone.")
     ] = False,
 ) -> None:
     """Print completions of a run, each span colored and bracketed by its origin."""
@@ -46,26 +44,26 @@ def samples(
 
     path = run / ("evaluation.jsonl" if evaluation else "rollouts.jsonl")
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: {run} is no run, or has not written any texts yet.")
+        raise ConfigError(f"{path} does not exist: {run} is not a run, or has no completions yet.")
     rows = read_complete_lines(path)
     known = sorted({row["iteration"] for row in rows})
     if not known:
-        raise ConfigError(f"{path} holds no texts yet.")
-    wanted = known[-1] if iteration is None else iteration
-    if wanted not in known:
-        raise ConfigError(f"{run} has no iteration {wanted}: it has {known[0]} to {known[-1]}.")
+        raise ConfigError(f"{path} holds no completions yet.")
+    chosen = known[-1] if iteration is None else iteration
+    if chosen not in known:
+        raise ConfigError(f"{run} has no iteration {chosen}: it has {known[0]} to {known[-1]}.")
     from rlgf.cli import console
 
-    for row in [row for row in rows if row["iteration"] == wanted][:count]:
+    for row in [row for row in rows if row["iteration"] == chosen][:count]:
         console.print_rollout(row)
 
 
 def show(
     what: Annotated[str, typer.Argument(help="An algorithm, a recipe, or 'config'.")],
-    iterations: Annotated[int, typer.Option(help="Length of the training that is drawn.")] = 40,
+    iterations: Annotated[int, typer.Option(help="Number of iterations to show.")] = 40,
     alpha: Alpha = None,
     beta: Beta = None,
-    seed: Annotated[int, typer.Option(help="Draws the uniform_numbers of lols mixed by iteration.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of lols with mix=iteration.")] = 0,
 ) -> None:
     """Draw an algorithm's phases over training, or print a recipe or the default config."""
     if what not in guided.ALGORITHMS:
@@ -127,8 +125,8 @@ def list_() -> None:
             "run:DIR": "the policy that another run has trained",
             "server:MODEL@URL": "any OpenAI-compatible server; the key from $OPENAI_API_KEY (docs/guides.md)",
             "human": "you, at the terminal",
-            "references": "the dataset's references; can begin texts (ppo_pp), not finish them",
-            "python:module:name": "a function from requests to texts",
+            "references": "the dataset's references; can start completions (ppo_pp), not continue them",
+            "python:module:name": "a function from requests to completions",
         },
         "metrics as rewards": {name: (make.__doc__ or "").split("\n")[0] for name, make in TEXT_FUNCTIONS.items()},
         "metrics of rlgf score": DESCRIPTIONS,

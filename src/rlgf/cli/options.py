@@ -32,7 +32,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Any other field, as section.field=value (`rlgf show config` lists them).")
 ]
 Out = Annotated[Path | None, typer.Option(help="The folder to write to.", metavar="DIR")]
-Stages = Annotated[Path | None, typer.Option(help="Where stages are kept and found. Default: OUT/stages.", metavar="DIR")]
+Stages = Annotated[Path | None, typer.Option(help="Folder of finished stages. Default: OUT/stages.", metavar="DIR")]
 Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
 Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub name or folder), skipping pretrain and sft.")]
 GuideSpec = Annotated[
@@ -41,10 +41,10 @@ GuideSpec = Annotated[
         "--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references or python:module:name."
     ),
 ]
-Offline = Annotated[bool, typer.Option("--offline", help="Answers of a guide outside this process from the cache alone.")]
-Seed = Annotated[int | None, typer.Option(help="All randomness follows from it.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Use only cached responses of a guide outside this process.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")]
-Iterations = Annotated[int | None, typer.Option(help="Iterations of writing and learning.")]
+Iterations = Annotated[int | None, typer.Option(help="Number of training iterations.")]
 Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
 Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")]
 
@@ -143,7 +143,7 @@ def alpha_change(name: str, alpha: float) -> tuple[str, Any]:
         if alpha != alpha // 1:
             raise ConfigError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
         return "algorithm.options.d2lols.switch_iteration", int(alpha)
-    raise ConfigError(f"--alpha means nothing to {name}: it belongs to lols and d2lols.")
+    raise ConfigError(f"--alpha does not apply to {name}: leave it out, or choose lols or d2lols.")
 
 
 def default_stages(run: Path) -> Path:

@@ -22,13 +22,13 @@ def report(line: str) -> None:
 
 def report_reuse_once() -> Callable[[str], None]:
     """Return a reporter that prints each 'reusing' line only once."""
-    said: set[str] = set()
+    printed: set[str] = set()
 
     def tell(line: str) -> None:
-        if line not in said:
+        if line not in printed:
             report(line)
         if ": reusing " in line:
-            said.add(line)
+            printed.add(line)
 
     return tell
 

@@ -43,7 +43,7 @@ def train(
     stages: Stages = None,
     offline: Offline = False,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Also say where the time of an iteration goes: RUN/profile/ has a chrome trace.")
+        bool, typer.Option("--profile", help="Also profile iterations: RUN/profile/ gets a Chrome trace.")
     ] = False,
     dry_run: DryRun = False,
 ) -> None:
@@ -88,7 +88,9 @@ def train(
             watch.close()
     results = json.loads((target / "results.json").read_text())
     console.print_metrics({name: float("nan") if v is None else v for name, v in results["evaluation"].items()})
-    console.report(f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see texts with `rlgf samples {target}`")
+    console.report(
+        f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see completions with `rlgf samples {target}`"
+    )
 
 
 def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,
@@ -154,7 +156,7 @@ def reward(
 
 def merge(
     folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as a run's policy/.")],
-    out: Annotated[Path, typer.Option(help="Folder for the whole model.")],
+    out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
 ) -> None:
     """Merge an adapter into its base weights, and write the full model."""
     from rlgf.cli import console

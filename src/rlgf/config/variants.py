@@ -81,13 +81,13 @@ def build_variants(
 def _same_algorithm(one: Config, other: Config) -> bool:
     """Return whether two configs have the same phases in every iteration.
 
-    Compared for all values of the iteration's random draw, in steps of 0.01.
+    Compared for all values of the iteration's random number, in steps of 0.01.
     """
-    mine, theirs = one.algorithm.build(), other.algorithm.build()
-    if (mine.phases, mine.credit) != (theirs.phases, theirs.credit):
+    algorithm, other_algorithm = one.algorithm.build(), other.algorithm.build()
+    if (algorithm.phases, algorithm.credit) != (other_algorithm.phases, other_algorithm.credit):
         return False
-    draws = [(iteration, coin / 100) for iteration in range(one.ppo.iterations) for coin in range(100)]
-    return all(mine.schedule(*draw) == theirs.schedule(*draw) for draw in draws)
+    inputs = [(iteration, coin / 100) for iteration in range(one.ppo.iterations) for coin in range(100)]
+    return all(algorithm.schedule(*values) == other_algorithm.schedule(*values) for values in inputs)
 
 
 def numeric_setting(config: Config, setting: str) -> float:
@@ -101,7 +101,7 @@ def numeric_setting(config: Config, setting: str) -> float:
     if value is None and setting not in all_keys(Config):
         raise unknown_key(setting, "--vary")
     if setting == "seed" or setting.startswith(("evaluation.", "runtime.")):
-        raise ConfigError(f"--vary {setting}: rows differ in how they are trained, and share seeds, evaluation and machine.")
+        raise ConfigError(f"--vary {setting}: rows share seeds, evaluation and machine, so vary a setting of training.")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"--vary {setting}: it is {value!r}, and only numbers can be varied.")
     return value
@@ -118,9 +118,7 @@ def parse_vary(config: Config, assignments: Sequence[str]) -> dict[str, list[flo
         own = numeric_setting(config, setting)
         values = [parse_assignment(f"{setting}={value.strip()}")[1] for value in listed.split(",") if value.strip()]
         if not values or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
-            raise ConfigError(
-                f"--vary {text}: give numbers with commas between them, as in {setting}={own:g},{2 * own or 1:g}."
-            )
+            raise ConfigError(f"--vary {text}: give numbers separated by commas, as in {setting}={own:g},{2 * own or 1:g}.")
         for value in values:
             override(config, [(setting, value)], "--vary")
         found[setting] = [*found.get(setting, []), *values]

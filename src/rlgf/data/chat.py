@@ -30,7 +30,7 @@ def messages_of(value: Any, where: str) -> tuple[Message, ...]:
         role, content = message.get("role"), content_of(message)
         if not isinstance(role, str) or not isinstance(content, str):
             raise DataError(
-                f"{where}: message {number} must have a 'role' and a 'content' that are texts, but is {str(message)[:80]!r}."
+                f"{where}: message {number} must have a 'role' and a 'content' that are strings, but is {str(message)[:80]!r}."
             )
         # other fields stay, such as a name or tool calls
         known = {name: part for name, part in message.items() if part is not None}
@@ -88,8 +88,8 @@ class ChatTemplate:
 
         If the last turn is the assistant's, it is left open and continued.
         """
-        going_on = messages[-1]["role"] == "assistant"
-        return self._render(messages, where, add_generation_prompt=not going_on, continue_final_message=going_on)
+        continues = messages[-1]["role"] == "assistant"
+        return self._render(messages, where, add_generation_prompt=not continues, continue_final_message=continues)
 
     def render_closed(self, messages: Sequence[Message], where: str) -> str:
         """Render a conversation with its last turn closed."""
@@ -98,12 +98,12 @@ class ChatTemplate:
     def reply(self, messages: Sequence[Message], text: str) -> str:
         """Render an assistant's reply as it follows `prompt(messages)`.
 
-        The text that closes the turn is left out.
+        The text that closes the turn is omitted.
         """
         if messages[-1]["role"] == "assistant":
             return text
-        opening, trims = self._replies
-        return opening + (text.strip() if trims else text)
+        opening, strips = self._replies
+        return opening + (text.strip() if strips else text)
 
     def opening(self, messages: Sequence[Message]) -> str:
         """Return the prefix that `reply` puts before every text."""
@@ -123,15 +123,15 @@ class ChatTemplate:
     @cached_property
     def _replies(self) -> tuple[str, bool]:
         """Return the template's prefix of replies, and whether it strips their white space."""
-        asked: list[Message] = [{"role": "user", "content": "?"}]
+        user_messages: list[Message] = [{"role": "user", "content": "?"}]
         where = "a trial of the chat template"
         try:
-            self.prompt(asked, where)
+            self.prompt(user_messages, where)
         except DataError:  # some templates require a system message
-            asked = [{"role": "system", "content": "?"}, *asked]
-        before, found = self.prompt(asked, where), list[str]()
+            user_messages = [{"role": "system", "content": "?"}, *user_messages]
+        before, found = self.prompt(user_messages, where), list[str]()
         for text in (PROBE, f"  {PROBE}"):
-            whole = self.render_closed([*asked, {"role": "assistant", "content": text}], where)
+            whole = self.render_closed([*user_messages, {"role": "assistant", "content": text}], where)
             if not whole.startswith(before) or PROBE not in whole:
                 # the closed conversation does not begin with the prompt: leave replies unchanged
                 return "", False
@@ -151,7 +151,7 @@ class ChatTemplate:
         # templates raise errors of any type, about the roles, their order or their number
         except Exception as error:
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(f"{where}: the chat template refuses the conversation ({reason}): mend the row.") from None
+            raise DataError(f"{where}: the chat template rejects the conversation ({reason}): fix the row.") from None
         return str(text)
 
 
@@ -214,7 +214,7 @@ class PromptBuilder:
     def _text(self, value: Any, place: str) -> str:
         if not isinstance(value, str):
             kind = type(value).__name__
-            raise DataError(f"{place}: the prompt must be a text or a list of messages, but is of type {kind}.")
+            raise DataError(f"{place}: the prompt must be a string or a list of messages, but is of type {kind}.")
         if not value.removesuffix(self.suffix).strip():
             raise DataError(f"{place}: the prompt is empty: remove the row.")
         return value if value.endswith(self.suffix) else value + self.suffix
@@ -228,31 +228,31 @@ class PromptBuilder:
             self.num_too_long += 1
             return None
         opening = self.chat.opening(messages)
-        read = self.tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else []
-        bare = str(self.tokenizer.decode(read, skip_special_tokens=True)) if opening else ""
+        opening_ids = self.tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else []
+        bare = str(self.tokenizer.decode(opening_ids, skip_special_tokens=True)) if opening else ""
         return Prompt(text, ids=ids, messages=messages, reply_prefix=opening, reply_prefix_plain=bare)
 
     def _shortened(self, text: str) -> str:
         """Return the longest beginning (or end) of a text that fits together with the suffix."""
         body = text[: len(text) - len(self.suffix)]
-        joints = self._cut_points(body)
+        cut_points = self._cut_points(body)
 
         def part(place: int) -> str:
-            kept = body[: joints[place]] if self.truncation == "right" else body[joints[-1 - place] :]
+            kept = body[: cut_points[place]] if self.truncation == "right" else body[cut_points[-1 - place] :]
             return kept + self.suffix
 
         # bisection, once one length is known to fit and one not to; before that growing steps from
         # a good guess, since each trial tokenizes the text
-        least, most, step, fitted, failed = 0, len(joints) - 1, 1, False, False
-        place = min(most, self.limit - self.count(self.suffix))
-        while least < most:
+        low, high, step, fitted, failed = 0, len(cut_points) - 1, 1, False, False
+        place = min(high, self.limit - self.count(self.suffix))
+        while low < high:
             if self.count(part(place)) <= self.limit:
-                least, fitted = place, True
+                low, fitted = place, True
             else:
-                most, failed = place - 1, True
-            near = min(most, least + step) if fitted else max(least + 1, most - step + 1)
-            place, step = (least + most + 1) // 2 if fitted and failed else near, 2 * step
-        return part(least)
+                high, failed = place - 1, True
+            guess = min(high, low + step) if fitted else max(low + 1, high - step + 1)
+            place, step = (low + high + 1) // 2 if fitted and failed else guess, 2 * step
+        return part(low)
 
     def _cut_points(self, body: str) -> list[int]:
         """Return the positions in characters at which a text may be truncated.

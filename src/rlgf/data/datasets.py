@@ -92,7 +92,7 @@ def _read_file(path: Path, texts: Sequence[str] = ()) -> list[dict[str, Any]]:
             return read_jsonl(path)
         except DataError as error:
             if kind is None:  # the name does not tell the format
-                known = f"Files are told apart by how their names end ({KINDS}); this one was read as JSON lines."
+                known = f"The file extension gives the format ({KINDS}); this file was read as JSON lines."
                 raise DataError(f"{error} {known}") from None
             raise
     if kind == "csv":  # an empty cell is an empty text, and 'NA' is a word
@@ -123,7 +123,7 @@ def _load(builder: str, shown: str | None = None, **options: Any) -> Any:
         reason = (
             load_failure_reason(builder, first) if not local else str(first).strip().partition("\n")[0] or type(first).__name__
         )
-        what_to_do = "mend the file" if Path(source).is_file() else f"give a Hub name, a folder, or a file ({KINDS})"
+        what_to_do = "fix the file" if Path(source).is_file() else f"give a Hub name, a folder, or a file ({KINDS})"
         raise DataError(f"data '{source}' cannot be loaded ({reason}): {what_to_do}.") from None
 
 

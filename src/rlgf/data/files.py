@@ -46,11 +46,11 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, 
                     raise DataError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
                 rows.append((number, cast("dict[str, Any]", row)))
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}, line {number}: not valid JSON ({error.msg}): mend or remove the line.") from None
+        raise DataError(f"{where}, line {number}: not valid JSON ({error.msg}): fix or remove the line.") from None
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{where}, after line {number}: cannot be decoded ({error}).") from None
     except RecursionError:
-        raise DataError(f"{where}, line {number}: nested too deeply to be read: mend or remove the line.") from None
+        raise DataError(f"{where}, line {number}: nested too deeply to be read: fix or remove the line.") from None
     finally:
         lines.detach()  # the caller closes the file
     return rows
@@ -93,7 +93,7 @@ def require_format(found: Mapping[str, Any], path: Path) -> None:
     version = found.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(
-            f"{path} has format version {version}, and this rlgf reads version {FORMAT_VERSION}: make it again, or use "
+            f"{path} has format version {version}, and this rlgf reads version {FORMAT_VERSION}: recreate it, or use "
             "the version of rlgf that wrote it."
         )
 
@@ -103,7 +103,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): remove it and make it again.") from None
+        raise DataError(f"{path} cannot be read ({error}): remove it and recreate it.") from None
 
 
 def to_line(row: Mapping[str, Any]) -> str:

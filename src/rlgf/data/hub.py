@@ -51,7 +51,7 @@ def load_failure_reason(name: str, error: BaseException) -> str:
         if is_local_name(name):
             return "there is no such file or folder"
         if not hub_is_reachable():
-            return "there is no such file or folder, and the Hugging Face Hub does not answer"
+            return "there is no such file or folder, and the Hugging Face Hub is unreachable"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 

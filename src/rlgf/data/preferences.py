@@ -53,9 +53,9 @@ def read_pairs(
 ) -> tuple[list[Pair], Counter[str]]:  # fmt: skip
     """Return the pairs of rows, and the counts of dropped rows by reason.
 
-    Dropped are pairs with equal sides, pairs with a side under `min_words` words, pairs whose
-    dialogues have no common prompt, and pairs whose conversation is over the reader's token limit.
-    `post` maps a row to its subject; by default that is the prompt.
+    Dropped are pairs with identical responses, pairs with a response under `min_words` words,
+    pairs whose dialogues have no common prompt, and pairs whose conversation is over the reader's
+    token limit. `post` maps a row to its subject; by default that is the prompt.
     """
     dropped: Counter[str] = Counter()
     kept: list[tuple[int, Any, str, str]] = []
@@ -67,9 +67,9 @@ def read_pairs(
             continue
         prompt, chosen, rejected = parts
         if chosen.strip() == rejected.strip():
-            dropped["pairs with equal sides"] += 1
+            dropped["pairs with identical responses"] += 1
         elif min(len(chosen.split()), len(rejected.split())) < min_words:
-            dropped[f"pairs with a side under {min_words} words"] += 1
+            dropped[f"pairs with a response under {min_words} words"] += 1
         else:
             kept.append((number, prompt, chosen, rejected))
     prompts = reader([prompt for _, prompt, _, _ in kept], [f"{where}, row {number}" for number, *_ in kept])
@@ -103,7 +103,7 @@ def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any,
         return _from_conversations(chosen, rejected)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise DataError(
-            f"{place}: '{columns.chosen}' and '{columns.rejected}' must be two texts or two conversations; "
+            f"{place}: '{columns.chosen}' and '{columns.rejected}' must be two strings or two conversations; "
             f"responses alone need a column '{columns.prompt}'."
         )
     shared = next((place for place, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
@@ -135,7 +135,7 @@ def reply_text(value: Any, place: str) -> str:
         turns = cast("list[Mapping[str, Any]]", value)
         if len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(text := content_of(turns[0]), str):
             return text
-    raise DataError(f"{place}: a response must be a text or one message by the assistant, but is {str(value)[:80]!r}.")
+    raise DataError(f"{place}: a response must be a string or one assistant message, but is {str(value)[:80]!r}.")
 
 
 def _asked(prompt: Any) -> str:
@@ -154,7 +154,7 @@ def split_for_role(pairs: Pairs, parts: int, part: int) -> Pairs:
         trained = {pair.group for pair in train}
         test = [pair for pair in test if pair.group not in trained]
         if len(test) < len(pairs.test):
-            dropped["held-out pairs about posts that are trained on"] = len(pairs.test) - len(test)
+            dropped["held-out pairs about posts of the training pairs"] = len(pairs.test) - len(test)
     else:
         out = held_out_keys([pair.group for pair in train])
         test = [pair for pair, held in zip(train, out) if held]

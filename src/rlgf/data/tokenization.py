@@ -95,10 +95,10 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     if not text or not _opens_with_space(tokenizer):
         return ids
     for anchor in ANCHORS:
-        mark = list(tokenizer(anchor, add_special_tokens=False)["input_ids"])
+        anchor_ids = list(tokenizer(anchor, add_special_tokens=False)["input_ids"])
         whole = list(tokenizer(anchor + text, add_special_tokens=False)["input_ids"])
-        if mark and whole[: len(mark)] == mark:
-            return whole[len(mark) :]
+        if anchor_ids and whole[: len(anchor_ids)] == anchor_ids:
+            return whole[len(anchor_ids) :]
     return ids
 
 
@@ -176,10 +176,10 @@ def _token_bytes(tokenizer: Any, token: int) -> bytes:
 
     For tokenizers that do not split characters these are the bytes of its name.
     """
-    name, way = str(tokenizer.convert_ids_to_tokens(int(token))), _byte_fallback(tokenizer)
-    if way == "everywhere" and all(letter in _BYTE_OF for letter in name):
+    name, fallback = str(tokenizer.convert_ids_to_tokens(int(token))), _byte_fallback(tokenizer)
+    if fallback == "everywhere" and all(letter in _BYTE_OF for letter in name):
         return bytes(_BYTE_OF[letter] for letter in name)
-    if way == "unknown characters" and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+    if fallback == "unknown characters" and len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
         return bytes([int(name[3:5], 16)])
     return name.encode("utf-8", "replace")
 

@@ -34,13 +34,16 @@ def best_of(
     if not 1 <= samples <= MAX_SAMPLES:
         raise ConfigError(f"best of {samples}: choose a number from 1 to {MAX_SAMPLES:,}.")
     if rollout_config.sampling.greedy:
-        raise ConfigError("best of several texts needs decoding that draws: greedy decoding writes the same text every time.")
+        raise ConfigError(
+            "best-of-n needs stochastic sampling, as greedy decoding repeats one completion: set "
+            "evaluation.sampling.greedy=false."
+        )
     rollout_config = dataclasses.replace(rollout_config, seed=seed, token_purpose=Purpose.BEST_OF_TOKEN)
-    at_once = max(1, MAX_ROWS // samples)
+    prompts_per_batch = max(1, MAX_ROWS // samples)
     rollouts: list[Rollout] = []
     best: list[float] = []
-    for start in range(0, len(prompts), at_once):
-        places = range(start, min(start + at_once, len(prompts)))
+    for start in range(0, len(prompts), prompts_per_batch):
+        places = range(start, min(start + prompts_per_batch, len(prompts)))
         repeated = [prompts[place] for place in places for _ in range(samples)]
         indices = [place * MAX_SAMPLES + sample for place in places for sample in range(samples)]
         rollout = collect_rollout(rollout_config, PPO().build(), PPO().build().schedule(0, 0.0), repeated, indices, MAX_SAMPLES)
@@ -52,11 +55,11 @@ def best_of(
 
 
 def evaluate_best_of(
-    rollout_config: RolloutConfig, prompts: Sequence[Prompt], judges: EvaluationContext, samples: int, seed: int
+    rollout_config: RolloutConfig, prompts: Sequence[Prompt], context: EvaluationContext, samples: int, seed: int
 ) -> tuple[dict[str, float], Rollout, list[float]]:
     """Return metrics of the best completions per prompt, their rollout and their scores."""
-    rollout, scores = best_of(rollout_config, prompts, judges.reward, samples, seed)
-    return compute_metrics(rollout, scores, judges), rollout, scores
+    rollout, scores = best_of(rollout_config, prompts, context.reward, samples, seed)
+    return compute_metrics(rollout, scores, context), rollout, scores
 
 
 def select(rollout: Rollout, rows: Sequence[int]) -> Rollout:

@@ -62,31 +62,31 @@ class ChatJudge:
         """
         requests: list[PoolRequest] = []
         for row, (prompt, text, other) in enumerate(zip(prompts, texts, others)):
-            for turned in self._orders(row):
-                pair = (other, text) if turned else (text, other)
-                question, index = fill_template(self.template, prompt, *pair)[1], 2 * row + turned
+            for swapped in self._orders(row):
+                pair = (other, text) if swapped else (text, other)
+                question, index = fill_template(self.template, prompt, *pair)[1], 2 * row + swapped
                 seed = request_seed(self.seed, index, 0, 0)
                 requests.append(PoolRequest(index, [ServerRequest(question, "", self.answer_tokens, seed)]))
         answers = self.pool.complete(requests, lambda row, response: response.last)
         failed = sum("given_up" in answer for answer in answers)
         if failed:
             raise TrainingError(
-                f"the judge at {self.pool.server.url} gave no answer to {failed} of {len(requests)} questions, however "
-                "often it was asked: run the same command again when it is back; answers that were given are kept."
+                f"the judge at {self.pool.server.url} failed {failed} of {len(requests)} requests after all retries: "
+                "run the same command again when it is back; its responses are cached."
             )
         values = {
             request.index: _value(answer.get("text", ""), request.index % 2) for request, answer in zip(requests, answers)
         }
-        return [_combine_orders([values[2 * row + turned] for turned in self._orders(row)]) for row in range(len(prompts))]
+        return [_combine_orders([values[2 * row + swapped] for swapped in self._orders(row)]) for row in range(len(prompts))]
 
     def _orders(self, row: int) -> list[int]:
         """Return the orders of a row: 0 has the text as (A), 1 the other one."""
         return [0, 1] if self.order == "both" else [int(uniforms(self.seed, Purpose.JUDGE_ORDER, row, 1)[0] < 0.5)]
 
 
-def _value(answer: str, turned: int) -> float | None:
+def _value(answer: str, swapped: int) -> float | None:
     choice = parse_choice(answer)
-    return None if choice is None else float((choice == "A") != bool(turned))
+    return None if choice is None else float((choice == "A") != bool(swapped))
 
 
 def _combine_orders(values: Sequence[float | None]) -> float | None:
@@ -120,9 +120,9 @@ def fill_template(template: str, prompt: Prompt, first: str, second: str) -> tup
     if prompt.messages:
         context = "\n".join(f"{message['role']}: {message['content']}" for message in prompt.messages)
     parts = {"context": context.strip(), "summary 1": first.strip(), "summary 2": second.strip()}
-    system, asked = split_system(template)
+    system, question_template = split_system(template)
     # one substitution for all: the texts may contain placeholders themselves
-    return system, PLACEHOLDER.sub(lambda place: parts[place.group(1)], asked)
+    return system, PLACEHOLDER.sub(lambda place: parts[place.group(1)], question_template)
 
 
 def split_system(template: str) -> tuple[str | None, str]:
@@ -144,7 +144,7 @@ def load_template(path: str | None) -> str:
         raise ConfigError(f"judge.template '{path}' cannot be read ({error.strerror}): name a text file.") from None
     missing = [f"[{name}]" for name in ("context", "summary 1", "summary 2") if f"[{name}]" not in template]
     if missing:
-        raise ConfigError(f"judge.template '{path}' does not say where {' and '.join(missing)} shall stand: put that in.")
+        raise ConfigError(f"judge.template '{path}' lacks {' and '.join(missing)}: add the placeholder where the text belongs.")
     return template
 
 

@@ -48,20 +48,20 @@ class EvaluationContext:
 
 
 def evaluate_policy(
-    rollout_config: RolloutConfig, prompts: Sequence[Prompt], judges: EvaluationContext, seed: int
+    rollout_config: RolloutConfig, prompts: Sequence[Prompt], context: EvaluationContext, seed: int
 ) -> tuple[dict[str, float], Rollout, list[float]]:
     """Evaluate completions that the policy samples alone.
 
     Returns the metrics (keys: docs/metrics.md), the rollout and the scores of its completions.
     """
     rollout_config = dataclasses.replace(rollout_config, seed=seed, token_purpose=Purpose.EVALUATION_TOKEN)
-    rollout, metrics, scores = _collect_and_score(rollout_config, PPO().build(), prompts, judges)
-    metrics["kl"], metrics["kl_k1"] = kl_to_reference(rollout, rollout_config.policy, judges.reference, judges.forward_config)
-    metrics["perplexity"] = perplexity(rollout_config.policy, prompts, rollout_config.max_new_tokens, judges.forward_config)
-    if judges.final is not None and judges.final.also_sampled:
-        drawing = dataclasses.replace(rollout_config, sampling=judges.forward_config.sampling)
-        drawn = collect_rollout(drawing, PPO().build(), PPO().build().schedule(0, 0.0), prompts, range(len(prompts)))
-        values = torch.tensor(score(judges.reward, drawn.prompts, drawn.completions), dtype=torch.float64)
+    rollout, metrics, scores = _collect_and_score(rollout_config, PPO().build(), prompts, context)
+    metrics["kl"], metrics["kl_k1"] = kl_to_reference(rollout, rollout_config.policy, context.reference, context.forward_config)
+    metrics["perplexity"] = perplexity(rollout_config.policy, prompts, rollout_config.max_new_tokens, context.forward_config)
+    if context.final is not None and context.final.also_sampled:
+        sampled_config = dataclasses.replace(rollout_config, sampling=context.forward_config.sampling)
+        sampled = collect_rollout(sampled_config, PPO().build(), PPO().build().schedule(0, 0.0), prompts, range(len(prompts)))
+        values = torch.tensor(score(context.reward, sampled.prompts, sampled.completions), dtype=torch.float64)
         metrics |= {"score_sampled": float(values.mean()), "score_sampled_standard_error": standard_error(values)}
     return metrics, rollout, scores
 
@@ -72,25 +72,27 @@ def standard_error(values: Tensor) -> float:
 
 
 def evaluate_guide(
-    rollout_config: RolloutConfig, prompts: Sequence[Prompt], judges: EvaluationContext, seed: int
+    rollout_config: RolloutConfig, prompts: Sequence[Prompt], context: EvaluationContext, seed: int
 ) -> tuple[dict[str, float], Rollout, list[float]]:
     """Evaluate completions of a guide alone, as `evaluate_policy` does.
 
     A guide is a black box: the metrics have no KL and no perplexity of its own.
     """
-    rollout, metrics, scores = _collect_and_score(dataclasses.replace(rollout_config, seed=seed), guide_only(), prompts, judges)
+    rollout, metrics, scores = _collect_and_score(
+        dataclasses.replace(rollout_config, seed=seed), guide_only(), prompts, context
+    )
     return metrics, rollout, scores
 
 
 def _collect_and_score(
-    rollout_config: RolloutConfig, algorithm: Algorithm, prompts: Sequence[Prompt], judges: EvaluationContext
+    rollout_config: RolloutConfig, algorithm: Algorithm, prompts: Sequence[Prompt], context: EvaluationContext
 ) -> tuple[Rollout, dict[str, float], list[float]]:
     rollout = collect_rollout(rollout_config, algorithm, algorithm.schedule(0, 0.0), prompts, range(len(prompts)))
-    scores = score(judges.reward, rollout.prompts, rollout.completions)
-    return rollout, compute_metrics(rollout, scores, judges), scores
+    scores = score(context.reward, rollout.prompts, rollout.completions)
+    return rollout, compute_metrics(rollout, scores, context), scores
 
 
-def compute_metrics(rollout: Rollout, scores: Sequence[float], judges: EvaluationContext) -> dict[str, float]:
+def compute_metrics(rollout: Rollout, scores: Sequence[float], context: EvaluationContext) -> dict[str, float]:
     """Compute the metrics of scored completions of any origin."""
     prompts = rollout.prompts  # excludes those of failed guide rows
     values = torch.tensor(scores, dtype=torch.float64)
@@ -102,19 +104,19 @@ def compute_metrics(rollout: Rollout, scores: Sequence[float], judges: Evaluatio
         "distinct_2": distinct(strip_reply_prefixes(prompts, rollout.completions)),
         "completions": float(len(scores)),
     }
-    if judges.task.pass_threshold is not None:
-        metrics["pass_rate"] = float((values >= judges.task.pass_threshold).double().mean())
-    alone = continuation_only(judges.reward)
-    if alone is not None:
-        metrics["score_continuation"] = float(torch.tensor(score(alone, prompts, rollout.completions)).mean())
-    if isinstance(judges.reward, RewardModel):  # its scores have no absolute zero
-        metrics["score_minus_reference"] = mean_reward_gain(judges.reward, prompts, scores)
-    metrics |= text_metrics(judges, prompts, rollout.completions)
-    if judges.judge is not None:
-        metrics |= win_rate(judges.judge, prompts, rollout.completions)
-    if judges.pre_sft_model is not None:
+    if context.task.pass_threshold is not None:
+        metrics["pass_rate"] = float((values >= context.task.pass_threshold).double().mean())
+    continuation_reward = continuation_only(context.reward)
+    if continuation_reward is not None:
+        metrics["score_continuation"] = float(torch.tensor(score(continuation_reward, prompts, rollout.completions)).mean())
+    if isinstance(context.reward, RewardModel):  # its scores have no absolute zero
+        metrics["score_minus_reference"] = mean_reward_gain(context.reward, prompts, scores)
+    metrics |= text_metrics(context, prompts, rollout.completions)
+    if context.judge is not None:
+        metrics |= win_rate(context.judge, prompts, rollout.completions)
+    if context.pre_sft_model is not None:
         metrics["output_perplexity"] = token_perplexity(
-            judges.pre_sft_model, rollout.ids, rollout.prompt_lengths, rollout.completion_mask, judges.forward_config
+            context.pre_sft_model, rollout.ids, rollout.prompt_lengths, rollout.completion_mask, context.forward_config
         )
     return metrics
 
@@ -122,7 +124,7 @@ def compute_metrics(rollout: Rollout, scores: Sequence[float], judges: Evaluatio
 def mean_reward_gain(reward: RewardFunction, prompts: Sequence[Prompt], scores: Sequence[float]) -> float:
     """Return the mean difference between completions' and first references' scores.
 
-    Prompts without references are left out; with no references the mean is nan.
+    Prompts without references are ignored; with no references the mean is nan.
     """
     rows = [(prompt, value) for prompt, value in zip(prompts, scores) if prompt.references]
     references = score(reward, [prompt for prompt, _ in rows], [prompt.references[0] for prompt, _ in rows])
@@ -154,11 +156,12 @@ def check_text_metrics(config: EvaluationConfig, prompts: Sequence[Prompt]) -> N
 def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
     """Return a text as input of `rlgf score`, with the prompt's references and concepts."""
     text, references = prompt.strip_reply_prefix(text), tuple(reference_texts(prompt))
-    comparing = reference_metrics(keys)
-    if comparing and not references:
+    needing_references = reference_metrics(keys)
+    if needing_references and not references:
         raise ConfigError(
-            f"evaluation.metrics has {', '.join(comparing)}, but the prompt {prompt.text[:60]!r} has no reference to compare a "
-            "text with: leave these out, or give every held-out prompt references."
+            f"evaluation.metrics has {', '.join(needing_references)}, but the prompt {prompt.text[:60]!r} has no "
+            "reference to compare a "
+            "completion with: leave these out, or give every held-out prompt references."
         )
     if "concept_coverage" not in keys:
         return Line(text, references)
@@ -166,25 +169,25 @@ def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
         return Line(text, references, concepts_in(prompt.columns.get("concepts")))
     except ValueError as error:
         raise ConfigError(
-            f"evaluation.metrics has concept_coverage, but column 'concepts' of the prompt {prompt.text[:60]!r} is not for it "
-            f"({error}): leave it out, or mend the column."
+            f"evaluation.metrics has concept_coverage, but column 'concepts' of the prompt {prompt.text[:60]!r} does not fit "
+            f"({error}): leave it out, or fix the column."
         ) from None
 
 
-def text_metrics(judges: EvaluationContext, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
+def text_metrics(context: EvaluationContext, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
     """Compute the text metrics of all completions, and their means per group.
 
     Groups are those of the task, if it has any. The scale is coco-caption's; keys are those of
     docs/scoring.md, followed by `_GROUP` for a group.
     """
-    if judges.final is None or not judges.final.metrics:
+    if context.final is None or not context.final.metrics:
         return {}
-    keys, options = text_metrics_of(judges.final)
-    found = score_lines([_line(prompt, text, keys) for prompt, text in zip(prompts, texts)], keys, options)
-    metrics = {key: float("nan") if value is None else value for key, value in found.corpus.items()}
-    if judges.task.group is not None:
-        groups = [judges.task.group(prompt) for prompt in prompts]
+    keys, options = text_metrics_of(context.final)
+    line_scores = score_lines([_line(prompt, text, keys) for prompt, text in zip(prompts, texts)], keys, options)
+    metrics = {key: float("nan") if value is None else value for key, value in line_scores.corpus.items()}
+    if context.task.group is not None:
+        groups = [context.task.group(prompt) for prompt in prompts]
         for name in sorted(set(groups)):
-            for key, values in found.per_line.items():
+            for key, values in line_scores.per_line.items():
                 metrics[f"{key}_{name}"] = statistics.fmean(v for v, group in zip(values, groups) if group == name)
     return metrics

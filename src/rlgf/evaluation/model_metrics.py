@@ -68,11 +68,11 @@ def kl_to_reference(
     starts, budget = rollout.prompt_lengths, forward_config.token_budget // 2
     with torch.no_grad(), on_device(policy.model), on_device(reference.model):
         for batch in micro_batches(policy.model, rollout.ids, starts, rollout.completion_mask, budget):
-            mine, _ = token_logits(policy, batch, forward_config.precision)
-            theirs, _ = token_logits(reference, batch, forward_config.precision)
-            exact += float(losses.exact_kl(mine, theirs).double().sum())
-            tokens = rollout.ids[batch.token_index].to(mine.device)
-            difference = losses.kl_k1(token_log_probs(mine, tokens), token_log_probs(theirs, tokens))
+            policy_logits, _ = token_logits(policy, batch, forward_config.precision)
+            reference_logits, _ = token_logits(reference, batch, forward_config.precision)
+            exact += float(losses.exact_kl(policy_logits, reference_logits).double().sum())
+            tokens = rollout.ids[batch.token_index].to(policy_logits.device)
+            difference = losses.kl_k1(token_log_probs(policy_logits, tokens), token_log_probs(reference_logits, tokens))
             estimate += float(difference.double().sum())
     texts = rollout.ids.shape[0]
     return exact / texts, estimate / texts

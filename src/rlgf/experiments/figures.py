@@ -39,20 +39,20 @@ def curves(results: Results) -> Any | None:
         texts = [before + count for count in texts]
         if before == 0 and "sft" in levels:  # the other runs start from the SFT model
             texts, scores = [0, *texts], [levels["sft"][quantity], *scores]
-        colour, marker = _style(number)
+        color, marker = _style(number)
         # Later lines are thinner, so that overlapping curves stay visible.
         axes.plot(
-            texts, [statistics.fmean(at) for at in scores], label=row["title"], color=colour, marker=marker, markersize=4,
+            texts, [statistics.fmean(at) for at in scores], label=row["title"], color=color, marker=marker, markersize=4,
             linewidth=max(1.2, 3.6 - 0.4 * number),
             linestyle="--" if row["key"] not in ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols") else "-",
         )  # fmt: skip
-        axes.fill_between(texts, [min(at) for at in scores], [max(at) for at in scores], color=colour, alpha=0.12, lw=0)
+        axes.fill_between(texts, [min(at) for at in scores], [max(at) for at in scores], color=color, alpha=0.12, lw=0)
     if "guide" in levels:
         level = statistics.fmean(levels["guide"][quantity])
         axes.axhline(level, color=GRAY, linestyle=":", lw=1.2)
         axes.annotate("guide", (1.0, level), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                       textcoords="offset points", ha="right", fontsize=9, color=GRAY)  # fmt: skip
-    axes.set_xlabel("texts written in training")
+    axes.set_xlabel("completions generated in training")
     axes.set_ylabel(COLUMNS[quantity].title)
     axes.set_title(f"{results['recipe']}: validation prompts, {_seeds(results['seeds'])}")
     axes.legend(frameon=False, fontsize=9)
@@ -67,20 +67,20 @@ def tradeoff(results: Results) -> Any | None:
     """
     rows, quantity, levels = _trained_rows(results), _quantity(results), _baselines(results)
     points = [point for row in rows for curve in row["curves"] for point in curve]
-    costs = [cost for cost in ("kl", "perplexity") if any(_measured([point.get(cost)]) for point in points)]
+    costs = [cost for cost in ("kl", "perplexity") if any(_is_known([point.get(cost)]) for point in points)]
     if not costs:
         return None
     figure, panels = _figure(len(costs))
     for axes, cost in zip(panels, costs):
         for number, row in enumerate(rows):
-            points = [at for at in zip(*row["curves"]) if _measured([point.get(cost) for point in at])]
-            colour, marker = _style(number)
+            points = [at for at in zip(*row["curves"]) if _is_known([point.get(cost) for point in at])]
+            color, marker = _style(number)
             axes.plot(
                 [statistics.fmean(point[cost] for point in at) for at in points],
                 [statistics.fmean(point[quantity] for point in at) for at in points],
-                label=row["title"], color=colour, marker=marker, markersize=6, lw=0.6, alpha=0.85,
+                label=row["title"], color=color, marker=marker, markersize=6, lw=0.6, alpha=0.85,
             )  # fmt: skip
-        if "sft" in levels and _measured(levels["sft"][cost]):
+        if "sft" in levels and _is_known(levels["sft"][cost]):
             axes.axhline(statistics.fmean(levels["sft"][quantity]), color=GRAY, linestyle="--", lw=1)
             axes.axvline(statistics.fmean(levels["sft"][cost]), color=GRAY, linestyle="--", lw=1)
         axes.invert_xaxis()
@@ -102,13 +102,13 @@ def difficulty(results: Results) -> Any | None:
         return None
     rows = [
         row for row in results["rows"]
-        if "varied" not in row and all(_measured(metrics_of(row, split).get(part, [])) for part in parts)
+        if "varied" not in row and all(_is_known(metrics_of(row, split).get(part, [])) for part in parts)
     ]  # fmt: skip
     figure, (axes,) = _figure(1)
-    for offset, part, colour in zip((-0.2, 0.2), parts, COLORS):
+    for offset, part, color in zip((-0.2, 0.2), parts, COLORS):
         values = [[(value or 0) * COLUMNS[part].scale for value in metrics_of(row, split)[part]] for row in rows]
         axes.bar(
-            [place + offset for place in range(len(rows))], [statistics.fmean(v) for v in values], 0.4, color=colour,
+            [place + offset for place in range(len(rows))], [statistics.fmean(v) for v in values], 0.4, color=color,
             yerr=[statistics.pstdev(v) for v in values], capsize=3, label=part.removeprefix("cider_d_"),
         )  # fmt: skip
     axes.set_xticks(range(len(rows)), [row["title"] for row in rows], rotation=20, ha="right", fontsize=9)
@@ -128,7 +128,7 @@ def sensitivity(results: Results) -> Any | None:
         return None
     quantities = [_quantity(results), "perplexity"]
     trained = [row for row in results["rows"] if "algorithm" in row]
-    quantities = [name for name in quantities if any(_measured(row["metrics"][name]) for row in trained)]
+    quantities = [name for name in quantities if any(_is_known(row["metrics"][name]) for row in trained)]
     figure, panels = _figure(len(quantities), len(varied))
     titles = {row["algorithm"]: row["title"] for row in trained if "varied" not in row}
     for place, (setting, base) in enumerate(varied.items()):
@@ -140,14 +140,14 @@ def sensitivity(results: Results) -> Any | None:
                     row.get("varied", {}).get(setting, base): row
                     for row in trained
                     if row["algorithm"] == name and row.get("varied", {}).keys() <= {setting}
-                    if _measured(row["metrics"][quantity])
+                    if _is_known(row["metrics"][quantity])
                 }
                 known = [value for value in values if value in rows]
-                measured = [rows[value]["metrics"][quantity] for value in known]
-                colour, marker = _style(number)
+                values_at = [rows[value]["metrics"][quantity] for value in known]
+                color, marker = _style(number)
                 axes.errorbar(
-                    [values.index(value) for value in known], [statistics.fmean(m) for m in measured],
-                    yerr=[statistics.pstdev(m) for m in measured], capsize=3, color=colour, marker=marker, markersize=5, lw=1.4,
+                    [values.index(value) for value in known], [statistics.fmean(m) for m in values_at],
+                    yerr=[statistics.pstdev(m) for m in values_at], capsize=3, color=color, marker=marker, markersize=5, lw=1.4,
                     label=titles[name],
                 )  # fmt: skip
             axes.set_xticks(range(len(values)), [str(value) for value in values])
@@ -158,7 +158,7 @@ def sensitivity(results: Results) -> Any | None:
     return figure
 
 
-def _measured(values: Sequence[float | None]) -> bool:
+def _is_known(values: Sequence[float | None]) -> bool:
     """Return whether there are values and all are finite numbers.
 
     A value that could not be computed is None, and null in a file.

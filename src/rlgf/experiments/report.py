@@ -41,10 +41,10 @@ def side_by_side(results: Mapping[str, Any]) -> str | None:
     lines = [
         f"Recipe `{results['recipe']}`, seed {results['seeds'][0]}: the first prompts of the final evaluation, with rewards."
     ]
-    written = [(row["title"], {example["prompt"]: example for example in row["examples"]}) for row in rows]
+    completions = [(row["title"], {example["prompt"]: example for example in row["examples"]}) for row in rows]
     for prompt in dict.fromkeys(example["prompt"] for row in rows for example in row["examples"]):
         lines += ["", "---", "", f"    {'prompt':{wide}}           {escape_control_characters(prompt)}"]
-        for title, texts in written:
+        for title, texts in completions:
             if example := texts.get(prompt):  # a guide may have failed on a prompt
                 lines.append(f"    {title:{wide}}  {example['score']:7.3f}  {escape_control_characters(example['text'])}")
     return "\n".join([*lines, ""])

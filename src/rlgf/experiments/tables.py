@@ -1,6 +1,7 @@
 """The tables of a comparison: one row per policy, one column per metric."""
 
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,9 @@ class Column:
 COLUMNS = {
     "pass_rate": Column("pass rate", 3),
     # the training objective; `score` uses the evaluation's sampling parameters
-    "score_sampled": Column("reward, drawn", 3),
+    "score_sampled": Column("reward, sampled", 3),
     "score": Column("reward", 3),
-    "score_continuation": Column("reward, continuation alone", 3),
+    "score_continuation": Column("reward, continuation only", 3),
     "score_minus_reference": Column("reward − reference's", 3),
     **{f"bleu_{order}": Column(f"BLEU-{order}", 2, 100) for order in (1, 2, 3, 4)},
     "cider_d": Column("CIDEr-D", 2, 10),
@@ -100,18 +101,17 @@ def markdown(results: Mapping[str, Any]) -> str:
     decodings = sorted({f"{row['title']}: {row['sampling']}" for row in results["rows"]})
     texts = {split: next(iter(metrics_of(results["rows"][0], split).get("completions", [None]))) for split in splits}
     counted = [f"{count:,.0f} prompts of {split}" for split, count in texts.items() if count]
-    lines += [
+    notes = [
         f"Recipe `{results['recipe']}`; {spread}; {' and '.join(counted)} for each figure. "
-        "KL is exact: summed over every state of a text and the whole vocabulary, averaged over texts. "
+        "KL is exact: summed over every state of a completion and the whole vocabulary, averaged over completions. "
         "Completions used: those of training, and those of a distillation.",
-        "",
         f"Sampling: {'; '.join(decodings)}." + judge_note(results),
-        "",
         f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
         f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
         f"rlgf {machine['rlgf']}.",
-        "",
     ]
+    for note in notes:
+        lines += [*textwrap.wrap(note, 100, break_long_words=False, break_on_hyphens=False), ""]
     return "\n".join(lines)
 
 
@@ -127,5 +127,5 @@ def judge_note(results: Mapping[str, Any]) -> str:
     values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
     return under + (
         f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
-        f"{sum(values):.0f} answers could not be read and are left out."
+        f"{sum(values):.0f} unparseable answers are left out."
     )

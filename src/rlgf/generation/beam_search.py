@@ -24,11 +24,11 @@ def beam_search(
     Nothing is sampled, so the log-probabilities are zero and there is no support.
     """
     model, device, ends = language_model.model, language_model.device, list(language_model.eos_token_ids)
-    rows, most = len(prefixes), max(max_new_tokens, default=0)
-    tokens, lengths = torch.zeros((rows, most), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
+    rows, max_length = len(prefixes), max(max_new_tokens, default=0)
+    tokens, lengths = torch.zeros((rows, max_length), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     finished = torch.zeros(rows, dtype=torch.bool)
-    begun = [[] if sources is None else [model.config.decoder_start_token_id] for _ in range(rows)]
-    written = [[*start, *prefix] for start, prefix in zip(begun, prefixes)]
+    starts = [[] if sources is None else [model.config.decoder_start_token_id] for _ in range(rows)]
+    written = [[*start, *prefix] for start, prefix in zip(starts, prefixes)]
     families: dict[tuple[int, int, int], list[int]] = {}
     for row in range(rows):
         if max_new_tokens[row]:
@@ -52,5 +52,5 @@ def beam_search(
                 ended = torch.isin(text, torch.tensor(ends)).nonzero().flatten().tolist()
                 length = ended[0] + 1 if ended else len(text)
                 tokens[row, :length], lengths[row], finished[row] = text[:length], length, bool(ended)
-    nothing = torch.zeros((rows, most))
+    nothing = torch.zeros((rows, max_length))
     return SampledCompletions(tokens, lengths, finished, nothing, nothing, None)

@@ -29,13 +29,13 @@ from rlgf.randomness import Purpose, uniform_rows
 from rlgf.types import SamplingParams
 
 
-def _assemble_support(kept: dict[tuple[int, int], Tensor], rows: int, most: int) -> SampledSupport:
-    counts = torch.zeros((rows, most), dtype=torch.int64)
-    order = sorted(kept)
+def _assemble_support(support_ids: dict[tuple[int, int], Tensor], rows: int, max_length: int) -> SampledSupport:
+    counts = torch.zeros((rows, max_length), dtype=torch.int64)
+    order = sorted(support_ids)
     if order:
         places = torch.tensor(order)
-        counts[places[:, 0], places[:, 1]] = torch.tensor([len(kept[key]) for key in order])
-    flat = torch.cat([kept[key] for key in order]) if order else torch.zeros(0, dtype=torch.int64)
+        counts[places[:, 0], places[:, 1]] = torch.tensor([len(support_ids[key]) for key in order])
+    flat = torch.cat([support_ids[key] for key in order]) if order else torch.zeros(0, dtype=torch.int64)
     return SampledSupport(counts, flat)
 
 
@@ -71,42 +71,44 @@ def sample_completions(
             return beam_search(
                 language_model, prefixes, max_new_tokens, min_new_tokens, sampling.num_beams, precision, encoder_ids
             )
-    rows, most = len(prefixes), max(max_new_tokens, default=0)
-    tokens = torch.zeros((rows, most), dtype=torch.int64)
+    rows, max_length = len(prefixes), max(max_new_tokens, default=0)
+    tokens = torch.zeros((rows, max_length), dtype=torch.int64)
     lengths = torch.zeros(rows, dtype=torch.int64)
     finished = torch.zeros(rows, dtype=torch.bool)
-    log_probs, full_log_probs = torch.zeros((rows, most)), torch.zeros((rows, most))
-    kept: dict[tuple[int, int], Tensor] = {}
+    log_probs, full_log_probs = torch.zeros((rows, max_length)), torch.zeros((rows, max_length))
+    support_ids: dict[tuple[int, int], Tensor] = {}
     if encoder_ids is not None:
         prefixes = [[language_model.model.config.decoder_start_token_id, *prefix] for prefix in prefixes]
     with on_device(language_model.model):
         for batch in _decoding_batches(language_model, prefixes, max_new_tokens, encoder_ids):
             members = [prefixes[i] for i in batch], None if encoder_ids is None else [encoder_ids[i] for i in batch]
             decoder = _Decoder(language_model, *members, max(max_new_tokens[i] for i in batch), precision)
-            draws = torch.from_numpy(uniforms[batch])
-            budget = torch.tensor([max_new_tokens[i] for i in batch])
-            minimum = torch.tensor([min_new_tokens[i] for i in batch])
+            numbers = torch.from_numpy(uniforms[batch])
+            max_lengths = torch.tensor([max_new_tokens[i] for i in batch])
+            min_lengths = torch.tensor([min_new_tokens[i] for i in batch])
             logits = decoder.prefill()
             active = torch.tensor(batch)
-            for step in range(most):
-                forbidden = minimum > step
-                drawn = sample_tokens(logits, draws[:, step], forbidden, language_model.eos_token_ids, sampling)
-                tokens[active, step] = drawn.tokens
-                log_probs[active, step], full_log_probs[active, step] = drawn.log_probs, drawn.full_log_probs
-                if drawn.support is not None:
-                    parts = drawn.support.ids.split(drawn.support.counts.tolist())
-                    kept.update({(row, step): part for row, part in zip(active.tolist(), parts)})
+            for step in range(max_length):
+                forbidden = min_lengths > step
+                sampled = sample_tokens(logits, numbers[:, step], forbidden, language_model.eos_token_ids, sampling)
+                tokens[active, step] = sampled.tokens
+                log_probs[active, step], full_log_probs[active, step] = sampled.log_probs, sampled.full_log_probs
+                if sampled.support is not None:
+                    parts = sampled.support.ids.split(sampled.support.counts.tolist())
+                    support_ids.update({(row, step): part for row, part in zip(active.tolist(), parts)})
                 lengths[active] = step + 1
-                ended = torch.isin(drawn.tokens, torch.tensor(language_model.eos_token_ids))
+                ended = torch.isin(sampled.tokens, torch.tensor(language_model.eos_token_ids))
                 finished[active] = ended
-                stays = (~ended & (budget > step + 1)).nonzero().squeeze(1)
-                if len(stays) == 0:
+                continuing = (~ended & (max_lengths > step + 1)).nonzero().squeeze(1)
+                if len(continuing) == 0:
                     break
-                if len(stays) < len(active):
-                    decoder.keep(stays)
-                    active, draws, budget, minimum = active[stays], draws[stays], budget[stays], minimum[stays]
-                logits = decoder.step(drawn.tokens[stays])
-    support = _assemble_support(kept, rows, most) if sampling.restricts_support and sampling.is_stochastic else None
+                if len(continuing) < len(active):
+                    decoder.keep(continuing)
+                    active, numbers = active[continuing], numbers[continuing]
+                    max_lengths, min_lengths = max_lengths[continuing], min_lengths[continuing]
+                logits = decoder.step(sampled.tokens[continuing])
+    has_support = sampling.restricts_support and sampling.is_stochastic
+    support = _assemble_support(support_ids, rows, max_length) if has_support else None
     return SampledCompletions(tokens, lengths, finished, log_probs, full_log_probs, support)
 
 
@@ -120,17 +122,19 @@ class LocalSampler:
         self, requests: Sequence[SampleRequest], params: SamplingParams, seed: int, purpose: Purpose
     ) -> SampledCompletions:
         """Sample a completion of each request, with its own random numbers."""
-        budgets = [request.max_new_tokens for request in requests]
-        draws = uniform_rows(
-            seed, purpose, [request.index for request in requests], max(budgets, default=0),
+        max_new_tokens = [request.max_new_tokens for request in requests]
+        numbers = uniform_rows(
+            seed, purpose, [request.index for request in requests], max(max_new_tokens, default=0),
             [request.position for request in requests],
         )  # fmt: skip
         prefixes, sources = [[*request.prompt_ids, *request.prefix_ids] for request in requests], None
         if is_encoder_decoder(self.language_model.model):
             prefixes = [list(request.prefix_ids) for request in requests]
             sources = [list(request.prompt_ids) for request in requests]
-        minimums = [request.min_new_tokens for request in requests]
-        return sample_completions(self.language_model, prefixes, budgets, minimums, draws, params, self.precision, sources)
+        min_new_tokens = [request.min_new_tokens for request in requests]
+        return sample_completions(
+            self.language_model, prefixes, max_new_tokens, min_new_tokens, numbers, params, self.precision, sources
+        )
 
     def sync(self, policy: LanguageModel) -> None:
         """Do nothing: the model in this process is the one that is updated."""
@@ -147,7 +151,7 @@ def _needs_equal_lengths(model: Any) -> bool:
 def _decoding_batches(
     language_model: LanguageModel,
     prefixes: Sequence[Sequence[int]],
-    budgets: Sequence[int],
+    max_new_tokens: Sequence[int],
     sources: Sequence[Sequence[int]] | None,
 ) -> list[list[int]]:
     """Group rows into batches that fit the cache.
@@ -155,15 +159,15 @@ def _decoding_batches(
     Within a batch, rows with a larger max_new_tokens come first, so that keeping rows is a slice.
     """
     one_length = _needs_equal_lengths(language_model.model)
-    most_rows = max(1, BATCH_LOGITS // language_model.vocab_size)
-    writing = [i for i in range(len(prefixes)) if budgets[i] > 0]
-    writing.sort(key=lambda i: (len(prefixes[i]) if one_length else 0, -budgets[i], len(prefixes[i])))
+    max_rows = max(1, BATCH_LOGITS // language_model.vocab_size)
+    nonempty = [i for i in range(len(prefixes)) if max_new_tokens[i] > 0]
+    nonempty.sort(key=lambda i: (len(prefixes[i]) if one_length else 0, -max_new_tokens[i], len(prefixes[i])))
     batches: list[list[int]] = []
     widest = (0, 0, 0)
-    for i in writing:
-        own = len(prefixes[i]), budgets[i], 0 if sources is None else len(sources[i])
+    for i in nonempty:
+        own = len(prefixes[i]), max_new_tokens[i], 0 if sources is None else len(sources[i])
         joint = tuple(map(max, widest, own))
-        fits = batches and len(batches[-1]) < most_rows and (len(batches[-1]) + 1) * sum(joint) <= BATCH_TOKENS
+        fits = batches and len(batches[-1]) < max_rows and (len(batches[-1]) + 1) * sum(joint) <= BATCH_TOKENS
         if fits and (not one_length or len(prefixes[i]) == len(prefixes[batches[-1][0]])):
             batches[-1].append(i)
             widest = joint
@@ -181,17 +185,17 @@ class _Decoder:
         language_model: LanguageModel,
         prefixes: Sequence[Sequence[int]],
         sources: Sequence[Sequence[int]] | None,
-        budget: int,
+        max_new_tokens: int,
         precision: str,
     ) -> None:
         self.language_model, self.prefixes, self.precision = language_model, prefixes, precision
         self.lengths = torch.tensor([len(prefix) for prefix in prefixes])
         self.widest = int(self.lengths.max())
-        self.mask = torch.arange(self.widest + budget) >= (self.widest - self.lengths)[:, None]
+        self.mask = torch.arange(self.widest + max_new_tokens) >= (self.widest - self.lengths)[:, None]
         self.ragged = bool((self.lengths != self.widest).any())
         self.groups = self._prefill_groups(sources)
         depth = _decoder_layers(language_model.model.config)
-        self.layers = [CacheLayer(len(prefixes), self.widest + budget) for _ in range(depth)]
+        self.layers = [CacheLayer(len(prefixes), self.widest + max_new_tokens) for _ in range(depth)]
         self.source_layers: list[EncoderCacheLayer] = []
         self.cache: Any = Cache(layers=self.layers)  # pyright: ignore[reportArgumentType]
         if sources is not None:
@@ -286,10 +290,10 @@ class _Decoder:
 
     def _prefill_groups(self, sources: Sequence[Sequence[int]] | None) -> list[PrefillGroup]:
         """Group distinct prefixes (with their sources) by similar length, the longest first."""
-        sharers: dict[Any, list[int]] = {}
+        rows_by_prefix: dict[Any, list[int]] = {}
         for row, prefix in enumerate(self.prefixes):
-            sharers.setdefault((tuple(prefix), None if sources is None else tuple(sources[row])), []).append(row)
-        families = sorted(sharers.values(), key=lambda rows: -len(self.prefixes[rows[0]]))
+            rows_by_prefix.setdefault((tuple(prefix), None if sources is None else tuple(sources[row])), []).append(row)
+        families = sorted(rows_by_prefix.values(), key=lambda rows: -len(self.prefixes[rows[0]]))
         read = max(map(len, sources), default=0) if sources else 0
         groups: list[list[list[int]]] = []
         for family in families:

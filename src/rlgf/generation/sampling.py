@@ -87,8 +87,8 @@ def restrict_support(scaled: Tensor, sampling: SamplingParams) -> tuple[Tensor, 
         if bool((values[:, count - 1] == values[:, count]).any()):
             values, ids = scaled.sort(dim=1, descending=True, stable=True)
             values = values.masked_fill(values < values[:, count - 1 : count], -torch.inf)
-            most = int((values > -torch.inf).sum(1).max())
-            values, ids = values[:, :most], ids[:, :most]
+            max_count = int((values > -torch.inf).sum(1).max())
+            values, ids = values[:, :max_count], ids[:, :max_count]
         else:
             # orders equal values by token id, independent of the other rows
             ids, order = ids[:, :count].sort(1)
@@ -100,11 +100,11 @@ def restrict_support(scaled: Tensor, sampling: SamplingParams) -> tuple[Tensor, 
         # as in transformers: from the least likely token up, remove while the cumulative
         # probability is at most 1 − p
         tail = values.softmax(1).flip(1).cumsum(1).flip(1)
-        cut = tail <= 1 - sampling.top_p
-        cut[:, 0] = False
-        values = values.masked_fill(cut, -torch.inf)
-        most = int((values > -torch.inf).sum(1).max())
-        values, ids = values[:, :most], ids[:, :most]
+        outside = tail <= 1 - sampling.top_p
+        outside[:, 0] = False
+        values = values.masked_fill(outside, -torch.inf)
+        max_count = int((values > -torch.inf).sum(1).max())
+        values, ids = values[:, :max_count], ids[:, :max_count]
     ids, order = ids.sort(1)
     return values.gather(1, order), ids
 

@@ -121,25 +121,30 @@ def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Com
     if not requests:
         return []
     try:
-        answers: Any = guide.complete(requests)
+        completions: Any = guide.complete(requests)
     except TrainingError:
         raise
     except Exception as error:
         raise GuideError(
-            f"the guide failed on {len(requests)} requests ({type(error).__name__}: {error}): mend it and run again."
+            f"the guide failed on {len(requests)} requests ({type(error).__name__}: {error}): fix it and run again."
         ) from error
-    if not isinstance(answers, list) or len(answers) != len(requests):
-        found = len(answers) if isinstance(answers, list) else type(answers).__name__
-        raise GuideError(f"the guide gave {found} texts for {len(requests)} requests: it must give a list with one each.")
-    for answer, request in zip(answers, requests):
-        good = isinstance(answer, Completion) and isinstance(answer.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not good or any(not isinstance(token, int) for token in answer.ids or ()):
-            raise GuideError(f"the guide answered {answer!r} to the prompt {request.prompt.text[:60]!r}: it must be a text.")
-        if answer.failed:
-            continue
-        if not answer.finished and not (answer.text if answer.ids is None else answer.ids):
+    if not isinstance(completions, list) or len(completions) != len(requests):
+        found = len(completions) if isinstance(completions, list) else type(completions).__name__
+        raise GuideError(
+            f"the guide returned {found} completions for {len(requests)} requests: it must return a list with one for each."
+        )
+    for completion, request in zip(completions, requests):
+        valid = isinstance(completion, Completion) and isinstance(completion.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not valid or any(not isinstance(token, int) for token in completion.ids or ()):
             raise GuideError(
-                f"the guide wrote nothing for the prompt {request.prompt.text[:60]!r} and calls it unfinished: "
-                "a guide with nothing to add says finished."
+                f"the guide returned {completion!r} for the prompt {request.prompt.text[:60]!r}: it must return a "
+                "string or a `Completion`."
             )
-    return answers
+        if completion.failed:
+            continue
+        if not completion.finished and not (completion.text if completion.ids is None else completion.ids):
+            raise GuideError(
+                f"the guide generated nothing for the prompt {request.prompt.text[:60]!r} and reports it as unfinished: "
+                "a guide with nothing to add returns finished=True."
+            )
+    return completions

@@ -34,29 +34,30 @@ class HumanGuide:
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Return one completion for each request; stored ones are reused."""
         keys = [cache_key({"human": [r.prompt.text, r.prefix, r.index, r.seed]}) for r in requests]
-        answers = [self.cache.get(key) for key in keys]
-        open_places = [place for place, answer in enumerate(answers) if answer is None]
+        stored = [self.cache.get(key) for key in keys]
+        open_places = [place for place, entry in enumerate(stored) if entry is None]
         if open_places and self.offline:
             raise GuideError(
-                f"the guide is offline and {len(open_places)} of its answers are not in {self.cache.path}: leave out --offline."
+                f"the guide is offline and {len(open_places)} of its completions are not in {self.cache.path}: leave "
+                "out --offline."
             )
         if open_places:
             self._show(HELP)
         at = 0
         while at < len(open_places):
             place = open_places[at]
-            said = self._prompt_user(requests[place], at + 1, len(open_places))
-            if said == "undo":
+            typed = self._prompt_user(requests[place], at + 1, len(open_places))
+            if typed == "undo":
                 if at == 0:
-                    self._show("There is nothing to undo: the texts before are in use already.")
+                    self._show("Nothing to undo: earlier completions are in use already.")
                 at = max(0, at - 1)
                 continue
-            text = "" if said == "skip" else said.replace("\\n", "\n")
+            text = "" if typed == "skip" else typed.replace("\\n", "\n")
             text = join_with_space(requests[place].prompt.text + requests[place].prefix, text)
-            answers[place] = {"text": text, "finished": True}
+            stored[place] = {"text": text, "finished": True}
             self.cache.put(keys[place], {"text": text, "finished": True}, replace=True)
             at += 1
-        return [Completion(answer["text"], answer["finished"]) for answer in answers if answer is not None]
+        return [Completion(entry["text"], entry["finished"]) for entry in stored if entry is not None]
 
     def _prompt_user(self, request: CompletionRequest, number: int, of: int) -> str:
         self._show(
@@ -66,6 +67,5 @@ class HumanGuide:
             return self._read("> ")
         except (EOFError, UnicodeDecodeError):
             raise GuideError(
-                "the guide 'human' was asked, but nobody is at the terminal: run the same command in a terminal; "
-                "answers given so far are kept."
+                "the guide 'human' needs a terminal: run the same command in one; completions given so far are kept."
             ) from None

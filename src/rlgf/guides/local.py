@@ -95,9 +95,9 @@ class TextModelGuide(ModelGuide):
             room = self.language_model.max_length - len(context[1] if codec.is_encoder_decoder else prefix)
             if room < 1:
                 raise GuideError(
-                    f"the guide reads {self.language_model.max_length} tokens, and the prompt "
-                    f"{request.prompt.text[:60]!r} with what was written has {len(prefix)} of its own: choose a guide that "
-                    "reads more, or shorter prompts."
+                    f"the guide's context is {self.language_model.max_length} tokens, and the prompt "
+                    f"{request.prompt.text[:60]!r} with its prefix has {len(prefix)} of its own: choose a guide "
+                    "with a longer context, or shorter prompts."
                 )
             share = max(1.0, len(prefix) / max(1, len(request.prompt_ids) + len(request.prefix_ids)))
             max_new_tokens = min(math.ceil(TOKEN_MARGIN * share * request.max_new_tokens) + EXTRA_TOKENS, room)
@@ -111,7 +111,7 @@ class TextModelGuide(ModelGuide):
         rows = [row[:length].tolist() for row, length in zip(sampled.tokens, sampled.lengths.tolist())]
         finished: list[bool] = sampled.ended_with_eos.tolist()
         rows = [ids[:-1] if ended else self._drop_incomplete_character(ids) for ids, ended in zip(rows, finished)]
-        before = [begun if codec.is_encoder_decoder else [*prompt, *begun] for prompt, begun in contexts]
+        before = [start_ids if codec.is_encoder_decoder else [*prompt, *start_ids] for prompt, start_ids in contexts]
         texts = decode_continuations(codec.tokenizer, before, rows)
         # tokens that decode to no text count as an empty, finished completion
         return [Completion(text, ended or not text) for text, ended in zip(texts, finished)]
@@ -146,8 +146,8 @@ class ReferenceGuide:
             references = request.prompt.references
             if not references:
                 raise ValueError(f"the prompt {request.prompt.text[:60]!r} has no reference")
-            draw = uniforms(request.seed, Purpose.REFERENCE, request.index, 1)[0]
-            texts.append(Completion(references[math.floor(draw * len(references))], finished=True))
+            uniform = uniforms(request.seed, Purpose.REFERENCE, request.index, 1)[0]
+            texts.append(Completion(references[math.floor(uniform * len(references))], finished=True))
         return texts
 
 
@@ -164,7 +164,9 @@ class FunctionGuide:
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Call the function and return its completions."""
-        answers: Any = self.function(requests)
-        if answers is None or isinstance(answers, (str, Completion)):
-            raise TypeError(f"it gave {type(answers).__name__} instead of a list of texts")
-        return [Completion(answer, finished=True) if isinstance(answer, str) else answer for answer in answers]
+        completions: Any = self.function(requests)
+        if completions is None or isinstance(completions, (str, Completion)):
+            raise TypeError(f"it returned {type(completions).__name__} instead of a list of completions")
+        return [
+            Completion(completion, finished=True) if isinstance(completion, str) else completion for completion in completions
+        ]

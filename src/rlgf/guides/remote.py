@@ -1,4 +1,4 @@
-"""A guide on a server: requests made from trajectories, draws and what their failures lead to.
+"""A guide on a server: requests made from trajectories, samples and what their failures lead to.
 
 Concurrency, retries, limits and cached responses are in `generation/openai/pool.py`.
 """
@@ -37,11 +37,13 @@ class RemoteGuide:
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Return one completion for each request; raise `GuideError` if one fails."""
         self.pool.usage.count("rows_needed", len(requests))
-        return self.pool.complete(self._draws(requests), lambda row, response: self._completion(requests[row], response))
+        return self.pool.complete(
+            self._pool_requests(requests), lambda row, response: self._completion(requests[row], response)
+        )
 
     def prefetch(self, requests: Sequence[CompletionRequest]) -> None:
         """Send future requests, so that their responses are cached; failures are ignored."""
-        self.pool.prefetch(self._draws(requests))
+        self.pool.prefetch(self._pool_requests(requests))
 
     def stop_prefetching(self) -> None:
         """Start no more prefetching requests."""
@@ -66,23 +68,25 @@ class RemoteGuide:
         """Add the usage of an earlier part of the run; a second call has no effect."""
         self.pool.usage.load_state(state)
 
-    def server_request(self, request: CompletionRequest, draw: int) -> ServerRequest:
+    def server_request(self, request: CompletionRequest, sample: int) -> ServerRequest:
         """Return the server request of a completion request.
 
-        Its seed is made from seed, trajectory index, position and draw. With text, max_tokens is
+        Its seed is made from seed, trajectory index, position and sample. With text, max_tokens is
         max_new_tokens times guide.tokens_per_policy_token; with token ids, max_new_tokens and
         min_new_tokens are exact.
         """
-        seed = request_seed(request.seed, request.index, len(request.prefix_ids), draw)
+        seed = request_seed(request.seed, request.index, len(request.prefix_ids), sample)
         if self.server.mode == "token_ids":
             minimum = min(request.min_new_tokens, request.max_new_tokens) if self.server.exact else 0
             return ServerRequest("", "", request.max_new_tokens, seed, (*request.prompt_ids, *request.prefix_ids), minimum)
         tokens = max(1, round(request.max_new_tokens * self.config.tokens_per_policy_token))
         return ServerRequest(request.prompt.text, request.prefix, tokens, seed)
 
-    def _draws(self, requests: Sequence[CompletionRequest]) -> list[PoolRequest]:
-        draws = range(self.config.invalid_retries + 1)
-        return [PoolRequest(request.index, [self.server_request(request, draw) for draw in draws]) for request in requests]
+    def _pool_requests(self, requests: Sequence[CompletionRequest]) -> list[PoolRequest]:
+        samples = range(self.config.invalid_retries + 1)
+        return [
+            PoolRequest(request.index, [self.server_request(request, sample) for sample in samples]) for request in requests
+        ]
 
     def _completion(self, request: CompletionRequest, response: PoolResponse) -> Completion:
         """Return the completion in a response and count its row.
@@ -94,8 +98,8 @@ class RemoteGuide:
         if "text" in last:
             ids = last.get("ids")
             text = Completion(last["text"], last["finished"], ids if ids is None else tuple(ids))
-        elif request.prefix and all(stored.get("silent") for stored in response.draws):
-            text = Completion("", finished=True)  # every draw was empty: the prefix is complete
+        elif request.prefix and all(stored.get("silent") for stored in response.samples):
+            text = Completion("", finished=True)  # every sample was empty: the prefix is complete
         if text is not None:
             self.pool.usage.count("rows_answered" if response.is_new else "rows_cached")
             return text
@@ -108,6 +112,7 @@ class RemoteGuide:
                 "guide.on_failure=wait."
             )
         raise GuideError(
-            f"the guide gave no usable text for the prompt {request.prompt.text[:60]!r} in {len(response.draws)} draws "
+            f"the guide returned no usable completion for the prompt {request.prompt.text[:60]!r} in "
+            f"{len(response.samples)} samples "
             f"({last['invalid']}): raise guide.invalid_retries, or choose another guide."
         )

@@ -102,7 +102,7 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
     if int(model.config.vocab_size) not in (policy.vocab_size, policy.vocab_size + 1):
         raise ConfigError(
             f"critic.path '{path}' has {model.config.vocab_size} embeddings and the policy {policy.vocab_size}: "
-            "a critic reads the policy's tokens, so choose one with the same tokenizer."
+            "a critic runs on the policy's tokens, so choose one with the same tokenizer."
         )
     return Critic(Backbone(model), int(model.config.hidden_size), initial_value).load_value_head(path).to(policy.device)
 

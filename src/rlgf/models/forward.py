@@ -58,14 +58,14 @@ class MicroBatch:
 def micro_batches(model: Any, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int) -> Iterator[MicroBatch]:
     """Yield micro-batches as `model` needs them, for the `selected` tokens of `ids` [rows, width].
 
-    A row without a selected token is left out; the others are cut after their last one. `starts`
-    [rows] are the columns in which the completions begin. A causal model cannot predict
+    A row without a selected token is dropped; the others are truncated after their last one.
+    `starts` [rows] are the columns in which the completions begin. A causal model cannot predict
     column 0, which no token precedes.
     """
     needed = (torch.arange(1, ids.shape[1] + 1) * selected).amax(1) if ids.numel() else torch.zeros(0)
-    wanted = needed.nonzero().squeeze(1)
-    for group in group_by_length(needed[wanted], token_budget, padding_free.is_enabled(model)):
-        members = wanted[group]
+    selected_rows = needed.nonzero().squeeze(1)
+    for group in group_by_length(needed[selected_rows], token_budget, padding_free.is_enabled(model)):
+        members = selected_rows[group]
         width = int(needed[members].max())
         yield micro_batch(model, members, ids[members, :width], starts[members], selected[members, :width])
 
@@ -97,13 +97,13 @@ def group_by_length(lengths: Tensor, token_budget: int, packed: bool) -> list[Te
     Each group has at most `token_budget` tokens, or a single row. Packed rows (`in_line`) cost
     their own tokens, padded rows as many as the longest.
     """
-    least = MIN_PACKED_FILL if packed else MIN_ROW_FILL
+    min_fill = MIN_PACKED_FILL if packed else MIN_ROW_FILL
     groups: list[list[int]] = []
     used = 0
     for row in torch.argsort(lengths, descending=True, stable=True).tolist():
         longest, own = int(lengths[groups[-1][0]]) if groups else 0, int(lengths[row])
         cost = own if packed else longest
-        if groups and used + cost <= token_budget and own >= least * longest:
+        if groups and used + cost <= token_budget and own >= min_fill * longest:
             groups[-1].append(row)
             used += cost
         else:

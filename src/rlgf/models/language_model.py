@@ -87,8 +87,8 @@ class LanguageModel:
         """
         if lora.has_adapters(self.model):
             return self
-        twin = copy.deepcopy(self.model).requires_grad_(False).eval()
-        return replace(self, model=twin)
+        copied = copy.deepcopy(self.model).requires_grad_(False).eval()
+        return replace(self, model=copied)
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer and the model (or its adapter alone) for `from_pretrained`."""

@@ -146,7 +146,7 @@ def _eos_token_ids(tokenizer: Any, generation: Any, config: Any, name: str) -> t
                 ends.append(end)
     if not ends:
         raise ConfigError(
-            f"model '{name}' has no end token: set eos_token in its tokenizer_config.json or eos_token_id in its config.json."
+            f"model '{name}' has no EOS token: set eos_token in its tokenizer_config.json or eos_token_id in its config.json."
         )
     return tuple(ends)
 

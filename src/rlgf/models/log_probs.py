@@ -49,16 +49,16 @@ def token_log_probs(
     """
     scaled = logits if temperature == 1.0 else logits / temperature
     if support is not None and bool((support.counts > 0).any()):
-        drawn = scaled.gather(1, tokens[:, None]).squeeze(1)
+        token_logits = scaled.gather(1, tokens[:, None]).squeeze(1)
         width = int(support.counts.max())
         inside = torch.arange(width, device=logits.device) < support.counts[:, None]
         ids = torch.zeros(inside.shape, dtype=torch.int64, device=logits.device)
         ids[inside] = support.ids
         kept = scaled.gather(1, ids).masked_fill(~inside, -torch.inf)
         if bool((support.counts > 0).all()):
-            return drawn - kept.logsumexp(1)
+            return token_logits - kept.logsumexp(1)
         whole = token_log_probs(logits, tokens, temperature, None, forbidden, forbidden_ids)
-        limited = drawn - torch.where(support.counts[:, None] > 0, kept, 0.0).logsumexp(1)
+        limited = token_logits - torch.where(support.counts[:, None] > 0, kept, 0.0).logsumexp(1)
         return torch.where(support.counts > 0, limited, whole)
     if forbidden is None or forbidden_ids is None or not bool(forbidden.any()):
         forbidden_ids = None

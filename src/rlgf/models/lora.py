@@ -118,7 +118,7 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
             model.add_adapter(lora, name)
         except ValueError as error:
             raise ConfigError(
-                f"lora.target_modules are {list(config.target_modules)}, which peft refuses ({error}): name others."
+                f"lora.target_modules are {list(config.target_modules)}, which peft rejects ({error}): choose others."
             ) from None
     _freeze_all(model)
 
@@ -201,7 +201,7 @@ def merged(model: Any, folder: str) -> Any:
     Raises ConfigError for weights in 4 bits, which cannot be merged into.
     """
     if getattr(model, "is_quantized", False):
-        raise ConfigError("base weights in 4 bits cannot be merged into: load them whole (lora.load_in_4bit=false).")
+        raise ConfigError("4-bit base weights cannot be merged into: load them unquantized (lora.load_in_4bit=false).")
     require_peft()
     from peft import PeftModel
 
@@ -224,7 +224,9 @@ def load_trainable_state(model: Any, name: str, values: Mapping[str, Tensor]) ->
     """Set the values of an adapter to those of a checkpoint or of another such adapter."""
     mine = dict(_named(model, name))
     if set(mine) != set(values):
-        raise ConfigError(f"the adapter '{name}' has other parts than those that are loaded into it: use the same settings.")
+        raise ConfigError(
+            f"the adapter '{name}' has other parameters than those that are loaded into it: use the same settings."
+        )
     with torch.no_grad():
         for key, value in values.items():
             mine[key].copy_(value)

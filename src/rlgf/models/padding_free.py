@@ -107,12 +107,12 @@ def pack(ids: Tensor, lengths: Tensor, device: torch.device) -> PackedRow:
     texts, longest = ids.shape[0], int(lengths.max())
     width = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
     starts = lengths.cumsum(0) - lengths
-    within = torch.arange(width) < lengths[:, None]
-    places, padding = (part.flatten().nonzero().squeeze(1) for part in (within, ~within))
+    is_token = torch.arange(width) < lengths[:, None]
+    places, padding = (part.flatten().nonzero().squeeze(1) for part in (is_token, ~is_token))
     filling = -len(places) % PAD_MULTIPLE  # tokens after the last sequence, never used
     source = starts[:, None] + torch.arange(width).clamp(max=(lengths - 1)[:, None])
     return PackedRow(
-        ids=torch.cat([ids[:, :longest][within[:, :longest]], ids[0, :1].expand(filling)])[None].to(device),
+        ids=torch.cat([ids[:, :longest][is_token[:, :longest]], ids[0, :1].expand(filling)])[None].to(device),
         positions=torch.cat([places % width, places.new_zeros(filling)])[None].to(device),
         starts=starts,
         lengths=lengths.tolist(),
@@ -173,42 +173,52 @@ class _RowAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, asking: PackedRow,
-        asked: PackedRow,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, query_rows: PackedRow,
+        key_rows: PackedRow,
         scale: float,
     ) -> Tensor:  # fmt: skip
-        q, k, v = asking.unpack(query[0]), asked.unpack(key[0]), asked.unpack(value[0])
-        scores = torch.baddbmm(_additive_mask(asking, asked, causal, bias, q), q, k.transpose(1, 2), alpha=scale)
+        q, k, v = query_rows.unpack(query[0]), key_rows.unpack(key[0]), key_rows.unpack(value[0])
+        scores = torch.baddbmm(_additive_mask(query_rows, key_rows, causal, bias, q), q, k.transpose(1, 2), alpha=scale)
         weights = torch.softmax(scores, 2, out=scores)
         ctx.save_for_backward(q, k, v, weights)
-        ctx.asking, ctx.asked, ctx.scale = asking, asked, scale
-        return asking.repack(weights @ v)
+        ctx.query_rows, ctx.key_rows, ctx.scale = query_rows, key_rows, scale
+        return query_rows.repack(weights @ v)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        asking, asked = ctx.asking, ctx.asked
-        gradient = asking.unpack(gradients[0][0].transpose(0, 1))
-        gradient.view(-1, asking.num_sequences * asking.width, gradient.shape[2]).index_fill_(1, asking.padding, 0.0)
+        query_rows, key_rows = ctx.query_rows, ctx.key_rows
+        gradient = query_rows.unpack(gradients[0][0].transpose(0, 1))
+        gradient.view(-1, query_rows.num_sequences * query_rows.width, gradient.shape[2]).index_fill_(
+            1, query_rows.padding, 0.0
+        )
         for_scores = torch.ops.aten._softmax_backward_data(gradient @ v.transpose(1, 2), weights, 2, weights.dtype)
         for_bias = (
-            for_scores.view(-1, asking.num_sequences, asking.width, asked.width).sum(1) if ctx.needs_input_grad[3] else None
+            for_scores.view(-1, query_rows.num_sequences, query_rows.width, key_rows.width).sum(1)
+            if ctx.needs_input_grad[3]
+            else None
         )
         for_scores = for_scores * ctx.scale
-        made = (for_scores @ k, asking), (for_scores.transpose(1, 2) @ q, asked), (weights.transpose(1, 2) @ gradient, asked)
-        return *(line.repack(rows).transpose(1, 2) for rows, line in made), for_bias, None, None, None, None
+        row_gradients = (
+            (for_scores @ k, query_rows),
+            (for_scores.transpose(1, 2) @ q, key_rows),
+            (weights.transpose(1, 2) @ gradient, key_rows),
+        )
+        return *(line.repack(rows).transpose(1, 2) for rows, line in row_gradients), for_bias, None, None, None, None
 
 
-def _additive_mask(asking: PackedRow, asked: PackedRow, causal: bool, bias: Tensor | None, rows: Tensor) -> Tensor:
+def _additive_mask(query_rows: PackedRow, key_rows: PackedRow, causal: bool, bias: Tensor | None, rows: Tensor) -> Tensor:
     """Return the mask and bias that are added to the scores of `rows`.
 
     `rows` is [heads × sequences, ...]; masked scores get −∞.
     """
-    hidden = asking.causal_mask if causal else asked.padding_mask
+    hidden = query_rows.causal_mask if causal else key_rows.padding_mask
     if bias is not None:
-        hidden = (bias[:, None] + hidden).expand(-1, asking.num_sequences, -1, -1).reshape(-1, asking.width, asked.width)
+        hidden = (
+            (bias[:, None] + hidden).expand(-1, query_rows.num_sequences, -1, -1).reshape(-1, query_rows.width, key_rows.width)
+        )
     elif not causal:
-        hidden = hidden.repeat(rows.shape[0] // asking.num_sequences, 1, 1)
+        hidden = hidden.repeat(rows.shape[0] // query_rows.num_sequences, 1, 1)
     return hidden.to(rows.dtype)
 
 
@@ -216,29 +226,29 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     packing = _active_packing.get()
     if packing is None:
         return _padded_attention(module, query, key, value, attention_mask, **options)
-    asking, asked, causal = _query_and_key(module, packing.inputs)
+    query_rows, key_rows, causal = _query_and_key(module, packing.inputs)
     # under autocast, rotary embeddings return fp32
     query, key = query.to(value.dtype), key.to(value.dtype)
     scale = options.get("scaling")
     scale = query.shape[3] ** -0.5 if scale is None else float(scale)
-    bias: Tensor | None = options.get("position_bias") if asking is asked else None
+    bias: Tensor | None = options.get("position_bias") if query_rows is key_rows else None
     bias = None if bias is None else bias[0]
     wide = None if bias is None else (bias.dtype, *bias.shape)
-    if wide in (None, (torch.float32, query.shape[1], asking.width, asked.width)):
-        read = packing.inputs.last_block if module in packing.last_block else asking
-        offsets = (*read.offsets, asked.offsets[0], asked.offsets[2])
+    if wide in (None, (torch.float32, query.shape[1], query_rows.width, key_rows.width)):
+        read = packing.inputs.last_block if module in packing.last_block else query_rows
+        offsets = (*read.offsets, key_rows.offsets[0], key_rows.offsets[2])
         fast = dispatch.packed_attention(query, key, value, bias, causal, offsets, scale)
         if fast is not None:
             return fast, None
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    if query.device.type == "cpu" and max(asking.width, asked.width) <= MAX_STORED_WIDTH:
-        return _RowAttention.apply(query, key, value, bias, causal, asking, asked, scale), None
-    q, k, v = (line.unpack(part[0]) for part, line in ((query, asking), (key, asked), (value, asked)))
+    if query.device.type == "cpu" and max(query_rows.width, key_rows.width) <= MAX_STORED_WIDTH:
+        return _RowAttention.apply(query, key, value, bias, causal, query_rows, key_rows, scale), None
+    q, k, v = (line.unpack(part[0]) for part, line in ((query, query_rows), (key, key_rows), (value, key_rows)))
     whole = causal and bias is None  # needs no mask: the fastest kernel can be used
-    mask = None if whole else _additive_mask(asking, asked, causal, bias, q).expand(q.shape[0], -1, -1)[None]
+    mask = None if whole else _additive_mask(query_rows, key_rows, causal, bias, q).expand(q.shape[0], -1, -1)[None]
     rows = nn.functional.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, is_causal=whole)
-    return asking.repack(rows[0]), None
+    return query_rows.repack(rows[0]), None
 
 
 def _padded_attention(

@@ -161,7 +161,7 @@ def fine_tune_stage(plan: FineTuningPlan, cache: StageCache, at: Path | None = N
         truncated = check_example_lengths(examples, model, task)
         metrics = fit(trained, examples, training, plan.seed, plan.base.machine.micro_batch_tokens, cache.report)
         trained.save(folder)
-        return metrics | {"targets_cut": truncated}
+        return metrics | {"targets_truncated": truncated}
 
     return cache.build(plan.name, inputs, build, at)
 

@@ -30,19 +30,21 @@ def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str
     Every failure raises `TrainingError`.
     """
     try:
-        answer: Any = reward(prompts, texts)
-        values: list[Any] = list(answer.tolist() if hasattr(answer, "tolist") else answer)
+        returned: Any = reward(prompts, texts)
+        values: list[Any] = list(returned.tolist() if hasattr(returned, "tolist") else returned)
     except TrainingError:
         raise
     except Exception as error:
         raise RewardError(
-            f"the reward failed on {len(texts)} texts ({type(error).__name__}: {error}): mend it and run again."
+            f"the reward failed on {len(texts)} completions ({type(error).__name__}: {error}): fix it and run again."
         ) from error
     if len(values) != len(texts):
-        raise RewardError(f"the reward gave {len(values)} numbers for {len(texts)} texts: it must give one each.")
+        raise RewardError(
+            f"the reward returned {len(values)} numbers for {len(texts)} completions: it must return one for each."
+        )
     for value, text in zip(values, texts):
         if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
-            raise RewardError(f"the reward of the text {text[:60]!r} is {value!r}: it must be a finite number.")
+            raise RewardError(f"the reward of the completion {text[:60]!r} is {value!r}: it must be a finite number.")
     return [float(value) for value in values]
 
 

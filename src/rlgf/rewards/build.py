@@ -31,8 +31,9 @@ def build_reward(
 ) -> RewardFunction:
     """Build the reward of `reward.path`, or the weighted sum of `reward.weights`.
 
-    `made` maps 'ngram' and 'preferences', if used, to the folders of their stages. A reward model
-    that is an adapter is loaded onto the weights of `backbone` if it was trained for them.
+    `stage_folders` maps 'ngram' and 'preferences', if used, to the folders of their stages. A
+    reward model that is an adapter is loaded onto the weights of `backbone` if it was trained for
+    them.
     """
     check_reward_names(config.names)
     load = partial(load_reward_model, device=device, backbone=backbone)
@@ -43,7 +44,7 @@ def build_reward(
 
 
 def _build(
-    path: str, config: RewardConfig, task: Task, made: Mapping[str, Path], load: Callable[[str], RewardFunction]
+    path: str, config: RewardConfig, task: Task, stage_folders: Mapping[str, Path], load: Callable[[str], RewardFunction]
 ) -> RewardFunction:
     """Build one reward by name.
 
@@ -57,9 +58,9 @@ def _build(
         return bind_columns(load_object(path, "reward"))
     if path in TEXT_FUNCTIONS:
         return build_text_function(path, task.train, config.options.get(path))
-    folder = made.get(path) or Path(path).expanduser()
+    folder = stage_folders.get(path) or Path(path).expanduser()
     judge: RewardFunction
-    place = str(made.get(path, path))
+    place = str(stage_folders.get(path, path))
     if (folder / "ngram.json").is_file():
         judge = NgramClassifier.load(folder)
     elif lora.is_adapter_folder(place) or is_reward_model(place):
@@ -76,7 +77,7 @@ def _build(
 def missing_rule_error(task: str) -> ConfigError:
     """Return the error for a task without a reward of its own."""
     return ConfigError(
-        f"task '{task}' has no rule of its own: set reward.path to 'ngram', 'preferences', a metric, a classifier or a reward "
+        f"task '{task}' has no built-in reward: set reward.path to 'ngram', 'preferences', a metric, a classifier or a reward "
         "model, or 'python:module:name'."
     )
 

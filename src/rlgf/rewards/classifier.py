@@ -35,7 +35,9 @@ class SequenceClassifier:
         for start in range(0, len(texts), self.batch_size):
             batch = self.tokenizer(list(texts[start : start + self.batch_size]), padding=True, return_tensors="pt")
             if batch["input_ids"].shape[1] > self.max_length:
-                raise ValueError(f"a text has {batch['input_ids'].shape[1]} tokens, but '{self.path}' reads {self.max_length}")
+                raise ValueError(
+                    f"an input has {batch['input_ids'].shape[1]} tokens, but the context of '{self.path}' is {self.max_length}"
+                )
             with torch.no_grad():
                 logits = self.model(**batch).logits
             chosen = logits.sigmoid()[:, 0] if logits.shape[1] == 1 else logits.softmax(1)[:, self.positive]

@@ -105,16 +105,16 @@ def train_ngram(
     _fit(classifier, rows, torch.tensor(labels, dtype=torch.float32), epochs, seed, report)
     classifier.save(folder)
     held_out = [np.asarray(row.ids, dtype=np.int64) for row in tokenizer.encode_batch(test[0], add_special_tokens=False)]
-    measured = {"accuracy_whole": accuracy(classifier, held_out, test[1])}
+    metrics = {"accuracy_whole": accuracy(classifier, held_out, test[1])}
     for number, size in enumerate(FRAGMENTS):
-        measured[f"accuracy_{size}_tokens"] = accuracy(classifier, fragments(held_out, size, seed, 10 + number), test[1])
-    return measured
+        metrics[f"accuracy_{size}_tokens"] = accuracy(classifier, fragments(held_out, size, seed, 10 + number), test[1])
+    return metrics
 
 
 def fragments(rows: Sequence[NDArray[np.int64]], size: int, seed: int, number: int) -> list[NDArray[np.int64]]:
     """Return `size` consecutive ids of each row, from a random start."""
-    draws = uniforms(seed, Purpose.TASK, 100 + number, len(rows))
-    starts = [int(u * max(1, len(row) - size + 1)) for u, row in zip(draws, rows)]
+    numbers = uniforms(seed, Purpose.TASK, 100 + number, len(rows))
+    starts = [int(u * max(1, len(row) - size + 1)) for u, row in zip(numbers, rows)]
     return [row[start : start + size] for row, start in zip(rows, starts)]
 
 

@@ -126,10 +126,10 @@ class RewardModel:
         assert prompt.messages is not None
         messages = list(prompt.messages)
         before = chat.prompt(messages, "the prompt")
-        said = chat.strip_opening(messages, prompt.strip_reply_prefix(text))
+        content = chat.strip_opening(messages, prompt.strip_reply_prefix(text))
         if messages[-1]["role"] == "assistant":
             messages.pop()
-        whole = chat.render_closed([*messages, {"role": "assistant", "content": said}], "the prompt")
+        whole = chat.render_closed([*messages, {"role": "assistant", "content": content}], "the prompt")
         start = len(before) if whole.startswith(before) else 0
         return self._encode_plain(whole[:start]), self._encode_plain(whole[start:])
 
@@ -155,17 +155,19 @@ class RewardModel:
 
     def can_encode(self, pair: Pair) -> bool:
         """Return whether both completions of a pair fit in `max_length`."""
-        cut = self.num_truncated
+        num_truncated = self.num_truncated
         try:
             self.encode([pair.prompt, pair.prompt], [pair.chosen, pair.rejected])
         except TooLongError:
             return False
         finally:
-            self.num_truncated = cut
+            self.num_truncated = num_truncated
         return True
 
     def _too_long(self, tokens: int) -> TooLongError:
-        return TooLongError(f"a response has {tokens} tokens, but the reward model '{self.name}' reads {self.max_length}")
+        return TooLongError(
+            f"a response has {tokens} tokens, but the context of the reward model '{self.name}' is {self.max_length}"
+        )
 
     def scores(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Compute the scores of encoded texts in one batch, with gradients, [rows]."""
@@ -266,7 +268,7 @@ def load_reward_model(
         use_fast_paths(model).to(device).requires_grad_(False).eval(), tokenizer, path, token_budget, precision
     )
     if reward.scores_last_state and tokenizer.eos_token_id is None:
-        raise ConfigError(f"reward model '{path}' has no end token: set eos_token in its tokenizer_config.json.")
+        raise ConfigError(f"reward model '{path}' has no EOS token: set eos_token in its tokenizer_config.json.")
     return reward
 
 
@@ -289,9 +291,9 @@ def _load_adapters(folder: Path, vocabulary: int) -> Any:
     from peft import PeftConfig, PeftModel
 
     base = str(PeftConfig.from_pretrained(str(folder)).base_model_name_or_path)
-    beside = folder.parent / Path(base).name
-    if Path(base).is_absolute() and not Path(base).exists() and beside.is_dir():
-        base = str(beside)
+    sibling = folder.parent / Path(base).name
+    if Path(base).is_absolute() and not Path(base).exists() and sibling.is_dir():
+        base = str(sibling)
     model = from_pretrained(
         AutoModelForSequenceClassification, base, f"base of the adapters in '{folder}'", num_labels=1, dtype=torch.float32
     )

@@ -46,10 +46,12 @@ def score_components(
             on_weights_released()
         for place, (values, inner) in enumerate(score_components(reward.terms[name][1], batches)):
             terms[place][name] = values
-            parts[place] |= {name: values, **{f"{name}/{part}": said for part, said in inner.items()}}
+            parts[place] |= {name: values, **{f"{name}/{part}": components for part, components in inner.items()}}
     on_weights_released()
-    totals = [reward.total({name: said[name] for name in reward.terms}) for said in terms]
-    return [(score(lambda *_, total=total: total, *batch), said) for total, batch, said in zip(totals, batches, parts)]
+    totals = [reward.total({name: components[name] for name in reward.terms}) for components in terms]
+    return [
+        (score(lambda *_, total=total: total, *batch), components) for total, batch, components in zip(totals, batches, parts)
+    ]
 
 
 def uses_policy_weights(reward: RewardFunction) -> bool:

@@ -66,12 +66,12 @@ class RunDirectory:
         parent = self.folder / "checkpoints"
         parent.mkdir(exist_ok=True)
         target = parent / f"iteration-{iteration:06d}"
-        scratch = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
-        torch.save({"format_version": FORMAT_VERSION, **state}, scratch / "state.pt")
-        os.chmod(scratch, 0o755)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
+        torch.save({"format_version": FORMAT_VERSION, **state}, temporary / "state.pt")
+        os.chmod(temporary, 0o755)
         if target.exists():
             shutil.rmtree(target)
-        os.rename(scratch, target)
+        os.rename(temporary, target)
         for old in parent.iterdir():
             if old != target:
                 shutil.rmtree(old)
@@ -123,7 +123,7 @@ class RunDirectory:
         done = sorted((self.folder / "checkpoints").glob("iteration-*"))
         if done:
             reached = f"{int(done[-1].name.split('-')[1])} of {config.ppo.iterations} iterations"
-            return f"{self.folder} holds a checkpoint after {reached}: the same command goes on from there."
+            return f"{self.folder} holds a checkpoint after {reached}: the same command resumes from there."
         return (
             f"there is no checkpoint in {self.folder} yet (runtime.checkpoint_every={config.runtime.checkpoint_every}): the "
             "same command begins the training again, with the stages and the guide's answers that are there."
@@ -139,11 +139,11 @@ def identifying_settings(config: Config) -> dict[str, Any]:
 
     These are all settings except the machine's and those of connections to a guide or a judge.
     """
-    speakers = {
+    specs = {
         "guide.spec": without_address(config.guide.spec),
         "judge.spec": without_address(config.judge.spec or "", "judge"),
     }
-    values = {**flatten(to_dict(config)), **speakers}
+    values = {**flatten(to_dict(config)), **specs}
     reaching = {*(f"guide.{name}" for name in GUIDE_CONNECTION_FIELDS), *(f"judge.{name}" for name in JUDGE_CONNECTION_FIELDS)}
     return {key: value for key, value in values.items() if not key.startswith("runtime.") and key not in reaching}
 
@@ -165,7 +165,7 @@ def require_writable(folder: Path, option: str = "--out") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be made ({error.strerror}): choose another {option}.") from None
+        raise ConfigError(f"{folder} cannot be created ({error.strerror}): choose another {option}.") from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{folder} cannot be written to: choose another {option}.")
 
@@ -179,5 +179,5 @@ def require_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise ConfigError(
             f"the disk under {folder} has {free / 1e6:,.0f} MB free, and the run needs about {needed / 1e6:,.0f} MB: "
-            "make room or choose another --out."
+            "free some space or choose another --out."
         )

@@ -26,11 +26,11 @@ def run_with_profiler(step: Callable[[], T], folder: Path) -> tuple[T, dict[str,
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)) as seen:
+    with profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)) as profiler:
         result = step()
-    seen.export_chrome_trace(str(folder / "trace.json"))
+    profiler.export_chrome_trace(str(folder / "trace.json"))
     key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    averages: Any = seen.key_averages()
+    averages: Any = profiler.key_averages()
     write_file(folder / "operations.txt", averages.table(sort_by=key, row_limit=TABLE_ROWS, max_name_column_width=60))
     times = {str(row.key): float(getattr(row, key)) for row in averages}
     total = max(sum(times.values()), 1e-9)

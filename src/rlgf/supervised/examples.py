@@ -64,9 +64,9 @@ def corrupt_spans(texts: Sequence[str], model: LanguageModel, seed: int) -> list
 class TargetExamples(Sequence[Example]):
     """The targets of a task's training prompts as examples, encoded on access."""
 
-    def __init__(self, task: Task, model: LanguageModel, budget: int, most: int = 0) -> None:
+    def __init__(self, task: Task, model: LanguageModel, max_new_tokens: int, max_examples: int = 0) -> None:
         pairs = [(prompt, target) for prompt in task.train for target in prompt.sft_targets]
-        self.pairs, self.model, self.max_new_tokens = pairs[:most] if most else pairs, model, budget
+        self.pairs, self.model, self.max_new_tokens = pairs[:max_examples] if max_examples else pairs, model, max_new_tokens
         if not pairs:
             raise ConfigError(f"task '{task.name}' has no targets: SFT and the MLE term need at least one.")
 
@@ -91,13 +91,13 @@ def check_example_lengths(examples: Sequence[Example], model: LanguageModel, tas
 
     Returns the number of examples truncated at max_new_tokens.
     """
-    cut = 0
+    num_truncated = 0
     for number, example in enumerate(examples, 1):
         length = example.start if model.codec.is_encoder_decoder else len(example.ids)
         if length > model.max_length:
             raise ConfigError(
-                f"task '{task.name}', demonstration {number}: prompt and target have {length} tokens, but the model reads "
-                f"{model.max_length}: shorten the prompts or task.max_new_tokens, or raise model.max_length."
+                f"task '{task.name}', demonstration {number}: prompt and target have {length} tokens, but the model's "
+                f"context is {model.max_length}: shorten the prompts or task.max_new_tokens, or raise model.max_length."
             )
-        cut += example.truncated
-    return cut
+        num_truncated += example.truncated
+    return num_truncated

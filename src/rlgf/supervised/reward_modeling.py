@@ -32,10 +32,10 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
     A new head is initialized with standard deviation 1 / √(width + 1). Source: Huang et al. 2024
     (2403.17031), detail on the reward head.
     """
-    tokenizer, goes_on = load_tokenizer(path), is_reward_model(path)
+    tokenizer, is_trained = load_tokenizer(path), is_reward_model(path)
     if tokenizer.eos_token_id is None:
         raise ConfigError(
-            f"model '{path}' has no end token, behind which a score could be read: set eos_token in its tokenizer."
+            f"model '{path}' has no EOS token, after which the score is computed: set eos_token in its tokenizer."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -43,15 +43,15 @@ def new_reward_model(path: str, config: PreferenceConfig, seed: int, device: str
         model = from_pretrained(
             AutoModelForSequenceClassification, path, "language model", num_labels=1, dtype=torch.float32, **options
         )
-        if model.config.is_encoder_decoder and not goes_on:
-            raise ConfigError(f"'{path}' is an encoder–decoder, and a reward model reads a text at once: give a causal model.")
-        if hasattr(model, "score") and not goes_on:
+        if model.config.is_encoder_decoder and not is_trained:
+            raise ConfigError(f"'{path}' is an encoder–decoder, and reward models must be causal: give a causal model.")
+        if hasattr(model, "score") and not is_trained:
             nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-        grown = _add_padding(model, tokenizer)
+        resized = _add_padding(model, tokenizer)
         model = use_fast_paths(model)
         if config.lora.rank:
             model = _with_adapters(model, config.lora)
-    return RewardModel(model if in_4bit else model.to(device), tokenizer, path, embeddings_resized=grown)
+    return RewardModel(model if in_4bit else model.to(device), tokenizer, path, embeddings_resized=resized)
 
 
 def _add_padding(model: Any, tokenizer: Any) -> bool:
@@ -60,18 +60,18 @@ def _add_padding(model: Any, tokenizer: Any) -> bool:
     transformers takes the score at the last token that is not padding. Returns whether the model's
     embeddings were resized.
     """
-    grown = False
+    resized = False
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         unknown = tokenizer.unk_token
         if unknown and tokenizer.unk_token_id != tokenizer.eos_token_id:
             tokenizer.pad_token = unknown
         else:
             tokenizer.add_special_tokens({"pad_token": PADDING})
-            grown = len(tokenizer) > int(model.config.vocab_size)
-            if grown:
+            resized = len(tokenizer) > int(model.config.vocab_size)
+            if resized:
                 model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
-    return grown
+    return resized
 
 
 def _with_adapters(model: Any, config: LoraConfig) -> Any:
@@ -94,7 +94,7 @@ def _with_adapters(model: Any, config: LoraConfig) -> Any:
     except ValueError as error:
         modules = list(config.target_modules)
         raise ConfigError(
-            f"preferences.lora.target_modules are {modules}, which peft refuses ({error}): name others."
+            f"preferences.lora.target_modules are {modules}, which peft rejects ({error}): choose others."
         ) from None
 
 
@@ -106,12 +106,12 @@ def train_reward_model(
 
     Returns the metrics of training and those on held-out pairs, which are about other posts.
     `accuracy` is the fraction of held-out pairs in which the preferred completion scores higher,
-    `longer_rule` the accuracy of preferring the longer completion, `prefers_longer` the fraction in
-    which the model agrees with that rule.
+    `length_baseline` the accuracy of preferring the longer completion, and
+    `length_baseline_agreement` the fraction in which the model agrees with that rule.
     """
     training = config.training
     rows = _encoded(reward, pairs.train)
-    cut, reward.num_truncated = reward.num_truncated, 0
+    num_truncated, reward.num_truncated = reward.num_truncated, 0
     examples = list(range(len(pairs.train)))
 
     def backward(batch: Sequence[int]) -> tuple[float, int]:
@@ -122,21 +122,21 @@ def train_reward_model(
     fitted = training_loop(reward.model, parameters, examples, training, seed, backward, report, "pairs")
     chosen, rejected = (_side(reward, pairs.test, side) for side in ("chosen", "rejected"))
     accuracy, count = pairwise_accuracy(chosen, rejected), len(pairs.test)
-    longer = [len(pair.chosen.strip()) - len(pair.rejected.strip()) for pair in pairs.test]
-    same = [(a - b) * sign > 0 for a, b, sign in zip(chosen, rejected, longer) if sign]
+    length_differences = [len(pair.chosen.strip()) - len(pair.rejected.strip()) for pair in pairs.test]
+    same = [(a - b) * sign > 0 for a, b, sign in zip(chosen, rejected, length_differences) if sign]
     return {
         **fitted,
         "accuracy": accuracy,
         "accuracy_standard_error": math.sqrt(accuracy * (1 - accuracy) / count),
-        "longer_rule": length_baseline(pairs.test),
-        "prefers_longer": sum(same) / max(1, len(same)),
+        "length_baseline": length_baseline(pairs.test),
+        "length_baseline_agreement": sum(same) / max(1, len(same)),
         "margin": sum(a - b for a, b in zip(chosen, rejected)) / count,
         "held_out_pairs": count,
         "held_out_posts": len({pair.group for pair in pairs.test}),
         "trained_pairs": len(pairs.train),
         "trained_posts": len({pair.group for pair in pairs.train}),
-        "texts_cut": cut,
-        "held_out_texts_cut": reward.num_truncated,
+        "completions_truncated": num_truncated,
+        "held_out_completions_truncated": reward.num_truncated,
     }
 
 

@@ -24,10 +24,10 @@ def corrupt(ids: Sequence[int], sentinels: Sequence[int], seed: int, index: int)
         raise ValueError(f"a text of {len(ids)} tokens cannot be corrupted")
     hidden = min(max(round(len(ids) * NOISE), 1), len(ids) - 1)
     spans = min(max(round(hidden / MEAN_SPAN), 1), hidden, len(ids) - hidden, len(sentinels))
-    draws = uniforms(seed, Purpose.CORRUPTION, index, len(ids) * 2 + 2)
-    lengths = _parts(hidden, spans, draws[: len(ids)])
+    numbers = uniforms(seed, Purpose.CORRUPTION, index, len(ids) * 2 + 2)
+    lengths = _parts(hidden, spans, numbers[: len(ids)])
     # one more at either end, so that the first and the last gap may be empty
-    kept = _parts(len(ids) - hidden + 2, spans + 1, draws[len(ids) :])
+    kept = _parts(len(ids) - hidden + 2, spans + 1, numbers[len(ids) :])
     source: list[int] = []
     target: list[int] = []
     at = -1
@@ -38,7 +38,7 @@ def corrupt(ids: Sequence[int], sentinels: Sequence[int], seed: int, index: int)
     return [*source, *ids[at:]], target
 
 
-def _parts(total: int, parts: int, draws: np.ndarray) -> list[int]:
+def _parts(total: int, parts: int, numbers: np.ndarray) -> list[int]:
     """Sample `parts` integers of at least 1 with sum `total`, uniformly."""
-    cuts = np.sort(np.argsort(draws[: total - 1])[: parts - 1]) + 1
+    cuts = np.sort(np.argsort(numbers[: total - 1])[: parts - 1]) + 1
     return np.diff([0, *cuts.tolist(), total]).tolist()

@@ -63,7 +63,7 @@ class TaskDefinition:
     build: Callable[[TaskConfig, Any], Task]  # (config, tokenizer)
     options: type  # a dataclass: the keys of `task.options`
     tokenizer: Callable[[TaskConfig], Any] | None = None  # of tasks without natural language
-    # texts of the pretrain stage: (config, most)
+    # texts of the pretrain stage: (config, max_texts)
     raw_texts: Callable[[TaskConfig, int], list[str]] | None = None
     # pairs of a reward model: (config, tokenizer, min words)
     preference_pairs: Callable[[TaskConfig, Any, int], Pairs] | None = None

@@ -26,7 +26,7 @@ class Options:
     """The columns of the data, and the number of held-out training concept sets.
 
     Held-out concept sets are evaluated on during training. Their sentences occur under other sets
-    too; those sets are left out of training.
+    too; those sets are dropped from training.
     """
 
     concepts_column: str = "concepts"
@@ -44,18 +44,24 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     train, validation, test = (_prompts(config, options, split, split == "test") for split in SPLITS)
     # files have the easy prompts first, and an evaluation takes prompts from the beginning
     validation, test = ([prompts[i] for i in permutation(0, Purpose.TASK, 5, len(prompts))] for prompts in (validation, test))
-    remarks: dict[str, int] = {}
-    watched = validation
+    warnings: dict[str, int] = {}
+    validation_prompts = validation
     if options.held_out:
-        every = len(train)
-        train, watched = _hold_out(train, options.held_out)
-        if left_out := every - len(train) - len(watched):
-            remarks["training prompts share a sentence with those held back, and are left out"] = left_out
+        num_train = len(train)
+        train, validation_prompts = _hold_out(train, options.held_out)
+        if num_dropped := num_train - len(train) - len(validation_prompts):
+            warnings["training prompts share a sentence with held-out ones, and are dropped"] = num_dropped
     if not any(prompt.references for prompt in test):
-        remarks["test prompts have no references: validation is reported alone"] = len(test)
-        return Task(config.name, train, watched, validation, group=difficulty, warnings=remarks)
+        warnings["test prompts have no references: only validation is reported"] = len(test)
+        return Task(config.name, train, validation_prompts, validation, group=difficulty, warnings=warnings)
     return Task(
-        config.name, train, watched, test, extra_test_splits={"validation": validation}, group=difficulty, warnings=remarks
+        config.name,
+        train,
+        validation_prompts,
+        test,
+        extra_test_splits={"validation": validation},
+        group=difficulty,
+        warnings=warnings,
     )
 
 
@@ -68,14 +74,14 @@ def _hold_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list
     """Return training prompts and `count` held-out prompts, without a sentence in common."""
     if not 0 < count < len(prompts):
         raise ConfigError(f"task.options.held_out is {count}, but there are {len(prompts)} training prompts.")
-    held = set(permutation(0, Purpose.TASK, 3, len(prompts))[:count].tolist())
-    watched = [prompt for place, prompt in enumerate(prompts) if place in held]
-    sentences = {text for prompt in watched for text in prompt.references}
-    rest = [prompt for place, prompt in enumerate(prompts) if place not in held]
+    held_out_places = set(permutation(0, Purpose.TASK, 3, len(prompts))[:count].tolist())
+    validation_prompts = [prompt for place, prompt in enumerate(prompts) if place in held_out_places]
+    sentences = {text for prompt in validation_prompts for text in prompt.references}
+    rest = [prompt for place, prompt in enumerate(prompts) if place not in held_out_places]
     train = [prompt for prompt in rest if sentences.isdisjoint(prompt.references)]
     if not train:
         raise ConfigError(f"task.options.held_out is {count}: every other training prompt shares a sentence with them.")
-    return train, watched
+    return train, validation_prompts
 
 
 def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = False) -> list[Prompt]:
@@ -93,7 +99,7 @@ def _prompts(config: TaskConfig, options: Options, split: str, may_hide: bool = 
             references = []
         elif not isinstance(references, list) or not references or not all(map(_is_text, references)):
             raise DataError(
-                f"{where}: '{options.references_column}' (or 'target') must hold at least one text, none of them empty."
+                f"{where}: '{options.references_column}' (or 'target') must hold at least one string, none of them empty."
             )
         key = tuple(concepts)
         if options.references_column not in row and found and found[-1][0] == key:
@@ -120,18 +126,18 @@ def _source(config: TaskConfig) -> str:
     return config.data
 
 
-def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """Return shuffled training references, at most `most` (0: all), without held-out ones."""
+def raw_texts(config: TaskConfig, max_texts: int) -> list[str]:
+    """Return shuffled training references, at most `max_texts` (0: all), without held-out ones."""
     options: Options = task_options(config, Options)
     prompts = _prompts(config, options, "train")
     if options.held_out:
         prompts, _ = _hold_out(prompts, options.held_out)
     texts = [text for prompt in prompts for text in prompt.references]
     order = permutation(0, Purpose.TASK, 4, len(texts))
-    return [texts[i] for i in (order[:most] if most else order)]
+    return [texts[i] for i in (order[:max_texts] if max_texts else order)]
 
 
-KIND = TaskDefinition(
+TASK = TaskDefinition(
     build, Options, raw_texts=raw_texts, needs_data=True, has_builtin_reward=False,
     instruction="{text}\n\nAnswer with the sentence only: one plain sentence that uses all of these words.",
 )  # fmt: skip

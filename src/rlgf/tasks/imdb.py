@@ -39,26 +39,26 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     options: Options = task_options(config, Options)
     if options.prompt_tokens < 1:
         raise ConfigError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be at least 1.")
-    notes: dict[str, int] = {}
-    train = _prompts(config, options, options.train_split, tokenizer, notes)
-    held_out = _prompts(config, options, options.test_split, tokenizer, notes)
+    dropped: dict[str, int] = {}
+    train = _prompts(config, options, options.train_split, tokenizer, dropped)
+    held_out = _prompts(config, options, options.test_split, tokenizer, dropped)
     order = permutation(0, Purpose.TASK, 0, len(held_out))
     shuffled = [held_out[i] for i in order]
     half = min(options.held_out_prompts, len(shuffled) // 2)
     if half == 0:
         raise DataError(f"{config.data}: the {options.test_split} split needs at least 2 usable reviews.")
-    return Task(config.name, train, shuffled[:half], shuffled[half : 2 * half], scores_full_text=True, dropped_rows=notes)
+    return Task(config.name, train, shuffled[:half], shuffled[half : 2 * half], scores_full_text=True, dropped_rows=dropped)
 
 
-def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, notes: dict[str, int]) -> list[Prompt]:
+def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, dropped: dict[str, int]) -> list[Prompt]:
     rows = _reviews(config, options, split)
     texts = [row[options.text_column] for row in rows]
-    cut = _first_tokens if options.prompt == "first" else _first_half
-    pieces = cut(texts, options.prompt_tokens, config.max_new_tokens, tokenizer)
+    split_text = _first_tokens if options.prompt == "first" else _first_half
+    pieces = split_text(texts, options.prompt_tokens, config.max_new_tokens, tokenizer)
     prompts: list[Prompt] = []
     for row, piece in zip(rows, pieces):
         if piece is None:
-            notes["reviews too short for a prompt and a continuation"] = 1 + notes.get(
+            dropped["reviews too short for a prompt and a continuation"] = 1 + dropped.get(
                 "reviews too short for a prompt and a continuation", 0
             )
             continue
@@ -74,18 +74,18 @@ def _prompts(config: TaskConfig, options: Options, split: str, tokenizer: Any, n
 Piece = tuple[tuple[int, ...], str, str] | None
 
 
-def _first_tokens(texts: Sequence[str], count: int, budget: int, tokenizer: Any) -> list[Piece]:
+def _first_tokens(texts: Sequence[str], count: int, max_new_tokens: int, tokenizer: Any) -> list[Piece]:
     """Split each text after its first `count` tokens.
 
-    A token that ends inside a character is left out of the prompt, with the others of that
+    A token that ends inside a character is dropped from the prompt, with the others of that
     character. None stands for a text without a continuation.
     """
     # characters, enough for the prompt of nearly every review; the others are encoded whole
-    enough = 8 * count + 64
-    encoded = tokenizer([text[:enough] for text in texts], add_special_tokens=False, return_offsets_mapping=True)
+    max_characters = 8 * count + 64
+    encoded = tokenizer([text[:max_characters] for text in texts], add_special_tokens=False, return_offsets_mapping=True)
     rows = list(zip(encoded["input_ids"], encoded["offset_mapping"]))
     for number, (text, (ids, _)) in enumerate(zip(texts, rows)):
-        if len(ids) < count + 16 and len(text) > enough:
+        if len(ids) < count + 16 and len(text) > max_characters:
             whole = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             rows[number] = (whole["input_ids"], whole["offset_mapping"])
     pieces: list[Piece] = []
@@ -99,14 +99,14 @@ def _first_tokens(texts: Sequence[str], count: int, budget: int, tokenizer: Any)
     return pieces
 
 
-def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) -> list[Piece]:
-    """Split each text at half its words; keep the last `most` tokens of the first half."""
+def _first_half(texts: Sequence[str], max_tokens: int, max_new_tokens: int, tokenizer: Any) -> list[Piece]:
+    """Split each text at half its words; keep the last `max_tokens` tokens of the first half."""
     halves: list[int] = []
     for text in texts:
         words = list(re.finditer(r"\S+", text))
         halves.append(words[len(words) // 2 - 1].end() if len(words) > 1 else len(text))
     encoded = tokenizer([text[:end] for text, end in zip(texts, halves)], add_special_tokens=False)["input_ids"]
-    kept = [tuple(ids[-most:]) for ids in encoded]
+    kept = [tuple(ids[-max_tokens:]) for ids in encoded]
     decoded = tokenizer.batch_decode(kept, clean_up_tokenization_spaces=False)
     for place, prompt in enumerate(decoded):
         # the truncation fell inside a character
@@ -119,15 +119,15 @@ def _first_half(texts: Sequence[str], most: int, budget: int, tokenizer: Any) ->
     ]
 
 
-def _reviews(config: TaskConfig, options: Options, split: str, labelled: bool = True) -> list[dict[str, Any]]:
+def _reviews(config: TaskConfig, options: Options, split: str, labeled: bool = True) -> list[dict[str, Any]]:
     """Load the rows of a split; raise unless texts are nonempty and labels 0 or 1."""
-    columns = (options.text_column, options.label_column) if labelled else (options.text_column,)
+    columns = (options.text_column, options.label_column) if labeled else (options.text_column,)
     rows = read_rows(_source(config), split, columns)
     for number, row in enumerate(rows, 1):
         where = f"{config.data}, split {split}, row {number}"
         if not isinstance(row[options.text_column], str) or not row[options.text_column].strip():
             raise DataError(f"{where}: the prompt is empty: remove the row.")
-        if labelled and row[options.label_column] not in (0, 1):
+        if labeled and row[options.label_column] not in (0, 1):
             raise DataError(f"{where}: the label is {row[options.label_column]!r}, but must be 1 (positive) or 0.")
     return rows
 
@@ -140,15 +140,15 @@ def _source(config: TaskConfig) -> str:
     return config.data
 
 
-def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """Return unlabeled reviews in a shuffled order, at most `most` (0: all)."""
+def raw_texts(config: TaskConfig, max_texts: int) -> list[str]:
+    """Return unlabeled reviews in a shuffled order, at most `max_texts` (0: all)."""
     options: Options = task_options(config, Options)
-    rows = _reviews(config, options, options.raw_split, labelled=False)
+    rows = _reviews(config, options, options.raw_split, labeled=False)
     order = permutation(0, Purpose.TASK, 1, len(rows))
-    return [rows[i][options.text_column] for i in (order[:most] if most else order)]
+    return [rows[i][options.text_column] for i in (order[:max_texts] if max_texts else order)]
 
 
-def labelled_texts(config: TaskConfig, split: str) -> tuple[list[str], list[int]]:
+def labeled_texts(config: TaskConfig, split: str) -> tuple[list[str], list[int]]:
     """Return whole reviews of 'train' or 'test' and their labels, for a sentiment reward."""
     options: Options = task_options(config, Options)
     name = options.train_split if split == "train" else options.test_split
@@ -162,7 +162,7 @@ INSTRUCTION = (
     "introduction, no quotation marks, and repeat nothing of it.\n\n{text}"
 )
 
-KIND = TaskDefinition(
-    build, Options, raw_texts=raw_texts, labeled_texts=labelled_texts, needs_data=True,
+TASK = TaskDefinition(
+    build, Options, raw_texts=raw_texts, labeled_texts=labeled_texts, needs_data=True,
     has_builtin_reward=False, instruction=INSTRUCTION
 )  # fmt: skip

@@ -21,7 +21,7 @@ from rlgf.types import Prompt
 # usual names of the held-out splits
 HELD_OUT_SPLITS = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 EMPTY = "references that are empty"
-SEEN = "held-out prompts that are training prompts too"
+IN_TRAINING = "held-out prompts that are training prompts too"
 
 
 @dataclass(frozen=True)
@@ -63,26 +63,32 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     The completion or the chosen response is its target; without one every reference is a target.
     """
     options: Options = task_options(config, Options)
-    notes: dict[str, int] = {}
-    splits = split_rows(config, options, notes)
-    reader = build_prompt_builder(options, tokenizer)
-    train, *held = (_prompts(splits[name], reader) for name in ("train", "validation", "test"))
-    seen = {prompt.text for prompt in train}
-    for place, prompts in enumerate(held):
-        held[place] = [prompt for prompt in prompts if prompt.text not in seen]
-        if len(held[place]) < len(prompts):
-            notes[SEEN] = notes.get(SEEN, 0) + len(prompts) - len(held[place])
-    validation, test = held
+    dropped_rows: dict[str, int] = {}
+    splits = split_rows(config, options, dropped_rows)
+    builder = build_prompt_builder(options, tokenizer)
+    train, *held_out = (_prompts(splits[name], builder) for name in ("train", "validation", "test"))
+    train_texts = {prompt.text for prompt in train}
+    for place, prompts in enumerate(held_out):
+        held_out[place] = [prompt for prompt in prompts if prompt.text not in train_texts]
+        if len(held_out[place]) < len(prompts):
+            dropped_rows[IN_TRAINING] = dropped_rows.get(IN_TRAINING, 0) + len(prompts) - len(held_out[place])
+    validation, test = held_out
     if not (train and validation and test):
         raise DataError(
             f"{config.data} leaves {len(train)} training, {len(validation)} validation and {len(test)} test prompts: each "
-            "needs at least one, and none may be held out that is trained on."
+            "split needs at least one, and no training prompt may be held out."
         )
-    if reader.num_too_long:
-        notes[f"conversations of over {options.prompt_tokens} tokens"] = reader.num_too_long
-    remarks = {f"prompts cut to {options.prompt_tokens} tokens": reader.num_truncated} if reader.num_truncated else {}
+    if builder.num_too_long:
+        dropped_rows[f"conversations of over {options.prompt_tokens} tokens"] = builder.num_too_long
+    warnings = {f"prompts truncated to {options.prompt_tokens} tokens": builder.num_truncated} if builder.num_truncated else {}
     return Task(
-        config.name, train, validation, test, scores_full_text=options.scores_full_text, dropped_rows=notes, warnings=remarks
+        config.name,
+        train,
+        validation,
+        test,
+        scores_full_text=options.scores_full_text,
+        dropped_rows=dropped_rows,
+        warnings=warnings,
     )
 
 
@@ -94,25 +100,25 @@ def build_prompt_builder(options: Options, tokenizer: Any) -> PromptBuilder:
     return PromptBuilder(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator)
 
 
-def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pairs:
+def preference_pairs(config: TaskConfig, tokenizer: Any, min_words: int) -> Pairs:
     """Load the preference pairs of the training split, and of the held-out split if any."""
     options: Options = task_options(config, Options)
-    return load_pairs(config, options, build_prompt_builder(options, tokenizer), least_words)
+    return load_pairs(config, options, build_prompt_builder(options, tokenizer), min_words)
 
 
-def load_pairs(config: TaskConfig, options: Options, reader: PromptBuilder, least_words: int) -> Pairs:
-    """Load the preference pairs in the data of `config`, with prompts made by `reader`."""
+def load_pairs(config: TaskConfig, options: Options, builder: PromptBuilder, min_words: int) -> Pairs:
+    """Load the preference pairs in the data of `config`, with prompts from `builder`."""
     columns = Columns(options.prompt_column, options.chosen_column, options.rejected_column)
     splits = _splits(config, options)
     found = {
-        name: read_pairs(rows, f"{config.data}, split {name}", reader, least_words, columns) for name, rows in splits.items()
+        name: read_pairs(rows, f"{config.data}, split {name}", builder, min_words, columns) for name, rows in splits.items()
     }
     train, dropped = found["train"]
     if not train:
         why = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
         raise DataError(f"{config.data} holds no usable preference pair ({why}): see preferences.min_words.")
-    held = next((found[name] for name in ("test", "validation") if name in found), None)
-    test, dropped = (held[0], dropped + held[1]) if held else ([], dropped)
+    held_out = next((found[name] for name in ("test", "validation") if name in found), None)
+    test, dropped = (held_out[0], dropped + held_out[1]) if held_out else ([], dropped)
     return Pairs(train, test, dict(dropped))
 
 
@@ -141,8 +147,8 @@ def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
         raise DataError(
             f"{source} has the splits {', '.join(sorted(found))}, none of them 'train': name one with task.options.train_split."
         )
-    for name, usual in HELD_OUT_SPLITS.items():
-        name_found = chosen[name] or next((one for one in usual if one in found), None)
+    for name, usual_names in HELD_OUT_SPLITS.items():
+        name_found = chosen[name] or next((one for one in usual_names if one in found), None)
         if name_found is not None and name_found != names["train"]:
             names[name] = name_found
     rows = {name: found[place]() for name, place in names.items()}
@@ -152,14 +158,16 @@ def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, An
     return rows
 
 
-def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> dict[str, list[Row]]:
+def split_rows(config: TaskConfig, options: Options, dropped_rows: dict[str, int]) -> dict[str, list[Row]]:
     """Return the rows of training, validation and test.
 
     If the data has one split, a fifth of it is held out. If one split is held out, its halves are
     validation and test. Rows with equal prompts stay together.
     """
     found = {
-        name: [_row(options, row, f"{config.data}, split {name}, row {number}", notes) for number, row in enumerate(rows, 1)]
+        name: [
+            _row(options, row, f"{config.data}, split {name}, row {number}", dropped_rows) for number, row in enumerate(rows, 1)
+        ]
         for name, rows in _splits(config, options).items()
     }
     rows = {name: [row for row in part if row is not None] for name, part in found.items()}
@@ -167,9 +175,9 @@ def split_rows(config: TaskConfig, options: Options, notes: dict[str, int]) -> d
         return rows
     train, rest = rows["train"], [row for name in HELD_OUT_SPLITS for row in rows.get(name, [])]
     if len(rows) == 1:
-        out = held_out_keys([_key(row) for row in train])
-        rest = [row for row, held in zip(train, out) if held]
-        train = [row for row, held in zip(train, out) if not held]
+        is_held_out = held_out_keys([_key(row) for row in train])
+        rest = [row for row, held_out in zip(train, is_held_out) if held_out]
+        train = [row for row, held_out in zip(train, is_held_out) if not held_out]
     groups: dict[str, list[Row]] = {}
     for row in rest:
         groups.setdefault(_key(row), []).append(row)
@@ -185,15 +193,15 @@ def _key(row: Row) -> str:
     return json.dumps(row.prompt, sort_keys=True)
 
 
-def _row(options: Options, row: Mapping[str, Any], place: str, notes: dict[str, int]) -> Row | None:
-    """Parse a row; count it in `notes` and return None if its dialogues share no prompt."""
+def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dict[str, int]) -> Row | None:
+    """Parse a row; count it in `dropped_rows` and return None if its dialogues share no prompt."""
     own = {options.prompt_column, options.references_column, options.completion_column, options.chosen_column}
     columns = {name: value for name, value in row.items() if name not in own}
     prompt, chosen = row.get(options.prompt_column), None
     if row.get(options.chosen_column) is not None:
         parts = parts_of(row, Columns(options.prompt_column, options.chosen_column, options.rejected_column), place)
         if parts is None:
-            notes["pairs with no common prompt"] = notes.get("pairs with no common prompt", 0) + 1
+            dropped_rows["pairs with no common prompt"] = dropped_rows.get("pairs with no common prompt", 0) + 1
             return None
         prompt, chosen, _ = parts
     if prompt is None:
@@ -205,7 +213,7 @@ def _row(options: Options, row: Mapping[str, Any], place: str, notes: dict[str, 
     kept = [[text for text in part if text.strip()] for part in texts]
     empty = sum(map(len, texts)) - sum(map(len, kept))
     if empty:
-        notes[EMPTY] = notes.get(EMPTY, 0) + empty
+        dropped_rows[EMPTY] = dropped_rows.get(EMPTY, 0) + empty
     targets, references = kept
     return Row(prompt, list(dict.fromkeys([*targets, *references])), targets or references, columns, place)
 
@@ -220,22 +228,22 @@ def _listed(value: Any) -> list[Any]:
     return ["" if each is None else each for each in cast("list[Any]", value)]
 
 
-def _prompts(rows: Sequence[Row], reader: PromptBuilder) -> list[Prompt]:
-    made = reader([row.prompt for row in rows], [row.place for row in rows])
-    return [_with_texts(prompt, row, reader) for prompt, row in zip(made, rows) if prompt is not None]
+def _prompts(rows: Sequence[Row], builder: PromptBuilder) -> list[Prompt]:
+    built = builder([row.prompt for row in rows], [row.place for row in rows])
+    return [_with_texts(prompt, row, builder) for prompt, row in zip(built, rows) if prompt is not None]
 
 
-def _with_texts(prompt: Prompt, row: Row, reader: PromptBuilder) -> Prompt:
-    references, targets = (tuple(reader.response(prompt, text) for text in texts) for texts in (row.references, row.targets))
+def _with_texts(prompt: Prompt, row: Row, builder: PromptBuilder) -> Prompt:
+    references, targets = (tuple(builder.response(prompt, text) for text in texts) for texts in (row.references, row.targets))
     return replace(prompt, references=references, sft_targets=targets, columns=row.columns)
 
 
-def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """Return shuffled training prompts with their first target, at most `most` (0: all)."""
+def raw_texts(config: TaskConfig, max_texts: int) -> list[str]:
+    """Return shuffled training prompts with their first target, at most `max_texts` (0: all)."""
     options: Options = task_options(config, Options)
     rows = split_rows(config, options, {})["train"]
     order = permutation(0, Purpose.TASK, 1, len(rows))
-    return [_raw(rows[place], options) for place in (order[:most] if most else order)]
+    return [_raw(rows[place], options) for place in (order[:max_texts] if max_texts else order)]
 
 
 def _raw(row: Row, options: Options) -> str:
@@ -245,6 +253,6 @@ def _raw(row: Row, options: Options) -> str:
     return str(row.prompt).removesuffix(options.suffix) + options.suffix + with_separator(options.separator, target)
 
 
-KIND = TaskDefinition(
+TASK = TaskDefinition(
     build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_builtin_reward=False
 )

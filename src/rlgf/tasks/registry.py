@@ -7,7 +7,7 @@ from rlgf.tasks import commongen, imdb, prompts, tldr, toy_reviews
 from rlgf.tasks.base import TaskDefinition, task_options
 
 TASKS: dict[str, TaskDefinition] = {
-    "toy_reviews": toy_reviews.KIND, "imdb": imdb.KIND, "commongen": commongen.KIND, "tldr": tldr.KIND, "prompts": prompts.KIND,
+    "toy_reviews": toy_reviews.TASK, "imdb": imdb.TASK, "commongen": commongen.TASK, "tldr": tldr.TASK, "prompts": prompts.TASK,
 }  # fmt: skip
 
 
@@ -17,17 +17,19 @@ def task_definition(config: TaskConfig) -> TaskDefinition:
     The name is a key of `TASKS`, or python:module:NAME for a `TaskDefinition` of the user. Raises
     `ConfigError` for an unknown name or unknown options.
     """
-    kind = _kind(config)
-    task_options(config, kind.options)
-    return kind
+    definition = _load_definition(config)
+    task_options(config, definition.options)
+    return definition
 
 
-def _kind(config: TaskConfig) -> TaskDefinition:
+def _load_definition(config: TaskConfig) -> TaskDefinition:
     if config.name.startswith("python:"):
-        kind = load_object(config.name, "task")
-        if not isinstance(kind, TaskDefinition):
-            raise ConfigError(f"task '{config.name}' is a {type(kind).__name__}, but must be a rlgf.tasks.base.TaskDefinition.")
-        return kind
+        definition = load_object(config.name, "task")
+        if not isinstance(definition, TaskDefinition):
+            raise ConfigError(
+                f"task '{config.name}' is a {type(definition).__name__}, but must be a rlgf.tasks.base.TaskDefinition."
+            )
+        return definition
     if config.name not in TASKS:
         raise unknown("task", config.name, TASKS)
     return TASKS[config.name]

@@ -30,7 +30,7 @@ POSTS, COMPARISONS, MORE_TEXT = "sft_posts", "comparisons", "tldrhq_train"  # fi
 POST_KEY_LENGTH = 80
 # options of the task prompts for CarperAI's dataset
 HUB_OPTIONS = {"completion_column": "label", "suffix": f"\n{ENDING}", "separator": " "}
-SHARED = "posts with a summary that are left to the reward models"
+SHARED = "posts with a summary that are reserved for the reward models"
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     if not _is_folder(config):
         own = {**HUB_OPTIONS, "prompt_tokens": options.prompt_tokens, "validation_split": "valid"}
         return prompts.build(TaskConfig(config.name, _source(config), config.max_new_tokens, options=own), tokenizer)
-    reader = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
-    parts = {name: _prompts(rows, reader, str(config.data)) for name, rows in _split_posts(config, options).items()}
-    remarks = {SHARED: len(_rows(config, POSTS)) - sum(map(len, parts.values()))}
-    remarks |= {f"prompts cut to {options.prompt_tokens} tokens": reader.num_truncated} if reader.num_truncated else {}
+    builder = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
+    parts = {name: _prompts(rows, builder, str(config.data)) for name, rows in _split_posts(config, options).items()}
+    warnings = {SHARED: len(_rows(config, POSTS)) - sum(map(len, parts.values()))}
+    warnings |= {f"prompts truncated to {options.prompt_tokens} tokens": builder.num_truncated} if builder.num_truncated else {}
     return Task(
-        config.name, parts["train"], parts["validation"], parts["test"], demonstrations=parts["sft"], warnings=remarks
+        config.name, parts["train"], parts["validation"], parts["test"], demonstrations=parts["sft"], warnings=warnings
     )  # fmt: skip
 
 
@@ -107,9 +107,9 @@ def _split_posts(config: TaskConfig, options: Options) -> dict[str, list[dict[st
     distinct = {post_key(row["post"]): row for row in reversed(_rows(config, POSTS))}
     posts = [row for post, row in reversed(distinct.items()) if post not in compared]
     order = permutation(0, Purpose.TASK, 5, len(posts)).tolist()
-    held = options.test_posts + options.validation_posts
-    sft = held + round(options.sft_share * max(0, len(posts) - held))
-    edges = {"test": (0, options.test_posts), "validation": (options.test_posts, held), "sft": (held, sft)}
+    num_held_out = options.test_posts + options.validation_posts
+    sft = num_held_out + round(options.sft_share * max(0, len(posts) - num_held_out))
+    edges = {"test": (0, options.test_posts), "validation": (options.test_posts, num_held_out), "sft": (num_held_out, sft)}
     parts = {name: [posts[i] for i in order[start:end]] for name, (start, end) in {**edges, "train": (sft, None)}.items()}
     for name, part in parts.items():
         if not part:
@@ -138,10 +138,10 @@ def _summary(text: str) -> str:
     return " " + text.strip().removeprefix(ENDING).strip()
 
 
-def _prompts(rows: Sequence[Mapping[str, Any]], reader: PromptBuilder, where: str) -> list[Prompt]:
-    made = reader([format_post(row) for row in rows], [f"{where}, post {str(row['title'])[:40]!r}" for row in rows])
+def _prompts(rows: Sequence[Mapping[str, Any]], builder: PromptBuilder, where: str) -> list[Prompt]:
+    built = builder([format_post(row) for row in rows], [f"{where}, post {str(row['title'])[:40]!r}" for row in rows])
     found: list[Prompt] = []
-    for row, prompt in zip(rows, made):
+    for row, prompt in zip(rows, built):
         assert prompt is not None  # None stands for long conversations only
         texts = (_summary(row["reference"]),) if row["reference"].strip() else ()
         columns = {name: value for name, value in row.items() if name not in ("query", "reference", "post")}
@@ -149,59 +149,59 @@ def _prompts(rows: Sequence[Mapping[str, Any]], reader: PromptBuilder, where: st
     return found
 
 
-def preference_pairs(config: TaskConfig, tokenizer: Any, least_words: int) -> Pairs:
+def preference_pairs(config: TaskConfig, tokenizer: Any, min_words: int) -> Pairs:
     """Load human comparisons of two summaries of a post."""
     options: Options = task_options(config, Options)
     if _is_folder(config):
-        reader = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
+        builder = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n\n{ENDING}")
         pairs, dropped = read_pairs(
-            [_compared(row, format_post(row)) for row in _rows(config, COMPARISONS)], f"{config.data}, {COMPARISONS}", reader,
-            least_words, Columns(), lambda row: post_key(row["post"]),
+            [_comparison(row, format_post(row)) for row in _rows(config, COMPARISONS)], f"{config.data}, {COMPARISONS}",
+            builder, min_words, Columns(), lambda row: post_key(row["post"]),
         )  # fmt: skip
-        out = _held_posts(config)
-        train, test = ([pair for pair in pairs if (pair.group in out) == held] for held in (False, True))
+        held_out = _held_out_posts(config)
+        train, test = ([pair for pair in pairs if (pair.group in held_out) == side] for side in (False, True))
         return Pairs(train, test, dict(dropped))
     if options.comparisons is None:
         raise ConfigError(
             "a reward model for TL;DR needs pairs: give task.options.comparisons with a Hub name, or preferences.data."
         )
-    reader = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n{ENDING}")
+    builder = PromptBuilder(tokenizer, options.prompt_tokens, suffix=f"\n{ENDING}")
     splits, found = read_splits(options.comparisons), dict[str, list[Any]]()
     total: dict[str, int] = {}
     for name in ("train", "test"):
-        rows = [_compared(row, row["prompt"].partition(ENDING)[0].rstrip()) for row in splits[name]()]
-        found[name], dropped = read_pairs(rows, f"{options.comparisons}, split {name}", reader, least_words, Columns())
+        rows = [_comparison(row, row["prompt"].partition(ENDING)[0].rstrip()) for row in splits[name]()]
+        found[name], dropped = read_pairs(rows, f"{options.comparisons}, split {name}", builder, min_words, Columns())
         total |= {reason: total.get(reason, 0) + count for reason, count in dropped.items()}
     return Pairs(found["train"], found["test"], total)
 
 
-def _held_posts(config: TaskConfig) -> set[str]:
+def _held_out_posts(config: TaskConfig) -> set[str]:
     """Return the keys of a fifth of the compared posts, on which no model is trained."""
     posts = [post_key(row["post"]) for row in _rows(config, COMPARISONS)]
-    return {post for post, held in zip(posts, held_out_keys(posts)) if held}
+    return {post for post, held_out in zip(posts, held_out_keys(posts)) if held_out}
 
 
-def _compared(row: Mapping[str, Any], prompt: str) -> dict[str, Any]:
+def _comparison(row: Mapping[str, Any], prompt: str) -> dict[str, Any]:
     return {**row, "prompt": prompt, "chosen": _summary(row["chosen"]), "rejected": _summary(row["rejected"])}
 
 
-def raw_texts(config: TaskConfig, most: int) -> list[str]:
-    """Return shuffled texts for pretraining, at most `most` (0: all).
+def raw_texts(config: TaskConfig, max_texts: int) -> list[str]:
+    """Return shuffled texts for pretraining, at most `max_texts` (0: all).
 
     Posts of SFT and RL with their summaries, posts of the reward models' training pairs without,
     and the other posts of the folder. Validation, test and the held-out pairs are excluded.
     """
     options: Options = task_options(config, Options)
     if not _is_folder(config):
-        return prompts.raw_texts(TaskConfig(config.name, _source(config), options=HUB_OPTIONS), most)
+        return prompts.raw_texts(TaskConfig(config.name, _source(config), options=HUB_OPTIONS), max_texts)
     shares = _split_posts(config, options)
     texts = [f"{format_post(row)}\n\n{ENDING}{_summary(row['reference'])}" for name in ("sft", "train") for row in shares[name]]
-    out = _held_posts(config)
-    texts += dict.fromkeys(format_post(row) for row in _rows(config, COMPARISONS) if post_key(row["post"]) not in out)
+    held_out = _held_out_posts(config)
+    texts += dict.fromkeys(format_post(row) for row in _rows(config, COMPARISONS) if post_key(row["post"]) not in held_out)
     if _file(config, MORE_TEXT):
         texts += [f"POST: {row['post']}\n\n{ENDING} {row['summary']}" for row in _rows(config, MORE_TEXT)]
     order = permutation(0, Purpose.TASK, 1, len(texts))
-    return [texts[place] for place in (order[:most] if most else order)]
+    return [texts[place] for place in (order[:max_texts] if max_texts else order)]
 
 
 INSTRUCTION = (
@@ -209,7 +209,7 @@ INSTRUCTION = (
     "most 35 words. Write only the summary, without quotation marks and without 'TL;DR'.\n\n{text}"
 )
 
-KIND = TaskDefinition(
+TASK = TaskDefinition(
     build, Options, raw_texts=raw_texts, preference_pairs=preference_pairs, needs_data=True, has_builtin_reward=False,
     instruction=INSTRUCTION,
 )  # fmt: skip

@@ -73,19 +73,19 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
 
 def _prompts(options: Options, split: int, size: int) -> list[Prompt]:
     columns = len(ASPECTS) + 4 * options.slots
-    draws = uniforms(options.seed, Purpose.TASK, split, size * columns).reshape(size, columns)
-    asked = draws[:, : len(ASPECTS)].argsort(axis=1)[:, : options.slots]
-    rest = draws[:, len(ASPECTS) :].reshape(size, options.slots, 4)
-    return [_prompt(options, *row) for row in zip(asked, rest)]
+    numbers = uniforms(options.seed, Purpose.TASK, split, size * columns).reshape(size, columns)
+    requested = numbers[:, : len(ASPECTS)].argsort(axis=1)[:, : options.slots]
+    rest = numbers[:, len(ASPECTS) :].reshape(size, options.slots, 4)
+    return [_prompt(options, *row) for row in zip(requested, rest)]
 
 
-def _prompt(options: Options, asked: "NDArray[np.int64]", draws: "NDArray[np.float64]") -> Prompt:
+def _prompt(options: Options, requested: "NDArray[np.int64]", numbers: "NDArray[np.float64]") -> Prompt:
     clauses: list[str] = []
-    for wanted, (aspect, other, positive, adjective) in zip(asked, draws):
-        named = wanted if aspect < options.right_aspect else int(other * len(ASPECTS))
+    for requested_aspect, (aspect, other, positive, adjective) in zip(requested, numbers):
+        aspect_index = requested_aspect if aspect < options.right_aspect else int(other * len(ASPECTS))
         words = POSITIVE if positive < options.positive_adjective else NEGATIVE
-        clauses += [words[int(adjective * len(words))], ASPECTS[named]]
-    aspects = tuple(ASPECTS[i] for i in asked)
+        clauses += [words[int(adjective * len(words))], ASPECTS[aspect_index]]
+    aspects = tuple(ASPECTS[i] for i in requested)
     demonstration = " " + " ".join(clauses)
     text = f"review of : {' '.join(aspects)} =>"
     return Prompt(text, (demonstration,), (demonstration,), columns={"aspects": aspects})
@@ -122,4 +122,4 @@ INSTRUCTION = (
     "quotation marks, and nothing else.\n\n{text}"
 )
 
-KIND = TaskDefinition(build, Options, tokenizer=tokenizer, instruction=INSTRUCTION)
+TASK = TaskDefinition(build, Options, tokenizer=tokenizer, instruction=INSTRUCTION)

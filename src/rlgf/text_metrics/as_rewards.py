@@ -77,7 +77,7 @@ def strip_reply_prefixes(prompts: Sequence[Prompt], texts: Sequence[str]) -> lis
 
 def reference_texts(prompt: Prompt) -> list[str]:
     """Return the nonempty references of a prompt, without the prefix of replies."""
-    return [said for reference in prompt.references if (said := prompt.strip_reply_prefix(reference)).strip()]
+    return [stripped for reference in prompt.references if (stripped := prompt.strip_reply_prefix(reference)).strip()]
 
 
 def on_text(measure: Measure) -> RewardFunction:
@@ -91,7 +91,7 @@ def on_text(measure: Measure) -> RewardFunction:
         for prompt in prompts:
             group = reference_texts(prompt)
             if not group:
-                raise ValueError(f"the prompt {prompt.text[:60]!r} has no references to compare a text with")
+                raise ValueError(f"the prompt {prompt.text[:60]!r} has no references to compare a completion with")
             references.append(group)
         return measure(strip_reply_prefixes(prompts, texts), references) if texts else []
 
@@ -112,7 +112,8 @@ def require_columns(name: str, prompts: Sequence[Prompt], options: Mapping[str, 
         column = options.get("column", "concepts")
         lacking, what = [prompt for prompt in prompts if not _has_concepts(prompt, column)], f"concepts in column '{column}'"
     else:
-        lacking, what = [prompt for prompt in prompts if not reference_texts(prompt)], "a reference to compare a text with"
+        lacking = [prompt for prompt in prompts if not reference_texts(prompt)]
+        what = "a reference to compare a completion with"
     if lacking:
         raise ConfigError(
             f"'{name}' as a reward needs {what} for every prompt, and {len(lacking):,} of {len(prompts):,} have none, "
@@ -133,7 +134,10 @@ def cider_measure(train_prompts: Sequence[Prompt]) -> Measure:
         group for prompt in train_prompts if (group := [prompt.strip_reply_prefix(text) for text in prompt.references])
     ]
     if not documents:
-        raise ConfigError("CIDEr-D needs training prompts with references, from which its document frequencies come.")
+        raise ConfigError(
+            "CIDEr-D needs training prompts with references for its document frequencies: add references, or "
+            "choose another metric."
+        )
     return captions.CiderD(captions.shared_tokenizer().groups(documents))
 
 
@@ -181,9 +185,9 @@ def bert_score(*, key: str, model: str = "roberta-large", layers: int | None = N
     scorer = BertScore(model, layers, batch_size)
 
     def measure(texts: list[str], references: list[Sequence[str]]) -> list[float]:
-        cut = scorer.count_truncated([*texts, *(reference for group in references for reference in group)])
-        if cut:
-            raise ValueError(f"{cut} of the texts are longer than '{model}' reads")
+        num_truncated = scorer.count_truncated([*texts, *(reference for group in references for reference in group)])
+        if num_truncated:
+            raise ValueError(f"{num_truncated} of the completions exceed the context of '{model}'")
         return scorer(texts, references)[key]
 
     return on_text(measure)
@@ -212,7 +216,8 @@ def length_penalty(*, maximum: int, minimum: int = 0) -> RewardFunction:
     """
     if not 0 <= minimum <= maximum:
         raise ConfigError(
-            f"'length_penalty' has minimum {minimum} and maximum {maximum}: they must be 0 or more, and in order."
+            f"'length_penalty' has minimum {minimum} and maximum {maximum}: both must be 0 or more, and the "
+            "minimum at most the maximum."
         )
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:

@@ -28,7 +28,7 @@ class BertScore:
         known: dict[str, int] = importlib.import_module("bert_score.utils").model2layers
         if layers is None and model not in known:
             raise ConfigError(
-                f"BERTScore knows no best layer of '{model}': say how many to use (`layers`, --bertscore-layers)."
+                f"BERTScore has no default layer for '{model}': set the number of layers (`layers`, --bertscore-layers)."
             )
         importlib.import_module("transformers").logging.disable_progress_bar()
         try:
@@ -46,27 +46,27 @@ class BertScore:
         tokenizer = self.scorer._tokenizer
         # a tokenizer saved without a limit has 1e30, which its own truncation rejects
         config = self.scorer._model.config
-        most = getattr(config, "max_position_embeddings", None) or 1 << 20
+        max_length = getattr(config, "max_position_embeddings", None) or 1 << 20
         offset = 2 if "roberta" in config.model_type else 0  # the first positions are for padding
-        tokenizer.model_max_length = min(tokenizer.model_max_length, most - offset)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length - offset)
         self.model, self.batch_size = model, batch_size
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """Return the number of texts over the model's length: the package truncates them."""
         tokenizer = self.scorer._tokenizer
-        most = int(tokenizer.model_max_length)
-        long = [plain(text) for text in texts if len(text.encode("utf-8", "surrogatepass")) > most - 2]
-        return sum(len(tokenizer(text, verbose=False)["input_ids"]) > most for text in long)
+        max_length = int(tokenizer.model_max_length)
+        long = [plain(text) for text in texts if len(text.encode("utf-8", "surrogatepass")) > max_length - 2]
+        return sum(len(tokenizer(text, verbose=False)["input_ids"]) > max_length for text in long)
 
     def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
         """Return for each key one number per text; 0 for a text without words."""
-        said = [number for number, text in enumerate(texts) if text.strip()]
+        nonempty = [number for number, text in enumerate(texts) if text.strip()]
         values = {key: [0.0] * len(texts) for key in KEYS}
-        if not said:
+        if not nonempty:
             return values
-        groups = [[plain(reference) for reference in references[number]] for number in said]
-        answer = self.scorer.score([plain(texts[number]) for number in said], groups, batch_size=self.batch_size)
-        for key, column in zip(KEYS, answer):
-            for number, value in zip(said, column.tolist()):
+        groups = [[plain(reference) for reference in references[number]] for number in nonempty]
+        columns = self.scorer.score([plain(texts[number]) for number in nonempty], groups, batch_size=self.batch_size)
+        for key, column in zip(KEYS, columns):
+            for number, value in zip(nonempty, column.tolist()):
                 values[key][number] = float(value)
         return values

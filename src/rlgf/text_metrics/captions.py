@@ -47,13 +47,13 @@ class Tokenizer:
         """Return the tokens of each text, joined by spaces."""
         texts = list(texts)
         new = list(dict.fromkeys(text for text in texts if text not in self.kept))
-        answers = dict(zip(new, JAVA.request("tokens", texts=[plain(text) for text in new]))) if new else {}
-        for text, line in answers.items():
-            answers[text] = " ".join(word for word in line.split(" ") if word not in self.punctuation)
-        tokens = [answers[text] if text in answers else self.kept[text] for text in texts]
-        if len(self.kept) + len(answers) > MAX_CACHED_TEXTS:
+        tokenized = dict(zip(new, JAVA.request("tokens", texts=[plain(text) for text in new]))) if new else {}
+        for text, line in tokenized.items():
+            tokenized[text] = " ".join(word for word in line.split(" ") if word not in self.punctuation)
+        tokens = [tokenized[text] if text in tokenized else self.kept[text] for text in texts]
+        if len(self.kept) + len(tokenized) > MAX_CACHED_TEXTS:
             self.kept.clear()
-        self.kept.update(answers)
+        self.kept.update(tokenized)
         return tokens
 
     def groups(self, groups: Iterable[Sequence[str]]) -> list[list[str]]:
@@ -95,8 +95,8 @@ def rouge_l(texts: Sequence[str], references: References) -> list[float]:
 
 def meteor(texts: Sequence[str], references: References) -> tuple[float, list[float]]:
     """Compute METEOR 1.5 (English) of the corpus (summed statistics) and of each line."""
-    answer = JAVA.request("meteor", lines=list(zip(texts, references)))
-    return answer["corpus"], answer["lines"]
+    response = JAVA.request("meteor", lines=list(zip(texts, references)))
+    return response["corpus"], response["lines"]
 
 
 def cider_d(texts: Sequence[str], references: References) -> tuple[float, list[float]]:
@@ -128,9 +128,9 @@ class CiderD:
         for document in documents:
             counts.update({gram for text in document for grams in _grams(text) for gram in grams})
             self.documents += 1
-        self.most = math.log(self.documents) if self.documents else 0.0
+        self.max_weight = math.log(self.documents) if self.documents else 0.0
         # n-grams of one document have the weight of unseen ones, so they need not be stored
-        self.weights = {gram: self.most - math.log(count) for gram, count in counts.items() if count > 1}
+        self.weights = {gram: self.max_weight - math.log(count) for gram, count in counts.items() if count > 1}
 
     def __call__(self, texts: Sequence[str], references: References) -> list[float]:
         """Return one number per text."""
@@ -142,9 +142,9 @@ class CiderD:
         for reference in references:
             others, other_norms, other_pairs = self._vectors(reference)
             similarity = 0.0
-            for mine, theirs, norm, other_norm in zip(vectors, others, norms, other_norms):
+            for mine, other, norm, other_norm in zip(vectors, others, norms, other_norms):
                 if norm and other_norm:
-                    products = [min(mine[gram], theirs[gram]) * theirs[gram] for gram in mine if gram in theirs]
+                    products = [min(mine[gram], other[gram]) * other[gram] for gram in mine if gram in other]
                     similarity += sum(products) / (norm * other_norm)
             total += similarity * math.exp(-((pairs - other_pairs) ** 2) / (2 * SIGMA**2))
         return CIDER_SCALE * total / ORDERS / len(references)
@@ -154,10 +154,10 @@ class CiderD:
 
         The length is the number of word pairs.
         """
-        weight, most = self.weights.get, self.most
+        weight, max_weight = self.weights.get, self.max_weight
         vectors: list[dict[tuple[str, ...], float]] = []
         for grams in _grams(text):
-            vector = {gram: weight(gram, most) for gram in grams}
+            vector = {gram: weight(gram, max_weight) for gram in grams}
             if len(vector) < len(grams):
                 vector = {gram: count * vector[gram] for gram, count in Counter(grams).items()}
             vectors.append(vector)
@@ -205,7 +205,7 @@ class Spice:
             longest = max(len(each.split()) for each in (text, *group))
             if longest > MAX_SENTENCE_WORDS:
                 raise ConfigError(
-                    f"SPICE takes captions of at most {MAX_SENTENCE_WORDS} words (parsing time grows with their cube), but "
+                    f"SPICE accepts captions of at most {MAX_SENTENCE_WORDS} words (parsing time grows with their cube), but "
                     f"text {number} or a reference of it has {longest}: leave spice out, or that text."
                 )
 

@@ -17,9 +17,9 @@ def concepts_in(cell: object) -> tuple[str, ...]:
     """
     concepts: Any = [cell] if isinstance(cell, str) else cell
     if not isinstance(concepts, Sequence) or not concepts:
-        raise ValueError(f"{cell!r} holds no concepts: a list of texts is needed")
+        raise ValueError(f"{cell!r} holds no concepts: a list of strings is needed")
     if not all(isinstance(concept, str) and concept.strip() for concept in concepts):
-        raise ValueError(f"{cell!r} holds something else than concepts: a list of texts is needed, none of them empty")
+        raise ValueError(f"{cell!r} holds something else than concepts: a list of strings is needed, none of them empty")
     return tuple(concepts)
 
 
@@ -43,8 +43,8 @@ class ConceptCoverage:
         return [self._share(line, these) for line, these in zip(words, wanted)]
 
     def _share(self, words: Sequence[str], concepts: Sequence[Sequence[str]]) -> float:
-        said = {lemma for word in words for lemma in self.kept[word]}
-        return sum(bool(concept) and all(self.kept[word] & said for word in concept) for concept in concepts) / len(concepts)
+        lemmas = {lemma for word in words for lemma in self.kept[word]}
+        return sum(bool(concept) and all(self.kept[word] & lemmas for word in concept) for concept in concepts) / len(concepts)
 
     def _cache_lemmas(self, words: Iterable[str]) -> None:
         wanted = set(words)

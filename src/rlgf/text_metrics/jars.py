@@ -108,7 +108,7 @@ def fetch(source: str | None, report: Callable[[str], None]) -> Path:
     target.mkdir(parents=True, exist_ok=True)
     for jar in JARS:
         if (target / jar.name).is_file() and _sum_of(target / jar.name) in jar.sums:
-            report(f"{jar.name} is there already")
+            report(f"{jar.name} already exists")
             continue
         with atomic_write(target / jar.name) as file:
             if source is None:
@@ -125,7 +125,7 @@ def _check(jar: Jar, file: BinaryIO, source: str | None) -> None:
     if found not in jar.sums:
         raise ConfigError(
             f"{jar.name} from {source or 'Maven'} has the SHA-256 sum {found}, but should have {' or '.join(jar.sums)}: "
-            "it is damaged or another file; fetch it from elsewhere with --from."
+            "it is damaged or another file; download it from elsewhere with --from."
         )
 
 
@@ -148,7 +148,9 @@ def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], 
             shutil.copyfileobj(original, file, PIECE)
         return
     if "@" in urllib.parse.urlsplit(source).netloc:
-        raise ConfigError("--from has a name or a password in it: fetch the jars by other means, and give --from their folder.")
+        raise ConfigError(
+            "--from contains a user name or a password: download the jars by other means, and give --from their folder."
+        )
     address = source if source.endswith("/") else source + "/"
     reasons: list[str] = []
     for place in (jar.path, jar.name):
@@ -159,7 +161,7 @@ def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], 
             refused = isinstance(error, urllib.error.HTTPError)
             reasons.append(str(error if refused else getattr(error, "reason", "") or error) or type(error).__name__)
     raise ConfigError(
-        f"{jar.name} cannot be had from {source} ({'; '.join(dict.fromkeys(reasons))}): "
+        f"{jar.name} cannot be downloaded from {source} ({'; '.join(dict.fromkeys(reasons))}): "
         "give --from the address of a Maven repository, or a folder."
     )
 
@@ -167,12 +169,12 @@ def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], 
 def _download(address: str, name: str, file: BinaryIO, report: Callable[[str], None]) -> None:
     file.seek(0)
     file.truncate()
-    with urllib.request.urlopen(address, timeout=60) as answer:
-        length = int(answer.headers.get("Content-Length") or 0)
+    with urllib.request.urlopen(address, timeout=60) as response:
+        length = int(response.headers.get("Content-Length") or 0)
         size = f"{length / 1e6:,.0f} MB" if length else "size unknown"
         report(f"{name}: {size} from {address}")
         done, shown = 0, 0
-        while piece := answer.read(PIECE):
+        while piece := response.read(PIECE):
             file.write(piece)
             done += len(piece)
             if length and (tenths := 10 * done // length) > shown and length > 50 * PIECE:
@@ -189,7 +191,7 @@ def _by_maven(jar: Jar, file: BinaryIO, report: Callable[[str], None]) -> None:
             "`mvn` is not installed, which would fetch SPICE's jars from Maven Central: install Maven, or give --from the "
             "address of a Maven repository or a folder that has the jars."
         )
-    report(f"{jar.name}: asking Maven for {jar.coordinates}")
+    report(f"{jar.name}: downloading {jar.coordinates} with Maven")
     with tempfile.TemporaryDirectory() as folder:
         wanted = [f"-Dartifact={jar.coordinates}", f"-DoutputDirectory={folder}"]
         command = [maven, "-B", "-q", "-Dstyle.color=never", f"{MAVEN_PLUGIN}:copy", *wanted]
@@ -200,9 +202,9 @@ def _by_maven(jar: Jar, file: BinaryIO, report: Callable[[str], None]) -> None:
         copied = Path(folder) / jar.name
         if done.returncode or not copied.is_file():
             lines = done.stdout.splitlines()
-            said = [line[line.index("[ERROR]") :] for line in lines if "[ERROR]" in line] or lines or ["nothing"]
+            errors = [line[line.index("[ERROR]") :] for line in lines if "[ERROR]" in line] or lines or ["nothing"]
             raise ConfigError(
-                f"Maven could not fetch {jar.coordinates} (it said: {escape_control_characters(said[0][:300])}): "
+                f"Maven could not download {jar.coordinates} ({escape_control_characters(errors[0][:300])}): "
                 "give --from the address of a repository that can be reached, or a folder that has the jars."
             )
         with copied.open("rb") as original:

@@ -38,7 +38,7 @@ class Java:
         self.process: subprocess.Popen[str] | None = None
         self.owner = 0  # PID that started it: after a fork the pipes belong to the parent
         self.version = ""
-        self.said: deque[str] = deque(maxlen=KEPT_LINES)
+        self.stderr_lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.listener: threading.Thread | None = None
 
     def start(self) -> None:
@@ -54,21 +54,24 @@ class Java:
         """
         question = json.dumps({"operation": operation, **values}) + "\n"
         with self.lock:
-            answer = self._answer(question)
-            if answer is None:
+            response = self._answer(question)
+            if response is None:
                 self.close()  # the process may still run after closing its output
-                answer = self._answer(question)
-            if answer is None:
+                response = self._answer(question)
+            if response is None:
                 self.close()
-        if answer is None:
-            raise TrainingError(f"Java died twice at the same task ({operation}); the last it said: {self._last_stderr()}")
-        if "refused" in answer:
-            raise TrainingError(answer["refused"])
-        if "error" in answer:
+        if response is None:
             raise TrainingError(
-                f"Java failed at a task ({operation}): {answer['error']}; the last it said: {self._last_stderr()}"
+                f"the Java process crashed twice at the same operation ({operation}); its last output: {self._last_stderr()}"
             )
-        return answer["result"]
+        if "refused" in response:
+            raise TrainingError(response["refused"])
+        if "error" in response:
+            raise TrainingError(
+                f"the Java process failed at an operation ({operation}): {response['error']}; its last output: "
+                f"{self._last_stderr()}"
+            )
+        return response["result"]
 
     def close(self) -> None:
         """End the worker if it runs."""
@@ -86,7 +89,7 @@ class Java:
         self.close()
         require_extra("the PTB tokenizer", "captions", "jpype", "pycocoevalcap")
         settings = {"heap": HEAP, "package": str(package_folder())}
-        self.said = deque(maxlen=KEPT_LINES)
+        self.stderr_lines = deque(maxlen=KEPT_LINES)
         self.owner = os.getpid()
         self.process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER), json.dumps(settings)],
@@ -94,16 +97,16 @@ class Java:
             errors="replace", start_new_session=True,  # Ctrl-C must not reach the worker
             cwd=tempfile.gettempdir(),
         )  # fmt: skip
-        self.listener = threading.Thread(target=_listen, args=(self.process, self.said), daemon=True)
+        self.listener = threading.Thread(target=_listen, args=(self.process, self.stderr_lines), daemon=True)
         self.listener.start()
-        answer = _read(self.process)
-        if answer is None:
+        response = _read(self.process)
+        if response is None:
             self.close()
-            raise ConfigError(f"Java died while it started; the last it said: {self._last_stderr()}")
-        if "failed" in answer:
+            raise ConfigError(f"the Java process crashed at startup; its last output: {self._last_stderr()}")
+        if "failed" in response:
             self.close()
-            raise ConfigError(f"Java 11 or newer is needed for these metrics, but {answer['failed']}: {INSTALL}.")
-        self.version = answer["ready"]
+            raise ConfigError(f"Java 11 or newer is needed for these metrics, but {response['failed']}: {INSTALL}.")
+        self.version = response["ready"]
 
     def _answer(self, question: str) -> dict[str, Any] | None:
         """Send one request and return the response; None if the worker died."""
@@ -123,8 +126,8 @@ class Java:
     def _last_stderr(self) -> str:
         if self.process is None and self.listener is not None:
             self.listener.join(5)
-        said = [line for line in self.said if line]
-        return " | ".join(said[-3:]) or "nothing"
+        lines = [line for line in self.stderr_lines if line]
+        return " | ".join(lines[-3:]) or "nothing"
 
 
 def _read(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
@@ -133,11 +136,11 @@ def _read(process: "subprocess.Popen[str]") -> dict[str, Any] | None:
     return json.loads(line) if line.endswith("\n") else None
 
 
-def _listen(process: "subprocess.Popen[str]", said: deque[str]) -> None:
+def _listen(process: "subprocess.Popen[str]", last_lines: deque[str]) -> None:
     """Store the last lines of Java's standard error; a full pipe would block it."""
     with cast("IO[str]", process.stderr) as lines:
         for line in lines:
-            said.append(line.strip())
+            last_lines.append(line.strip())
 
 
 def package_folder() -> Path:

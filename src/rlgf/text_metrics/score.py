@@ -32,14 +32,14 @@ DEFAULT = "bleu,rouge,meteor,cider,distinct"
 
 DESCRIPTIONS = {
     "bleu": "BLEU-1 to BLEU-4 on coco-caption's tokens (Java)",
-    "rouge": "both families: rouge_l of the caption tools (Java), rouge1 rouge2 rougeL rougeLsum of the summarisation tools",
+    "rouge": "both families: rouge_l of the caption tools (Java), rouge1 rouge2 rougeL rougeLsum of the summarization tools",
     "meteor": "METEOR 1.5 (Java)",
     "cider": "CIDEr-D, document frequencies from the scored file (Java)",
     "spice": "SPICE (Java, and jars that `rlgf download spice` brings)",
     "bertscore": "precision, recall, F1 of an encoder's embeddings",
-    "distinct": "distinct n-grams over all n-grams, n = 1, 2, 3; reads no references",
-    "self_bleu": "BLEU-4 of each text against all others; reads no references",
-    "coverage": "share of a line's `concepts` that its text mentions (Java); reads no references",
+    "distinct": "distinct n-grams over all n-grams, n = 1, 2, 3; uses no references",
+    "self_bleu": "BLEU-4 of each text against all others; uses no references",
+    "coverage": "share of a line's `concepts` that its text mentions (Java); uses no references",
 }
 
 KEYS = tuple(key for keys in GROUPS.values() for key in keys)
@@ -90,7 +90,7 @@ def resolve_metric_names(metrics: str) -> list[str]:
     """
     names = [name.strip() for name in metrics.split(",") if name.strip()]
     if not names:
-        raise ConfigError(f"--metrics is empty: give some of {', '.join(GROUPS)}, with commas between them.")
+        raise ConfigError(f"--metrics is empty: choose from {', '.join(GROUPS)}, separated by commas.")
     for name in names:
         if name not in GROUPS and name not in KEYS:
             raise unknown("metric", name, list(dict.fromkeys([*GROUPS, *KEYS])))
@@ -126,7 +126,7 @@ def reference_metrics(keys: Sequence[str]) -> list[str]:
 def _line(row: dict[str, Any], where: str, needs_references: bool, needs_concepts: bool) -> Line:
     prediction = _column(row, "prediction", where)
     if not isinstance(prediction, str):
-        raise DataError(f"{where}: 'prediction' is {_kind(prediction)}, but must be a text.")
+        raise DataError(f"{where}: 'prediction' is {_kind(prediction)}, but must be a string.")
     references = _texts(row, "references", where) if needs_references else ()
     concepts = _texts(row, "concepts", where) if needs_concepts else ()
     return Line(prediction, references, concepts)
@@ -143,17 +143,17 @@ def _texts(row: dict[str, Any], name: str, where: str) -> tuple[str, ...]:
     value: Any = _column(row, name, where)
     texts: Any = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{where}: '{name}' is {_kind(value)}, but must be a list of texts.")
+        raise DataError(f"{where}: '{name}' is {_kind(value)}, but must be a list of strings.")
     if not texts or not all(text.strip() for text in texts):
-        wrong = "is empty" if not texts else "has an empty text"
-        raise DataError(f"{where}: '{name}' {wrong}: give at least one text, none of them empty, or remove the line.")
+        wrong = "is empty" if not texts else "has an empty string"
+        raise DataError(f"{where}: '{name}' {wrong}: give at least one string, none of them empty, or remove the line.")
     return tuple(texts)
 
 
 def _kind(value: Any) -> str:
     """Return the kind of a wrong value, in JSON's terms."""
     if isinstance(value, list):
-        return "a list that holds something else"
+        return "a list with other values"
     names = {str: "a text", bool: "true or false", int: "a number", float: "a number", dict: "an object", type(None): "null"}
     return names.get(type(value), "something else")
 
@@ -173,13 +173,13 @@ def build_scorers(keys: Sequence[str], options: Options) -> Scorers:
 
     That is Java, jars, a package or a model.
     """
-    asked = set(keys)
-    summarisation = [key for key in rouge.KEYS if key in asked]
-    embeddings = asked.intersection(bertscore.KEYS)
+    requested = set(keys)
+    rouge_keys = [key for key in rouge.KEYS if key in requested]
+    embeddings = requested.intersection(bertscore.KEYS)
     return Scorers(
-        captions.shared_tokenizer() if asked & (ON_TOKENS | {"concept_coverage"}) else None,
-        captions.Spice() if "spice" in asked else None,
-        rouge.Rouge(options.stemming, summarisation) if summarisation else None,
+        captions.shared_tokenizer() if requested & (ON_TOKENS | {"concept_coverage"}) else None,
+        captions.Spice() if "spice" in requested else None,
+        rouge.Rouge(options.stemming, rouge_keys) if rouge_keys else None,
         bertscore.BertScore(options.bertscore_model, options.bertscore_layers) if embeddings else None,
     )
 
@@ -193,50 +193,50 @@ def score(
     """
     texts = [line.prediction for line in lines]
     references = [line.references for line in lines]
-    asked = set(keys)
+    requested = set(keys)
     needed = build_scorers(keys, options)
     tokenizer, spice, bert_score = needed.tokenizer, needed.spice, needed.bert_score
-    found = Scores()
+    scores = Scores()
 
     def keep(key: str, per_line: Sequence[float], corpus: float | None = None) -> None:
-        if key in asked:
-            found.per_line[key] = list(per_line)
-            found.corpus[key] = statistics.fmean(per_line) if corpus is None else corpus
+        if key in requested:
+            scores.per_line[key] = list(per_line)
+            scores.corpus[key] = statistics.fmean(per_line) if corpus is None else corpus
 
-    if tokenizer is not None and asked & ON_TOKENS:
-        _on_tokens(tokenizer(texts), tokenizer.groups(references), asked, spice, keep, report)
-    if "cider_d" in asked and len(lines) < FEW_DOCUMENTS:
-        found.warnings.append(
-            f"CIDEr-D takes its document frequencies from the {len(lines)} scored lines; with fewer than {FEW_DOCUMENTS} it "
-            "says little."
+    if tokenizer is not None and requested & ON_TOKENS:
+        _on_tokens(tokenizer(texts), tokenizer.groups(references), requested, spice, keep, report)
+    if "cider_d" in requested and len(lines) < FEW_DOCUMENTS:
+        scores.warnings.append(
+            f"CIDEr-D computes its document frequencies from the {len(lines)} scored lines; with fewer than {FEW_DOCUMENTS} it "
+            "is unreliable."
         )
     if needed.rouge is not None:
         for key, values in needed.rouge(texts, references).items():
             keep(key, values)
     if bert_score is not None:
-        cut = bert_score.count_truncated([*texts, *(text for group in references for text in group)])
-        if cut:
-            found.warnings.append(f"BERTScore read only the beginning of {cut} texts, which are longer than its model reads.")
+        num_truncated = bert_score.count_truncated([*texts, *(text for group in references for text in group)])
+        if num_truncated:
+            scores.warnings.append(f"BERTScore truncated {num_truncated} texts to its model's context.")
         for key, values in bert_score(texts, references).items():
             keep(key, values)
     for order, key in enumerate(GROUPS["distinct"], 1):
-        if key in asked:
-            found.corpus[key] = distinct(texts, order)
-    if "self_bleu" in asked:
+        if key in requested:
+            scores.corpus[key] = distinct(texts, order)
+    if "self_bleu" in requested:
         others = self_bleu(texts)
-        found.corpus["self_bleu"] = None
+        scores.corpus["self_bleu"] = None
         if others is not None:
             keep("self_bleu", others)
-    if tokenizer is not None and "concept_coverage" in asked:
+    if tokenizer is not None and "concept_coverage" in requested:
         keep("concept_coverage", ConceptCoverage(tokenizer)(texts, [line.concepts for line in lines]))
-    found.corpus = {key: found.corpus[key] for key in keys}
-    return found
+    scores.corpus = {key: scores.corpus[key] for key in keys}
+    return scores
 
 
 def _on_tokens(
     texts: Sequence[str],
     references: captions.References,
-    asked: set[str],
+    requested: set[str],
     spice: captions.Spice | None,
     keep: Callable[..., None],
     report: Callable[[str], None],
@@ -244,15 +244,15 @@ def _on_tokens(
     """Compute the metrics on coco-caption's tokens."""
     if spice is not None:
         spice.check(texts, references)
-    if asked.intersection(GROUPS["bleu"]):
+    if requested.intersection(GROUPS["bleu"]):
         for key, corpus, per_line in zip(GROUPS["bleu"], *captions.bleu(texts, references)):
             keep(key, per_line, corpus)
-    if "rouge_l" in asked:
+    if "rouge_l" in requested:
         keep("rouge_l", captions.rouge_l(texts, references))
-    if "cider_d" in asked:
+    if "cider_d" in requested:
         corpus, per_line = captions.cider_d(texts, references)
         keep("cider_d", per_line, corpus)
-    if "meteor" in asked:
+    if "meteor" in requested:
         corpus, per_line = captions.meteor(texts, references)
         keep("meteor", per_line, corpus)
     if spice is not None:
@@ -265,7 +265,7 @@ def table(scores: Scores) -> list[list[str]]:
     for key, value in scores.corpus.items():
         scale = SCALES.get(key, 1)
         shown = "–" if value is None else f"{value * scale:.2f}" if scale > 1 else f"{value:.4f}"
-        family = "caption tools" if key == "rouge_l" else "summarisation tools" if key in rouge.KEYS else ""
+        family = "caption tools" if key == "rouge_l" else "summarization tools" if key in rouge.KEYS else ""
         rows.append([key, shown, f"× {scale}" if scale > 1 else family])
     return rows
 

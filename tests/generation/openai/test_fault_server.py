@@ -1,4 +1,4 @@
-"""The fault server fails exactly as it says, and otherwise answers the same question with the same text."""
+"""The fault server: the configured failures, and otherwise deterministic completions."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""Guides on servers: how they are asked, what their failures lead to, what is kept and counted."""
+"""Guides on servers: requests, failures, the cache and the counts of usage."""
 
 import json
 import re
@@ -105,7 +105,7 @@ def test_a_transient_failure_is_asked_again_and_leaves_no_trace_in_the_text(tmp_
 def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) -> None:
     with FaultServer(first(1, kind)) as server:  # each draw is another question, and its first attempt fails
         guide = remote(server, tmp_path, mode, invalid_retries=1)
-        with pytest.raises(TrainingError, match=r"no usable text .* in 2 draws"):
+        with pytest.raises(TrainingError, match=r"no usable completion .* in 2 samples"):
             query_guide(guide, requests(1))
         counts = guide.pop_metrics()
     assert counts["guide_answers_invalid"] == 2
@@ -119,7 +119,7 @@ def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) 
 def test_a_permanent_failure_stops_at_once(tmp_path: Path, kind: str) -> None:
     with FaultServer(always(kind)) as server:
         guide = remote(server, tmp_path)
-        with pytest.raises(TrainingError, match="refuses"):
+        with pytest.raises(TrainingError, match="rejects requests"):
             query_guide(guide, requests(1))
         assert len(server.requests) == 1
 
@@ -128,7 +128,7 @@ def test_an_address_without_v1_is_told_to_lack_it(healthy: FaultServer, tmp_path
     spec = f"server:fault-model@{healthy.url.removesuffix('/v1')}"
     config = GuideConfig()
     guide = RemoteGuide(Server(spec, config, "completion"), config, ResponseCache(tmp_path / "answers.sqlite"))
-    with pytest.raises(TrainingError, match=r"No such path: /completions; most servers' addresses end in /v1"):
+    with pytest.raises(TrainingError, match=r"No such path: /completions; most servers' URLs end in /v1"):
         query_guide(guide, requests(1))
 
 
@@ -215,7 +215,7 @@ def texts_of(pool: EndpointPool, count: int) -> list[Any]:
         (None, {"max_requests": 2}, r"the oracle's budget is used up \(2 of oracle\.endpoint\.max_requests=2\)"),
         (None, {"max_tokens": 1, "concurrency": 1}, r"of oracle\.endpoint\.max_tokens=1\)"),
         (None, {"offline": True}, "the oracle is offline"),
-        ("401", {}, r"the oracle at .* refuses .*: mend oracle\.spec"),
+        ("401", {}, r"the oracle at .* rejects requests .*: fix oracle\.spec"),
     ],
 )
 def test_a_pool_names_its_role_and_no_guide(tmp_path: Path, kind: str | None, options: dict[str, Any], words: str) -> None:
@@ -357,7 +357,7 @@ def test_secrets_that_cannot_be_secrets_are_refused(monkeypatch: pytest.MonkeyPa
         Server("server:m@http://host/v1", guide_config(extra_headers={"x-api-key": "$MODEL_HEADER"}), "completion")
     for key in ("sk-ключ", "sk-a\x07b", "sk-a\nb"):
         monkeypatch.setenv("OPENAI_API_KEY", key)
-        with pytest.raises(ConfigError, match="OPENAI_API_KEY holds characters") as caught:
+        with pytest.raises(ConfigError, match="OPENAI_API_KEY contains characters") as caught:
             Server("server:m@http://host/v1", GuideConfig(), "completion")
         assert "sk-" not in str(caught.value)
 
@@ -398,8 +398,8 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) 
     assert "max_completion_tokens" in body
     assert not {"max_tokens", "temperature", "n"} & set(body)
     assert sorted(reports) == [
-        "guide: n is left out from now on, as the server refuses it",
-        "guide: temperature is left out from now on, as the server refuses it",
+        "guide: n is omitted from now on, as the server rejects it",
+        "guide: temperature is omitted from now on, as the server rejects it",
     ]
 
 
@@ -417,7 +417,7 @@ def test_of_two_parameters_that_exclude_each_other_the_temperature_stays(tmp_pat
 def test_what_was_asked_for_in_extra_body_is_never_left_out(tmp_path: Path) -> None:
     with FaultServer(complaint=particular) as server:
         guide = remote(server, tmp_path, extra_body={"temperature": 0.7, "max_tokens": None, "n": None})
-        with pytest.raises(TrainingError, match=r"refuses .*max_tokens"):
+        with pytest.raises(TrainingError, match=r"rejects requests .*max_tokens"):
             query_guide(guide, requests(1))
 
 
@@ -435,7 +435,7 @@ def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path:
 
 def test_a_wrong_key_says_nothing_about_how_to_ask(tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "answers.sqlite")
-    with FaultServer(api_key="right") as server, pytest.raises(ConfigError, match=r"refuses \(Error code: 401"):
+    with FaultServer(api_key="right") as server, pytest.raises(ConfigError, match=r"rejects requests \(Error code: 401"):
         connect(f"server:m@{server.url}", GuideConfig(), cache, print)
     assert len(cache) == 0
     with FaultServer(always("503")) as server:
@@ -450,7 +450,7 @@ def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp
         assert server.asked == 3
         counts = guide.pop_metrics()
         assert (counts["guide_answers_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
-        with pytest.raises(TrainingError, match="wrote nothing"):  # to a prompt there is always something to add
+        with pytest.raises(TrainingError, match="generated nothing"):  # to a prompt there is always something to add
             query_guide(guide, requests(1))
     assert query_guide(remote(server, tmp_path, invalid_retries=2, offline=True), requests(1, " and then")) == [
         Completion("", True)
@@ -460,7 +460,7 @@ def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp
 def test_a_used_up_quota_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(fault_server.ERRORS, 429, ("You exceeded your quota.", "insufficient_quota", "insufficient_quota"))
     with FaultServer(always("429")) as server:
-        with pytest.raises(TrainingError, match=r"refuses .*exceeded your quota"):
+        with pytest.raises(TrainingError, match=r"rejects requests .*exceeded your quota"):
             query_guide(remote(server, tmp_path), requests(1))
         assert server.asked == 1
 
@@ -470,7 +470,7 @@ def test_limits_on_tokens_need_a_server_that_counts_them(tmp_path: Path, monkeyp
     monkeypatch.setattr(fault_server, "answer_of", lambda *asked: {**plain(*asked), "usage": None})
     with FaultServer() as server:
         query_guide(remote(server, tmp_path / "a"), requests(1))
-        with pytest.raises(TrainingError, match="does not say what an answer costs"):
+        with pytest.raises(TrainingError, match="reports no usage"):
             query_guide(remote(server, tmp_path / "b", max_tokens=100), requests(1))
 
 
@@ -489,10 +489,10 @@ def test_pauses_are_told_and_end_when_nothing_is_left_to_ask_for(tmp_path: Path,
         guide = remote(server, tmp_path / "b")
         guide.pool._sleep, guide.pool._report = None, reports.append  # pyright: ignore[reportPrivateUsage]
         began = time.monotonic()
-        with pytest.raises(TrainingError, match="refuses"):
+        with pytest.raises(TrainingError, match="rejects requests"):
             query_guide(guide, requests(4))
         assert time.monotonic() - began < 10
-    assert reports in ([], ["guide: HTTP 429; asked again in 60 s"])  # the one refused may have been the first
+    assert reports in ([], ["guide: HTTP 429; retrying in 60 s"])  # the one refused may have been the first
 
 
 def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +502,7 @@ def test_a_pause_is_spoken_of_now_and_then(tmp_path: Path, monkeypatch: pytest.M
         guide = remote(server, tmp_path)
         guide.pool._report = reports.append  # pyright: ignore[reportPrivateUsage]
         query_guide(guide, requests(3))
-    assert reports == ["guide: HTTP 429; asked again in 60 s"]
+    assert reports == ["guide: HTTP 429; retrying in 60 s"]
 
 
 @pytest.mark.parametrize("name", ["imdb", "toy_reviews"])
@@ -608,7 +608,7 @@ def test_a_person_continues_skips_undoes_and_is_not_asked_twice(tmp_path: Path) 
 def test_answers_of_a_person_who_leaves_are_kept(tmp_path: Path) -> None:
     cache = ResponseCache(tmp_path / "answers.sqlite")
     _, (read, show) = answering("one")
-    with pytest.raises(TrainingError, match="nobody is at the terminal"):
+    with pytest.raises(TrainingError, match="needs a terminal"):
         query_guide(HumanGuide(cache, read, show), requests(2))
     _, (read, show) = answering("two")
     assert [text.text for text in query_guide(HumanGuide(cache, read, show), requests(2))] == [" one", " two"]

@@ -1,4 +1,4 @@
-"""What a server's JSON means: texts, endings, bills, and answers that are of no use."""
+"""Parsing of a server's JSON: text, finish reason, usage, and invalid responses."""
 
 import json
 from datetime import UTC, datetime, timedelta
@@ -60,7 +60,7 @@ def test_echoes_quotes_preambles_and_thoughts_are_taken_off(said: str, kept: str
 
 def test_the_last_words_are_only_an_echo_where_a_model_was_told_to_continue() -> None:
     said = "town where nobody goes out."
-    assert read_chat(told(said), QUESTION, told=False).text == " " + said
+    assert read_chat(told(said), QUESTION, instructed=False).text == " " + said
     loop = ServerRequest("", " very very very very", 12, 0)
     assert read_chat(told("very very very good"), loop).text == " very very very good"
 
@@ -85,13 +85,13 @@ def test_a_message_may_come_in_parts() -> None:
     ("data", "reason"),
     [
         (told("<think>Hm. A town. And", "length"), "still thinking"),
-        (told(None, "length"), "ran out before it wrote anything"),
-        (told("", "stop"), "wrote nothing"),
+        (told(None, "length"), "ran out before it generated anything"),
+        (told("", "stop"), "generated nothing"),
         (told(None, refusal="No."), "refused"),
         (told("no", "content_filter"), "refused"),
         (told(None, "tool_calls"), "called a tool"),
-        (told("The film begins in a village. It"), "began anew"),
-        (told("a \ud800 b"), "no valid Unicode"),
+        (told("The film begins in a village. It"), "started over"),
+        (told("a \ud800 b"), "not valid Unicode"),
     ],
 )
 def test_answers_that_cannot_be_used_say_why_and_what_they_cost(data: Any, reason: str) -> None:
@@ -182,12 +182,12 @@ def test_nothing_to_add_in_token_ids_is_an_end_token() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (spoken([5, 6], "length"), "wrote 2 of 4 tokens"),
-        (spoken([5, 6, 7, 8, 9], "length"), "wrote 5 of 4 tokens"),
-        (spoken([5, 6, 7, 8, 0]), "wrote 5 tokens where 2 to 4"),
-        (spoken([5, 0]), "wrote 2 tokens where 2 to 4"),
-        (spoken([5, 6, 0], prompt_token_ids=[7, 8]), "read other tokens"),
-        (written("goes out."), "tells no token ids"),
+        (spoken([5, 6], "length"), "generated 2 of 4 tokens"),
+        (spoken([5, 6, 7, 8, 9], "length"), "generated 5 of 4 tokens"),
+        (spoken([5, 6, 7, 8, 0]), "generated 5 tokens where 2 to 4"),
+        (spoken([5, 0]), "generated 2 tokens where 2 to 4"),
+        (spoken([5, 6, 0], prompt_token_ids=[7, 8]), "received other tokens"),
+        (written("goes out."), "returns no token ids"),
     ],
 )
 def test_token_ids_that_are_not_what_was_asked_for_stop_the_run(data: Any, reason: str) -> None:

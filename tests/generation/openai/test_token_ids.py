@@ -1,4 +1,4 @@
-"""A server of the policy's own tokenizer, driven by token ids: agreed on beforehand, exact in what it is asked and answers."""
+"""A server with the policy's tokenizer, queried by token ids."""
 
 import json
 from collections.abc import Iterator
@@ -79,13 +79,13 @@ def test_another_tokenizer_is_refused_and_no_endpoint_too(tmp_path: Path) -> Non
     other = train_tokenizer(["the plot is a bore"], 300)
     for tokens, words in (
         (vllm(other), "its tokens of 'The film begins"),
-        (None, "cannot be driven by token ids .*404"),
-        (vllm(context=31), "reads 31 tokens, but a prompt and its text can have 32"),
+        (None, "cannot continue token ids .*404"),
+        (vllm(context=31), "has a context of 31 tokens, but a prompt and its completion can have 32"),
     ):
         with FaultServer(tokens=tokens) as server, pytest.raises(ConfigError, match=words):
             remote(server, tmp_path)
     shifted = Tokens(lambda text: [token + 1 for token in encoder(WORDS)(text)], len(WORDS))
-    with FaultServer(tokens=shifted) as server, pytest.raises(ConfigError, match="cannot be driven"):
+    with FaultServer(tokens=shifted) as server, pytest.raises(ConfigError, match="cannot continue token ids"):
         remote(server, tmp_path)
 
 
@@ -105,7 +105,7 @@ def test_nothing_is_trained_for_a_guide_that_is_refused(tmp_path: Path) -> None:
     reports: list[str] = []
     with FaultServer() as server, pytest.raises(ConfigError, match="choose another guide"):
         prepare(config(server), tmp_path / "stages", reports.append)
-    with FaultServer(tokens=vllm(context=20)) as server, pytest.raises(ConfigError, match="reads 20 tokens"):
+    with FaultServer(tokens=vllm(context=20)) as server, pytest.raises(ConfigError, match="has a context of 20 tokens"):
         prepare(config(server), tmp_path / "stages", reports.append)
     with pytest.raises(ConfigError, match="about text"):
         config(server, stop=["\n"])
@@ -120,7 +120,7 @@ def test_what_was_agreed_on_is_kept_for_a_replay(server: FaultServer, tmp_path: 
     again = remote(server, tmp_path, offline=True)
     assert again.capabilities.exact_length
     assert query_guide(again, [request(i) for i in range(4)]) == wanted
-    with pytest.raises(ConfigError, match="does not answer"):
+    with pytest.raises(ConfigError, match="is unreachable"):
         remote(server, tmp_path)
     server.start()
 
@@ -147,7 +147,7 @@ def test_a_context_that_cuts_texts_short_stops_the_run(tmp_path: Path) -> None:
     with FaultServer(tokens=vllm()) as server:
         guide = remote(server, tmp_path)
         server.tokens = vllm(context=8)  # it was restarted with less
-        with pytest.raises(TrainingError, match=r"wrote 3 of 6 tokens .* --max-model-len"):
+        with pytest.raises(TrainingError, match=r"generated 3 of 6 tokens .* --max-model-len"):
             query_guide(guide, [request(minimum=6)])
 
 
@@ -197,7 +197,7 @@ def test_where_lengths_are_fixed_only_what_stands_before_the_switch_is_written(t
         reports: list[str] = []
         guide = remote(server, tmp_path / "b", reports)
         assert not guide.capabilities.exact_length
-        assert "does not keep to min_tokens" in reports[0]
+        assert "ignores min_tokens" in reports[0]
         _, rollouts = trained(server, tmp_path / "b", ppo_pp(1.0).build(), minimum=6)
         assert {body["max_tokens"] for body in texts_asked(server)} == {6}
         assert {body["min_tokens"] for body in texts_asked(server)} == {0}

@@ -137,7 +137,7 @@ def test_a_seed_means_the_same_text_whatever_else_is_asked(served: Served, tmp_p
 def test_other_tokens_and_too_short_a_context_are_refused(served: Served, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"its tokens of .* the policy's"):
         remote(served, tmp_path, served.stranger)
-    with pytest.raises(ConfigError, match="reads 256 tokens, but a prompt and its text can have 257"):
+    with pytest.raises(ConfigError, match="has a context of 256 tokens, but a prompt and its completion can have 257"):
         remote(served, tmp_path, longest=257)
 
 
@@ -146,9 +146,9 @@ def test_a_check_tells_all_its_ways(served: Served, reviews: Path, tmp_path: Pat
     findings = check_guide(config, PROMPT, " nobody", tmp_path, lambda line: None)
     for mode in ("completion", "continue_final_message", "instruction", "token_ids"):
         said = [finding.text for finding in findings if finding.text.startswith(f"guide.continuation={mode}: ")]
-        assert any("finishes ' nobody'" in text for text in said), said
+        assert any("continues ' nobody'" in text for text in said), said
         assert any("serves PPO, PPO++, AggreVaTeD, LOLS, D2LOLS" in text for text in said), said
-    assert findings[-1].text == "guide.continuation=token_ids: keeps to a least length"
+    assert findings[-1].text == "guide.continuation=token_ids: respects min_tokens"
 
 
 # --- training -----------------------------------------------------------------------------------------------------------

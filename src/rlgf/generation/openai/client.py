@@ -97,8 +97,8 @@ class Server:
             return {**found, "end_ids": list(self.eos_token_ids)}
         if self.mode == "completion":
             return found
-        told = {"system": config.system} if config.system else {}
-        return {**found, "instruction": self.instruction, **told}
+        system = {"system": config.system} if config.system else {}
+        return {**found, "instruction": self.instruction, **system}
 
     @property
     def instruction(self) -> str:
@@ -110,16 +110,16 @@ class Server:
         """Return whether the server can continue a prefix."""
         return self.mode != "none"
 
-    def send(self, question: ServerRequest, again: Callable[[], None] = lambda: None) -> ServerResponse:
+    def send(self, request: ServerRequest, again: Callable[[], None] = lambda: None) -> ServerResponse:
         """Send a request and return the response.
 
         Raises `TransientError`, `InvalidError` or `PermanentError`. A parameter that the server
         refuses by name is omitted from then on; `again` is called before each such repetition.
         """
         while True:
-            body = self._body(question)
+            body = self._body(request)
             try:
-                return self._read(self._exchange(body), question)
+                return self._read(self._exchange(body), request)
             except RefusedError as error:
                 if not self._drop_refused_parameter(str(error), body):
                     raise
@@ -134,16 +134,18 @@ class Server:
         place = re.sub(r"/v1/?$", "", self.url) + "/tokenize"
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         with self._failures():
-            told: Any = self._client.post(place, cast_to=object, body=body)
-        tokens, context = (told.get("tokens"), told.get("max_model_len")) if isinstance(told, dict) else (None, None)
+            response: Any = self._client.post(place, cast_to=object, body=body)
+        tokens, context = (
+            (response.get("tokens"), response.get("max_model_len")) if isinstance(response, dict) else (None, None)
+        )
         if not isinstance(tokens, list) or not isinstance(context, int):
-            raise PermanentError("its /tokenize does not answer as vLLM's does")
+            raise PermanentError("its /tokenize does not respond as vLLM's does")
         return tokens, context
 
-    def _body(self, question: ServerRequest) -> dict[str, Any]:
+    def _body(self, request: ServerRequest) -> dict[str, Any]:
         config, sampling = self.config, self.config.sampling
-        body: dict[str, Any] = {"model": self.model, "seed": question.seed, "n": 1}
-        body[self._token_limit] = question.max_tokens + config.endpoint.thinking_tokens
+        body: dict[str, Any] = {"model": self.model, "seed": request.seed, "n": 1}
+        body[self._token_limit] = request.max_tokens + config.endpoint.thinking_tokens
         body["temperature"] = 0.0 if sampling.greedy else sampling.temperature
         if sampling.top_p < 1.0:
             body["top_p"] = sampling.top_p
@@ -151,28 +153,28 @@ class Server:
             body["stop"] = list(config.stop)
         if self.mode == "token_ids":
             body |= {
-                "prompt": list(question.ids), "min_tokens": question.min_tokens, "top_p": sampling.top_p,
+                "prompt": list(request.ids), "min_tokens": request.min_tokens, "top_p": sampling.top_p,
                 "top_k": sampling.top_k, "stop_token_ids": list(self.eos_token_ids), "return_token_ids": True,
             }  # fmt: skip
         elif self.mode == "completion":
-            body["prompt"] = question.prompt + question.prefix
+            body["prompt"] = request.prompt + request.prefix
         else:
-            body |= self._messages(question)
+            body |= self._messages(request)
         kept = {name: value for name, value in body.items() if name not in self._omitted_parameters}
         return kept | config.endpoint.extra_body
 
-    def _messages(self, question: ServerRequest) -> dict[str, Any]:
+    def _messages(self, request: ServerRequest) -> dict[str, Any]:
         """Return the fields of a chat request, with the prefix if there is one."""
         messages: list[dict[str, Any]] = []
         if self.config.system:
             messages.append({"role": "system", "content": self.config.system})
         if self.mode == "instruction":
-            asked = self.instruction.replace("{text}", question.prompt + question.prefix)
-            return {"messages": [*messages, {"role": "user", "content": asked}]}
-        messages.append({"role": "user", "content": self.instruction.replace("{text}", question.prompt)})
-        if not question.prefix:
+            instruction = self.instruction.replace("{text}", request.prompt + request.prefix)
+            return {"messages": [*messages, {"role": "user", "content": instruction}]}
+        messages.append({"role": "user", "content": self.instruction.replace("{text}", request.prompt)})
+        if not request.prefix:
             return {"messages": messages}
-        last: dict[str, Any] = {"role": "assistant", "content": question.prefix}
+        last: dict[str, Any] = {"role": "assistant", "content": request.prefix}
         if self.mode == "prefix":
             last["prefix"] = True
         fields: dict[str, Any] = {"messages": [*messages, last]}
@@ -196,11 +198,11 @@ class Server:
                 if time.monotonic() > end:  # the client's timeout restarts at every byte
                     raise TransientError(f"it took longer than {timeout:g} s")
                 if len(content) > MAX_RESPONSE_BYTES:
-                    raise TransientError(f"its answer is longer than {MAX_RESPONSE_BYTES >> 20} MiB")
+                    raise TransientError(f"its response is longer than {MAX_RESPONSE_BYTES >> 20} MiB")
         try:
             data: Any = json.loads(content)
         except (ValueError, RecursionError):
-            raise TransientError("its answer is no JSON") from None
+            raise TransientError("its response is not JSON") from None
         # some servers report errors with status 200
         if isinstance(data, dict) and data.get("error") and not data.get("choices"):
             raise TransientError(f"it reports an error: {self._hide(str(data['error']))}")
@@ -221,14 +223,14 @@ class Server:
         except (TransientError, PermanentError):
             raise
         except Exception as error:  # any exception of the transport during the body
-            raise TransientError(f"broken off ({type(error).__name__})") from None
+            raise TransientError(f"interrupted ({type(error).__name__})") from None
 
     def _status_failure(self, error: Any) -> Exception:
         status, detail = int(error.status_code), error.body.get("detail") if isinstance(error.body, dict) else None
         # FastAPI servers put the reason into `detail`, which the client ignores
         reason = self._hide(f"{error} - {detail}" if isinstance(detail, str) else str(error))
         if status == 404 and not re.search(r"/v\d", self.url):
-            reason += "; most servers' addresses end in /v1"
+            reason += "; most servers' URLs end in /v1"
         if status in (408, 409, 425, 429) or status >= 500:
             if error.code in QUOTA_ERRORS:
                 return PermanentError(reason)
@@ -252,18 +254,18 @@ class Server:
             self._token_limit = "max_completion_tokens"
         elif named:
             if named[0] not in self._omitted_parameters:
-                self._report(f"{self.role}: {named[0]} is left out from now on, as the server refuses it")
+                self._report(f"{self.role}: {named[0]} is omitted from now on, as the server rejects it")
             self._omitted_parameters.add(named[0])
         else:
             return False
         return True
 
-    def _read(self, data: Any, question: ServerRequest) -> ServerResponse:
+    def _read(self, data: Any, request: ServerRequest) -> ServerResponse:
         if self.mode == "token_ids":
-            return read_ids(data, question, self.eos_token_ids, self.exact)
+            return read_ids(data, request, self.eos_token_ids, self.exact)
         if self.mode == "completion":
-            return read_completion(data, question, self.config.stop)
-        return read_chat(data, question, self.config.stop, told=self.mode == "instruction")
+            return read_completion(data, request, self.config.stop)
+        return read_chat(data, request, self.config.stop, instructed=self.mode == "instruction")
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -291,7 +293,7 @@ def read_secret(variable: str) -> str | None:
     """
     secret = os.environ.get(variable, "").strip()
     if not (secret.isascii() and secret.isprintable()):
-        raise ConfigError(f"the environment variable {variable} holds characters that no key has: set it again.")
+        raise ConfigError(f"the environment variable {variable} contains characters that no key has: set it again.")
     return secret or None
 
 
@@ -323,10 +325,10 @@ def parse_spec(spec: str, role: str = "guide") -> tuple[str, str]:
         )
     if parts.username or parts.password:
         raise ConfigError(
-            f"the {role}'s address holds a password: put the key into the variable that {role}.endpoint.api_key_env names."
+            f"the {role}'s URL contains a password: put the key into the variable that {role}.endpoint.api_key_env names."
         )
     if parts.query or parts.fragment:
-        raise ConfigError(f"the {role}'s address goes on behind a '?' or '#': leave that out; keys come from the environment.")
+        raise ConfigError(f"the {role}'s URL has a part after '?' or '#': remove that part; keys come from the environment.")
     return model, "http" + url
 
 
@@ -354,19 +356,21 @@ def connect(spec: str, config: GuideConfig, cache: ResponseCache, report: Callab
         except TransientError:
             pass  # undecided: use completion now, probe again in the next run
         except PermanentError as error:
-            raise ConfigError(f"the guide at {parse_spec(spec)[1]} refuses ({error}): mend guide.spec or its key.") from None
+            raise ConfigError(
+                f"the guide at {parse_spec(spec)[1]} rejects requests ({error}): fix guide.spec or its key."
+            ) from None
     return Server(spec, config, mode, report)
 
 
 def _probe_mode(spec: str, config: GuideConfig, report: Callable[[str], None]) -> str:
     """Return 'completion' if the server accepts it, otherwise 'instruction'."""
-    question = ServerRequest("Once upon a time", " there was", 8, 0)
+    request = ServerRequest("Once upon a time", " there was", 8, 0)
     try:
         with suppress(InvalidError):
-            Server(spec, config, "completion").send(question)
+            Server(spec, config, "completion").send(request)
         return "completion"
     except RefusedError as error:
         with suppress(InvalidError):
-            Server(spec, config, "instruction").send(question)
-        report(f"guide: no text completion ({error}); it is asked to continue by an instruction instead")
+            Server(spec, config, "instruction").send(request)
+        report(f"guide: no text completion endpoint ({error}); completions are requested by a chat instruction instead")
         return "instruction"

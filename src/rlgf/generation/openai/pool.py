@@ -38,36 +38,36 @@ class RetriesExhaustedError(Exception):
 
 @dataclass(frozen=True)
 class PoolRequest:
-    """A request and its draws, of which each is sent if those before it were invalid.
+    """A request and its samples, of which each is sent if those before it were invalid.
 
     `index` is part of the cache key, so that equal requests of two rows have their own responses.
     """
 
     index: int
-    draws: Sequence[ServerRequest]
+    samples: Sequence[ServerRequest]
 
 
 @dataclass(frozen=True)
 class PoolResponse:
-    """The stored responses to the draws of a request, up to the first valid one.
+    """The stored responses to the samples of a request, up to the first valid one.
 
     Each has 'text', 'finished' and perhaps 'ids'; or 'invalid' (the reason) and 'silent'; or
     'given_up' (the failure). `is_new` is true if this run, or the run that it replays, sent the
     last one.
     """
 
-    draws: Sequence[Mapping[str, Any]]
+    samples: Sequence[Mapping[str, Any]]
     is_new: bool
 
     @property
     def last(self) -> Mapping[str, Any]:
-        """Return the response to the last draw."""
-        return self.draws[-1]
+        """Return the response to the last sample."""
+        return self.samples[-1]
 
 
-def request_seed(seed: int, index: int, position: int, draw: int) -> int:
+def request_seed(seed: int, index: int, position: int, sample: int) -> int:
     """Return the seed of a server request, the same in whatever order responses arrive."""
-    place = f"{seed}/{index}/{position}/{draw}"
+    place = f"{seed}/{index}/{position}/{sample}"
     return int.from_bytes(hashlib.sha256(place.encode()).digest()[:4], "big") >> 1  # servers accept seeds of 31 bits
 
 
@@ -98,18 +98,21 @@ class EndpointPool:
 
         Requests without a cached response are sent concurrently. After an error none is sent.
         """
-        cached = [self._draw(request) for request in requests]
-        missing = [row for row, drawn in enumerate(cached) if not drawn]
+        cached = [self._collect_responses(request) for request in requests]
+        missing = [row for row, keyed_responses in enumerate(cached) if not keyed_responses]
 
         def use_sent(row: int, stop: threading.Event) -> T:
             try:
-                return use(row, self._count_usage(self._draw(requests[row], stop)))
+                return use(row, self._count_usage(self._collect_responses(requests[row], stop)))
             except BaseException:
                 stop.set()
                 raise
 
         sent = iter(self._run_concurrently(use_sent, missing))
-        return [use(row, self._count_usage(drawn)) if drawn else next(sent) for row, drawn in enumerate(cached)]
+        return [
+            use(row, self._count_usage(keyed_responses)) if keyed_responses else next(sent)
+            for row, keyed_responses in enumerate(cached)
+        ]
 
     def _run_concurrently(self, work: Callable[[int, threading.Event], T], rows: Sequence[int]) -> list[T]:
         """Return `work(row, stop)` of all rows; raise its first error once all have ended."""
@@ -122,7 +125,7 @@ class EndpointPool:
             failures = [error for future in futures if (error := future.exception()) is not None]
         except KeyboardInterrupt:
             seconds = f"{self.config.timeout_seconds:g} s at most"
-            self._report(f"{self.role}: requests under way come to their end first, in {seconds}")
+            self._report(f"{self.role}: waiting for requests in flight, {seconds}")
             raise
         finally:  # also after an interrupt: finish and store requests in flight, cancel the rest
             stop.set()
@@ -143,7 +146,7 @@ class EndpointPool:
         def fetch(request: PoolRequest) -> None:
             if not self._stop_prefetching.is_set():
                 with suppress(Exception):
-                    self._draw(request, self._stop_prefetching)
+                    self._collect_responses(request, self._stop_prefetching)
 
         with ThreadPoolExecutor(self.config.concurrency, thread_name_prefix=f"{self.role} ahead") as pool:
             list(pool.map(fetch, requests))
@@ -152,24 +155,24 @@ class EndpointPool:
         """Start no more prefetching requests."""
         self._stop_prefetching.set()
 
-    def _draw(self, request: PoolRequest, stop: threading.Event | None = None) -> list[KeyedResponse]:
-        """Return the responses to the draws of a request, up to the first valid one.
+    def _collect_responses(self, request: PoolRequest, stop: threading.Event | None = None) -> list[KeyedResponse]:
+        """Return the responses to the samples of a request, up to the first valid one.
 
         Draws come from the cache or the server; without `stop` nothing is sent, and the result is
-        empty if a draw is not cached.
+        empty if a sample is not cached.
         """
-        drawn: list[KeyedResponse] = []
-        for question in request.draws:
-            key = cache_key({**self._server_key, **asdict(question), "index": request.index})
+        keyed_responses: list[KeyedResponse] = []
+        for server_request in request.samples:
+            key = cache_key({**self._server_key, **asdict(server_request), "index": request.index})
             stored = self._replay(key, request.index) if self.config.offline else self.cache.get(key)
             if stored is None:
                 if stop is None:
                     return []
-                stored = self._fetch(key, question, stop)
-            drawn.append((key, stored))
+                stored = self._fetch(key, server_request, stop)
+            keyed_responses.append((key, stored))
             if "invalid" not in stored:
                 break
-        return drawn
+        return keyed_responses
 
     def _replay(self, key: str, index: int) -> dict[str, Any]:
         """Return the cached response, or the record that this run gave it up.
@@ -182,18 +185,18 @@ class EndpointPool:
         stored = self.cache.get(key)
         if stored is None:
             raise self._error(
-                f"the {self.role} is offline and the answer for trajectory {index} is not in {self.cache.path}: "
+                f"the {self.role} is offline and the response for trajectory {index} is not in {self.cache.path}: "
                 "run once with the server, or leave out --offline."
             )
         return {**stored, **(record or {})}
 
-    def _fetch(self, key: str, question: ServerRequest, stop: threading.Event) -> dict[str, Any]:
+    def _fetch(self, key: str, server_request: ServerRequest, stop: threading.Event) -> dict[str, Any]:
         """Query the server and store the response for all runs, its usage for this run.
 
         If the retries are used up, stores and returns the record that it was given up.
         """
         try:
-            stored = self._query_with_retries(key, question, stop)
+            stored = self._query_with_retries(key, server_request, stop)
         except RetriesExhaustedError as error:  # a replay of this run fails too; the next run retries
             stored = {"given_up": str(error), "took": self.usage.pending(key)}
             self.cache.put(self._record_key(key), stored, replace=True)
@@ -207,15 +210,15 @@ class EndpointPool:
         """Return the cache key of this run's record of a request."""
         return f"{key}/{self.run}"
 
-    def _count_usage(self, drawn: Sequence[KeyedResponse]) -> PoolResponse:
-        """Count the usage of all draws of a request that belong to this run.
+    def _count_usage(self, keyed_responses: Sequence[KeyedResponse]) -> PoolResponse:
+        """Count the usage of all samples of a request that belong to this run.
 
         Draws belong to it if this run sent them, or replays the run that sent them.
         """
-        are_new = [self.usage.use(key, stored.get("took") if self.config.offline else None) for key, stored in drawn]
-        return PoolResponse([stored for _, stored in drawn], are_new[-1])
+        are_new = [self.usage.use(key, stored.get("took") if self.config.offline else None) for key, stored in keyed_responses]
+        return PoolResponse([stored for _, stored in keyed_responses], are_new[-1])
 
-    def _query_with_retries(self, key: str, question: ServerRequest, stop: threading.Event) -> dict[str, Any]:
+    def _query_with_retries(self, key: str, server_request: ServerRequest, stop: threading.Event) -> dict[str, Any]:
         """Send a request until the server responds, and return what the cache stores.
 
         An invalid response is also stored, so that a replay takes the same path.
@@ -237,7 +240,7 @@ class EndpointPool:
 
         def before(state: Any) -> None:
             self._count_attempt(key, "retried")
-            self._report_pause(f"{self.role}: {state.outcome.exception()}; asked again in", state.upcoming_sleep)
+            self._report_pause(f"{self.role}: {state.outcome.exception()}; retrying in", state.upcoming_sleep)
 
         retrying = Retrying(
             stop=stop_never if self._retry_forever else stop_after_attempt(self.config.retries + 1),
@@ -247,7 +250,7 @@ class EndpointPool:
             sleep=lambda seconds: self._pause(seconds, stop),
         )
         try:
-            return retrying(self._query_once, key, question, stop)
+            return retrying(self._query_once, key, server_request, stop)
         except RetryError as error:
             self._count_attempt(key, "given_up")
             cause = error.last_attempt.exception()
@@ -257,10 +260,11 @@ class EndpointPool:
         except PermanentError as error:
             self._count_attempt(key, "given_up")
             raise self._error(
-                f"the {self.role} at {self.server.url} refuses ({error}): mend {self.role}.spec, its key or its options."
+                f"the {self.role} at {self.server.url} rejects requests ({error}): fix {self.role}.spec, its key or "
+                "its options."
             ) from None
 
-    def _query_once(self, key: str, question: ServerRequest, stop: threading.Event) -> dict[str, Any]:
+    def _query_once(self, key: str, server_request: ServerRequest, stop: threading.Event) -> dict[str, Any]:
         if stop.is_set():
             raise StoppedError
         self._start_request(stop)
@@ -273,25 +277,25 @@ class EndpointPool:
         with self._slots:
             began = time.monotonic()
             try:
-                answer = self.server.send(question, again)
-                stored: dict[str, Any] = {"text": answer.text, "finished": answer.finished}
-                if answer.ids is not None:
-                    stored["ids"] = answer.ids
+                response = self.server.send(server_request, again)
+                stored: dict[str, Any] = {"text": response.text, "finished": response.finished}
+                if response.ids is not None:
+                    stored["ids"] = response.ids
             except InvalidError as error:
-                answer = ServerResponse("", False, error.usage)
+                response = ServerResponse("", False, error.usage)
                 stored = {"invalid": str(error), "silent": error.is_empty}
-        bill = answer.usage
+        usage = response.usage
         self._count_attempt(key, "answered")
         self.usage.add(key, {
-            "answers_invalid": int("invalid" in stored), "answers_stripped": int(answer.stripped),
-            "prompt_tokens": bill.prompt_tokens, "completion_tokens": bill.completion_tokens,
-            "thinking_tokens": bill.thinking_tokens, "seconds": time.monotonic() - began,
+            "answers_invalid": int("invalid" in stored), "answers_stripped": int(response.stripped),
+            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+            "thinking_tokens": usage.thinking_tokens, "seconds": time.monotonic() - began,
         })  # fmt: skip
-        if not bill.known and (self.config.max_tokens is not None or self.config.max_cost is not None):
+        if not usage.known and (self.config.max_tokens is not None or self.config.max_cost is not None):
             section = f"{self.role}.endpoint"
             raise self._error(
-                f"the {self.role} at {self.server.url} does not say what an answer costs, so {section}.max_tokens and "
-                f"{section}.max_cost cannot be kept: leave them out and set {section}.max_requests."
+                f"the {self.role} at {self.server.url} reports no usage, so {section}.max_tokens and "
+                f"{section}.max_cost cannot be enforced: leave them out and set {section}.max_requests."
             )
         return stored
 
@@ -303,7 +307,7 @@ class EndpointPool:
             name, used, limit = reached
             raise self._error(
                 f"the {self.role}'s budget is used up ({used:g} of {self.role}.endpoint.max_{name}={limit:g}): raise it and "
-                "run the same command again; answers that were paid for are kept."
+                "run the same command again; paid responses are cached."
             )
 
     def _count_attempt(self, key: str, outcome: str) -> None:
@@ -329,7 +333,7 @@ class EndpointPool:
     def _report_pause(self, what: str, seconds: float) -> None:
         """Report a long pause, at most once per interval."""
         with self._lock:
-            silent = seconds < REPORT_PAUSES_ABOVE or time.monotonic() - self._last_report < REPORT_INTERVAL
-            self._last_report = self._last_report if silent else time.monotonic()
-        if not silent:
+            is_quiet = seconds < REPORT_PAUSES_ABOVE or time.monotonic() - self._last_report < REPORT_INTERVAL
+            self._last_report = self._last_report if is_quiet else time.monotonic()
+        if not is_quiet:
             self._report(f"{what} {seconds:.0f} s")

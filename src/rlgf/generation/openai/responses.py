@@ -34,10 +34,10 @@ class TransientError(Exception):
 class InvalidError(Exception):
     """A response without a usable completion; another seed may give one."""
 
-    def __init__(self, reason: str, bill: "Usage", silent: bool = False) -> None:
+    def __init__(self, reason: str, usage: "Usage", is_empty: bool = False) -> None:
         super().__init__(reason)
-        self.usage = bill
-        self.is_empty = silent  # true if the completion ended immediately, without text
+        self.usage = usage
+        self.is_empty = is_empty  # true if the completion ended immediately, without text
 
 
 class PermanentError(Exception):
@@ -80,43 +80,43 @@ class ServerResponse:
     ids: tuple[int, ...] | None = None  # with token ids: the completion, EOS token included
 
 
-def read_completion(data: Any, question: ServerRequest, stop: Sequence[str] = ()) -> ServerResponse:
+def read_completion(data: Any, request: ServerRequest, stop: Sequence[str] = ()) -> ServerResponse:
     """Parse the JSON of a text completion.
 
     The completion continues exactly at the end of the prefix.
     """
-    choice, bill = _single_choice(data)
-    text, finished = choice.get("text"), _is_finished(choice, bill)
-    return _validate(text, text, finished, bill, stop)
+    choice, usage = _single_choice(data)
+    text, finished = choice.get("text"), _is_finished(choice, usage)
+    return _validate(text, text, finished, usage, stop)
 
 
-def read_chat(data: Any, question: ServerRequest, stop: Sequence[str] = (), told: bool = True) -> ServerResponse:
+def read_chat(data: Any, request: ServerRequest, stop: Sequence[str] = (), instructed: bool = True) -> ServerResponse:
     """Parse the JSON of a chat completion.
 
     Thoughts, preamble, quotation marks and an echo are removed; a space is added after the prefix
-    where needed. `told`: true if the model was instructed in words to continue, so that it may
-    repeat the last words of the prefix.
+    where needed. `instructed`: true if the model was instructed in words to continue, so that it
+    may repeat the last words of the prefix.
     """
-    choice, bill = _single_choice(data)
+    choice, usage = _single_choice(data)
     message = choice.get("message")
     if not isinstance(message, dict):
-        raise TransientError("its answer holds no message")
+        raise TransientError("its response has no message")
     if message.get("refusal"):
-        raise InvalidError("it refused", bill)
-    written, finished = _message_text(message.get("content")), _is_finished(choice, bill)
+        raise InvalidError("it refused", usage)
+    written, finished = _message_text(message.get("content")), _is_finished(choice, usage)
     if not isinstance(written, str):
-        return _validate(written, written, finished, bill, stop)
-    text = _unquoted(PREAMBLE.sub("", _without_thoughts(written, bill)), finished)
-    before = question.prompt + question.prefix
-    rest = _without_echo(text, question, bill)
-    if told and rest == text:
+        return _validate(written, written, finished, usage, stop)
+    text = _unquoted(PREAMBLE.sub("", _without_thoughts(written, usage)), finished)
+    before = request.prompt + request.prefix
+    rest = _without_echo(text, request, usage)
+    if instructed and rest == text:
         rest = _without_last_words(text, before)
     # a completion that echoes the prefix shows whether a space separates the two
     joined = join_with_space(before, rest) if rest == text else rest
-    return _validate(joined, written, finished, bill, stop, stripped=rest.strip() != written.strip())
+    return _validate(joined, written, finished, usage, stop, stripped=rest.strip() != written.strip())
 
 
-def read_ids(data: Any, question: ServerRequest, end_ids: Sequence[int], exact: bool) -> ServerResponse:
+def read_ids(data: Any, request: ServerRequest, end_ids: Sequence[int], exact: bool) -> ServerResponse:
     """Parse the token ids of a completion, as vLLM returns them with `return_token_ids`.
 
     `exact`: true if the completion must have at least min_tokens tokens before its end. A complete
@@ -124,34 +124,36 @@ def read_ids(data: Any, question: ServerRequest, end_ids: Sequence[int], exact: 
     max_tokens was truncated by something else, such as the server's context: raises
     `PermanentError`.
     """
-    choice, bill = _single_choice(data)
-    finished, told = _is_finished(choice, bill), choice.get("token_ids")
-    if told is None:
-        raise PermanentError("it tells no token ids, as vLLM does with return_token_ids: choose another guide.continuation")
-    if not isinstance(told, list) or any(type(token) is not int or token < 0 for token in told):
-        raise TransientError("its answer has the wrong types")
-    read = choice.get("prompt_token_ids")
-    if read is not None and read != list(question.ids):
-        raise PermanentError("it read other tokens than it was sent")
-    ids = list(told)
+    choice, usage = _single_choice(data)
+    finished, token_ids = _is_finished(choice, usage), choice.get("token_ids")
+    if token_ids is None:
+        raise PermanentError("it returns no token ids, as vLLM does with return_token_ids: choose another guide.continuation")
+    if not isinstance(token_ids, list) or any(type(token) is not int or token < 0 for token in token_ids):
+        raise TransientError("its response has the wrong types")
+    prompt_ids = choice.get("prompt_token_ids")
+    if prompt_ids is not None and prompt_ids != list(request.ids):
+        raise PermanentError("it received other tokens than were sent")
+    ids = list(token_ids)
     if finished and (not ids or ids[-1] not in end_ids):
         ids = [*ids[:-1], end_ids[0]]  # the server's EOS token differs from the policy's
-    if not finished and len(ids) != question.max_tokens:
+    if not finished and len(ids) != request.max_tokens:
         raise PermanentError(
-            f"it wrote {len(ids)} of {question.max_tokens} tokens and calls that the full length: "
-            "does its context (vLLM's --max-model-len) hold prompt and text?"
+            f"it generated {len(ids)} of {request.max_tokens} tokens and reports the full length: "
+            "does its context (vLLM's --max-model-len) hold prompt and completion?"
         )
-    if len(ids) > question.max_tokens or (exact and len(ids) - finished < question.min_tokens):
-        raise PermanentError(f"it wrote {len(ids)} tokens where {question.min_tokens} to {question.max_tokens} were asked for")
+    if len(ids) > request.max_tokens or (exact and len(ids) - finished < request.min_tokens):
+        raise PermanentError(
+            f"it generated {len(ids)} tokens where {request.min_tokens} to {request.max_tokens} were requested"
+        )
     text = choice.get("text")
-    return ServerResponse(text if isinstance(text, str) else "", finished, bill, ids=tuple(ids))
+    return ServerResponse(text if isinstance(text, str) else "", finished, usage, ids=tuple(ids))
 
 
 def _single_choice(data: Any) -> tuple[dict[str, Any], Usage]:
     """Return the only choice of a response, and its usage."""
     choices = data.get("choices") if isinstance(data, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise TransientError("its answer does not hold one choice")
+        raise TransientError("its response does not have exactly one choice")
     return choices[0], _read_usage(data.get("usage"))
 
 
@@ -166,36 +168,38 @@ def _read_usage(usage: Any) -> Usage:
     return Usage(count(usage, "prompt_tokens"), count(usage, "completion_tokens"), thoughts, known="completion_tokens" in usage)
 
 
-def _is_finished(choice: dict[str, Any], bill: Usage) -> bool:
+def _is_finished(choice: dict[str, Any], usage: Usage) -> bool:
     why = choice.get("finish_reason")
     if why == "content_filter":
-        raise InvalidError("it refused", bill)
+        raise InvalidError("it refused", usage)
     if why in ("tool_calls", "function_call"):
-        raise InvalidError("it called a tool instead of writing", bill)
+        raise InvalidError("it called a tool instead of generating text", usage)
     if why not in FINISH_REASONS:
-        raise TransientError("its answer has the wrong types" if why is None else "its answer was broken off")
+        raise TransientError("its response has the wrong types" if why is None else "its response was cut off")
     return FINISH_REASONS[why]
 
 
 def _validate(
-    text: Any, written: Any, finished: bool, bill: Usage, stop: Sequence[str], stripped: bool = False
+    text: Any, written: Any, finished: bool, usage: Usage, stop: Sequence[str], stripped: bool = False
 ) -> ServerResponse:
     """Return the response if its text is valid Unicode and not empty; raise otherwise."""
     if not (text is None or isinstance(text, str)):
-        raise TransientError("its answer has the wrong types")
+        raise TransientError("its response has the wrong types")
     text = text or ""
     for end in stop:  # some servers keep the stop string
         text = text.removesuffix(end)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InvalidError("its text is no valid Unicode", bill) from None
+        raise InvalidError("its completion is not valid Unicode", usage) from None
     if not text.strip():
         reason = (
-            "it wrote nothing" if finished else "its tokens ran out before it wrote anything: raise endpoint.thinking_tokens"
+            "it generated nothing"
+            if finished
+            else "its tokens ran out before it generated anything: raise endpoint.thinking_tokens"
         )
-        raise InvalidError(reason, bill, silent=finished and not (written or "").strip())
-    return ServerResponse(text, finished, bill, stripped)
+        raise InvalidError(reason, usage, is_empty=finished and not (written or "").strip())
+    return ServerResponse(text, finished, usage, stripped)
 
 
 def _message_text(content: Any) -> Any:
@@ -206,14 +210,14 @@ def _message_text(content: Any) -> Any:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-def _without_thoughts(text: str, bill: Usage) -> str:
+def _without_thoughts(text: str, usage: Usage) -> str:
     """Return the text without thoughts, which are enclosed in tags.
 
     The first opening tag may be missing, since a chat template can contain it.
     """
     text = THOUGHTS_END.split(THOUGHTS.sub("", text))[-1]
     if THOUGHTS_BEGIN.search(text):
-        raise InvalidError("it was still thinking when its tokens ran out: raise endpoint.thinking_tokens", bill)
+        raise InvalidError("it was still thinking when its tokens ran out: raise endpoint.thinking_tokens", usage)
     return text
 
 
@@ -232,13 +236,13 @@ def _unquoted(text: str, finished: bool) -> str:
     return text
 
 
-def _without_echo(text: str, question: ServerRequest, bill: Usage) -> str:
+def _without_echo(text: str, request: ServerRequest, usage: Usage) -> str:
     """Return the text without an echo at its start.
 
     The echo is prompt and prefix, the prefix, or the prompt. Raises `InvalidError` if the text
     repeats only the beginning of the prefix or of the prompt.
     """
-    for whole in (question.prompt + question.prefix, question.prefix, question.prompt):
+    for whole in (request.prompt + request.prefix, request.prefix, request.prompt):
         words = whole.split()
         if len(words) < 2:
             continue
@@ -246,10 +250,10 @@ def _without_echo(text: str, question: ServerRequest, bill: Usage) -> str:
         found = head.match(text)
         if found:
             return text[found.end() :]
-    for whole in (question.prefix, question.prompt):
+    for whole in (request.prefix, request.prompt):
         opening = whole.split()[:5]
         if len(opening) == 5 and text.split()[:5] == opening:
-            raise InvalidError("it began anew instead of continuing", bill)
+            raise InvalidError("it started over instead of continuing", usage)
     return text
 
 

@@ -52,35 +52,34 @@ def connect_by_token_ids(
     """
     model, url = parse_spec(spec)
     texts = probe_texts(tokens.tokenizer)
-    ours = [list(tokens.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
-    key = cache_key({"tokens of": model, "ids": ours, "end_ids": list(tokens.eos_token_ids)})
+    policy_ids = [list(tokens.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+    key = cache_key({"tokens of": model, "ids": policy_ids, "end_ids": list(tokens.eos_token_ids)})
     if config.endpoint.offline:
         found = cache.get(key)
         if found is None:
             raise ConfigError(
-                f"the guide is offline and {cache.path} does not say that its tokens are the policy's: run it once."
+                f"the guide is offline and {cache.path} has no record that its tokens are the policy's: run once "
+                "without --offline."
             )
         return Server(spec, config, "token_ids", report, tokens.eos_token_ids, bool(found["exact"]))
     server = Server(spec, config, "token_ids", report, tokens.eos_token_ids)
     try:
-        context = _require_same_tokens(server, texts, ours)
-        exact = _respects_min_tokens(spec, config, tokens, ours[0])
+        context = _require_same_tokens(server, texts, policy_ids)
+        exact = _respects_min_tokens(spec, config, tokens, policy_ids[0])
     except TransientError as error:
-        raise ConfigError(
-            f"the guide at {url} does not answer ({error}): run the same command again when it is back."
-        ) from None
+        raise ConfigError(f"the guide at {url} is unreachable ({error}): run the same command again when it is back.") from None
     except (PermanentError, InvalidError) as error:
         raise ConfigError(
-            f"the guide at {url} cannot be driven by token ids ({error}): serve it with vLLM and the policy's tokenizer, or "
+            f"the guide at {url} cannot continue token ids ({error}): serve it with vLLM and the policy's tokenizer, or "
             "choose another guide.continuation."
         ) from None
     if context < tokens.max_length:
         raise ConfigError(
-            f"the guide at {url} reads {context} tokens, but a prompt and its text can have {tokens.max_length}: raise its "
-            "--max-model-len, or lower task.max_new_tokens."
+            f"the guide at {url} has a context of {context} tokens, but a prompt and its completion can have "
+            f"{tokens.max_length}: raise its --max-model-len, or lower task.max_new_tokens."
         )
     if not exact:
-        report("guide: it does not keep to min_tokens, so its texts are written to the end and cut at the switch")
+        report("guide: it ignores min_tokens, so its completions are generated to the end and truncated at the switch")
     cache.put(key, {"exact": exact}, replace=True)
     return Server(spec, config, "token_ids", report, tokens.eos_token_ids, exact)
 
@@ -92,16 +91,16 @@ def probe_texts(tokenizer: Any) -> list[str]:
     return [*PROBES, " ".join(sample)]
 
 
-def _require_same_tokens(server: Server, texts: Sequence[str], ours: Sequence[Sequence[int]]) -> int:
+def _require_same_tokens(server: Server, texts: Sequence[str], policy_ids: Sequence[Sequence[int]]) -> int:
     """Return the server's context length, in tokens.
 
     Raises `PermanentError` with the first text that it encodes differently.
     """
     context = 0
-    for text, ids in zip(texts, ours):
-        theirs, context = server.tokenize(text)
-        if theirs != list(ids):
-            raise PermanentError(f"its tokens of {text[:40]!r} are {theirs[:8]}, the policy's {list(ids)[:8]}")
+    for text, ids in zip(texts, policy_ids):
+        server_ids, context = server.tokenize(text)
+        if server_ids != list(ids):
+            raise PermanentError(f"its tokens of {text[:40]!r} are {server_ids[:8]}, the policy's {list(ids)[:8]}")
     return context
 
 
@@ -113,5 +112,5 @@ def _respects_min_tokens(spec: str, config: GuideConfig, tokens: TokenIdSetup, i
     push = {"logit_bias": {str(end): 100 for end in tokens.eos_token_ids}}
     endpoint = replace(config.endpoint, extra_body={**config.endpoint.extra_body, **push})
     pushed = Server(spec, replace(config, endpoint=endpoint), "token_ids", end_ids=tokens.eos_token_ids)
-    answer = pushed.send(ServerRequest("", "", max_tokens=4, seed=0, ids=tuple(ids), min_tokens=4))
-    return not answer.finished and len(answer.ids or ()) == 4
+    response = pushed.send(ServerRequest("", "", max_tokens=4, seed=0, ids=tuple(ids), min_tokens=4))
+    return not response.finished and len(response.ids or ()) == 4
