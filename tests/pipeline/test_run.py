@@ -213,17 +213,17 @@ def test_a_guide_that_fails_its_probe_is_refused(tmp_path: Path, stages: Path, m
         (["train", "imdb-small", "--data", "nowhere"], "nowhere"),
         (["train", "quickstart", "--policy", "nowhere"], "nowhere"),
         (["train", "missing.yaml"], "missing.yaml"),
-        (["train", "quickstart", "--out", "file/run"], r"file/run cannot be made \(Not a directory\): choose another --out"),
-        (["train", "quickstart", "--stages", "file/stages"], "file/stages cannot be made .*another --stages"),
-        (["compare", "quickstart", "--out", "file/runs"], "file/runs cannot be made .*another --out"),
-        (["sft", "quickstart", "--out", "file/sft/model"], "file/sft cannot be made .*another --out"),
+        (["train", "quickstart", "--out", "file/run"], r"file/run cannot be created \(Not a directory\): choose another --out"),
+        (["train", "quickstart", "--stages", "file/stages"], "file/stages cannot be created .*another --stages"),
+        (["compare", "quickstart", "--out", "file/runs"], "file/runs cannot be created .*another --out"),
+        (["sft", "quickstart", "--out", "file/sft/model"], "file/sft cannot be created .*another --out"),
         (
             ["evaluate", "quickstart", "--policy", "nowhere", "--json", "file/metrics.json"],
             "file/metrics.json cannot be written",
         ),
         (["compare", "quickstart", "--algorithms", "ppo,lol"], "did you mean 'lols'"),
         (["compare", "quickstart", "--seeds", "0,a"], "whole numbers"),
-        (["samples", "nowhere"], "no run"),
+        (["samples", "nowhere"], "is not a run"),
         (["evaluate", "nowhere"], "neither a run"),
         (["show", "ppo+"], "did you mean 'ppo"),
         (["check", "task", "toy_review"], "did you mean 'toy_reviews'"),
@@ -258,7 +258,7 @@ def test_an_output_folder_that_holds_another_run_is_refused(tmp_path: Path, stag
 
 def test_a_folder_that_cannot_be_made_is_not_taken_for_a_full_disk(tmp_path: Path):
     """As under /proc, where there is no space either."""
-    with pytest.raises(ConfigError, match="cannot be made"):
+    with pytest.raises(ConfigError, match="cannot be created"):
         train(small(), "/proc/no-such-folder/run", tmp_path / "stages")
     assert not list(tmp_path.iterdir())
 
@@ -326,7 +326,7 @@ def test_no_disk_space_is_refused_before_anything_is_made(tmp_path: Path, monkey
 
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda place: usage(10, 10, 0))
-    with pytest.raises(ConfigError, match="make room"):
+    with pytest.raises(ConfigError, match="free some space"):
         train(small(), tmp_path / "run", tmp_path / "stages")
     assert not (tmp_path / "stages").exists()
 
@@ -352,7 +352,7 @@ def test_a_model_without_an_end_token_is_refused(tmp_path: Path, stages: Path):
         path.write_text(json.dumps(values))
     special = tmp_path / "model" / "special_tokens_map.json"
     special.unlink(missing_ok=True)
-    with pytest.raises(ConfigError, match="no end token"):
+    with pytest.raises(ConfigError, match="no EOS token"):
         prepare(small(("policy", str(tmp_path / "model"))), stages)
 
 
