@@ -87,7 +87,7 @@ class GuideError(TrainingError):
         >>> components = replace(rlgf.prepare(config, Path("runs/stages")), guide=Silent())
         >>> rlgf.Trainer(components).collect_rollout(0)
         Traceback (most recent call last):
-        rlgf.errors.GuideError: the guide gave 0 texts for 4 requests: ...
+        rlgf.errors.GuideError: the guide returned 0 completions for 4 requests: ...
     """
 
 
@@ -101,7 +101,7 @@ class RewardError(TrainingError):
         >>> components = replace(rlgf.prepare(config, Path("runs/stages")), reward=reward)
         >>> rlgf.Trainer(components).step(0)
         Traceback (most recent call last):
-        rlgf.errors.RewardError: the reward failed on 4 texts (ZeroDivisionError: ...): ...
+        rlgf.errors.RewardError: the reward failed on 4 completions (ZeroDivisionError: ...): ...
     """
 
 

@@ -170,10 +170,11 @@ def guided_trainer(**values: Any) -> tuple[Trainer, PricedGuide, NotingPrefetche
 
 def run_recorded(trainer: Trainer, folder: Path, until: Callable[[Progress], bool]) -> None:
     """Run a trainer as `train` does, and abandon the loop as soon as `until` says so."""
-    directory = RunDirectory(folder, trainer.config)
-    directory.create(trainer.config)
+    config = config_of()
+    directory = RunDirectory(folder, config)
+    directory.create(config)
     with (
-        RunRecorder(trainer, directory, trainer.config.runtime, to_dict(trainer.config)) as recorder,
+        RunRecorder(trainer, directory, trainer.config.runtime, to_dict(config)) as recorder,
         closing(trainer.iterate(recorder.run_step)) as iterations,
     ):
         for progress in iterations:
