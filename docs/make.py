@@ -154,7 +154,7 @@ def algorithm_name(node: ast.ClassDef) -> str | None:
 def named_types() -> dict[str, str]:
     """Return the named types of fields: those with bounds in words, choices as they are."""
     found: dict[str, str] = {}
-    for path in (BOUNDS, ALGORITHMS, ALGORITHMS.with_name("switching.py")):
+    for path in (BOUNDS, ALGORITHMS, ALGORITHMS.with_name("switch_position.py")):
         for line in path.read_text(encoding="utf-8").splitlines():
             if match := re.match(r"(\w+) = (?:Annotated\[.*#\s*(.*)|(Literal\[.*\]))", line):
                 found[match[1]] = match[2] or match[3].replace('"', "'")

@@ -15,19 +15,20 @@ ORDER = {
         "text_metrics generation guides rewards supervised rl evaluation runs trainer "
         "pipeline experiments cli"
     ),
-    "algorithms": "__init__ advantages switching guided losses schedules",
+    "algorithms": "__init__ advantages losses schedules switch_position guided",
     "cli": (
         "__init__ diagnose options terminal schedule console check compare evaluate "
         "inspect train app"
     ),
     "config": (
-        "__init__ base flatten sections specs validation schema loading recipes variants"
+        "__init__ base flatten sections specs validation schema loading recipes variants "
+        "objects"
     ),
     "data": "hub __init__ chat files datasets preferences text tokenization",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
     "experiments": "__init__ tables figures report compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
-    "generation/openai": "__init__ cache responses client token_ids usage pool",
+    "generation/openai": "__init__ cache responses client token_ids usage retries pool",
     "guides": "__init__ base human local remote prefetch encoding",
     "kernels": "__init__ concurrency processor native attention linear modules dispatch",
     "models": (
@@ -39,7 +40,7 @@ ORDER = {
         "reward_model_stage build_rewards preflight build_guide prepare run"
     ),
     "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
-    "rl": "__init__ shaping tensors experience rollout update",
+    "rl": "__init__ shaping tensors experience rollout update kl_controller",
     "runs": "__init__ directory machine profiling tracking recorder",
     "supervised": "__init__ span_corruption examples loop reward_modeling",
     "tasks": "__init__ base commongen imdb prompts tldr toy_reviews registry",

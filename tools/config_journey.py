@@ -11,8 +11,9 @@ steps.
 At a054cfe this gives 60 rooms and 131 steps back up; an earlier count by an unrecorded method gave
 58 and 127. Moving a function to another file changes the counts of files and leaves those of rooms.
 Each further iteration adds the rooms of the training loop again. Not counted are sections
-(`config.ppo`), other objects that hold them, the config's construction before `train`, and threads
-other than the one of `train`. Commits are extracted from git; `.` is the working tree.
+(`config.ppo`), objects that hold them other than a `ResolvedRun`, the construction of the config
+before `train`, and threads other than the one of `train`. Commits are extracted from git; `.` is
+the working tree.
 """
 
 import argparse
@@ -140,8 +141,17 @@ def trace_training() -> list[Place]:
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in preference_pairs()), encoding="utf-8")
     config = golden.configure(rlgf, [*SETTINGS.items(), ("preferences.data", "pairs.jsonl")])
     config = rlgf.override(config, list(TASK_OPTIONS.items()))
-    recorder = Recorder(type(config), Path(rlgf.__file__).parent)
+    recorder = Recorder((type(config), *resolved_run()), Path(rlgf.__file__).parent)
     return recorder.run(lambda: rlgf.train(config, out=Path("run")))
+
+
+def resolved_run() -> tuple[type, ...]:
+    """Return the class of resolved runs, if this commit has one: it is followed like a config."""
+    try:
+        from rlgf.pipeline.resolve import ResolvedRun
+    except ImportError:
+        return ()
+    return (ResolvedRun,)
 
 
 def preference_pairs() -> list[dict[str, str]]:
@@ -151,29 +161,33 @@ def preference_pairs() -> list[dict[str, str]]:
 
 
 class Recorder:
-    """The places in a package that an instance of a dataclass passes while a function runs."""
+    """The places in a package that instances of dataclasses pass while a function runs."""
 
-    def __init__(self, kind: type, package: Path) -> None:
-        self.kind, self.package = kind, package
-        self.fields = {field.name for field in dataclasses.fields(kind)}
+    def __init__(self, kinds: tuple[type, ...], package: Path) -> None:
+        self.kinds, self.package = kinds, package
         self.way: list[Place] = []
 
     def run(self, function: Callable[[], Any]) -> list[Place]:
         """Call the function and return the places in order; immediate repetitions are one place."""
         thread = threading.get_ident()
 
-        def read(instance: Any, name: str) -> Any:
-            if name in self.fields and threading.get_ident() == thread:
-                self._add(sys._getframe(1))
-            return object.__getattribute__(instance, name)
+        def reader(fields: set[str]) -> Callable[[Any, str], Any]:
+            def read(instance: Any, name: str) -> Any:
+                if name in fields and threading.get_ident() == thread:
+                    self._add(sys._getframe(1))
+                return object.__getattribute__(instance, name)
 
-        self.kind.__getattribute__ = read
+            return read
+
+        for kind in self.kinds:
+            setattr(kind, "__getattribute__", reader({field.name for field in dataclasses.fields(kind)}))  # noqa: B010
         sys.setprofile(self._on_event)
         try:
             function()
         finally:
             sys.setprofile(None)
-            del self.kind.__getattribute__
+            for kind in self.kinds:
+                delattr(kind, "__getattribute__")
         return self.way
 
     def _on_event(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -188,7 +202,7 @@ class Recorder:
     def _is_passed_to(self, frame: FrameType) -> bool:
         code, values = frame.f_code, frame.f_locals
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        return any(isinstance(values.get(name), self.kind) for name in names)
+        return any(isinstance(values.get(name), self.kinds) for name in names)
 
     def _add(self, frame: FrameType | None) -> None:
         """Add the place of the innermost frame of the package, unless it is the last one."""

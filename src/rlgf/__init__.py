@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rlgf.errors import CheckpointError, ConfigError, DataError, GuideError, RewardError, RlgfError, TrainingError
     from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide
     from rlgf.pipeline.prepare import prepare
-    from rlgf.pipeline.run import train
+    from rlgf.pipeline.run import evaluate, train
     from rlgf.rl.tensors import Experience, Rollout
     from rlgf.tasks.base import Task, TaskDefinition
     from rlgf.trainer import Components, Trainer
@@ -26,8 +26,8 @@ __all__ = [
     "Capabilities", "CheckpointError", "Completion", "CompletionRequest", "Components", "Config", "ConfigError", "DataError",
     "Experience",
     "Guide", "GuideError", "Prompt", "RewardError", "RlgfError", "Rollout", "SamplingParams", "Task", "TaskDefinition",
-    "Trainer", "TrainingError", "__version__", "aggrevated", "d2lols", "lols", "override", "ppo", "ppo_pp", "prepare",
-    "recipe", "train",
+    "Trainer", "TrainingError", "__version__", "aggrevated", "d2lols", "evaluate", "lols", "override", "ppo",
+    "ppo_pp", "prepare", "recipe", "train",
 ]  # fmt: skip
 
 _MODULES = {
@@ -40,7 +40,7 @@ _MODULES = {
     ),
     "rlgf.guides.base": ("Capabilities", "Completion", "CompletionRequest", "Guide"),
     "rlgf.pipeline.prepare": ("prepare",),
-    "rlgf.pipeline.run": ("train",),
+    "rlgf.pipeline.run": ("evaluate", "train"),
     "rlgf.rl.tensors": ("Experience", "Rollout"),
     "rlgf.tasks.base": ("Task", "TaskDefinition"),
     "rlgf.trainer": ("Components", "Trainer"),

@@ -29,8 +29,9 @@ from rlgf.models.memory import find_micro_batch_size, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards.weighted_sum import Batch, score_components
 from rlgf.rl.experience import ForwardConfig, Models, compute_log_probs, make_experience
+from rlgf.rl.kl_controller import KLController
 from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, select_prompts
-from rlgf.rl.shaping import KLController, RewardShaper
+from rlgf.rl.shaping import RewardShaper
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.rl.update import Updater
 from rlgf.supervised.examples import Example
@@ -183,9 +184,9 @@ class Trainer:
         """
         shares, parts = self.phase_weights(iteration), self.components
         self._warm_start_critic(iteration)
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as executor:
             free = Event()
-            scoring = beside.submit(self._score, rollout, free)
+            scoring = executor.submit(self._score, rollout, free)
             free.wait()
             measured = compute_log_probs(rollout, shares, parts.models, self.forward_config, self.updater.independent_critics)
             scores, terms = scoring.result()
@@ -278,6 +279,7 @@ class Trainer:
         Raises:
             TrainingError: a guide or a reward failed.
         """
+        self.prefetcher = self.prefetcher or self._prefetcher()
         try:
             while self.iteration < self.num_iterations:
                 metrics, experience = run_step(self.step, self.iteration)
@@ -295,6 +297,7 @@ class Trainer:
         finally:
             if self.prefetcher is not None:
                 self.prefetcher.close()
+                self.prefetcher = None  # a loop that was left may go on
 
     def _evaluates(self) -> bool:
         """Return whether an evaluation follows the iteration just done."""
@@ -349,8 +352,9 @@ class Trainer:
         self.kl.coefficient = state["kl_coefficient"]
         self.shaper.load_state(state["reward"])
         if not self.config.runtime.token_budget and "token_budget" in state:
-            # not found anew, so that a resumed run equals an uninterrupted one
+            # not searched again, so that a resumed run equals an uninterrupted one
             self._set_token_budget(state["token_budget"])
+        self.sampler.sync(self.components.models.policy)
 
     def guide_usage(self) -> Mapping[str, float]:
         """Return the guide's usage and costs over the whole run; empty without counts."""

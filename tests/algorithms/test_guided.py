@@ -25,7 +25,7 @@ from rlgf.algorithms.guided import (
     ppo_pp,
     single_phase,
 )
-from rlgf.algorithms.switching import Phase, SwitchRule, sample_switch
+from rlgf.algorithms.switch_position import Phase, SwitchRule, sample_switch
 from rlgf.errors import ConfigError
 from rlgf.types import GUIDE, POLICY, Origin
 
@@ -311,7 +311,7 @@ def test_the_family_is_frozen() -> None:
 
 def test_the_family_imports_no_model_no_guide_and_no_task() -> None:
     imported: set[str] = set()
-    for name in ("guided", "switching"):
+    for name in ("guided", "switch_position"):
         path = Path(guided.__file__).with_name(f"{name}.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -319,5 +319,6 @@ def test_the_family_imports_no_model_no_guide_and_no_task() -> None:
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module or "")
     assert imported == {
-        "collections.abc", "dataclasses", "difflib", "math", "typing", "rlgf.algorithms.switching", "rlgf.errors", "rlgf.types",
+        "collections.abc", "dataclasses", "difflib", "math", "typing", "rlgf.algorithms.switch_position", "rlgf.errors",
+        "rlgf.types",
     }  # fmt: skip

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rlgf.algorithms import guided
 from rlgf.algorithms.guided import ALGORITHMS, Algorithm
-from rlgf.algorithms.switching import Phase
+from rlgf.algorithms.switch_position import Phase
 from rlgf.cli.options import read_config
 from rlgf.config.flatten import to_dict
 from rlgf.config.loading import all_keys, dump, from_dict, override, parse_assignment, read_yaml

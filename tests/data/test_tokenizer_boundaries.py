@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlgf.algorithms.guided import aggrevated, ppo, ppo_pp
-from rlgf.algorithms.switching import sample_switch
+from rlgf.algorithms.switch_position import sample_switch
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart
 from rlgf.config.sections import ModelConfig

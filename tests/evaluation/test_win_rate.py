@@ -230,7 +230,7 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
     results = compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), tmp_path)
     assert all("win_rate" in row["metrics"] for row in results["rows"])
     table = (tmp_path / "table.md").read_text()
-    assert "by the words' judge; 0 unparseable answers" in " ".join(table.split())
+    assert "by the words' judge; 0 unparseable responses" in " ".join(table.split())
     assert "win rate" in table
 
 

@@ -63,7 +63,7 @@ def test_an_algorithm_that_the_guide_cannot_serve_is_refused_before_anything_run
     monkeypatch.chdir(tmp_path)
     for spec in ("references", "python:begins_only:guide"):
         config = small(("guide.spec", spec))
-        with pytest.raises(ConfigError, match=r"cannot finish a prefix .* LOLS asks of it"):
+        with pytest.raises(ConfigError, match=r"cannot continue a prefix, which LOLS needs"):
             compare(plan_comparison(config, build_variants(config, ["ppo", "ppo_pp", "lols"], {}), [0]), tmp_path / "out")
     assert not list((tmp_path / "out").glob("*"))
 

@@ -33,7 +33,7 @@ def test_each_of_two_tasks_has_half_of_the_threads(threads: int, halves: tuple[i
     torch.set_num_threads(threads)
     first, second = ConcurrentPair().run(where, where)
     assert first == (threading.current_thread().name, halves[0])
-    assert second[0].startswith("rlgf-lane")
+    assert second[0].startswith("rlgf-second")
     assert second[1] == halves[1]
     assert torch.get_num_threads() == threads
 
@@ -106,7 +106,7 @@ def test_what_is_lent_is_computed_by_the_lane_that_is_done_and_summed_in_its_ord
 
     assert ConcurrentPair().run(first, lambda: 2) == (1, 2)
     assert deferred_gradients() is None
-    assert computed[0][0].startswith("rlgf-lane")
+    assert computed[0][0].startswith("rlgf-second")
     assert {threads for _, threads in computed} == {1}
     assert parameter.grad is not None
     assert parameter.grad.tolist() == [0.0, 0.0]  # (1e8 + 1) − 1e8 in fp32: the order in which they were lent

@@ -61,6 +61,7 @@ def test_native_is_refused_without_the_c_kernels(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(native, "unavailable_reason", lambda: "rlgf_native is not installed: pip install ./native")
     with pytest.raises(ConfigError, match=r"runtime.kernels is native, but .*pip install ./native.*runtime.kernels=auto"):
         dispatch.select("native")
+    assert dispatch.uses_native("attention")  # what was selected before stays
     assert dispatch.describe() == "torch (rlgf_native is not installed: pip install ./native)"
 
 

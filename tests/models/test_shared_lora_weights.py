@@ -257,7 +257,7 @@ def test_a_reward_that_nobody_named_and_a_person_who_is_not_there_are_refused_fr
         check_to_train(resolve(rows))
     asked = small(("guide.spec", "human"), ("algorithm.name", "ppo_pp"))
     monkeypatch.setattr(preflight, "has_no_terminal", lambda: True)
-    with pytest.raises(ConfigError, match="queried at a terminal, and there is none"):
+    with pytest.raises(ConfigError, match="needs a terminal, and there is none"):
         check_to_train(resolve(asked))
     check_to_train(resolve(override(asked, [("algorithm.name", "ppo")])))  # who asks nobody needs nobody
 

@@ -1,6 +1,7 @@
 """The plan of a run: who receives a whole config, and what follows from one."""
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from rlgf.errors import ConfigError
 from rlgf.pipeline import preflight
 from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.run import train
+from rlgf.tasks.registry import TASKS
 
 PACKAGE = Path(rlgf.__file__).parent
 # the folders and files whose functions may receive a whole config
 WHOLE_CONFIG = ("cli/", "config/", "pipeline/resolve.py", "runs/directory.py")
 # the public functions that receive one and resolve it at once
-ENTRIES = {("pipeline/run.py", "train"), ("pipeline/prepare.py", "prepare")}
+ENTRIES = {("pipeline/run.py", "train"), ("pipeline/run.py", "evaluate"), ("pipeline/prepare.py", "prepare")}
 
 
 def receivers() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
@@ -47,15 +49,15 @@ def test_the_public_functions_use_a_whole_config_only_to_resolve_it() -> None:
     for file, node in receivers():
         if (file, node.name) in ENTRIES:
             calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
-            uses = [name for name in ast.walk(node) if isinstance(name, ast.Name) and name.id == "config"]
+            reads = [read for read in ast.walk(node) if isinstance(read, ast.Attribute) and ast.unparse(read.value) == "config"]
             passed = [
                 ast.unparse(call.func)
                 for call in calls
                 for argument in call.args
                 if isinstance(argument, ast.Name) and argument.id == "config"
             ]
-            assert set(passed) <= {"resolve", "RunDirectory"}, file
-            assert len(passed) == len(uses), file
+            assert set(passed) <= {"resolve", "RunDirectory", "isinstance", "type"}, file
+            assert reads == [], file
 
 
 def test_a_run_is_resolved_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +65,7 @@ def test_a_run_is_resolved_and_checked_once(tmp_path: Path, monkeypatch: pytest.
     for name in ("_check_task", "_check_judge", "_check_guide", "_check_device", "_check_adapters"):
         check = getattr(preflight, name)
         monkeypatch.setattr(preflight, name, lambda *rest, name=name, check=check: (seen.append(name), check(*rest))[1])
-    monkeypatch.setattr("rlgf.pipeline.run.resolve", lambda config: (seen.append("resolve"), resolve(config))[1])
+    monkeypatch.setattr("rlgf.pipeline.run.resolve", lambda *rest: (seen.append("resolve"), resolve(*rest))[1])
     changes = [("evaluation.output_perplexity", False), ("evaluation.every", 0), ("runtime.trackers", [])]
     train(override(config_of(ppo__iterations=1), changes), tmp_path / "run")
     assert sorted(seen) == ["_check_adapters", "_check_device", "_check_guide", "_check_judge", "_check_task", "resolve"]
@@ -94,3 +96,9 @@ def test_the_zero_shot_model_is_the_one_that_fine_tuning_starts_from() -> None:
     run = resolve(override(Config(), [("sft.seed", 3), ("seed", 5)]))
     assert run.policy.base is run.policy.sft.base
     assert run.policy.base.new_seed == 3
+
+
+def test_a_task_whose_instruction_has_no_place_for_the_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "toy_reviews", dataclasses.replace(TASKS["toy_reviews"], instruction="Go on."))
+    with pytest.raises(ConfigError, match="the task's instruction does not say where"):
+        resolve(Config())

@@ -207,7 +207,7 @@ def test_a_guide_that_fails_its_probe_is_refused(tmp_path: Path, stages: Path, m
         (["train", "quickstart", "--alpha", "0.5"], "lols"),
         (["train", "quickstart", "ppo.epochs=many"], "ppo.epochs"),
         (["train", "quickstart", "ppo"], "section.field=value"),
-        (["train", "quickstart", "--guide", "references", "--algorithm", "aggrevated"], "cannot finish"),
+        (["train", "quickstart", "--guide", "references", "--algorithm", "aggrevated"], "cannot continue a prefix"),
         (["train", "quickstart", "runtime.trackers=[tensorbord]"], "did you mean 'tensorboard'"),
         (["train", "imdb-small"], "needs data"),
         (["train", "imdb-small", "--data", "nowhere"], "nowhere"),

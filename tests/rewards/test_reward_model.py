@@ -234,10 +234,10 @@ def test_pairs_with_a_response_that_cannot_be_read_whole_are_left_out_and_counte
     kept = drop_too_long(reward, Pairs([*fine, long], fine[:1], {"pairs with identical responses": 2}))
     assert (list(kept.train), list(kept.test)) == (fine, fine[:1])
     assert kept.dropped == {
-        "pairs with identical responses": 2, "pairs with a response of more tokens than the reward model reads (48)": 1,
+        "pairs with identical responses": 2, "pairs with a response of more tokens than the reward model's context (48)": 1,
     }  # fmt: skip
     assert reward.num_truncated == 0
-    with pytest.raises(ConfigError, match=r"1 pairs with a response .* leave none to train on or to measure on"):
+    with pytest.raises(ConfigError, match=r"1 pairs with a response .* leave none to train or evaluate on"):
         drop_too_long(reward, Pairs([long], fine))
 
 

@@ -18,7 +18,7 @@ from rlgf.algorithms.guided import (
     ppo_pp,
     single_phase,
 )
-from rlgf.algorithms.switching import Phase, sample_switch
+from rlgf.algorithms.switch_position import Phase, sample_switch
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide, query_guide

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from rlgf.config.sections import KLConfig, RewardConfig
 from rlgf.errors import TrainingError
-from rlgf.rl.shaping import KLController, RewardShaper, RunningStats
+from rlgf.rl.kl_controller import KLController
+from rlgf.rl.shaping import RewardShaper, RunningStats
 from rlgf.types import Prompt
 
 PROMPTS = [Prompt("a", ("xx",)), Prompt("b", ("x", "xxxxx"))]

@@ -17,7 +17,7 @@ from rlgf.algorithms import guided
 from rlgf.config.flatten import to_dict
 from rlgf.config.sections import RuntimeConfig
 from rlgf.data.files import read_complete_lines, read_json
-from rlgf.errors import TrainingError
+from rlgf.errors import CheckpointError, TrainingError
 from rlgf.guides.base import Completion, CompletionRequest
 from rlgf.guides.local import FunctionGuide
 from rlgf.pipeline.run import train
@@ -329,3 +329,12 @@ def test_a_trainer_without_a_recorder_writes_nothing(tmp_path: Path, monkeypatch
     for write in (lambda: Path("x").write_text(""), lambda: Path("x").mkdir(), lambda: os.open("x", os.O_CREAT)):
         with pytest.raises(WritesError):
             write()
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run", config_of())
+    directory.create(config_of())
+    directory.save_checkpoint(2, {})
+    (tmp_path / "run" / "checkpoints" / "iteration-000002" / "state.pt").write_bytes(b"cut")
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read .* to begin again"):
+        directory.load_checkpoint()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlgf.algorithms import guided
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
-from rlgf.algorithms.switching import Phase, SwitchRule
+from rlgf.algorithms.switch_position import Phase, SwitchRule
 from rlgf.config.sections import CriticConfig, PPOConfig
 from rlgf.rl.experience import RolloutScorer
 from rlgf.types import GUIDE, POLICY, Origin

@@ -86,7 +86,7 @@ def test_who_receives_passes_or_reads_a_config_is_recorded_in_order(
     monkeypatch.syspath_prepend(tmp_path)
     schema, start = (importlib.import_module(f"journey_example.{name}") for name in ("schema", "start"))
     try:
-        way = journey.Recorder(schema.Config, folder).run(lambda: start.train(schema.Config(3)))
+        way = journey.Recorder((schema.Config,), folder).run(lambda: start.train(schema.Config(3)))
         assert way == [
             ("start.py", "train"), ("stages.py", "Stage.__init__"), ("start.py", "train"), ("stages.py", "forward"),
             ("models.py", "build"), ("stages.py", "Stage.run"), ("start.py", "train"),

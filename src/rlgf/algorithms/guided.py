@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
-from rlgf.algorithms.switching import Phase, SwitchRule, require_choice, require_probability, require_switch_rule
+from rlgf.algorithms.switch_position import Phase, SwitchRule, require_choice, require_probability, require_switch_rule
 from rlgf.errors import FieldError
 from rlgf.types import GUIDE, POLICY, Origin
 
@@ -121,7 +121,7 @@ class PPO:
         """Return the algorithm; it has no options."""
         phase = Phase(rollin=None, rollout=POLICY)
         schedule = constant_schedule(single_phase(0, POLICY))
-        return Algorithm(self.name, self.title, (phase,), schedule, "gae", "the policy writes everything")
+        return Algorithm(self.name, self.title, (phase,), schedule, "gae", "the policy generates everything")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class PPOPlusPlus:
         """Return the algorithm with these options."""
         phase = Phase(GUIDE, POLICY, self.beta, self.switch)
         schedule = constant_schedule(single_phase(0, POLICY))
-        summary = "the guide begins, the policy finishes and learns"
+        summary = "the guide starts, the policy continues and is trained"
         return Algorithm(self.name, self.title, (phase,), schedule, "gae", summary)
 
 
@@ -193,7 +193,7 @@ class AggreVaTeD:
         """Return the algorithm with these options."""
         phase = Phase(POLICY, GUIDE, self.beta, self.switch)
         schedule = constant_schedule(single_phase(0, GUIDE))
-        summary = "the policy begins and learns, the guide finishes"
+        summary = "the policy starts and is trained, the guide continues"
         return Algorithm(self.name, self.title, (phase,), schedule, self.credit, summary)
 
 
@@ -318,7 +318,7 @@ def guide_only() -> Algorithm:
     """
     phase = Phase(rollin=None, rollout=GUIDE)
     return Algorithm(
-        "guide", "guide", (phase,), constant_schedule(single_phase(0, GUIDE)), "gae", "the guide writes everything"
+        "guide", "guide", (phase,), constant_schedule(single_phase(0, GUIDE)), "gae", "the guide generates everything"
     )
 
 

@@ -75,19 +75,13 @@ def evaluate(
             f"{folder} has no policy/ yet: finish the run with `rlgf train {folder / 'config.yaml'} --out {folder}`."
         )
     from rlgf.cli import console, terminal
-    from rlgf.pipeline.resolve import resolve
-    from rlgf.pipeline.run import evaluate_guide_on_test, evaluate_policy_on_test
-    from rlgf.pipeline.stage_cache import StageCache
+    from rlgf.pipeline import run
 
     if json_out:
         check_writable(json_out)
     console.configure_runtime(config)
     stage_folder = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
-    run, cache = resolve(config), StageCache(stage_folder, terminal.report_reuse_once())
-    if baseline == "guide":
-        results = evaluate_guide_on_test(run, cache)
-    else:
-        results = evaluate_policy_on_test(run, chosen, cache, zero_shot=baseline == "zero_shot")
+    results = run.evaluate(config, chosen, stage_folder, terminal.report_reuse_once(), baseline)
     values = {**results["evaluation"], **{key: value for key, value in results.items() if key != "evaluation"}}
     emit(values, json_out, lambda: console.print_evaluation(results))
 

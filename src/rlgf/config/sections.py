@@ -109,6 +109,7 @@ class RewardConfig:
     normalize: bool = False  # divide by a running standard deviation around a running mean
     subtract_reference: bool = False  # subtract the score of the prompt's first reference
     missing_eos_penalty: FiniteFloat = 0.0  # subtracted from completions truncated at max_new_tokens
+    source: str | None = None  # hash of the source of a function that Python code passed
     epochs: NonNegativeInt = 8  # of the 'ngram' classifier
     seed: Seed = 0
 
@@ -227,6 +228,7 @@ class GuideConfig:
     model: ModelConfig = ModelConfig()
     sft: SupervisedConfig = SupervisedConfig()
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # task options
+    source: str | None = None  # hash of the source of a function that Python code passed
     continuation: Literal[
         "auto", "completion", "token_ids", "assistant", "continue_final_message", "prefix", "instruction", "none"
     ] = "auto"  # how a prefix is sent; see docs/guides.md

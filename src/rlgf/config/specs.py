@@ -22,6 +22,7 @@ class GuideKind(StrEnum):
     HUMAN = "human"
     REFERENCES = "references"
     PYTHON = "python"  # a function
+    PASSED = "passed"  # an object that Python code passes to `rlgf.train`
 
 
 class JudgeKind(StrEnum):
@@ -56,6 +57,8 @@ JUDGE_FORMS = ("preferences", "model:PATH", "server:MODEL@URL")
 
 def parse_guide(text: str) -> GuideSpec:
     """Parse `guide.spec`; raise `ConfigError` for an unknown kind."""
+    if text.startswith("passed:"):
+        return GuideSpec(GuideKind.PASSED, text.removeprefix("passed:"), text)
     kind, name = _split(text, "guide", GUIDE_FORMS)
     return GuideSpec(GuideKind(kind), name, text)
 

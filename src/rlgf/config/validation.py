@@ -40,7 +40,7 @@ def _check_reward(reward: RewardConfig) -> None:
 
 def _check_guide(guide: GuideConfig) -> None:
     if guide.instruction is not None and "{text}" not in guide.instruction:
-        raise ConfigError("guide.instruction does not say where the text goes that is to be continued: put {text} there.")
+        raise ConfigError("guide.instruction does not say where the text to continue goes: put {text} there.")
     if guide.continuation == "token_ids" and (guide.stop or guide.endpoint.thinking_tokens):
         raise ConfigError(
             "guide.stop and guide.endpoint.thinking_tokens are about text, but guide.continuation is token_ids: leave them out."

@@ -17,7 +17,7 @@ from rlgf.data.files import json_safe, read_complete_lines, read_json, write_jso
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.experiments.report import write_report
 from rlgf.pipeline.final_evaluation import evaluate_baselines
-from rlgf.pipeline.preflight import check_to_train
+from rlgf.pipeline.preflight import check, check_to_train
 from rlgf.pipeline.prepare import prepare_run
 from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.run import for_guide_evaluation, no_progress, train_run
@@ -46,11 +46,11 @@ def compare(
     folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in plan.configs}
     directories = {place: RunDirectory(folders[place], config) for place, config in plan.configs.items()}
     runs = {place: resolve(config) for place, config in plan.configs.items()}
-    for run in runs.values():  # fail early: check all runs before any work
-        check_to_train(run)
+    waiting = [place for place in runs if not (folders[place] / "results.json").is_file()]
+    for place, run in runs.items():  # fail early: check all runs before any work
+        (check_to_train if place in waiting else check)(run)
     require_writable(out)
     baselines = [_baselines(resolve(config), out, cache) for config in plan.baselines.values()]
-    waiting = [place for place in runs if not (folders[place] / "results.json").is_file()]
     for place in runs:
         if place not in waiting:
             report(f"{place[0]} seed {place[1]}: reusing {folders[place].name}")

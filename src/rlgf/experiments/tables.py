@@ -127,5 +127,5 @@ def judge_note(results: Mapping[str, Any]) -> str:
     values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
     return under + (
         f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
-        f"{sum(values):.0f} unparseable answers are left out."
+        f"{sum(values):.0f} unparseable responses are dropped."
     )

@@ -104,7 +104,7 @@ def deferred_gradients() -> DeferredGradients | None:
 
     It is None unless the thread runs the first task of a `ConcurrentPair`.
     """
-    return getattr(_mine, "loans", None)
+    return getattr(_mine, "deferred", None)
 
 
 class ConcurrentPair:
@@ -114,7 +114,7 @@ class ConcurrentPair:
     """
 
     def __init__(self) -> None:
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="rlgf-lane")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="rlgf-second")
 
     def run(self, first: Callable[[], S], second: Callable[[], T]) -> tuple[S, T]:
         """Run both functions concurrently and return both results.
@@ -127,24 +127,24 @@ class ConcurrentPair:
             return first(), second()
         lent = DeferredGradients()
 
-        def beside() -> T:
+        def run_second() -> T:
             torch.set_num_threads(threads // 2)
             result = second()
             lent.work_until_closed()
             return result
 
-        waiting = self._beside.submit(beside)
+        waiting = self._executor.submit(run_second)
         try:
             torch.set_num_threads(threads - threads // 2)
             # with an odd thread count, results would depend on which task computes a gradient
-            _mine.loans = lent if threads % 2 == 0 else None
+            _mine.deferred = lent if threads % 2 == 0 else None
             result = first()
             lent.work()
         finally:
-            _mine.loans = None
+            _mine.deferred = None
             lent.close()
             waiting.exception()  # wait for the second task, even after an error
             torch.set_num_threads(threads)
-        beside_result = waiting.result()
+        second_result = waiting.result()
         lent.accumulate()
-        return result, beside_result
+        return result, second_result

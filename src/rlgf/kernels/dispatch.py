@@ -27,7 +27,7 @@ PATHS = {
     "gated_mlps": "gate and up projection as one product, SiLU times gate in C",
     "qkv_projections": "query, key and value as one product",
     "products": "matrix products by oneDNN or in C, where torch's default library is slower",
-    "concurrency": "policy or reference beside critic, on half of the cores each",
+    "concurrency": "policy or reference, and critic, at the same time, on half of the cores each",
 }
 """The fast paths by name; `make bench-kernels` measures each (bench/results/kernels-*.json)."""
 
@@ -53,15 +53,13 @@ def select(mode: str, without: Collection[str] = ()) -> None:
             raise unknown("fast path", name, PATHS)
     if mode not in MODES:
         raise unknown("runtime.kernels", mode, MODES)
-    _mode, _without = mode, frozenset(without)
     if mode != "off":
         from rlgf.kernels import native
 
+        if mode == "native" and (reason := native.unavailable_reason()):
+            raise ConfigError(f"runtime.kernels is native, but there are no C kernels ({reason}): or set runtime.kernels=auto.")
         native.set_enabled(mode != "torch")
-    if mode == "native" and (reason := unavailable_reason()):
-        raise ConfigError(
-            f"runtime.kernels is native, but the C kernels are unavailable: {reason}; or set runtime.kernels=auto."
-        )
+    _mode, _without = mode, frozenset(without)
 
 
 def is_on(path: str) -> bool:

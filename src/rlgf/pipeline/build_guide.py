@@ -57,7 +57,9 @@ def build_external_guide(
         else:
             server = connect(plan.spec.text, settings, responses, cache.report)
         guide = RemoteGuide(server, settings, responses, cache.report, run=plan.run_key)
-    elif kind == GuideKind.PYTHON:
+    elif kind == GuideKind.PASSED and hasattr(plan.passed, "complete"):
+        guide = plan.passed
+    elif kind in (GuideKind.PYTHON, GuideKind.PASSED):
         guide = FunctionGuide(plan.load_function())
     else:
         return None

@@ -11,7 +11,7 @@ from rlgf.pipeline.resolve import JudgePlan, RewardPlan
 from rlgf.pipeline.reward_model_stage import preference_stage
 from rlgf.pipeline.stage_cache import StageCache
 from rlgf.pipeline.stages import reward_stage
-from rlgf.rewards.build import build_reward
+from rlgf.rewards.build import bind_columns, build_reward
 from rlgf.rewards.reward_model import load_reward_model
 from rlgf.tasks.base import Task
 from rlgf.types import RewardFunction
@@ -37,6 +37,8 @@ def prepare_reward(
     plan: RewardPlan, task: Task, folders: Mapping[str, Path], backbone: LanguageModel | None = None
 ) -> RewardFunction:
     """Return the task's reward; `folders` are those of `train_rewards`."""
+    if plan.passed is not None:
+        return bind_columns(plan.passed)
     return build_reward(plan.config, task, folders, plan.device, backbone)
 
 

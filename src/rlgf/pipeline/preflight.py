@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from rlgf.algorithms.guided import Algorithm
+from rlgf.config.objects import PASSED
 from rlgf.config.sections import EvaluationConfig, RuntimeConfig, TaskConfig
 from rlgf.config.specs import GuideKind, JudgeKind
 from rlgf.data.hub import is_local_name, path_exists
@@ -21,7 +22,7 @@ from rlgf.errors import ConfigError, TrainingError
 from rlgf.evaluation.best_of_n import MAX_SAMPLES
 from rlgf.evaluation.chat_judge import load_template
 from rlgf.generation.openai.client import parse_spec
-from rlgf.guides.base import CompletionRequest, Guide, query_guide
+from rlgf.guides.base import Capabilities, CompletionRequest, Guide, query_guide
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import FunctionGuide
 from rlgf.models import lora
@@ -30,7 +31,7 @@ from rlgf.models.language_model import VALUE_HEAD
 from rlgf.models.loading import load_tokenizer, max_length_of, quantization_config_4bit, require_language_model
 from rlgf.pipeline.resolve import GuidePlan, JudgePlan, PolicyPlan, ResolvedRun, RewardPlan, TaskPlan
 from rlgf.pipeline.reward_model_stage import check_preferences
-from rlgf.rewards.build import check_reward_names, missing_rule_error
+from rlgf.rewards.build import check_reward_names, check_reward_sources, missing_rule_error
 from rlgf.runs.tracking import check_trackers
 from rlgf.tasks.base import Task
 from rlgf.types import GUIDE, POLICY, Prompt
@@ -42,6 +43,8 @@ def check(run: ResolvedRun) -> None:
     check_trackers(run.trainer.runtime.trackers)
     if run.reward.uses_preferences or run.judge.uses_preferences:
         check_preferences(run.reward.preferences)
+    if run.reward.passed is None and run.reward.config.path.startswith(PASSED):
+        raise passed_error("reward.path", run.reward.config.path)
     _check_judge(run.judge)
     _check_guide(run.guide, run.algorithm)
     _check_device(run.trainer.runtime, run.policy)
@@ -50,35 +53,42 @@ def check(run: ResolvedRun) -> None:
         raise ConfigError(f"evaluation.best_of is {run.trainer.evaluation.best_of}: choose at most {MAX_SAMPLES:,}.")
 
 
-def check_to_train(run: ResolvedRun) -> None:
+def check_to_train(run: ResolvedRun, unwritten: Sequence[str] = ()) -> None:
     """Validate a run that is to be trained; raise if a local path does not exist.
 
-    Includes `check`.
+    Includes `check`. The paths `unwritten` are written after it.
     """
     check(run)
+    _check_guide_object(run.guide, run.algorithm)
+    check_reward_sources(run.reward.config)
     if "task" in run.reward.config.names and not run.task.definition.has_builtin_reward:
         raise missing_rule_error(run.task.name)
     guide, policy = run.guide, run.policy
     asks = guide.spec.kind == GuideKind.HUMAN and run.algorithm.needs_guide and not guide.config.endpoint.offline
     if asks and has_no_terminal():
-        raise ConfigError("the guide 'human' is queried at a terminal, and there is none: run the same command in one.")
+        raise ConfigError("the guide 'human' needs a terminal, and there is none: run the same command in one.")
     uses_pairs = run.reward.uses_preferences or run.judge.uses_preferences
     named = [
         ("task.data", run.task.config.data), ("preferences.data", run.reward.preferences.config.data if uses_pairs else None),
         ("policy", policy.path), ("model.path", policy.base.shape.path), ("critic.path", policy.critic.path),
         ("guide.spec", guide.model_path() if guide.is_needed else None), ("judge.spec", run.judge.reward_name),
-        *(("reward.path", name) for name in run.reward.config.names if not name.startswith("python:")),
+        *(("reward.path", name) for name in run.reward.config.names if not name.startswith(("python:", PASSED))),
     ]  # fmt: skip
     for field, name in named:
-        if name and is_local_name(name) and not path_exists(name):
+        if name and name not in unwritten and is_local_name(name) and not path_exists(name):
             raise ConfigError(f"{field} names '{name}', but there is no such file or folder: fix the name.")
+
+
+def passed_error(key: str, spec: str) -> ConfigError:
+    """Return the error for an object that only Python code can pass."""
+    return ConfigError(f"{key} is '{spec}', which Python code passed to rlgf.train: resume with the same call.")
 
 
 def _check_task(task: TaskPlan) -> None:
     if task.definition.needs_data and task.config.data is None:
         raise ConfigError(f"task '{task.name}' needs data: give --data with a Hub name or a folder of .jsonl[.gz] files.")
     if not task.definition.needs_data and task.config.data is not None:
-        raise ConfigError(f"task '{task.name}' makes its own data: leave out --data, or choose another task.")
+        raise ConfigError(f"task '{task.name}' generates its own data: leave out --data, or choose another task.")
 
 
 def _check_judge(judge: JudgePlan) -> None:
@@ -96,10 +106,22 @@ def _check_guide(guide: GuidePlan, algorithm: Algorithm) -> None:
     if kind == GuideKind.SERVER:
         parse_spec(spec)
         require_continuation(algorithm, guide.config.continuation != "none", spec)
-    if kind == GuideKind.PYTHON:
-        require_continuation(algorithm, FunctionGuide(guide.load_function()).capabilities.can_continue, spec)
     if guide.training is not None and not guide.training.training.is_enabled:
         raise ConfigError("guide 'trained' has guide.sft.steps and guide.sft.epochs 0: set one, or choose another guide.")
+
+
+def _check_guide_object(guide: GuidePlan, algorithm: Algorithm) -> None:
+    """Raise if a guide of Python code is missing, changed or not capable enough."""
+    kind, spec = guide.spec.kind, guide.spec.text
+    if kind == GuideKind.PASSED and guide.passed is None and guide.is_needed:
+        raise passed_error("guide.spec", spec)
+    if guide.passed is not None and hasattr(guide.passed, "complete"):
+        capabilities = getattr(guide.passed, "capabilities", None)
+        if not isinstance(capabilities, Capabilities):
+            raise ConfigError(f"guide '{spec}' has no capabilities: give it an attribute of that name, a rlgf.Capabilities.")
+        require_continuation(algorithm, capabilities.can_continue, spec)
+    elif kind == GuideKind.PYTHON or guide.passed is not None:
+        require_continuation(algorithm, FunctionGuide(guide.load_function()).capabilities.can_continue, spec)
 
 
 def _check_device(runtime: RuntimeConfig, policy: PolicyPlan) -> None:
@@ -166,7 +188,7 @@ def training_warnings(algorithm: Algorithm) -> list[str]:
         if phase.rollin == GUIDE and phase.beta == 1.0 and phase.switch == "paper":
             found.append("with beta = 1 and switch 'paper' the first token is never trained: choose beta < 1 or 'uniform'")
         if phase.rollin == POLICY and phase.switch == "paper":
-            found.append("with switch 'paper' the last token is never trained where the guide finishes: choose 'uniform'")
+            found.append("with switch 'paper' the last token is never trained where the guide completes: choose 'uniform'")
     return found
 
 
@@ -174,8 +196,7 @@ def require_continuation(algorithm: Algorithm, can_continue: bool, spec: str) ->
     """Raise if the algorithm needs a guide that can continue a prefix, and this cannot."""
     if algorithm.needs_guide_rollout and not can_continue:
         raise ConfigError(
-            f"guide '{spec}' cannot finish a prefix that another has written, which {algorithm.title} asks of it: "
-            "choose ppo_pp, or a guide that can."
+            f"guide '{spec}' cannot continue a prefix, which {algorithm.title} needs: choose ppo_pp, or a guide that can."
         )
 
 

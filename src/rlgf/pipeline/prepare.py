@@ -113,7 +113,9 @@ def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:
         load_pairs(run.reward.preferences, cache)
     probe_judge(run.judge.config, task.test, cache.folder, cache.report)
     if config.reward.subtract_reference and not all(prompt.references for prompt in task.train):
-        raise ConfigError(f"reward.subtract_reference needs a reference for every prompt, which task '{task.name}' has not.")
+        raise ConfigError(
+            f"reward.subtract_reference needs a reference for every prompt, and task '{task.name}' has none: set it to false."
+        )
 
 
 def output_perplexity_model(run: ResolvedRun, reference: LanguageModel, cache: StageCache) -> LanguageModel | None:
@@ -158,7 +160,7 @@ def prepare_prompts(plan: TaskPlan, tokenizer: Any, report: Report) -> Task:
     """Build the task's prompts, and report dropped rows and warnings."""
     task = plan.definition.build(plan.config, tokenizer)
     for reason, count in task.dropped_rows.items():
-        report(f"task {task.name}: {count:,} {reason}, left out")
+        report(f"task {task.name}: {count:,} {reason}, dropped")
     for remark, count in task.warnings.items():
         report(f"task {task.name}: {count:,} {remark}")
     return task

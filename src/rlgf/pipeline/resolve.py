@@ -4,11 +4,13 @@ A plan holds what its functions need and no more, so that no function receives a
 """
 
 import dataclasses
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from rlgf.algorithms.guided import Algorithm
+from rlgf.config.objects import PassedObjects, require_same_source
 from rlgf.config.schema import Config, TrainerConfig
 from rlgf.config.sections import (
     CriticConfig,
@@ -23,9 +25,11 @@ from rlgf.config.sections import (
     TaskConfig,
 )
 from rlgf.config.specs import GuideKind, GuideSpec, JudgeKind, JudgeSpec, load_object, parse_guide, parse_judge
+from rlgf.errors import ConfigError
+from rlgf.generation.openai.client import without_address
 from rlgf.guides.local import guide_model_path
 from rlgf.models import lora
-from rlgf.pipeline.stage_cache import fingerprint
+from rlgf.pipeline.stage_cache import fingerprint, source_fingerprint
 from rlgf.runs.directory import identifying_settings
 from rlgf.tasks.base import TaskDefinition
 from rlgf.tasks.registry import task_definition
@@ -137,12 +141,24 @@ class GuidePlan:
     settings: GuideConfig  # the same, with the task's instruction as default
     is_needed: bool  # by the algorithm or by distillation
     training: FineTuningPlan | None  # of the kind 'trained'
+    passed: Any  # a guide or a function that Python code passed, or None
     run_key: str  # identifies the run among those that share a response cache
     machine: Machine
 
     def load_function(self) -> Callable[..., Any]:
-        """Return the function of the kind 'python'."""
-        return load_object(self.spec.text, "guide")
+        """Return the function of the kind 'python'; raise `ConfigError` if it has changed."""
+        function = load_object(self.spec.text, "guide") if self.passed is None else self.passed
+        require_same_source(function, self.config.source, f"guide '{self.spec.text}'")
+        return function
+
+    def content_identity(self) -> Any:
+        """Return the identity of what generates the completions, for the fingerprint of a stage.
+
+        A passed object without source is like no other: its stage is never used again.
+        """
+        if self.spec.kind == GuideKind.PASSED and self.config.source is None:
+            return {"spec": self.spec.text, "object": uuid.uuid4().hex}
+        return source_fingerprint(self.model_path() or without_address(self.spec.text))
 
     def model_path(self) -> str | None:
         """Return the path of a guide of the kinds 'model' and 'run', or None.
@@ -172,6 +188,7 @@ class RewardPlan:
     config: RewardConfig
     task: TaskPlan
     preferences: PreferencePlan
+    passed: Callable[..., Any] | None  # a function that Python code passed
     shares_policy_weights: bool  # so that the policy must be built first
     device: str
 
@@ -232,8 +249,10 @@ class ResolvedRun:
     distill: DistillPlan
 
 
-def resolve(config: Config) -> ResolvedRun:
+def resolve(config: Config, passed: PassedObjects | None = None) -> ResolvedRun:
     """Resolve a config, without loading data or models.
+
+    `passed` are the objects of Python code that the config only names.
 
     Raises `ConfigError` for an unknown algorithm, task, guide or judge.
     """
@@ -242,7 +261,8 @@ def resolve(config: Config) -> ResolvedRun:
     runtime = config.runtime
     machine = Machine(runtime.device, runtime.micro_batch_tokens, runtime.precision)
     policy = _policy_plan(config, task, machine)
-    guide = _guide_plan(config, task, policy, algorithm, machine)
+    passed = passed or PassedObjects()
+    guide = dataclasses.replace(_guide_plan(config, task, policy, algorithm, machine), passed=passed.guide)
     judge_spec = parse_judge(config.judge.spec) if config.judge.spec is not None else None
     pairs = config.preferences
     preferences = PreferencePlan(
@@ -260,7 +280,7 @@ def resolve(config: Config) -> ResolvedRun:
 
     return ResolvedRun(
         config, config.recipe, config.trainer, algorithm, task, policy, guide,
-        RewardPlan(config.reward, task, preferences, shares(config.reward.names), runtime.device),
+        RewardPlan(config.reward, task, preferences, passed.reward, shares(config.reward.names), runtime.device),
         dataclasses.replace(judge, shares_policy_weights=shares(judge_names)),
         DistillPlan(
             config.distill, task, config.seed if config.distill.seed is None else config.distill.seed, config.seed,
@@ -286,6 +306,13 @@ def _base_plan(
     return BasePlan(shape, tokenizer, tokenizer.task, pretrain, pretrain_seed, new_seed, machine)
 
 
+def _with_instruction(guide: GuideConfig, instruction: str | None) -> GuideConfig:
+    """Return the guide's settings with the task's instruction as default."""
+    if instruction is not None and "{text}" not in instruction:
+        raise ConfigError("the task's instruction does not say where the text to continue goes: put {text} there.")
+    return dataclasses.replace(guide, instruction=guide.instruction or instruction)
+
+
 def _guide_plan(config: Config, task: TaskPlan, policy: PolicyPlan, algorithm: Algorithm, machine: Machine) -> GuidePlan:
     guide, spec = config.guide, parse_guide(config.guide.spec)
     training: FineTuningPlan | None = None
@@ -298,9 +325,10 @@ def _guide_plan(config: Config, task: TaskPlan, policy: PolicyPlan, algorithm: A
     return GuidePlan(
         spec,
         guide,
-        dataclasses.replace(guide, instruction=guide.instruction or task.definition.instruction),
+        _with_instruction(guide, task.definition.instruction),
         algorithm.needs_guide or config.distill.num_completions > 0,
         training,
+        None,
         fingerprint(identifying_settings(config)),
         machine,
     )

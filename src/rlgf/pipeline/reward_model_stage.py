@@ -36,7 +36,7 @@ def check_preferences(plan: PreferencePlan) -> None:
     start = plan.config.path
     if start is not None and lora.is_adapter_folder(start):
         raise ConfigError(
-            f"preferences.path '{start}' holds adapters, and a reward model starts from a whole model: give the one below them."
+            f"preferences.path '{start}' holds adapters, and a reward model starts from a whole model: give their base model."
         )
     if not training.is_enabled:
         raise ConfigError("preferences.training.steps and preferences.training.epochs are 0: set one of them.")
@@ -85,7 +85,7 @@ def preference_stage(plan: PreferencePlan, cache: StageCache, role: Role = "rewa
         if settings.training.max_examples:
             pairs = Pairs(pairs.train[: settings.training.max_examples], pairs.test, pairs.dropped)
         for reason, count in pairs.dropped.items():
-            cache.report(f"{role}: {count:,} {reason}, left out")
+            cache.report(f"{role}: {count:,} {reason}, dropped")
         metrics = train_reward_model(reward, pairs, settings, seed, plan.machine.micro_batch_tokens, cache.report)
         reward.save(folder)
         accuracy = metrics["accuracy"]
@@ -94,7 +94,7 @@ def preference_stage(plan: PreferencePlan, cache: StageCache, role: Role = "rewa
                 f"warning: {role}: an accuracy of {accuracy:.2f} on held-out pairs may be chance: give more pairs, or train "
                 "longer (preferences.training.epochs, preferences.training.learning_rate)."
             )
-        return metrics | {f"left out: {reason}": count for reason, count in pairs.dropped.items()}
+        return metrics | {f"dropped: {reason}": count for reason, count in pairs.dropped.items()}
 
     return cache.build(role, inputs, build, at)
 
@@ -109,9 +109,11 @@ def drop_too_long(reward: RewardModel, pairs: Pairs) -> Pairs:
     left_out = len(pairs.train) + len(pairs.test) - len(train) - len(test)
     if not left_out:
         return pairs
-    reason = f"pairs with a response of more tokens than the reward model reads ({reward.max_length})"
+    reason = f"pairs with a response of more tokens than the reward model's context ({reward.max_length})"
     if not (train and test):
-        raise ConfigError(f"{left_out:,} {reason} leave none to train on or to measure on: start from a model that reads more.")
+        raise ConfigError(
+            f"{left_out:,} {reason} leave none to train or evaluate on: start from a model with a longer context."
+        )
     return Pairs(train, test, {**pairs.dropped, reason: left_out})
 
 

@@ -1,19 +1,21 @@
 """The pipeline of a run: checks, stages, training, evaluation, saving."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlgf.algorithms.guided import ALGORITHMS
 from rlgf.config.flatten import to_dict
+from rlgf.config.objects import PassedObjects, config_of_objects
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
-from rlgf.errors import ConfigError
+from rlgf.errors import ConfigError, unknown
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.generation.decoder import LocalSampler
+from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.language_model import POLICY_ADAPTER
 from rlgf.models.loading import load_language_model, load_tokenizer
@@ -37,6 +39,9 @@ from rlgf.rl.rollout import RolloutConfig
 from rlgf.runs.directory import RunDirectory, require_space, require_writable
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
+from rlgf.types import RewardFunction
+
+BASELINES = ("zero_shot", "sft", "guide")
 
 
 def no_progress(progress: Progress) -> None:
@@ -54,15 +59,24 @@ def disk_needed(parts: Components) -> int:
 
 
 def train(
-    config: Config,
-    out: Path | str,
+    config: Config | None = None,
+    out: Path | str | None = None,
     stages: Path | str | None = None,
     report: Report = no_report,
     on_progress: Callable[[Progress], None] = no_progress,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    prompts: Sequence[Any] | None = None,
+    reward: RewardFunction | str | None = None,
+    guide: Any = None,
+    algorithm: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Trainer:
     """Train and evaluate one run in the folder `out`, and return its trainer.
 
-    The trained policy is `trainer.components.models.policy` and, on disk, `out/policy`.
+    The trained policy is `trainer.components.models.policy` and, on disk, `out/policy`. A call has
+    a config, or a model, prompts and a reward; a fifth of the prompts is then held out.
 
     Args:
         config: the config of the run.
@@ -70,6 +84,13 @@ def train(
         stages: the folder in which stages are kept and found; None: `out/stages`.
         report: called with each line of progress.
         on_progress: called after each iteration, with its metrics (docs/metrics.md).
+        model: Hub name or folder, or a loaded transformers model, which is copied to `stages`.
+        tokenizer: the tokenizer of a loaded model.
+        prompts: texts, conversations, `Prompt` objects or rows (docs/own-data.md).
+        reward: a function from prompts and completions to one number each, or a `reward.path`.
+        guide: a `Guide`, a function from requests to completions, or a `guide.spec`.
+        algorithm: such as `rlgf.lols()`; by default `ppo_pp` with a guide and `ppo` without.
+        settings: config values by dotted key, over those of `rlgf.config.objects.SETTINGS`.
 
     Raises:
         ConfigError: the run cannot be trained, or `out` has a run with other settings.
@@ -83,11 +104,29 @@ def train(
         >>> len(scores), 0 <= metrics["pass_rate"] <= 1
         (4, True)
     """
+    if out is None:
+        raise ConfigError("rlgf.train needs a folder for the run: give out=.")
+    if config is not None and not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"config is a {type(config).__name__}, but must be a Config such as rlgf.recipe('quickstart').")
     out = Path(out)
+    cache = StageCache(Path(stages) if stages else out / "stages", report)
+    objects = {
+        "model": model, "tokenizer": tokenizer, "prompts": prompts, "reward": reward, "guide": guide, "algorithm": algorithm,
+    }  # fmt: skip
+    passed = PassedObjects()
+    if config is None:
+        config, passed = config_of_objects(cache.folder, **objects, settings=settings or {})
+    elif given := [name for name, value in {**objects, "settings": settings}.items() if value is not None]:
+        raise ConfigError(f"rlgf.train has a config and {', '.join(given)}: give one or the other.")
     directory = RunDirectory(out, config)
-    run = resolve(config)
-    check_to_train(run)
-    return train_run(run, directory, StageCache(Path(stages) if stages else out / "stages", report), on_progress)
+    for name in passed.unverifiable() if (out / "config.yaml").is_file() else ():
+        report(f"warning: {out} is resumed, and its {name} has no source to compare: it must be the same as before")
+    run = resolve(config, passed)
+    check_to_train(run, unwritten=[str(file.path) for file in passed.files])
+    if passed.files:
+        require_writable(cache.folder, "--stages")
+        passed.write_files()
+    return train_run(run, directory, cache, on_progress)
 
 
 def train_run(
@@ -131,6 +170,49 @@ def for_guide_evaluation(run: ResolvedRun) -> ResolvedRun:
     )
 
 
+def evaluate(
+    config: Config,
+    policy: Path | str | None = None,
+    stages: Path | str = "runs/stages",
+    report: Report = no_report,
+    baseline: Literal["zero_shot", "sft", "guide"] | None = None,
+) -> dict[str, Any]:
+    """Evaluate a policy or a baseline on the test split, without training it by RL.
+
+    New completions are sampled from it alone.
+
+    Args:
+        config: the config of the run, or of runs to compare with.
+        policy: a folder or Hub name; None: the baseline.
+        stages: the folder in which stages are kept and found.
+        report: called with each line of progress.
+        baseline: 'zero_shot', the model before SFT; 'sft' (by default), the policy's starting
+            model; 'guide'.
+
+    Returns:
+        'evaluation': the metrics (docs/metrics.md); 'evaluations': those of the task's other
+        splits, if it has any; 'judge', 'best_of' and 'output_perplexity_model', if configured.
+
+    Raises:
+        ConfigError: both a policy and a baseline are given, or they cannot be evaluated.
+        TrainingError: the guide, the reward or the judge failed.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> rlgf.evaluate(config, stages="runs/stages")["evaluation"]["completions"]
+        4.0
+    """
+    if baseline is not None and baseline not in BASELINES:
+        raise unknown("baseline", baseline, BASELINES)
+    if policy is not None and baseline is not None:
+        raise ConfigError("policy and baseline both name what is evaluated: give one of them.")
+    run, cache = resolve(config), StageCache(Path(stages), report)
+    dispatch.select(run.trainer.runtime.kernels)
+    if baseline == "guide":
+        return evaluate_guide_on_test(run, cache)
+    return evaluate_policy_on_test(run, None if policy is None else str(policy), cache, zero_shot=baseline == "zero_shot")
+
+
 def evaluate_guide_on_test(run: ResolvedRun, cache: StageCache) -> dict[str, Any]:
     """Evaluate the guide of a run on the test split.
 
@@ -158,8 +240,8 @@ def evaluate_policy_on_test(run: ResolvedRun, policy: str | None, cache: StageCa
     codec, _ = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
     if policy and load_tokenizer(policy).get_vocab() != codec.tokenizer.get_vocab():
         raise ConfigError(
-            f"the policy '{policy}' has another vocabulary than the model that its texts are compared with (KL needs the same "
-            "one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
+            f"the policy '{policy}' has another vocabulary than the model that its completions are compared with (KL needs the "
+            "same one): name that model's recipe or YAML file, or its starting point with model.path=PATH."
         )
     check_base(run.policy, settings.evaluation, codec.tokenizer)
     check_rewards(run.reward, run.judge)

@@ -226,7 +226,7 @@ def distill_stage(
     inputs = {
         "start": cache.identity(start),
         "guide": guide_identity(guide.config),
-        "guide_files": source_fingerprint(guide.model_path() or without_address(guide.spec.text)),
+        "guide_files": guide.content_identity(),
         "distill": to_dict(plan.config), "seed": plan.seed, "texts_seed": plan.sampling_seed, "task": task_source(task),
         "budget": [task.min_new_tokens, task.max_new_tokens], **_lora_inputs(plan.lora),
         **({"in_4bit": True} if in_4bit else {}),

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlgf.config.objects import PASSED, require_same_source
 from rlgf.config.sections import RewardConfig
 from rlgf.config.specs import load_object
 from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
@@ -88,7 +89,7 @@ def check_reward_names(names: Sequence[str]) -> None:
     Rewards that this run trains are skipped.
     """
     for name in names:
-        if name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS or name.startswith("python:"):
+        if name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS or name.startswith(("python:", PASSED)):
             continue
         folder = Path(name).expanduser()
         if not folder.exists() and difflib.get_close_matches(name, TEXT_FUNCTIONS, n=1, cutoff=0.8):
@@ -96,6 +97,12 @@ def check_reward_names(names: Sequence[str]) -> None:
         require_reward_model(name)
         if not (folder / "ngram.json").is_file():
             is_reward_model(name)  # raises if there is no such model
+
+
+def check_reward_sources(config: RewardConfig) -> None:
+    """Raise `ConfigError` if a function has changed since Python code passed it."""
+    if config.source is not None and config.path.startswith("python:"):
+        require_same_source(load_object(config.path, "reward"), config.source, f"reward '{config.path}'")
 
 
 def check_reward_columns(config: RewardConfig, split: str, prompts: Sequence[Prompt]) -> None:

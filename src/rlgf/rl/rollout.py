@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
-from rlgf.algorithms.switching import Phase, sample_switch
+from rlgf.algorithms.switch_position import Phase, sample_switch
 from rlgf.data.tokenization import complete_utf8_prefix
 from rlgf.errors import GuideError
 from rlgf.generation.base import Sampler, SampleRequest
@@ -77,7 +77,7 @@ def select_prompts(prompts: Sequence[Prompt], seed: int, indices: Sequence[int],
 
 
 def allocate_rows(phase_weights: Sequence[PhaseWeight], num_rows: int) -> list[int]:
-    """Return the number of rows of each phase weight; the sum is `texts`."""
+    """Return the number of rows of each phase weight; the sum is `num_rows`."""
     edges = [0.0]
     for share in phase_weights:
         edges.append(edges[-1] + share.fraction)
@@ -243,7 +243,7 @@ def _shorten(row: _Row, length: int, counts: dict[str, int]) -> None:
 def _extend_rows(
     rollout_config: RolloutConfig, origin: Origin, rows: Sequence[_Row], max_lengths: Sequence[int], counts: dict[str, int]
 ) -> None:
-    """Extend row i to at most `ends[i]` completion tokens, by policy or guide."""
+    """Extend row i to at most `max_lengths[i]` completion tokens, by policy or guide."""
     pairs = [(row, end) for row, end in zip(rows, max_lengths) if end > len(row.ids)]
     if not pairs:
         return

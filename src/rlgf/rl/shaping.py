@@ -1,33 +1,11 @@
-"""Reward shaping and the KL coefficient.
-
-Both have state that training updates and that checkpoints hold.
-"""
+"""Reward shaping: the steps from the task's score to the optimized reward."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from rlgf.config.sections import KLConfig, RewardConfig
+from rlgf.config.sections import RewardConfig
 from rlgf.rewards.base import score
 from rlgf.types import Prompt, RewardFunction
-
-
-@dataclass
-class KLController:
-    """The coefficient of the KL penalty: fixed, or adapted to a target KL.
-
-    Adaptive: c ← c (1 + clip(KL / target − 1, ±0.2) · rows / horizon).
-
-    Source: Ziegler et al. 2019, "Fine-Tuning Language Models from Human Preferences", section 2.2.
-    """
-
-    config: KLConfig
-    coefficient: float
-
-    def update(self, kl: float, num_completions: int) -> None:
-        """Update the coefficient after `texts` rows with a mean KL of `kl` nats."""
-        if self.config.controller == "adaptive":
-            error = min(max(kl / self.config.target - 1, -0.2), 0.2)
-            self.coefficient *= 1 + error * num_completions / self.config.horizon
 
 
 @dataclass

@@ -199,6 +199,8 @@ class Updater:
                     loss = loss + self.critic.value_coefficient * part
             loss.backward()  # pyright: ignore[reportUnknownMemberType]
         tokens = max(1.0, all_reduce_sum(float(trained.sum())))
+        if not bool(trained.any()):
+            sums.pop("entropy", None)  # undefined without tokens, as in a critic warm-up
         for key in {"clip_fraction", "approx_kl", "entropy"} & sums.keys():
             sums[key] = all_reduce_sum(sums[key]) / tokens
         moved = bool(selected.any())

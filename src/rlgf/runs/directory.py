@@ -85,7 +85,12 @@ class RunDirectory:
         if not folders:
             return None
         path = folders[-1] / "state.pt"
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch raises many types for a damaged file
+            raise CheckpointError(
+                f"{path} cannot be read ({type(error).__name__}): remove {folders[-1]} to begin again, or restore it."
+            ) from None
         if state.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"{path} has format version {state.get('format_version')}, and this rlgf reads version {FORMAT_VERSION}: "
@@ -126,7 +131,7 @@ class RunDirectory:
             return f"{self.folder} holds a checkpoint after {reached}: the same command resumes from there."
         return (
             f"there is no checkpoint in {self.folder} yet (runtime.checkpoint_every={config.runtime.checkpoint_every}): the "
-            "same command begins the training again, with the stages and the guide's answers that are there."
+            "same command starts the training again, with the stages and the guide's responses that are there."
         )
 
     def finish(self, results: Mapping[str, Any]) -> None:

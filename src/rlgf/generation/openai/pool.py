@@ -18,6 +18,7 @@ from rlgf.errors import TrainingError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.generation.openai.client import Server
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
+from rlgf.generation.openai.retries import call_with_retries
 from rlgf.generation.openai.usage import UsageCounter
 
 REPORT_PAUSES_ABOVE = 5.0  # seconds
@@ -223,37 +224,18 @@ class EndpointPool:
 
         An invalid response is also stored, so that a replay takes the same path.
         """
-        from tenacity import (
-            RetryError,
-            Retrying,
-            retry_if_exception_type,
-            stop_after_attempt,
-            stop_never,
-            wait_exponential_jitter,
-        )
 
-        backoff = wait_exponential_jitter(multiplier=self.config.retry_seconds, max=60.0, jitter=self.config.retry_seconds)
-
-        def wait(state: Any) -> float:
-            error = state.outcome.exception()
-            return max(backoff(state), error.retry_after if isinstance(error, TransientError) else 0.0)
-
-        def before(state: Any) -> None:
+        def on_retry(error: Exception, pause: float) -> None:
             self._count_attempt(key, "retried")
-            self._report_pause(f"{self.role}: {state.outcome.exception()}; retrying in", state.upcoming_sleep)
+            self._report_pause(f"{self.role}: {error}; retrying in", pause)
 
-        retrying = Retrying(
-            stop=stop_never if self._retry_forever else stop_after_attempt(self.config.retries + 1),
-            wait=wait,
-            retry=retry_if_exception_type(TransientError),
-            before_sleep=before,
-            sleep=lambda seconds: self._pause(seconds, stop),
-        )
         try:
-            return retrying(self._query_once, key, server_request, stop)
-        except RetryError as error:
+            return call_with_retries(
+                lambda: self._query_once(key, server_request, stop), self.config, self._retry_forever,
+                lambda seconds: self._pause(seconds, stop), on_retry,
+            )  # fmt: skip
+        except TransientError as cause:
             self._count_attempt(key, "given_up")
-            cause = error.last_attempt.exception()
             raise RetriesExhaustedError(
                 f"the {self.role} at {self.server.url} failed {self.config.retries + 1} times ({cause})"
             ) from None

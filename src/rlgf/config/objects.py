@@ -1,0 +1,235 @@
+"""A config from the objects of Python code: model, prompts, reward, guide, algorithm.
+
+The config names them, so that a run can be resumed and compared: a function by its module, name and
+the hash of its source, prompts and a loaded model by their content, which is written to files.
+"""
+
+import dataclasses
+import hashlib
+import inspect
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlgf.algorithms import guided
+from rlgf.config.loading import override
+from rlgf.config.recipes import recipe
+from rlgf.config.schema import Config
+from rlgf.data.files import write_file
+from rlgf.errors import ConfigError, unknown
+from rlgf.types import Prompt
+
+PASSED = "passed:"  # begins the spec of an object that only Python code can give again
+SET_BY_ARGUMENTS = (
+    "policy", "model.path", "task.name", "task.data", "reward.path", "reward.source", "guide.spec", "guide.source",
+    "algorithm.name",
+)  # fmt: skip
+SETTINGS: Mapping[str, Any] = {  # over the recipe 'prompts'; for a pretrained model
+    "recipe": "python", "pretrain.steps": 0, "sft.epochs": 0.0, "task.max_new_tokens": 64, "ppo.iterations": 100,
+    "ppo.learning_rate": 1e-5, "critic.learning_rate": 1e-5, "kl.coefficient": 0.05, "evaluation.every": 10,
+    "evaluation.output_perplexity": False,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PassedObjects:
+    """The objects of a call that its config names and does not hold."""
+
+    reward: Callable[..., Any] | None = None
+    guide: Any = None  # a guide, or a function
+    files: tuple["ContentFile", ...] = ()  # the prompts and a loaded model, to be written
+
+    def unverifiable(self) -> list[str]:
+        """Return which objects have no source by which a changed one would be noticed."""
+        objects = {"reward": self.reward, "guide": self.guide}
+        return [name for name, value in objects.items() if value is not None and source_hash(value) is None]
+
+    def write_files(self) -> None:
+        """Write the files that do not exist yet; each appears only when it is complete."""
+        for file in self.files:
+            if not file.path.exists():
+                file.path.parent.mkdir(parents=True, exist_ok=True)
+                file.write(file.path)
+
+
+@dataclass(frozen=True)
+class ContentFile:
+    """A file or folder named by its content, and the function that writes it."""
+
+    path: Path
+    write: Callable[[Path], Any]
+
+
+def config_of_objects(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Any] | None,
+    reward: Any,
+    guide: Any,
+    algorithm: Any,
+    settings: Mapping[str, Any],
+) -> tuple[Config, PassedObjects]:
+    """Return the config of a call of `rlgf.train` with objects, and the objects themselves.
+
+    Nothing is written: `PassedObjects.write_files` does that after all checks.
+
+    Args:
+        folder: where prompts and a loaded model are written, named by their content.
+        model: Hub name or folder, or a loaded transformers model.
+        tokenizer: of a loaded model.
+        prompts: texts, conversations, `Prompt` objects or rows (docs/own-data.md).
+        reward: a function of (prompts, completions), or a value of `reward.path`.
+        guide: a guide, a function of requests, a value of `guide.spec`, or None.
+        algorithm: options such as `rlgf.ppo_pp(beta=0.5)`, a name, or None.
+        settings: config values by dotted key.
+
+    Raises:
+        ConfigError: an argument is missing or cannot be used.
+    """
+    given = {"model": model, "prompts": prompts, "reward": reward}
+    missing = [name for name, value in given.items() if value is None]
+    if missing or prompts is None:
+        raise ConfigError(f"rlgf.train without a config needs model, prompts and reward; {', '.join(missing)} is missing.")
+    model_path, model_file = _model(folder, model, tokenizer)
+    prompts_file = _prompts(folder, prompts)
+    reward_path, reward_source = (reward, None) if isinstance(reward, str) else _name(reward, "reward")
+    name, options = _algorithm(algorithm, guide is not None)
+    for key in settings:
+        if key in SET_BY_ARGUMENTS or key.startswith("reward.weights"):
+            raise ConfigError(f"settings has {key}, which an argument of rlgf.train sets: leave it out.")
+    changes = {
+        **SETTINGS, "policy": model_path, "task.data": str(prompts_file.path), "reward.path": reward_path,
+        "reward.source": reward_source, "algorithm.name": name,
+        **{f"algorithm.options.{name}.{option}": value for option, value in options.items()},
+    }  # fmt: skip
+    if guide is not None:
+        guide_spec, guide_source = (guide, None) if isinstance(guide, str) else _name(guide, "guide")
+        changes |= {"guide.spec": guide_spec, "guide.source": guide_source}
+    config = override(recipe("prompts"), [*changes.items(), *settings.items()], "rlgf.train")
+    needs_guide = config.algorithm.build().needs_guide or config.distill.num_completions > 0
+    if guide is None and needs_guide:
+        raise ConfigError(f"{name} needs a guide: give guide=, or choose algorithm=rlgf.ppo().")
+    if guide is not None and not needs_guide:
+        raise ConfigError(f"{name} uses no guide: leave guide= out, or choose algorithm=rlgf.ppo_pp().")
+    return config, PassedObjects(
+        None if isinstance(reward, str) else reward,
+        None if isinstance(guide, str) else guide,
+        tuple(file for file in (prompts_file, model_file) if file is not None),
+    )
+
+
+def source_hash(function: Any) -> str | None:
+    """Return a short hash of a function's source, or None without one (a lambda, an object)."""
+    if not inspect.isfunction(function) or function.__name__ == "<lambda>":
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return None
+
+
+def require_same_source(function: Any, source: str | None, what: str) -> None:
+    """Raise `ConfigError` if a function's source is not the one that a config recorded."""
+    if source is not None and source_hash(function) != source:
+        raise ConfigError(f"the source of {what} has changed since the run began: choose another --out, or change it back.")
+
+
+def _name(value: Any, what: str) -> tuple[str, str | None]:
+    """Return the spec of a passed object, and the hash of its source.
+
+    It is python:module:name if that can be imported; otherwise only the same call can resume.
+    """
+    if not callable(value) and not hasattr(value, "complete"):
+        expected = "a function, a guide or a spec" if what == "guide" else "a function or a reward.path"
+        raise ConfigError(f"{what} is a {type(value).__name__}, but must be {expected}.")
+    named = value if hasattr(value, "__qualname__") else type(value)
+    module, name, source = named.__module__, named.__qualname__, source_hash(value)
+    importable = source is not None and module != "__main__" and getattr(sys.modules.get(module), name, None) is value
+    return (f"python:{module}:{name}" if importable else f"{PASSED}{module}:{name}"), source
+
+
+def _algorithm(algorithm: Any, has_guide: bool) -> tuple[str, dict[str, Any]]:
+    """Return the name and the options of an algorithm, by default PPO++ with a guide."""
+    if algorithm is None:
+        return ("ppo_pp" if has_guide else "ppo"), {}
+    name = algorithm if isinstance(algorithm, str) else getattr(algorithm, "name", type(algorithm).__name__)
+    if name not in guided.ALGORITHMS:
+        raise unknown("algorithm", str(name), guided.ALGORITHMS)
+    if isinstance(algorithm, str):
+        return name, {}
+    if not isinstance(algorithm, guided.ALGORITHMS[name]):
+        raise ConfigError(f"algorithm is a {type(algorithm).__name__}, but must be options such as rlgf.{name}().")
+    return name, dataclasses.asdict(algorithm)
+
+
+def _model(folder: Path, model: Any, tokenizer: Any) -> tuple[str, ContentFile | None]:
+    """Return the path of a model and, of a loaded one, the folder to write."""
+    if isinstance(model, str | Path):
+        if tokenizer is not None:
+            raise ConfigError("tokenizer= belongs to a loaded model, and model is a name: leave it out.")
+        return str(model), None
+    if not hasattr(model, "save_pretrained"):
+        raise ConfigError(f"model is a {type(model).__name__}, but must be a Hub name, a folder or a transformers model.")
+    if tokenizer is None:
+        raise ConfigError("model is a loaded model: give tokenizer= as well.")
+    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    with tempfile.TemporaryDirectory() as saved:  # its vocabulary, chat template and special tokens
+        for file in sorted(tokenizer.save_pretrained(saved)):
+            digest.update(Path(file).read_bytes() if Path(file).is_file() else b"")
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().numpy().tobytes())
+    path = folder / f"model-{digest.hexdigest()[:12]}"
+
+    def write(to: Path) -> None:
+        scratch = Path(tempfile.mkdtemp(dir=to.parent, prefix=".model-"))
+        try:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            scratch.chmod(0o755)
+            scratch.rename(to)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+
+    return str(path), ContentFile(path, write)
+
+
+def _prompts(folder: Path, prompts: Sequence[Any]) -> ContentFile:
+    """Return the file of the prompts, as rows of JSON lines."""
+    if isinstance(prompts, str) or not prompts:
+        raise ConfigError("prompts must be a list of at least one prompt.")
+    rows = [_row(prompt, number) for number, prompt in enumerate(prompts, 1)]
+    try:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"the columns of a prompt cannot be written as JSON ({error}): use text, numbers and lists."
+        ) from None
+    path = folder / f"prompts-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    return ContentFile(path, lambda to: write_file(to, text))
+
+
+def _row(prompt: Any, number: int) -> dict[str, Any]:
+    """Return a prompt as a row of the task 'prompts'."""
+    if isinstance(prompt, Prompt):
+        if prompt.sft_targets or prompt.ids is not None:
+            raise ConfigError(
+                f"prompt {number} has sft_targets or ids, which rlgf.train takes from rows alone: give a row with 'completion'."
+            )
+        own = {"prompt": list(prompt.messages) if prompt.messages else prompt.text}
+        references = {"references": list(prompt.references)} if prompt.references else {}
+        return {**prompt.columns, **own, **references}
+    if isinstance(prompt, Mapping):
+        if "prompt" not in prompt:
+            raise ConfigError(f"prompt {number} has no key 'prompt': it has {', '.join(map(str, prompt))}.")
+        return dict(prompt)
+    if isinstance(prompt, str | list):
+        return {"prompt": prompt}
+    raise ConfigError(f"prompt {number} is a {type(prompt).__name__}, but must be text, messages, a row or rlgf.Prompt.")

@@ -1,0 +1,198 @@
+"""`rlgf.train` with a model, prompts, a reward and a guide instead of a config."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import rlgf
+from helpers import tiny_model
+from rlgf.config.loading import from_dict, read_yaml
+from rlgf.config.objects import config_of_objects, source_hash
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest
+from rlgf.pipeline.preflight import check_to_train
+from rlgf.pipeline.resolve import resolve
+from rlgf.types import Prompt
+
+PROMPTS = [f"review of : {noun} =>" for noun in (
+    "plot", "cast", "story", "music", "script", "sound", "acting", "camera", "ending", "pacing", "humour", "dialogue",
+)]  # fmt: skip
+SMALL = {
+    "task.max_new_tokens": 4, "ppo.iterations": 2, "ppo.completions_per_iteration": 4, "ppo.minibatch_size": 4,
+    "evaluation.every": 0, "evaluation.final_prompts": 2, "runtime.trackers": [], "evaluation.baselines": [],
+}  # fmt: skip
+
+
+def length(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def praise(requests: Sequence[CompletionRequest]) -> list[str]:
+    return [" superb" for _ in requests]
+
+
+class Praiser:
+    """A guide of one's own."""
+
+    capabilities = Capabilities(can_continue=True)
+
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        return [Completion(" superb", finished=True) for _ in requests]
+
+
+class Uncapable:
+    """A guide that does not say what it can do."""
+
+    def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
+        return []
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    tiny_model().save(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This file is a module that can be imported by its name."""
+    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or sys.modules[length.__module__])
+
+
+def config_in(folder: Path) -> Any:
+    return read_yaml(folder / "config.yaml")
+
+
+def test_a_model_prompts_a_reward_and_a_guide_are_trained_with(model: str, tmp_path: Path) -> None:
+    call: dict[str, Any] = {
+        "model": model, "prompts": PROMPTS, "reward": length, "guide": praise, "algorithm": rlgf.ppo_pp(beta=0.5),
+        "out": tmp_path / "run", "settings": SMALL,
+    }  # fmt: skip
+    trainer = rlgf.train(**call)
+    assert trainer.components.algorithm.name == "ppo_pp"
+    assert (tmp_path / "run" / "policy" / "config.json").is_file()
+    written = config_in(tmp_path / "run")
+    assert written["algorithm"]["options"]["ppo_pp"]["beta"] == 0.5
+    assert written["reward"]["source"] == source_hash(length)
+    assert written["guide"]["source"] == source_hash(praise)
+    assert written["reward"]["path"].endswith(f"{length.__module__}:length")
+    texts = [json.loads(line)["prompt"] for line in Path(written["task"]["data"]).read_text().splitlines()]
+    assert texts == PROMPTS
+    assert rlgf.train(**call).iteration == 2  # the same call reuses the run
+    with pytest.raises(rlgf.ConfigError, match=r"another run \(ppo.iterations"):
+        rlgf.train(**{**call, "settings": {**SMALL, "ppo.iterations": 3}})
+
+
+def test_a_function_whose_source_changed_is_another_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call: dict[str, Any] = {
+        "model": model, "prompts": PROMPTS, "reward": length, "out": tmp_path / "run", "settings": SMALL,
+    }  # fmt: skip
+    rlgf.train(**call)
+    monkeypatch.setattr("rlgf.config.objects.source_hash", lambda function: "another")
+    with pytest.raises(rlgf.ConfigError, match=r"another run \(reward\.source"):
+        rlgf.train(**call)
+
+
+def test_a_lambda_a_guide_object_and_a_loaded_model_are_resumed_by_the_same_call_alone(tmp_path: Path) -> None:
+    loaded = tiny_model()
+    trainer = rlgf.train(
+        model=loaded.model, tokenizer=loaded.tokenizer, prompts=PROMPTS, reward=lambda prompts, texts: [1.0] * len(texts),
+        guide=Praiser(), algorithm="aggrevated", out=tmp_path / "run", settings={**SMALL, "critic.kind": "value_head"},
+    )  # fmt: skip
+    assert trainer.components.models.policy.model is not loaded.model  # a copy is trained
+    written = config_in(tmp_path / "run")
+    assert written["reward"]["path"].startswith("passed:")
+    assert written["reward"]["source"] is None
+    assert written["guide"]["spec"].startswith("passed:")
+    config = from_dict(written, "config.yaml")
+    with pytest.raises(rlgf.ConfigError, match=r"reward.path is 'passed:.*resume with the same call"):
+        check_to_train(resolve(config))
+
+
+def test_a_recorded_function_that_changed_is_refused_from_the_file_too(model: str, tmp_path: Path) -> None:
+    config, passed = config_of_objects(tmp_path, model, None, PROMPTS, "python:json:dumps", None, None, {})
+    passed.write_files()
+    changed = rlgf.override(config, [("reward.source", "other")])
+    with pytest.raises(rlgf.ConfigError, match="the source of reward 'python:json:dumps' has changed"):
+        rlgf.prepare(changed, tmp_path / "stages")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "needs model, prompts and reward; model is missing"),
+        ({"prompts": None, "reward": None}, "prompts, reward is missing"),
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": "one"}, "at least one prompt"),
+        ({"prompts": [3]}, "prompt 1 is a int"),
+        ({"prompts": [{"text": "x"}]}, "prompt 1 has no key 'prompt'"),
+        ({"prompts": [{"prompt": "x", "n": {1, 2}}]}, "cannot be written as JSON"),
+        ({"model": 3}, "model is a int"),
+        ({"tokenizer": 3}, "tokenizer= belongs to a loaded model"),
+        ({"reward": 3}, "reward is a int"),
+        ({"algorithm": rlgf.lols()}, "lols needs a guide"),
+        ({"algorithm": rlgf.ppo(), "guide": praise}, "ppo uses no guide"),
+        ({"guide": Uncapable()}, "has no capabilities"),
+        ({"settings": {"reward.weights": {"task": 1.0}}}, "settings has reward.weights"),
+        ({"settings": {"guide.spec": "references"}}, "settings has guide.spec"),
+        ({"prompts": [Prompt("x", sft_targets=("y",))]}, "prompt 1 has sft_targets"),
+        ({"config": "quickstart"}, "config is a str"),
+        ({"algorithm": "grpoo"}, "unknown algorithm 'grpoo'"),
+        ({"algorithm": 3}, "unknown algorithm 'int'"),
+        ({"settings": {"ppo.epoch": 3}}, "unknown key 'ppo.epoch': did you mean 'ppo.epochs'"),
+        ({"config": rlgf.Config()}, "a config and model, prompts, reward"),
+        ({"out": None}, "give out="),
+    ],
+)
+def test_what_cannot_be_trained_with_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    call: dict[str, Any] = {"model": "there", "prompts": PROMPTS, "reward": length, "out": tmp_path / "run", **change}
+    with pytest.raises(rlgf.ConfigError, match=message):
+        rlgf.train(**call)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_changed_tokenizer_makes_another_model_and_nothing_is_written_before_the_checks(tmp_path: Path) -> None:
+    loaded = tiny_model()
+    paths: list[str | None] = []
+    for template in ("{{ 1 }}", "{{ 2 }}"):
+        loaded.tokenizer.chat_template = template
+        config, passed = config_of_objects(tmp_path / "stages", loaded.model, loaded.tokenizer, PROMPTS, length, None, None, {})
+        paths.append(config.policy)
+        assert not any(file.path.exists() for file in passed.files)
+    assert paths[0] != paths[1]
+
+
+def test_an_object_without_source_is_mentioned_on_resuming(model: str, tmp_path: Path) -> None:
+    call: dict[str, Any] = {
+        "model": model, "prompts": PROMPTS, "reward": lambda prompts, texts: [1.0] * len(texts), "settings": SMALL,
+        "out": tmp_path / "run",
+    }  # fmt: skip
+    lines: list[str] = []
+    rlgf.train(**call, report=lines.append)
+    assert not any("resumed" in line for line in lines)
+    rlgf.train(**call, report=lines.append)
+    assert any("its reward has no source to compare" in line for line in lines)
+
+
+def test_an_unknown_baseline_is_refused() -> None:
+    with pytest.raises(rlgf.ConfigError, match="unknown baseline 'zeroshot'"):
+        rlgf.evaluate(rlgf.Config(), baseline="zeroshot")  # type: ignore[arg-type]
+
+
+def test_prompts_may_be_conversations_rows_and_prompt_objects(tmp_path: Path) -> None:
+    prompts = [
+        "text", [{"role": "user", "content": "hello"}], {"prompt": "row", "references": ["r"], "answer": 4},
+        Prompt("object", references=("a",), columns={"answer": 5}),
+    ]  # fmt: skip
+    config, passed = config_of_objects(tmp_path, "there", None, prompts, length, None, None, {})
+    passed.write_files()
+    rows = [json.loads(line) for line in Path(str(config.task.data)).read_text().splitlines()]
+    assert rows == [
+        {"prompt": "text"}, {"prompt": [{"role": "user", "content": "hello"}]},
+        {"prompt": "row", "references": ["r"], "answer": 4}, {"answer": 5, "prompt": "object", "references": ["a"]},
+    ]  # fmt: skip
+    assert yaml.safe_load(f"data: {config.task.data}")["data"] == config.task.data
