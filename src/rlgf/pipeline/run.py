@@ -110,7 +110,7 @@ def train(
         raise ConfigError(f"config is a {type(config).__name__}, but must be a Config such as rlgf.recipe('quickstart').")
     out = Path(out)
     cache = StageCache(Path(stages) if stages else out / "stages", report)
-    objects = {
+    objects: dict[str, Any] = {
         "model": model, "tokenizer": tokenizer, "prompts": prompts, "reward": reward, "guide": guide, "algorithm": algorithm,
     }  # fmt: skip
     passed = PassedObjects()

@@ -39,11 +39,14 @@ def call_with_retries(
     def wait(state: Any) -> float:
         return max(backoff(state), state.outcome.exception().retry_after)
 
+    def before_sleep(state: Any) -> None:
+        on_retry(state.outcome.exception(), state.upcoming_sleep)
+
     retrying = Retrying(
         stop=stop_never if forever else stop_after_attempt(endpoint.retries + 1),
         wait=wait,
         retry=retry_if_exception_type(TransientError),
-        before_sleep=lambda state: on_retry(state.outcome.exception(), state.upcoming_sleep),
+        before_sleep=before_sleep,
         sleep=sleep,
         reraise=True,
     )
