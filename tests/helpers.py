@@ -198,6 +198,18 @@ def largest_difference(some: list[Tensor], others: list[Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(some, others))
 
 
+NEEDS_ONEDNN = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+
+
+def use_fast_products_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let linear layers multiply by oneDNN whatever the processor and however small the product."""
+    from rlgf.kernels import linear  # not there where the fast paths are deleted
+
+    for name in ("MIN_MULTIPLICATIONS", "MIN_ROWS", "MIN_COLUMNS"):
+        monkeypatch.setattr(linear, name, 0)
+    monkeypatch.setattr(linear, "prefers_onednn", torch.backends.mkldnn.is_available)
+
+
 WAYS_TO_ATTEND = ("texts", "rows", "kernel")
 
 

@@ -7,24 +7,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from helpers import largest_difference, requires_bf16_products, with_gradients
+from helpers import NEEDS_ONEDNN, largest_difference, requires_bf16_products, use_fast_products_at_any_size, with_gradients
 from rlgf.kernels import linear
 from rlgf.kernels.linear import FastConv1D, FastLinear
 from rlgf.kernels.modules import LINEAR_LAYERS
 
-AVAILABLE = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-
 
 @pytest.fixture(autouse=True)
 def at_any_size(monkeypatch: pytest.MonkeyPatch):
-    """Replaced whatever the processor, and used however small the product is."""
-    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(linear, "MIN_ROWS", 0)
-    monkeypatch.setattr(linear, "MIN_COLUMNS", 0)
-    monkeypatch.setattr(linear, "prefers_onednn", torch.backends.mkldnn.is_available)
+    use_fast_products_at_any_size(monkeypatch)
 
 
-@AVAILABLE
+@NEEDS_ONEDNN
 @pytest.mark.parametrize("bias", [True, False])
 def test_linear_layers_multiply_as_before(bias: bool):
     plain = nn.Linear(24, 40, bias=bias)
@@ -36,7 +30,7 @@ def test_linear_layers_multiply_as_before(bias: bool):
         assert largest_difference([fast(states)], [plain(states)]) < 1e-5
 
 
-@AVAILABLE
+@NEEDS_ONEDNN
 def test_gpt2s_layers_multiply_as_before():
     plain = Conv1D(40, 24)
     nn.init.normal_(plain.bias)
@@ -59,7 +53,7 @@ def test_other_precisions_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):
         assert linear._matmul_dtype(states, layer.weight) is None
 
 
-@AVAILABLE
+@NEEDS_ONEDNN
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_in_bf16_layers_give_what_autocast_gives(kind: type, monkeypatch: pytest.MonkeyPatch):
     requires_bf16_products()
@@ -79,7 +73,7 @@ def test_in_bf16_layers_give_what_autocast_gives(kind: type, monkeypatch: pytest
     assert largest_difference([t.float() for t in found], [t.float() for t in expected]) < 2**-7  # a rounding to 8 bits
 
 
-@AVAILABLE
+@NEEDS_ONEDNN
 def test_the_weight_in_bf16_follows_the_weight(monkeypatch: pytest.MonkeyPatch):
     requires_bf16_products()
     monkeypatch.setattr(linear, "has_bf16_matmul", lambda: True)

@@ -11,22 +11,16 @@ from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from helpers import largest_difference, with_gradients
-from rlgf.kernels import linear, modules, native
+from helpers import NEEDS_ONEDNN, largest_difference, use_fast_products_at_any_size, with_gradients
+from rlgf.kernels import modules, native
 from rlgf.kernels.dispatch import PATHS
 from rlgf.kernels.linear import FastConv1D, FastLinear, precomputed
 from rlgf.kernels.modules import TanhGELU, replace_modules
 
-AVAILABLE = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
-
 
 @pytest.fixture(autouse=True)
 def at_any_size(monkeypatch: pytest.MonkeyPatch):
-    """Replaced whatever the processor, and used however small the product is."""
-    monkeypatch.setattr(linear, "MIN_MULTIPLICATIONS", 0)
-    monkeypatch.setattr(linear, "MIN_ROWS", 0)
-    monkeypatch.setattr(linear, "MIN_COLUMNS", 0)
-    monkeypatch.setattr(linear, "prefers_onednn", torch.backends.mkldnn.is_available)
+    use_fast_products_at_any_size(monkeypatch)
 
 
 def states_gradient(module: nn.Module, states: Tensor) -> list[Tensor]:
@@ -72,7 +66,7 @@ def test_gelu_leaves_what_it_reads_as_it_was(grad: bool):
     assert torch.equal(states.detach(), before)
 
 
-@AVAILABLE
+@NEEDS_ONEDNN
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "llama of an odd width"])
 def test_a_sped_up_model_gives_the_same_loss_and_gradients(kind: str):
     torch.manual_seed(0)
