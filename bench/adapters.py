@@ -23,6 +23,7 @@ import torch
 from bench.worker import machine, peak_rss_mb
 from bench.workload import Workload, make, read_prompts
 from rlgf.algorithms.guided import aggrevated
+from rlgf.config.runtime import RuntimeConfig
 from rlgf.config.schema import Config
 from rlgf.config.sections import (
     CriticConfig,
@@ -32,7 +33,6 @@ from rlgf.config.sections import (
     PPOConfig,
     PreferenceConfig,
     RewardLoraConfig,
-    RuntimeConfig,
     TaskConfig,
 )
 from rlgf.data.files import write_json

@@ -12,8 +12,9 @@ from bench.worker import Turns, arguments, machine, peak_rss_mb, replaced
 from bench.workload import Workload, read_prompts, reward
 from rlgf.algorithms import losses
 from rlgf.cli.console import keep_freed_memory, quiet
+from rlgf.config.runtime import RuntimeConfig
 from rlgf.config.schema import Config
-from rlgf.config.sections import CriticConfig, EvaluationConfig, KLConfig, PPOConfig, RuntimeConfig, TaskConfig
+from rlgf.config.sections import CriticConfig, EvaluationConfig, KLConfig, PPOConfig, TaskConfig
 from rlgf.kernels import dispatch, linear, native
 from rlgf.models.critic import new_critic
 from rlgf.models.loading import load_language_model

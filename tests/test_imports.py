@@ -21,8 +21,8 @@ ORDER = {
         "inspect train app"
     ),
     "config": (
-        "__init__ base flatten sections specs validation schema loading recipes variants "
-        "objects"
+        "__init__ base flatten runtime sections specs validation schema loading recipes "
+        "variants objects"
     ),
     "data": "hub __init__ chat files datasets preferences text tokenization",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",

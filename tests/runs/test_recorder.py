@@ -15,7 +15,7 @@ import torch
 from helpers import config_of, experience_of, known_word, rollout_of, small, tiny_trainer
 from rlgf.algorithms import guided
 from rlgf.config.flatten import to_dict
-from rlgf.config.sections import RuntimeConfig
+from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.files import read_complete_lines, read_json
 from rlgf.errors import CheckpointError, TrainingError
 from rlgf.guides.base import Completion, CompletionRequest

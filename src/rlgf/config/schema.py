@@ -7,6 +7,7 @@ raise before any work is done, with their location and the nearest valid key.
 import dataclasses
 
 from rlgf.config.base import Seed, section
+from rlgf.config.runtime import RuntimeConfig
 from rlgf.config.sections import (
     AlgorithmConfig,
     CriticConfig,
@@ -20,7 +21,6 @@ from rlgf.config.sections import (
     PPOConfig,
     PreferenceConfig,
     RewardConfig,
-    RuntimeConfig,
     SupervisedConfig,
     TaskConfig,
 )

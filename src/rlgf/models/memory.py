@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rlgf.config.sections import MICRO_BATCH_TOKENS
+from rlgf.config.runtime import MICRO_BATCH_TOKENS
 from rlgf.errors import ConfigError
 from rlgf.models.critic import Critic
 from rlgf.models.forward import micro_batches, token_logits

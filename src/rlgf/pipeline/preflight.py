@@ -14,7 +14,8 @@ import torch
 
 from rlgf.algorithms.guided import Algorithm
 from rlgf.config.objects import PASSED
-from rlgf.config.sections import EvaluationConfig, RuntimeConfig, TaskConfig
+from rlgf.config.runtime import RuntimeConfig
+from rlgf.config.sections import EvaluationConfig, TaskConfig
 from rlgf.config.specs import GuideKind, JudgeKind
 from rlgf.data.hub import is_local_name, path_exists
 from rlgf.data.tokenization import Codec

@@ -8,7 +8,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from rlgf.config.sections import RuntimeConfig
+from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.tokenization import Codec
 from rlgf.errors import TrainingError
 from rlgf.rl.tensors import Experience, Rollout
