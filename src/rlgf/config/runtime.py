@@ -1,0 +1,34 @@
+"""The section of the machine: devices, checkpoints, trackers."""
+
+from typing import Literal
+
+from rlgf.config.base import NonNegativeInt, PositiveInt, section
+
+
+@section
+class RuntimeConfig:
+    """The machine; with the defaults, results do not depend on it.
+
+    `token_budget` is the number of tokens in one micro-batch. With 0 it is 2,048, or for RL on a
+    GPU the largest that fits, found at the start. `offload` lists models kept in host memory while
+    the GPU does other work. `kernels` is 'auto', 'native' (required), 'torch' (nothing compiled),
+    or 'off' (unchanged transformers).
+    """
+
+    threads: NonNegativeInt = 0  # 0: all cores (command line only; the library never sets threads)
+    device: str = "cpu"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    token_budget: NonNegativeInt = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
+    offload: tuple[Literal["reference", "critic"], ...] = ()  # kept in host memory between uses
+    kernels: Literal["auto", "native", "torch", "off"] = "auto"  # off: as in transformers
+    checkpoint_every: PositiveInt = 10  # iterations; the last checkpoint is always kept
+    trackers: tuple[str, ...] = ("tensorboard",)
+    profile: bool = False  # profile the second iteration into RUN/profile/
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Return the tokens per micro-batch unless the largest that fits is searched for."""
+        return self.token_budget or MICRO_BATCH_TOKENS
+
+
+MICRO_BATCH_TOKENS = 2048  # fewer cost a CPU more calls, more exceed its caches
