@@ -27,6 +27,7 @@ from rlgf.models.loading import new_language_model
 from rlgf.models.log_probs import SampledSupport
 from rlgf.rl import experience
 from rlgf.rl.experience import ForwardConfig, Models, make_experience
+from rlgf.rl.guards import Guard
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.rl.update import Updater
 from rlgf.supervised.examples import Example
@@ -240,7 +241,8 @@ def reading_of(config: Config) -> ForwardConfig:
 
 
 def updater_of(models: Models, config: Config, targets: Sequence[Example] = ()) -> Updater:
-    return Updater(models, reading_of(config), config.kl, config.critic, targets, config.seed)
+    guard = Guard(config.runtime.on_nonfinite, config.runtime.max_skipped)
+    return Updater(models, reading_of(config), config.kl, config.critic, targets, config.seed, guard)
 
 
 def measure(

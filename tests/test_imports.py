@@ -22,9 +22,9 @@ ORDER = {
     ),
     "config": (
         "__init__ base flatten runtime sections specs validation schema loading recipes "
-        "variants objects"
+        "variants source objects"
     ),
-    "data": "hub __init__ chat files datasets preferences text tokenization",
+    "data": "hub __init__ chat files datasets preferences text tokenization checksums",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
     "experiments": "__init__ tables figures report compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
@@ -40,8 +40,8 @@ ORDER = {
         "reward_model_stage build_rewards preflight build_guide prepare run"
     ),
     "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
-    "rl": "__init__ shaping tensors experience rollout update kl_controller",
-    "runs": "__init__ directory machine profiling tracking recorder",
+    "rl": "__init__ shaping tensors experience rollout kl_controller guards update",
+    "runs": "__init__ machine profiling tracking checkpoints identity directory recorder",
     "supervised": "__init__ span_corruption examples loop reward_modeling",
     "tasks": "__init__ base commongen imdb prompts tldr toy_reviews registry",
     "text_metrics": (

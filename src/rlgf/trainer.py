@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from threading import Event
 from typing import Any
 
@@ -25,10 +26,11 @@ from rlgf.guides.base import CompletionRequest, Guide, TracksUsage
 from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
 from rlgf.models.language_model import LanguageModel
-from rlgf.models.memory import find_micro_batch_size, searches_micro_batch_size
+from rlgf.models.memory import MEMORY_ERRORS, find_micro_batch_size, searches_micro_batch_size, smaller_token_budget
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards.weighted_sum import Batch, score_components
-from rlgf.rl.experience import ForwardConfig, Models, compute_log_probs, make_experience
+from rlgf.rl.experience import ForwardConfig, Models, TokenLogProbs, compute_log_probs, make_experience
+from rlgf.rl.guards import Guard, Signs, check_kl, find_signs
 from rlgf.rl.kl_controller import KLController
 from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, select_prompts
 from rlgf.rl.shaping import RewardShaper
@@ -74,6 +76,7 @@ class Progress:
     metrics: Mapping[str, Any]  # of this iteration, see docs/metrics.md
     experience: Experience
     guide_usage: Mapping[str, float]  # of the whole run; empty without counts
+    warnings: Sequence[str] = ()  # each is said once
 
 
 StepResult = tuple[dict[str, Any], Experience]
@@ -115,8 +118,10 @@ class Trainer:
             components.models.policy, self.sampler, components.guide, config.sampling, config.task.max_new_tokens,
             config.task.min_new_tokens, config.seed,
         )  # fmt: skip
+        self.guard = Guard(config.runtime.on_nonfinite, config.runtime.max_skipped)
+        self.signs = Signs()
         self.updater = Updater(
-            components.models, self.forward_config, config.kl, config.critic, components.sft_targets, config.seed
+            components.models, self.forward_config, config.kl, config.critic, components.sft_targets, config.seed, self.guard
         )
         self.kl = KLController(config.kl, config.kl.coefficient)
         self.shaper = RewardShaper(config.reward, components.reward)
@@ -127,6 +132,7 @@ class Trainer:
             self._set_token_budget(self._find_token_budget())
         self.prefetcher = self._prefetcher()
         self.iteration = 0  # number of iterations done
+        self.is_between_iterations = True  # False from the first optimizer step of an iteration to its end
 
     def _find_token_budget(self) -> int:
         """Find the largest number of micro-batch tokens that fits in device memory."""
@@ -188,14 +194,28 @@ class Trainer:
             free = Event()
             scoring = executor.submit(self._score, rollout, free)
             free.wait()
-            measured = compute_log_probs(rollout, shares, parts.models, self.forward_config, self.updater.independent_critics)
+            measured = self._compute_log_probs(rollout, shares)
             scores, terms = scoring.result()
         rewards = self.shaper.shape(scores, rollout.prompts, rollout.ended_with_eos.tolist())
         experience = make_experience(
             rollout, shares, parts.algorithm.credit, scores, rewards, measured, self.config.ppo, self.kl.coefficient
         )
         means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
-        return dataclasses.replace(experience, stats={**experience.stats, **means})
+        stats = {**experience.stats, **means, **find_signs(rollout, scores, experience.stats)}
+        is_finite = self.guard.check_experience(experience, rewards, iteration, self.updater.steps_per_iteration)
+        check_kl(stats["kl_k1"], self.config.kl.stop_above, iteration)
+        return dataclasses.replace(experience, is_finite=is_finite, stats=stats)
+
+    def _compute_log_probs(self, rollout: Rollout, weights: tuple[PhaseWeight, ...]) -> TokenLogProbs:
+        """Compute log-probabilities and values, with smaller micro-batches if memory runs out."""
+        while True:
+            try:
+                return compute_log_probs(
+                    rollout, weights, self.components.models, self.forward_config, self.updater.independent_critics
+                )
+            except MEMORY_ERRORS as error:
+                smaller = smaller_token_budget(error, self.forward_config.token_budget, rollout.ids.shape[1])
+            self._set_token_budget(smaller)
 
     def _score(self, rollout: Rollout, free: Event) -> tuple[list[float], dict[str, list[float]]]:
         """Score the completions, and the references still needed as baselines.
@@ -217,11 +237,13 @@ class Trainer:
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Update policy, critics and KL coefficient with an experience; return the metrics."""
+        self.is_between_iterations = False
         stats = self.updater.update(experience, iteration)
-        if experience.stats["policy_tokens"]:  # without policy tokens there is no KL estimate
+        self._set_token_budget(self.updater.forward_config.token_budget)  # smaller if memory ran out
+        if experience.is_finite and experience.stats["policy_tokens"]:  # without policy tokens there is no KL estimate
             self.kl.update(experience.stats["kl_k1"], experience.rollout.ids.shape[0])
         self.sampler.sync(self.components.models.policy)
-        self.iteration = iteration + 1
+        self.iteration, self.is_between_iterations = iteration + 1, True
         return stats
 
     def step(self, iteration: int) -> tuple[dict[str, Any], Experience]:
@@ -291,7 +313,9 @@ class Trainer:
                         )[0]
                 except BaseException as error:  # the caller keeps the iteration first
                     failure = error
-                yield Progress(self.iteration, self.num_iterations, metrics, experience, self.guide_usage())
+                yield Progress(
+                    self.iteration, self.num_iterations, metrics, experience, self.guide_usage(), self.signs.warnings(metrics)
+                )
                 if failure is not None:
                     raise failure
         finally:
@@ -301,8 +325,13 @@ class Trainer:
 
     def _evaluates(self) -> bool:
         """Return whether an evaluation follows the iteration just done."""
+        is_last = self.iteration == self.config.ppo.iterations and self.config.evaluation.every > 0
+        return is_last or self.is_evaluation_due()
+
+    def is_evaluation_due(self) -> bool:
+        """Return whether `evaluation.every` iterations have passed since the last evaluation."""
         every = self.config.evaluation.every
-        return bool(every) and (self.iteration % every == 0 or self.iteration == self.config.ppo.iterations)
+        return bool(every) and self.iteration % every == 0
 
     def evaluate(self, prompts: Sequence[Any], final: bool = False) -> tuple[dict[str, float], Rollout, list[float]]:
         """Evaluate the policy on completions that it generates without the guide.
@@ -355,6 +384,10 @@ class Trainer:
             # not searched again, so that a resumed run equals an uninterrupted one
             self._set_token_budget(state["token_budget"])
         self.sampler.sync(self.components.models.policy)
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy to a folder, for `from_pretrained`."""
+        self.components.models.policy.save(folder)
 
     def guide_usage(self) -> Mapping[str, float]:
         """Return the guide's usage and costs over the whole run; empty without counts."""

@@ -18,10 +18,12 @@ from rlgf.cli.console import ProgressReporter, print_plan, profile_summary
 from rlgf.cli.diagnose import check_reward
 from rlgf.config.loading import dump, override
 from rlgf.config.recipes import quickstart
+from rlgf.data.checksums import read_checked_json, write_checked_json, write_manifest
 from rlgf.data.files import read_complete_lines
 from rlgf.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.run import train
+from rlgf.runs.checkpoints import load_state
 from rlgf.tasks.base import Task
 from rlgf.trainer import Progress, Trainer
 from rlgf.types import Prompt
@@ -70,10 +72,9 @@ def test_the_golden_run_is_bit_identical_twice(tmp_path: Path, stages: Path, alg
         train(config, tmp_path / name, stages)
     assert timeless(tmp_path / "one" / "metrics.jsonl") == timeless(tmp_path / "two" / "metrics.jsonl")
     assert timeless(tmp_path / "one" / "rollouts.jsonl") == timeless(tmp_path / "two" / "rollouts.jsonl")
-    first = torch.load(tmp_path / "one/checkpoints/iteration-000003/state.pt", weights_only=True)
-    second = torch.load(tmp_path / "two/checkpoints/iteration-000003/state.pt", weights_only=True)
-    for name, value in first["updater"]["policy"].items():
-        assert torch.equal(value, second["updater"]["policy"][name]), name
+    first, second = (load_state(tmp_path / name / "checkpoints" / "iteration-000003") for name in ("one", "two"))
+    for name, value in first["loop"]["updater"]["policy"].items():
+        assert torch.equal(value, second["loop"]["updater"]["policy"][name]), name
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch):
@@ -102,15 +103,16 @@ def test_files_of_another_format_version_are_refused(tmp_path: Path):
     (stage,) = tmp_path.glob("stages/sft-*/stage.json")
     found = json.loads(stage.read_text())
     assert found["format_version"] == json.loads((run / "results.json").read_text())["format_version"] == 1
-    (run / "results.json").write_text(json.dumps({"evaluation": {}}))
+    write_checked_json(run / "results.json", {"evaluation": {}})
     with pytest.raises(DataError, match=r"results\.json has format version None, and this rlgf reads version 1"):
         train(config, run, tmp_path / "stages")
     (run / "results.json").unlink()
-    (state,) = run.glob("checkpoints/*/state.pt")
-    torch.save({**torch.load(state, weights_only=True), "format_version": 0}, state)
-    with pytest.raises(CheckpointError, match=r"state\.pt has format version 0"):
+    for manifest in run.glob("checkpoints/*/manifest.json"):
+        write_checked_json(manifest, {**read_checked_json(manifest), "format_version": 0})
+    with pytest.raises(CheckpointError, match="has format version 0"):
         train(config, run, tmp_path / "stages")
     stage.write_text(json.dumps({**found, "format_version": 0}))
+    write_manifest(stage.parent, {})
     with pytest.raises(DataError, match=r"stage\.json has format version 0"):
         train(config, tmp_path / "other", tmp_path / "stages")
     (run / "config.yaml").write_text((run / "config.yaml").read_text().partition("\n")[2])

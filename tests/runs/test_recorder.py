@@ -16,11 +16,13 @@ from helpers import config_of, experience_of, known_word, rollout_of, small, tin
 from rlgf.algorithms import guided
 from rlgf.config.flatten import to_dict
 from rlgf.config.runtime import RuntimeConfig
-from rlgf.data.files import read_complete_lines, read_json
-from rlgf.errors import CheckpointError, TrainingError
+from rlgf.data.checksums import read_checked_json
+from rlgf.data.files import read_complete_lines
+from rlgf.errors import TrainingError
 from rlgf.guides.base import Completion, CompletionRequest
 from rlgf.guides.local import FunctionGuide
 from rlgf.pipeline.run import train
+from rlgf.runs.checkpoints import load_state
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Progress, Trainer
@@ -59,6 +61,9 @@ class NotingDirectory:
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any]) -> None:
         self.note(f"checkpoint {iteration}")
 
+    def save_model(self, name: str, save: Callable[[Path], None]) -> None:
+        self.note(name)
+
 
 class Words:
     """A codec that spells a token by its id."""
@@ -74,9 +79,16 @@ class Loop:
 
     def __init__(self) -> None:
         self.iteration = 0
+        self.is_between_iterations = True
 
     def state(self) -> dict[str, Any]:
         return {}
+
+    def is_evaluation_due(self) -> bool:
+        return True
+
+    def save_policy(self, folder: Path) -> None:
+        raise AssertionError("the directory decides")
 
     def guide_usage(self) -> dict[str, float]:
         return {"requests": float(self.iteration)}
@@ -195,7 +207,7 @@ def test_an_abandoned_loop_leaves_lines_and_costs_but_no_checkpoint(tmp_path: Pa
     run_recorded(trainer, tmp_path / "run", lambda progress: progress.iteration == 2)
     assert iterations_in(tmp_path / "run" / "metrics.jsonl") == iterations_in(tmp_path / "run" / "rollouts.jsonl") == {0, 1}
     assert guide.requests > 0
-    assert read_json(tmp_path / "run" / "guide.json") == {"requests": guide.requests}
+    assert read_checked_json(tmp_path / "run" / "guide.json") == {"requests": guide.requests}
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert prefetcher.closed == 1
 
@@ -216,7 +228,7 @@ def test_an_interrupted_evaluation_leaves_its_iteration_but_no_checkpoint(
     assert [row["iteration"] for row in rows] == [0, 1]
     assert not any("evaluation" in row for row in rows)
     assert iterations_in(tmp_path / "run" / "rollouts.jsonl") == {0, 1}
-    assert read_json(tmp_path / "run" / "guide.json") == {"requests": guide.requests}
+    assert read_checked_json(tmp_path / "run" / "guide.json") == {"requests": guide.requests}
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert prefetcher.closed == 1
 
@@ -268,7 +280,7 @@ def test_after_a_training_error_the_same_command_goes_on_bit_for_bit(tmp_path: P
     assert seen == [3, 4]
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         assert timeless(parts / name) == timeless(whole / name)
-    states = [torch.load(run / "checkpoints/iteration-000004/state.pt", weights_only=True) for run in (whole, parts)]
+    states = [load_state(run / "checkpoints" / "iteration-000004") for run in (whole, parts)]
     assert_equal(*states)
 
 
@@ -331,10 +343,14 @@ def test_a_trainer_without_a_recorder_writes_nothing(tmp_path: Path, monkeypatch
             write()
 
 
-def test_a_damaged_checkpoint_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    directory = RunDirectory(tmp_path / "run", config_of())
-    directory.create(config_of())
-    directory.save_checkpoint(2, {})
-    (tmp_path / "run" / "checkpoints" / "iteration-000002" / "state.pt").write_bytes(b"cut")
-    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read .* to begin again"):
-        directory.load_checkpoint()
+def test_the_policy_of_the_best_evaluation_is_kept(tmp_path: Path) -> None:
+    directory, loop = NotingDirectory(tmp_path), Loop()
+    files: Any = directory
+    with RunRecorder(loop, files, RuntimeConfig(trackers=(), checkpoint_every=100), {}) as recorder:  # pyright: ignore[reportArgumentType]
+        for iteration, score in enumerate((0.5, 0.4, None, 0.5, 0.6)):
+            loop.iteration = iteration + 1
+            found = {} if score is None else {"evaluation": {"score": score}}
+            recorder.write({"iteration": iteration, **found}, experience_of(rollout_of(["xGP"])))
+            directory.calls.append(f"wrote {iteration}")
+    order = [call for call in directory.calls if call == "best-policy" or call.startswith("wrote")]
+    assert order == ["best-policy", "wrote 0", "wrote 1", "wrote 2", "wrote 3", "best-policy", "wrote 4"]

@@ -76,7 +76,10 @@ def evaluate(
         )
     from rlgf.cli import console, terminal
     from rlgf.pipeline import run
+    from rlgf.runs.directory import verify_run
 
+    if is_run:
+        verify_run(folder)
     if json_out:
         check_writable(json_out)
     console.configure_runtime(config)

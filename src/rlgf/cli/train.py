@@ -45,6 +45,10 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also profile iterations: RUN/profile/ gets a Chrome trace.")
     ] = False,
+    accept_changes: Annotated[
+        bool,
+        typer.Option("--accept-changes", help="Go on with other settings, data, code or libraries than the run began with."),
+    ] = False,
     dry_run: DryRun = False,
 ) -> None:
     """Train one run: build or reuse the stages, train, evaluate.
@@ -64,7 +68,7 @@ def train(
     from rlgf.pipeline.resolve import resolve
     from rlgf.pipeline.run import train_run
     from rlgf.pipeline.stage_cache import StageCache
-    from rlgf.runs.directory import RunDirectory
+    from rlgf.runs.directory import RunDirectory, read_results
 
     console.configure_runtime(config)
     if dry_run:
@@ -73,7 +77,8 @@ def train(
         console.print_plan(config, run.algorithm)
         return
     target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
-    directory = RunDirectory(target, config)
+    directory = RunDirectory(target, config, accept_changes, lambda line: console.report(f"warning: {line}"))
+    directory.check_identity()
     if directory.results is not None:
         console.report(f"{target} is finished: these are its results. For a new run choose another --out.")
     else:
@@ -86,7 +91,7 @@ def train(
             raise InterruptedRunError(directory.resume_hint(config)) from None
         finally:
             watch.close()
-    results = json.loads((target / "results.json").read_text())
+    results = read_results(target / "results.json")
     console.print_metrics({name: float("nan") if v is None else v for name, v in results["evaluation"].items()})
     console.report(
         f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see completions with `rlgf samples {target}`"

@@ -146,8 +146,3 @@ def dump(config: Config) -> str:
     return f"format_version: {FORMAT_VERSION}\n" + yaml.safe_dump(
         _adapter.dump_python(config, mode="json"), sort_keys=False, allow_unicode=True
     )
-
-
-def without_threads(config: Config) -> str:
-    """Return the complete config as YAML, the same for any number of threads."""
-    return dump(override(config, [("runtime.threads", 0)]))

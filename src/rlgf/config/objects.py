@@ -6,7 +6,6 @@ the hash of its source, prompts and a loaded model by their content, which is wr
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import shutil
 import sys
@@ -20,11 +19,13 @@ from rlgf.algorithms import guided
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
+from rlgf.config.source import source_hash
 from rlgf.data.files import write_file
 from rlgf.errors import ConfigError, unknown
 from rlgf.types import Prompt
 
 PASSED = "passed:"  # begins the spec of an object that only Python code can give again
+NAMED = "named:"  # begins the source of an object without one, whose version the caller names
 SET_BY_ARGUMENTS = (
     "policy", "model.path", "task.name", "task.data", "reward.path", "reward.source", "guide.spec", "guide.source",
     "algorithm.name",
@@ -74,6 +75,7 @@ def config_of_objects(
     guide: Any,
     algorithm: Any,
     settings: Mapping[str, Any],
+    identity: str | None = None,
 ) -> tuple[Config, PassedObjects]:
     """Return the config of a call of `rlgf.train` with objects, and the objects themselves.
 
@@ -88,6 +90,7 @@ def config_of_objects(
         guide: a guide, a function of requests, a value of `guide.spec`, or None.
         algorithm: options such as `rlgf.ppo_pp(beta=0.5)`, a name, or None.
         settings: config values by dotted key.
+        identity: names the version of a reward or guide without source.
 
     Raises:
         ConfigError: an argument is missing or cannot be used.
@@ -98,7 +101,7 @@ def config_of_objects(
         raise ConfigError(f"rlgf.train without a config needs model, prompts and reward; {', '.join(missing)} is missing.")
     model_path, model_file = _model(folder, model, tokenizer)
     prompts_file = _prompts(folder, prompts)
-    reward_path, reward_source = (reward, None) if isinstance(reward, str) else _name(reward, "reward")
+    reward_path, reward_source = (reward, None) if isinstance(reward, str) else _name(reward, "reward", identity)
     name, options = _algorithm(algorithm, guide is not None)
     for key in settings:
         if key in SET_BY_ARGUMENTS or key.startswith("reward.weights"):
@@ -109,7 +112,7 @@ def config_of_objects(
         **{f"algorithm.options.{name}.{option}": value for option, value in options.items()},
     }  # fmt: skip
     if guide is not None:
-        guide_spec, guide_source = (guide, None) if isinstance(guide, str) else _name(guide, "guide")
+        guide_spec, guide_source = (guide, None) if isinstance(guide, str) else _name(guide, "guide", identity)
         changes |= {"guide.spec": guide_spec, "guide.source": guide_source}
     config = override(recipe("prompts"), [*changes.items(), *settings.items()], "rlgf.train")
     needs_guide = config.algorithm.build().needs_guide or config.distill.num_completions > 0
@@ -124,24 +127,14 @@ def config_of_objects(
     )
 
 
-def source_hash(function: Any) -> str | None:
-    """Return a short hash of a function's source, or None without one (a lambda, an object)."""
-    if not inspect.isfunction(function) or function.__name__ == "<lambda>":
-        return None
-    try:
-        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return None
-
-
 def require_same_source(function: Any, source: str | None, what: str) -> None:
     """Raise `ConfigError` if a function's source is not the one that a config recorded."""
-    if source is not None and source_hash(function) != source:
+    if source is not None and not source.startswith(NAMED) and source_hash(function) != source:
         raise ConfigError(f"the source of {what} has changed since the run began: choose another --out, or change it back.")
 
 
-def _name(value: Any, what: str) -> tuple[str, str | None]:
-    """Return the spec of a passed object, and the hash of its source.
+def _name(value: Any, what: str, identity: str | None) -> tuple[str, str | None]:
+    """Return the spec of a passed object, and the hash of its source or else its given identity.
 
     It is python:module:name if that can be imported; otherwise only the same call can resume.
     """
@@ -151,6 +144,8 @@ def _name(value: Any, what: str) -> tuple[str, str | None]:
     named = value if hasattr(value, "__qualname__") else type(value)
     module, name, source = named.__module__, named.__qualname__, source_hash(value)
     importable = source is not None and module != "__main__" and getattr(sys.modules.get(module), name, None) is value
+    if source is None and identity is not None:
+        source = NAMED + identity
     return (f"python:{module}:{name}" if importable else f"{PASSED}{module}:{name}"), source
 
 

@@ -21,7 +21,10 @@ class RuntimeConfig:
     token_budget: NonNegativeInt = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
     offload: tuple[Literal["reference", "critic"], ...] = ()  # kept in host memory between uses
     kernels: Literal["auto", "native", "torch", "off"] = "auto"  # off: as in transformers
-    checkpoint_every: PositiveInt = 10  # iterations; the last checkpoint is always kept
+    checkpoint_every: PositiveInt = 10  # iterations; there is always one after the last
+    keep_checkpoints: PositiveInt = 2  # the newest ones; earlier ones are deleted
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the optimizer step out and count it
+    max_skipped: PositiveInt = 10  # optimizer steps left out in a row before the run stops
     trackers: tuple[str, ...] = ("tensorboard",)
     profile: bool = False  # profile the second iteration into RUN/profile/
 

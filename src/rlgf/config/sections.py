@@ -308,6 +308,7 @@ class KLConfig:
     controller: Literal["fixed", "adaptive"] = "fixed"
     target: PositiveFloat = 6.0  # nats per completion, for the adaptive controller
     horizon: PositiveInt = 10_000  # completions over which the coefficient adapts
+    stop_above: PositiveFloat | None = None  # nats per completion at which the run stops
     loss_coefficient: NonNegativeFloat = 0.0
     loss_estimator: Literal["k2", "k3"] = "k2"
 

@@ -85,7 +85,12 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
-    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_file(path, render_json(value))
+
+
+def render_json(value: object) -> str:
+    """Return a value as the text of a JSON file."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def require_format(found: Mapping[str, Any], path: Path) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.config.loading import without_threads
 from rlgf.config.variants import ComparisonPlan, Variant
-from rlgf.data.files import json_safe, read_complete_lines, read_json, write_json
+from rlgf.data.checksums import DamagedError, fingerprint, read_checked_json, write_checked_json
+from rlgf.data.files import json_safe, read_complete_lines, write_json
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.experiments.report import write_report
 from rlgf.pipeline.final_evaluation import evaluate_baselines
@@ -21,8 +21,9 @@ from rlgf.pipeline.preflight import check, check_to_train
 from rlgf.pipeline.prepare import prepare_run
 from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.run import for_guide_evaluation, no_progress, train_run
-from rlgf.pipeline.stage_cache import Report, StageCache, fingerprint, no_report
-from rlgf.runs.directory import RunDirectory, require_writable
+from rlgf.pipeline.stage_cache import Report, StageCache, no_report
+from rlgf.runs.directory import RunDirectory, identifying_settings, read_results, require_writable
+from rlgf.runs.identity import with_contents
 from rlgf.trainer import Progress
 from rlgf.types import FORMAT_VERSION
 
@@ -46,7 +47,9 @@ def compare(
     folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in plan.configs}
     directories = {place: RunDirectory(folders[place], config) for place, config in plan.configs.items()}
     runs = {place: resolve(config) for place, config in plan.configs.items()}
-    waiting = [place for place in runs if not (folders[place] / "results.json").is_file()]
+    waiting = [place for place in runs if directories[place].results is None]
+    for directory in directories.values():  # also of finished runs: a comparison never mixes two inputs
+        directory.check_identity()
     for place, run in runs.items():  # fail early: check all runs before any work
         (check_to_train if place in waiting else check)(run)
     require_writable(out)
@@ -68,14 +71,19 @@ def _baselines(run: ResolvedRun, out: Path, cache: StageCache) -> dict[str, Any]
 
     Any algorithm that queries the guide can prepare them.
     """
-    identity = fingerprint({"config": without_threads(run.config)})
+    identity = fingerprint({"run": with_contents(identifying_settings(run.config))})
     path = out / "baselines" / f"seed{run.trainer.seed}.json"
-    if path.is_file() and read_json(path).get("fingerprint") == identity:
-        return read_json(path)["rows"]
+    try:
+        found = read_checked_json(path) if path.is_file() else {}
+    except DamagedError as error:
+        cache.report(f"warning: {error}: the baselines are evaluated again")
+        found = {}
+    if found.get("fingerprint") == identity:
+        return found["rows"]
     run = for_guide_evaluation(run)
     check_to_train(run)
     rows = evaluate_baselines(prepare_run(run, cache), run.policy, cache)
-    write_json(path, json_safe({"fingerprint": identity, "rows": rows}))
+    write_checked_json(path, json_safe({"fingerprint": identity, "rows": rows}))
     return rows
 
 
@@ -120,10 +128,10 @@ def _write_results(
     for key in baselines[0]:
         table += _rows(key, [baseline[key] for baseline in baselines], [])
     for row in plan.rows:
-        found = [read_json(folders[row.key, seed] / "results.json") for seed in plan.seeds]
+        found = [read_results(folders[row.key, seed] / "results.json") for seed in plan.seeds]
         curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in plan.seeds]
         table += _rows(row.key, [{**result, "title": row.title} for result in found], curves, row)
-    first = read_json(folders[plan.rows[0].key, plan.seeds[0]] / "results.json")
+    first = read_results(folders[plan.rows[0].key, plan.seeds[0]] / "results.json")
     results = {
         "format_version": FORMAT_VERSION,
         "recipe": plan.recipe,

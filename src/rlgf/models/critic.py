@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from rlgf.config.sections import LoraConfig
+from rlgf.data.checksums import verify_folder
 from rlgf.errors import ConfigError
 from rlgf.models import lora
 from rlgf.models.forward import MicroBatch, backbone_states
@@ -84,6 +85,7 @@ class Critic(nn.Module):
     def load_value_head(self, path: str | None) -> "Critic":
         """Load the value head from the folder `path`, if it has one, and return this critic."""
         if path is not None and (file := Path(path).expanduser() / VALUE_HEAD).is_file():
+            verify_folder(path)
             self.head.load_state_dict(load_file(file))
         return self
 
@@ -123,6 +125,7 @@ def new_lora_critic(
     """
     if path is not None:
         require_lora_critic(path)
+        verify_folder(path)
         lora.load(policy.model, path, name)
     elif SFT in lora.adapter_names(policy.model):
         lora.clone(policy.model, SFT, name)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlgf.config.sections import ModelConfig
+from rlgf.data.checksums import verify_folder
 from rlgf.data.hub import hub_is_reachable, load_failure_reason
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
@@ -199,8 +200,10 @@ def use_fast_paths(model: Any) -> Any:
 def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
     """Load a Hub name or folder by an `Auto` class; no remote code is run.
 
-    `kind` names the object in the error. Raises ConfigError if it cannot be loaded.
+    `kind` names the object in the error. Raises ConfigError if it cannot be loaded, and DataError
+    for a folder that differs from its manifest.
     """
+    verify_folder(path)
     local = Path(path).expanduser().exists() or not hub_is_reachable()
     try:
         return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)

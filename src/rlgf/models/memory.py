@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlgf.config.runtime import MICRO_BATCH_TOKENS
-from rlgf.errors import ConfigError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.models.critic import Critic
 from rlgf.models.forward import micro_batches, token_logits
 from rlgf.models.language_model import LanguageModel
@@ -78,6 +78,35 @@ def _reserve(device: torch.device) -> Any:
     """Allocate the memory of a device that is to stay free."""
     total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
     return torch.empty(total // RESERVE, dtype=torch.uint8, device=device)
+
+
+MEMORY_ERRORS = (MemoryError, RuntimeError)
+"""The types of errors among which are those of memory that runs out."""
+
+
+def smaller_token_budget(error: Exception, token_budget: int, width: int) -> int:
+    """Return half of a token budget, after a device ran out of memory.
+
+    Args:
+        error: any error of `MEMORY_ERRORS`; raised again if it is not about memory.
+        token_budget: the tokens of a micro-batch.
+        width: the length of the longest row.
+
+    Raises:
+        TrainingError: the memory of the host ran out, or the micro-batch is a single row.
+    """
+    on_device = isinstance(error, torch.OutOfMemoryError)
+    if not on_device and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        raise error
+    if on_device and token_budget > width:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return max(width, token_budget // 2)
+    place = "accelerator" if on_device else "host"
+    raise TrainingError(
+        f"the memory of the {place} is too small for micro-batches of {token_budget:,} tokens with rows of {width}: set "
+        "runtime.token_budget or ppo.minibatch_size to less, train adapters (lora.rank), or shorten completions."
+    ) from None
 
 
 def find_micro_batch_size(attempt: Callable[[int], None], max_tokens: int) -> int:

@@ -25,11 +25,11 @@ from rlgf.config.sections import (
     TaskConfig,
 )
 from rlgf.config.specs import GuideKind, GuideSpec, JudgeKind, JudgeSpec, load_object, parse_guide, parse_judge
+from rlgf.data.checksums import content_identity, fingerprint
 from rlgf.errors import ConfigError
 from rlgf.generation.openai.client import without_address
 from rlgf.guides.local import guide_model_path
 from rlgf.models import lora
-from rlgf.pipeline.stage_cache import fingerprint, source_fingerprint
 from rlgf.runs.directory import identifying_settings
 from rlgf.tasks.base import TaskDefinition
 from rlgf.tasks.registry import task_definition
@@ -158,7 +158,7 @@ class GuidePlan:
         """
         if self.spec.kind == GuideKind.PASSED and self.config.source is None:
             return {"spec": self.spec.text, "object": uuid.uuid4().hex}
-        return source_fingerprint(self.model_path() or without_address(self.spec.text))
+        return content_identity(self.model_path() or without_address(self.spec.text))
 
     def model_path(self) -> str | None:
         """Return the path of a guide of the kinds 'model' and 'run', or None.

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from rlgf.config.flatten import to_dict
 from rlgf.config.sections import TaskConfig
+from rlgf.data.checksums import content_identity
 from rlgf.data.preferences import Pairs, split_for_role
 from rlgf.errors import ConfigError
 from rlgf.models import lora
 from rlgf.models.loading import has_encoder, load_tokenizer
 from rlgf.pipeline.resolve import SEPARATE_SEED, PreferencePlan
-from rlgf.pipeline.stage_cache import StageCache, source_fingerprint
+from rlgf.pipeline.stage_cache import StageCache
 from rlgf.pipeline.stages import prepare_tokenizer, starting_model, task_source
 from rlgf.rewards.reward_model import RewardModel, is_reward_model
 from rlgf.supervised.reward_modeling import new_reward_model, train_reward_model
@@ -74,7 +75,7 @@ def preference_stage(plan: PreferencePlan, cache: StageCache, role: Role = "rewa
     seed = plan.seed + (SEPARATE_SEED if role == "judge" else 0)
     inputs: Mapping[str, Any] = {
         "start": cache.identity(start),
-        "preferences": to_dict(settings), "pairs": source_fingerprint(settings.data), "task": task_source(plan.task.config),
+        "preferences": to_dict(settings), "pairs": content_identity(settings.data), "task": task_source(plan.task.config),
         "role": role if plan.for_judge else "alone", "seed": seed,
         **({"in_4bit": True} if plan.in_4bit else {}),
     }  # fmt: skip

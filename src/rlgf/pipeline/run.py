@@ -11,6 +11,7 @@ from rlgf.config.flatten import to_dict
 from rlgf.config.objects import PassedObjects, config_of_objects
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
+from rlgf.data.checksums import fingerprint
 from rlgf.errors import ConfigError, unknown
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
@@ -32,7 +33,7 @@ from rlgf.pipeline.final_evaluation import (
 from rlgf.pipeline.preflight import check, check_base, check_lengths, check_rewards, check_to_train
 from rlgf.pipeline.prepare import output_perplexity_model, prepare_prompts, prepare_run
 from rlgf.pipeline.resolve import ResolvedRun, resolve
-from rlgf.pipeline.stage_cache import Report, StageCache, fingerprint, no_report
+from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import starting_model
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
@@ -51,11 +52,12 @@ def no_progress(progress: Progress) -> None:
 def disk_needed(parts: Components) -> int:
     """Return the bytes of the final models and of the checkpoints.
 
-    A checkpoint has weights and two moments; a new one is written next to the last.
+    A checkpoint has weights and two moments; a new one is written next to those that are kept.
     """
     trained = sum(value.numel() for value in parts.models.policy.trainable_parameters())
     trained += sum(value.numel() for critic in parts.models.critics.values() for value in critic.trainable_parameters())
-    return 4 * (2 * 3 * trained + trained) + 50_000_000
+    checkpoints = parts.config.runtime.keep_checkpoints + 1
+    return 4 * (checkpoints * 3 * trained + 2 * trained) + 50_000_000
 
 
 def train(
@@ -72,6 +74,8 @@ def train(
     guide: Any = None,
     algorithm: Any = None,
     settings: Mapping[str, Any] | None = None,
+    identity: str | None = None,
+    accept_changes: bool = False,
 ) -> Trainer:
     """Train and evaluate one run in the folder `out`, and return its trainer.
 
@@ -91,9 +95,13 @@ def train(
         guide: a `Guide`, a function from requests to completions, or a `guide.spec`.
         algorithm: such as `rlgf.lols()`; by default `ppo_pp` with a guide and `ppo` without.
         settings: config values by dotted key, over those of `rlgf.config.objects.SETTINGS`.
+        identity: names the version of objects without source, such as a lambda or a loaded client;
+            with another one `out` is another run. Without, they must be the same in each call.
+        accept_changes: go on with other settings, data, code or libraries than the run began with;
+            they are recorded in `out/identity.json`.
 
     Raises:
-        ConfigError: the run cannot be trained, or `out` has a run with other settings.
+        ConfigError: the run cannot be trained, or `out` has another run.
         DataError: the task's data cannot be used.
         TrainingError: a guide or a reward failed; a checkpoint is written first.
 
@@ -115,11 +123,13 @@ def train(
     }  # fmt: skip
     passed = PassedObjects()
     if config is None:
-        config, passed = config_of_objects(cache.folder, **objects, settings=settings or {})
-    elif given := [name for name, value in {**objects, "settings": settings}.items() if value is not None]:
+        config, passed = config_of_objects(cache.folder, **objects, settings=settings or {}, identity=identity)
+    elif given := [
+        name for name, value in {**objects, "settings": settings, "identity": identity}.items() if value is not None
+    ]:
         raise ConfigError(f"rlgf.train has a config and {', '.join(given)}: give one or the other.")
-    directory = RunDirectory(out, config)
-    for name in passed.unverifiable() if (out / "config.yaml").is_file() else ():
+    directory = RunDirectory(out, config, accept_changes, lambda line: report(f"warning: {line}"))
+    for name in passed.unverifiable() if identity is None and (out / "config.yaml").is_file() else ():
         report(f"warning: {out} is resumed, and its {name} has no source to compare: it must be the same as before")
     run = resolve(config, passed)
     check_to_train(run, unwritten=[str(file.path) for file in passed.files])
@@ -133,6 +143,7 @@ def train_run(
     run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None] = no_progress
 ) -> Trainer:
     """Train and evaluate a checked run in a directory, and return its trainer."""
+    directory.check_identity()
     require_writable(directory.folder)
     require_space(directory.folder, 50_000_000)
     require_writable(cache.folder, "--stages")
@@ -146,11 +157,13 @@ def train_run(
     ):
         for progress in iterations:
             recorder.write(progress.metrics, progress.experience)
+            for warning in progress.warnings:
+                cache.report(f"warning: {warning}")
             on_progress(progress)
     if directory.results is None:
-        parts.models.policy.save(directory.folder / "policy")
+        directory.save_model("policy", parts.models.policy.save)
         for origin, critic in parts.models.critics.items():
-            critic.save(directory.folder / f"critic-{origin.name.lower()}")
+            directory.save_model(f"critic-{origin.name.lower()}", critic.save)
         directory.finish(final_results(trainer, directory, run))
     return trainer
 

@@ -1,51 +1,28 @@
 """The stages on disk: folders named by a fingerprint of all their inputs."""
 
-import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlgf.data.checksums import (
+    MANIFEST,
+    DamagedError,
+    content_identity,
+    fingerprint,
+    replace_folder,
+    set_aside,
+    verify_manifest,
+    write_manifest,
+)
 from rlgf.data.files import read_json, require_format, write_json
 from rlgf.errors import ConfigError
 from rlgf.types import FORMAT_VERSION
 
 Report = Callable[[str], None]
-
-
-def fingerprint(inputs: Mapping[str, Any]) -> str:
-    """Return a short hash of all inputs of a stage."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
-def source_fingerprint(source: str | None) -> Any:
-    """Return the identity of a data source or model.
-
-    For a local file or folder it is the name and content hash of every file, otherwise the name.
-    Files over 256 MB are identified by size and modification time instead of their content.
-    """
-    path = Path(source).expanduser() if source else None
-    if path is None or not path.exists():
-        return source
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    return [(file.name, _content_fingerprint(file)) for file in files]
-
-
-def _content_fingerprint(file: Path) -> str:
-    status = file.stat()
-    if status.st_size > 2**28:
-        return f"{status.st_size} {status.st_mtime_ns}"
-    return _content_hash(str(file), status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _content_hash(file: str, size: int, time: int) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -73,7 +50,7 @@ class StageCache:
 
     def identity(self, path: str) -> Any:
         """Return the identity of a model: the name of a stage here, otherwise its fingerprint."""
-        return Path(path).name if Path(path).parent == self.folder else source_fingerprint(path)
+        return Path(path).name if Path(path).parent == self.folder else content_identity(path)
 
 
 def build_at(
@@ -81,13 +58,14 @@ def build_at(
 ) -> Path:
     """Build or reuse a stage in exactly this folder.
 
-    Raises `ConfigError` if the folder holds anything else.
+    A damaged stage is renamed and built again. Raises `ConfigError` if the folder holds anything
+    else.
     """
     identity = fingerprint(inputs)
-    record = target / "stage.json"
-    if record.is_file():
-        found = read_json(record)
-        require_format(found, record)
+    is_stage = any((target / file).is_file() for file in (MANIFEST, "stage.json"))
+    if is_stage and _is_whole(target, report):
+        found = read_json(target / "stage.json")
+        require_format(found, target / "stage.json")
         if found.get("fingerprint") != identity:
             raise ConfigError(f"{target} holds a stage made from other settings: choose another --out or remove it.")
         report(f"{name}: reusing {target.name}")
@@ -109,14 +87,22 @@ def build_at(
                 "metrics": metrics,
             },
         )
-        if target.exists():
-            target.rmdir()
-        os.chmod(scratch, 0o755)
-        os.rename(scratch, target)
+        write_manifest(scratch, {"stage": name, "fingerprint": identity})
+        replace_folder(target, scratch)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     return target
+
+
+def _is_whole(target: Path, report: Report) -> bool:
+    """Verify a stage; rename it if it is damaged."""
+    try:
+        verify_manifest(target)
+    except DamagedError as error:
+        report(f"warning: {target.name} is damaged ({error}): it is {set_aside(target).name} now, and is made again")
+        return False
+    return True
 
 
 def no_report(line: str) -> None:

@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rlgf.config.flatten import to_dict
 from rlgf.config.sections import GUIDE_CONNECTION_FIELDS, GuideConfig, PolicyLoraConfig, TaskConfig
+from rlgf.data.checksums import content_identity
 from rlgf.errors import ConfigError
 from rlgf.generation.openai.client import without_address
 from rlgf.models import lora
 from rlgf.models.language_model import SFT, LanguageModel
 from rlgf.models.loading import load_language_model, load_tokenizer, new_language_model
 from rlgf.pipeline.resolve import BasePlan, DistillPlan, FineTuningPlan, GuidePlan, PolicyPlan, RewardPlan, TokenizerPlan
-from rlgf.pipeline.stage_cache import StageCache, source_fingerprint
+from rlgf.pipeline.stage_cache import StageCache
 from rlgf.rewards.ngram import train_ngram
 from rlgf.supervised.examples import SENTINELS, Example, TargetExamples, check_example_lengths, corrupt_spans, split_into_blocks
 from rlgf.supervised.loop import fit
@@ -35,7 +36,7 @@ def prepare_tokenizer(plan: TokenizerPlan, cache: StageCache) -> tuple[Any, Any]
     It is that of a model, the task's own, or one trained here on the task's raw text.
     """
     if plan.path:
-        return load_tokenizer(plan.path), source_fingerprint(plan.path)
+        return load_tokenizer(plan.path), content_identity(plan.path)
     definition, task = plan.task.definition, plan.task.config
     if definition.tokenizer:
         return definition.tokenizer(task), f"{task.name} words"
@@ -89,7 +90,7 @@ def load_base_model(
 def _base_identity(plan: BasePlan, cache: StageCache) -> Any:
     """Return the identity of a model before SFT, for the fingerprints of later stages."""
     if plan.shape.path:
-        return source_fingerprint(plan.shape.path)
+        return content_identity(plan.shape.path)
     if plan.is_pretrained_here:
         return pretrain_stage(plan, cache).name
     return {"new": to_dict(plan.shape), "tokenizer": prepare_tokenizer(plan.tokenizer, cache)[1], "seed": plan.new_seed}
@@ -97,7 +98,7 @@ def _base_identity(plan: BasePlan, cache: StageCache) -> Any:
 
 def task_source(task: TaskConfig) -> dict[str, Any]:
     """Return the identity of a task's data: its name, options and data fingerprint."""
-    return {"name": task.name, "options": task.options, "data": source_fingerprint(task.data)}
+    return {"name": task.name, "options": task.options, "data": content_identity(task.data)}
 
 
 def pretrain_stage(plan: BasePlan, cache: StageCache, at: Path | None = None) -> Path:

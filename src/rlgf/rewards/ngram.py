@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+from rlgf.data.checksums import verify_folder
 from rlgf.data.files import read_json, write_json
 from rlgf.errors import ConfigError
 from rlgf.randomness import Purpose, permutation, uniforms
@@ -34,6 +35,7 @@ class NgramClassifier:
     @classmethod
     def load(cls, folder: Path) -> "NgramClassifier":
         """Load a classifier from a folder written by `rlgf reward`."""
+        verify_folder(str(folder))
         if read_json(folder / "ngram.json").get("kind") != KIND:
             raise ConfigError(f"{folder}/ngram.json is not an n-gram reward made by `rlgf reward`.")
         tensors = load_file(folder / "weights.safetensors")

@@ -310,7 +310,7 @@ def make_experience(
         values * rollout.completion_mask,
         returns,
         advantages,
-        stats,
+        stats=stats,
     )
 
 

@@ -120,4 +120,5 @@ class Experience:
     values: Tensor  # [rows, width], by the critic of the rollout origin, before the update
     returns: Tensor  # [rows, width], targets of that critic
     advantages: Tensor  # [rows, width], trained tokens, whitened if configured
+    is_finite: bool = True  # False: no optimizer step uses it (runtime.on_nonfinite)
     stats: Mapping[str, float] = field(default_factory=dict[str, float])

@@ -7,6 +7,7 @@ switch in the rows with that rollout origin. The losses do not depend on the alg
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,16 +22,20 @@ from rlgf.errors import TrainingError
 from rlgf.models.critic import Critic
 from rlgf.models.forward import micro_batches, token_logits
 from rlgf.models.log_probs import entropy, token_log_probs
-from rlgf.models.memory import TrainedModels
+from rlgf.models.memory import MEMORY_ERRORS, TrainedModels, smaller_token_budget
 from rlgf.models.offload import on_device
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.rl.experience import ForwardConfig, Models, policy_log_probs, run_with_critics
+from rlgf.rl.guards import Guard
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.supervised.examples import Example
 from rlgf.supervised.loop import nll_backward
 from rlgf.types import Origin
 
 FIRST_RATIO_TOLERANCE = 1e-4
+GUARDED = (  # metrics of an optimizer step that must be finite before it is done
+    "policy_loss", "value_loss", "kl_loss", "mle_loss", "approx_kl", "policy_grad_norm", "critic_grad_norm",
+)  # fmt: skip
 
 
 class Updater:
@@ -44,7 +49,9 @@ class Updater:
         critic: CriticConfig,
         targets: Sequence[Example],
         seed: int,
+        guard: Guard,
     ) -> None:
+        self.guard = guard
         self.models, self.forward_config, self.kl, self.critic = models, forward_config, kl, critic
         self.targets, self.seed = targets, seed
         self.shares_backbone = critic.kind == "value_head"
@@ -76,7 +83,12 @@ class Updater:
         Returns:
             Metrics (docs/metrics.md): means over the optimizer steps that report them, and the
             number of steps.
+
+        Raises:
+            NonFiniteError: a loss or a gradient norm is not finite; earlier steps were done.
         """
+        if not experience.is_finite:
+            return {"optimizer_steps": 0, "steps_skipped": float(self.steps_per_iteration), "stopped_early": 0.0}
         with ExitStack() as stack:
             for origin, critic in self.models.critics.items():
                 stack.enter_context(on_device(critic, self.critic_optimizers.get(origin)))
@@ -96,24 +108,42 @@ class Updater:
         self.models.policy.model.train(ppo.dropout)
         seen: dict[str, list[float]] = {}
         steps = 0
-        stopped = False
+        stopped, skipped = False, 0
         texts = experience.rollout.ids.shape[0]
         for epoch in range(ppo.epochs):
             order = permutation(self.seed, Purpose.MINIBATCH, iteration * ppo.epochs + epoch, texts)
             for start in range(0, texts, ppo.minibatch_size):
                 rows = torch.from_numpy(order[start : start + ppo.minibatch_size]).sort().values
-                stats = self._step(experience, rows, iteration, steps)
+                stats = self._step_within_memory(experience, rows, iteration, steps)
                 steps += 1
+                skipped += int(stats.pop("skipped"))
                 for key, value in stats.items():
                     seen.setdefault(key, []).append(value)
-                if ppo.target_kl is not None and stats["approx_kl"] > ppo.target_kl:
+                if ppo.target_kl is not None and stats.get("approx_kl", 0.0) > ppo.target_kl:
                     stopped = True
                     break
             if stopped:
                 break
         self.models.policy.model.eval()
         means = {key: sum(values) / len(values) for key, values in seen.items()}
-        return {**means, "optimizer_steps": steps, "stopped_early": float(stopped)}
+        return {
+            **means, "optimizer_steps": steps - skipped, "steps_skipped": float(skipped), "stopped_early": float(stopped),
+        }  # fmt: skip
+
+    def _step_within_memory(self, experience: Experience, rows: Tensor, iteration: int, done: int) -> dict[str, float]:
+        """Run an optimizer step, with smaller micro-batches if a device's memory is too small."""
+        width = experience.rollout.ids.shape[1]
+        while True:
+            try:
+                return self._step(experience, rows, iteration, done)
+            except MEMORY_ERRORS as error:
+                smaller = smaller_token_budget(error, self.forward_config.token_budget, width)
+            self._clear_gradients()
+            self.forward_config = replace(self.forward_config, token_budget=smaller)
+
+    def _clear_gradients(self) -> None:
+        for optimizer in (self.policy_optimizer, *self.critic_optimizers.values()):
+            optimizer.zero_grad()
 
     def _step(self, experience: Experience, rows: Tensor, iteration: int, done: int) -> dict[str, float]:
         """Run one optimizer step of policy and critics on a minibatch; return its metrics.
@@ -127,24 +157,42 @@ class Updater:
         learns, ppo = iteration >= self.critic.warmup_iterations, self.forward_config.ppo
         step = iteration * self.steps_per_iteration + done
         factor = learning_rate_factor(ppo.schedule, step, ppo.iterations * self.steps_per_iteration)
-        policy = partial(self._policy_gradients, experience, rows, step, learns)
-        critic_rate = self.critic.learning_rate * factor
 
-        def critics() -> dict[str, float]:
-            gradients = self._critic_gradients(experience, rows)
-            # no model is updated before the first ratio was checked
-            return gradients | self._critic_optimizer_steps(critic_rate) if done else gradients
+        def policy() -> tuple[dict[str, float], Tensor | None]:
+            stats, moved = self._policy_gradients(experience, rows, step, learns)
+            return stats, _gradient_norm(self.policy_optimizer) if moved else None
 
-        (stats, policy_moved), valued = run_with_critics(
-            self.models.policy, experience.rollout, policy, critics, self.independent_critics
-        )
+        def critics() -> tuple[dict[str, float], list[Tensor | None]]:
+            stats = self._critic_gradients(experience, rows)
+            return stats, [_gradient_norm(optimizer) for optimizer in self.critic_optimizers.values()]
+
+        run = partial(run_with_critics, self.models.policy, experience.rollout, concurrently=self.independent_critics)
+        (stats, policy_norm), (valued, critic_norms) = run(policy, critics)
+        stats |= valued
         ratio_error = stats.pop("ratio_error")
+        if policy_norm is not None:
+            stats["policy_grad_norm"] = float(policy_norm)
+        if critic_norms:
+            stats["critic_grad_norm"] = max(0.0 if norm is None else float(norm) for norm in critic_norms)
+        guarded = {name.replace("_", " "): stats[name] for name in GUARDED if name in stats}
+        if not self.guard.check_step(guarded, experience, rows, iteration):
+            self._clear_gradients()
+            return {**{name: value for name, value in stats.items() if math.isfinite(value)}, "skipped": 1.0}
         if done == 0:
             self._check_first_ratio(ratio_error)
-            valued |= {"first_ratio_error": ratio_error, **self._critic_optimizer_steps(critic_rate)}
-        if policy_moved:
-            stats["policy_grad_norm"] = _optimizer_step(self.policy_optimizer, ppo.learning_rate * factor, ppo.max_grad_norm)
-        return {**stats, **valued, "learning_rate": ppo.learning_rate * factor}
+            stats["first_ratio_error"] = ratio_error
+
+        def move_policy() -> None:
+            if policy_norm is not None:
+                _optimizer_step(self.policy_optimizer, policy_norm, ppo.learning_rate * factor, ppo.max_grad_norm)
+
+        def move_critics() -> None:
+            for optimizer, norm in zip(self.critic_optimizers.values(), critic_norms):
+                if norm is not None:
+                    _optimizer_step(optimizer, norm, self.critic.learning_rate * factor, ppo.max_grad_norm)
+
+        run(move_policy, move_critics)
+        return {**stats, "learning_rate": ppo.learning_rate * factor, "skipped": 0.0}
 
     def _check_first_ratio(self, error: float) -> None:
         """Raise TrainingError if the first PPO ratio of an iteration differs from 1."""
@@ -268,13 +316,6 @@ class Updater:
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
         return sums
 
-    def _critic_optimizer_steps(self, learning_rate: float) -> dict[str, float]:
-        """Step the optimizer of each separate critic; return the largest gradient norm."""
-        norms = [
-            _optimizer_step(o, learning_rate, self.forward_config.ppo.max_grad_norm) for o in self.critic_optimizers.values()
-        ]
-        return {"critic_grad_norm": max(norms)} if norms else {}
-
     def _value_loss(
         self,
         experience: Experience,
@@ -305,12 +346,14 @@ class Updater:
             "critics": {int(origin): critic.trainable_state() for origin, critic in self.models.critics.items()},
             "policy_optimizer": self.policy_optimizer.state_dict(),
             "critic_optimizers": {int(origin): o.state_dict() for origin, o in self.critic_optimizers.items()},
+            "skipped_in_a_row": self.guard.skipped_in_a_row,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Load the state of a checkpoint."""
         self.models.policy.load_trainable_state(state["policy"])
         self.policy_optimizer.load_state_dict(state["policy_optimizer"])
+        self.guard.skipped_in_a_row = state["skipped_in_a_row"]
         for origin, critic in self.models.critics.items():
             critic.load_trainable_state(state["critics"][int(origin)])
         for origin, optimizer in self.critic_optimizers.items():
@@ -337,20 +380,17 @@ def _adam(parameters: list[torch.nn.Parameter], learning_rate: float, ppo: PPOCo
     return torch.optim.AdamW(parameters, learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True)
 
 
-def _optimizer_step(optimizer: torch.optim.Optimizer, learning_rate: float, max_norm: float) -> float:
-    """Clip the gradients, step, and clear them; return the gradient norm before clipping.
+def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Return the norm of all gradients of an optimizer's parameters, or None without any."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients) if gradients else None
 
-    Without any gradient, no step is done and the norm is 0.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not parameters:
-        return 0.0
-    length = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = float(length)
+
+def _optimizer_step(optimizer: torch.optim.Optimizer, norm: Tensor, learning_rate: float, max_norm: float) -> None:
+    """Clip the gradients, whose norm is `norm`, step, and clear them."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     # the fused step divides the gradients by grad_scale: clipping needs no extra pass over memory
-    optimizer.grad_scale = length / max_norm if norm > max_norm else None  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.grad_scale = norm / max_norm if float(norm) > max_norm else None  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
     optimizer.zero_grad()
-    return norm

@@ -3,112 +3,223 @@
 It has the config, metrics, rollouts, checkpoints, policy and results.
 """
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rlgf.config.flatten import flatten, to_dict
-from rlgf.config.loading import dump, from_dict, read_yaml
+from rlgf.config.loading import dump
 from rlgf.config.schema import Config
 from rlgf.config.sections import GUIDE_CONNECTION_FIELDS, JUDGE_CONNECTION_FIELDS
-from rlgf.data.files import json_safe, read_complete_lines, read_json, require_format, to_line, write_file, write_json
-from rlgf.errors import CheckpointError, ConfigError
+from rlgf.data.checksums import (
+    DamagedError,
+    fingerprint,
+    read_checked_json,
+    replace_folder,
+    write_checked_json,
+    write_manifest,
+)
+from rlgf.data.files import json_safe, read_complete_lines, require_format, to_line, write_file
+from rlgf.errors import ConfigError, DataError
 from rlgf.generation.openai.client import without_address
+from rlgf.runs.checkpoints import Checkpoints
+from rlgf.runs.identity import find_differences, with_contents
 from rlgf.types import FORMAT_VERSION
+
+IDENTITY = "identity.json"
+BEFORE_CONFIG = ("stages", IDENTITY)  # what a folder holds before the run's config is written
+
+
+def ignore(line: str) -> None:
+    """Ignore the line."""
 
 
 class RunDirectory:
     """A run on disk.
 
     Opening it with a config resumes the run in it, or raises if that is a different run.
+
+    Args:
+        folder: the folder of the run.
+        config: the config of the run.
+        accept_changes: go on with another config, data, code or libraries than the run began with;
+            the changes are recorded in `identity.json`.
+        warn: called with each warning.
+
+    Raises:
+        ConfigError: the folder holds something else, or a run with other settings.
+        DataError: the run's config or identity is damaged.
     """
 
-    def __init__(self, folder: Path, config: Config) -> None:
-        self.folder = folder
+    def __init__(
+        self, folder: Path, config: Config, accept_changes: bool = False, warn: Callable[[str], None] = ignore
+    ) -> None:
+        self.folder, self.config, self.accept_changes, self.warn = folder, config, accept_changes, warn
+        self.history: list[dict[str, Any]] = []  # the identities that the run had, oldest first
+        self.config_checksums: list[str] = []  # of the last config.yaml and of the one before
+        self.identity: dict[str, Any] | None = None
         existing = folder / "config.yaml"
         if existing.is_file():
-            if not existing.read_text(encoding="utf-8").startswith("format_version:"):
+            if not existing.read_bytes().startswith(b"format_version:"):
                 raise ConfigError(
                     f"{folder} holds a run of an rlgf before format version {FORMAT_VERSION}: choose another --out."
                 )
-            _require_same_run(folder, from_dict(read_yaml(existing), str(existing)), config)
-        elif folder.exists() and (not folder.is_dir() or any(p.name != "stages" for p in folder.iterdir())):
+            self.history, self.config_checksums = _read_history(folder)
+            before, after = self.history[-1]["identity"], identifying_settings(config)
+            # the content of files, which takes longer, is compared by `check_identity`
+            both = [key for key in after if key in before]
+            self._require_same(find_differences({key: before[key] for key in both}, {key: after[key] for key in both}))
+        elif folder.exists() and (not folder.is_dir() or any(p.name not in BEFORE_CONFIG for p in folder.iterdir())):
             raise ConfigError(f"{folder} holds something that is not a run: choose another --out.")
 
+    def check_identity(self) -> None:
+        """Compare all that decides the run's numbers with what the run began with.
+
+        Raises:
+            ConfigError: it differs, and changes are not accepted.
+        """
+        self.identity = with_contents(identifying_settings(self.config))
+        if self.history:
+            self._require_same(find_differences(self.history[-1]["identity"], self.identity))
+
+    def _require_same(self, differences: Sequence[str]) -> None:
+        """Raise unless there are no differences, or they are accepted or a longer run."""
+        if not differences or self.accept_changes:
+            return
+        old, new = self.history[-1]["identity"].get("ppo.iterations"), self.config.ppo.iterations
+        longer = [phrase for phrase in differences if not phrase.startswith("ppo.iterations is ")] == []
+        if longer and isinstance(old, int) and new > old:
+            if self.config.ppo.schedule == "constant":
+                return
+            raise ConfigError(
+                f"{self.folder} cannot be trained from {old} to {new} iterations: with ppo.schedule={self.config.ppo.schedule} "
+                "its learning rates depend on the number of iterations; choose another --out, or pass --accept-changes."
+            )
+        raise ConfigError(
+            f"{self.folder} holds another run ({'; '.join(differences[:3])}): choose another --out, or go on with the change "
+            "by --accept-changes, which is recorded."
+        )
+
+    @property
+    def runs(self) -> list[str]:
+        """Return the identities of the run, from the first to the present one."""
+        found = [entry["fingerprint"] for entry in self.history]
+        return found or [fingerprint(identifying_settings(self.config))]
+
     def create(self, config: Config) -> None:
-        """Create the folder and write the complete config."""
+        """Create the folder and write the complete config and the run's identity."""
+        if self.identity is None:
+            self.check_identity()
+        assert self.identity is not None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_file(self.folder / "config.yaml", dump(config))
+            text = dump(config)
+            self._record_identity(text)
+            write_file(self.folder / "config.yaml", text)
         except OSError as error:
             raise ConfigError(f"{self.folder} cannot be written ({error.strerror}): choose another --out.") from None
 
+    def _record_identity(self, text: str) -> None:
+        """Add the present identity to the history if it is new, and write the history."""
+        assert self.identity is not None
+        own = fingerprint(self.identity)
+        if not self.history or self.history[-1]["fingerprint"] != own:
+            before = self.history[-1]["identity"] if self.history else {}
+            changes = find_differences(before, self.identity) if self.history else []
+            done = self.checkpoints.iterations()
+            self._set_results_aside(before.get("ppo.iterations"))
+            self.history.append(
+                {
+                    "fingerprint": own,
+                    "after_iterations": done[-1] if done else 0,
+                    "changes": changes,
+                    "identity": self.identity,
+                }
+            )
+        # two, as the config is written after this file
+        self.config_checksums = [*self.config_checksums[-1:], hashlib.sha256(text.encode()).hexdigest()]
+        write_checked_json(
+            self.folder / IDENTITY,
+            {"format_version": FORMAT_VERSION, "config_sha256": self.config_checksums, "history": self.history},
+        )
+
+    def _set_results_aside(self, iterations: int | None) -> None:
+        """Keep the results of a finished run that goes on under another name.
+
+        The evaluation of its last iteration is dropped unless a longer run would have had it.
+        """
+        path, every = self.folder / "results.json", self.config.evaluation.every
+        if iterations is None or not path.is_file():
+            return
+        path.rename(self.folder / f"results-after-{iterations}-iterations.json")
+        if every and iterations % every:
+            rows = read_complete_lines(self.folder / "metrics.jsonl")
+            kept = [{k: v for k, v in row.items() if k != "evaluation" or row["iteration"] != iterations - 1} for row in rows]
+            write_file(self.folder / "metrics.jsonl", "".join(to_line(row) for row in kept))
+
     @property
     def results(self) -> dict[str, Any] | None:
-        """Return the final evaluation, or None until the run is complete."""
+        """Return the final evaluation, or None until the run is complete.
+
+        Results of fewer iterations, or from before an accepted change, do not count.
+        """
         path = self.folder / "results.json"
-        if not path.is_file():
+        if not path.is_file() or not self.history:
             return None
-        found = read_json(path)
-        require_format(found, path)
-        return found
+        last = self.history[-1]
+        changed = self.identity is not None and fingerprint(self.identity) != last["fingerprint"]
+        if changed or last["identity"].get("ppo.iterations") != self.config.ppo.iterations:
+            return None
+        return read_results(path)
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """Return the checkpoints of the run."""
+        keep = self.config.runtime.keep_checkpoints
+        return Checkpoints(self.folder / "checkpoints", keep, self.runs[-1], self.runs, self.warn)
 
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any]) -> None:
-        """Write the state after `iteration` iterations as the only checkpoint.
-
-        The write is atomic. Earlier checkpoints are deleted.
-        """
-        parent = self.folder / "checkpoints"
-        parent.mkdir(exist_ok=True)
-        target = parent / f"iteration-{iteration:06d}"
-        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=".writing-"))
-        torch.save({"format_version": FORMAT_VERSION, **state}, temporary / "state.pt")
-        os.chmod(temporary, 0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-        for old in parent.iterdir():
-            if old != target:
-                shutil.rmtree(old)
+        """Write the state after `iteration` iterations as the newest checkpoint."""
+        self.checkpoints.save(iteration, state)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
-        """Load the last checkpoint: the number of iterations done and the state.
+        """Load the newest whole checkpoint: the number of iterations done and the state.
 
-        Returns None if there is none. Only tensors are loaded, no code.
+        Returns None if there is none; raises `CheckpointError` if none can be used.
         """
-        folders = sorted((self.folder / "checkpoints").glob("iteration-*"))
-        if not folders:
-            return None
-        path = folders[-1] / "state.pt"
+        return self.checkpoints.load()
+
+    def save_model(self, name: str, save: Callable[[Path], None]) -> None:
+        """Write a model to a folder in the run, with a manifest, in place of an earlier one."""
+        scratch = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{name}-"))
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch raises many types for a damaged file
-            raise CheckpointError(
-                f"{path} cannot be read ({type(error).__name__}): remove {folders[-1]} to begin again, or restore it."
-            ) from None
-        if state.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format version {state.get('format_version')}, and this rlgf reads version {FORMAT_VERSION}: "
-                "choose another --out, or use the version of rlgf that wrote it."
-            )
-        return int(folders[-1].name.split("-")[1]), state
+            save(scratch)
+            write_manifest(scratch, {"run": self.runs[-1]})
+            replace_folder(self.folder / name, scratch)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
 
     def save_guide_usage(self, state: Mapping[str, Any]) -> None:
         """Write the guide's usage and cost so far.
 
         This is done after every iteration and whenever a run ends.
         """
-        write_json(self.folder / "guide.json", state)
+        write_checked_json(self.folder / "guide.json", state)
 
     def load_guide_usage(self) -> dict[str, Any]:
         """Load the saved guide usage, or an empty dict."""
         path = self.folder / "guide.json"
-        return read_json(path) if path.is_file() else {}
+        try:
+            return read_checked_json(path) if path.is_file() else {}
+        except DamagedError as error:
+            raise DataError(
+                f"{error}: restore it, or remove it to count the guide's usage from 0 again (limits are per run)."
+            ) from None
 
     def drop_lines_after(self, iteration: int) -> None:
         """Drop logged lines of iterations that will run again, those from `iteration` on."""
@@ -125,9 +236,9 @@ class RunDirectory:
 
     def resume_hint(self, config: Config) -> str:
         """Return how the same command will resume an interrupted run."""
-        done = sorted((self.folder / "checkpoints").glob("iteration-*"))
+        done = self.checkpoints.iterations()
         if done:
-            reached = f"{int(done[-1].name.split('-')[1])} of {config.ppo.iterations} iterations"
+            reached = f"{done[-1]} of {config.ppo.iterations} iterations"
             return f"{self.folder} holds a checkpoint after {reached}: the same command resumes from there."
         return (
             f"there is no checkpoint in {self.folder} yet (runtime.checkpoint_every={config.runtime.checkpoint_every}): the "
@@ -136,7 +247,7 @@ class RunDirectory:
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the final evaluation; this marks the run as complete."""
-        write_json(self.folder / "results.json", {"format_version": FORMAT_VERSION, **json_safe(results)})
+        write_checked_json(self.folder / "results.json", {"format_version": FORMAT_VERSION, **json_safe(results)})
 
 
 def identifying_settings(config: Config) -> dict[str, Any]:
@@ -153,16 +264,38 @@ def identifying_settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("runtime.") and key not in reaching}
 
 
-def _require_same_run(folder: Path, old: Config, new: Config) -> None:
-    before, after = identifying_settings(old), identifying_settings(new)
-    missing = object()
-    keys = [*after, *(key for key in before if key not in after)]
-    differing = [key for key in keys if before.get(key, missing) != after.get(key, missing)]
-    if differing:
-        key = differing[0]
-        raise ConfigError(
-            f"{folder} holds another run ({key} is {before.get(key)!r} there, {after.get(key)!r} here): choose another --out."
+def _read_history(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Load the identities of a run and the checksums of its config.
+
+    Raises `DataError` if config or identity is damaged.
+    """
+    if not (folder / IDENTITY).is_file():
+        raise ConfigError(f"{folder} holds a run of an earlier rlgf, without {IDENTITY}: choose another --out.")
+    try:
+        found = read_checked_json(folder / IDENTITY)
+    except DamagedError as error:
+        raise DataError(f"{error}: restore it, or choose another --out.") from None
+    if hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest() not in found["config_sha256"]:
+        raise DataError(
+            f"{folder / 'config.yaml'} is not as the run wrote it: restore it (to change a setting, give it on the command "
+            "line), or choose another --out."
         )
+    return found["history"], found["config_sha256"]
+
+
+def verify_run(folder: Path) -> None:
+    """Raise `DataError` if the config of a run is damaged."""
+    _read_history(folder)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Load the results of a run; raise `DataError` if they are damaged."""
+    try:
+        found = read_checked_json(path)
+    except DamagedError as error:
+        raise DataError(f"{error}: restore it, or remove it to evaluate the run again.") from None
+    require_format(found, path)
+    return found
 
 
 def require_writable(folder: Path, option: str = "--out") -> None:

@@ -3,20 +3,25 @@
 The trainer opens no file: it yields iterations, and a recorder writes them.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from rlgf.config.runtime import RuntimeConfig
+from rlgf.data.files import to_line, write_file
 from rlgf.data.tokenization import Codec
-from rlgf.errors import TrainingError
+from rlgf.errors import CheckpointError, TrainingError
+from rlgf.rl.guards import NonFiniteError
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.profiling import run_with_profiler
 from rlgf.runs.tracking import Trackers
 from rlgf.types import Origin
 
+NONFINITE = "nonfinite.jsonl"  # the completions of the number that stopped a run
 Step = Callable[[int], tuple[dict[str, Any], Experience]]
 
 
@@ -24,6 +29,7 @@ class Recordable(Protocol):
     """The state of a training loop that a recorder saves and restores."""
 
     iteration: int  # number of iterations done
+    is_between_iterations: bool  # whether `state` is that of the last iteration's end
 
     @property
     def num_iterations(self) -> int:
@@ -43,6 +49,14 @@ class Recordable(Protocol):
         """Load the state of a checkpoint after `iteration` iterations."""
         ...
 
+    def is_evaluation_due(self) -> bool:
+        """Return whether the iteration just done has an evaluation in a run of any length."""
+        ...
+
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy to a folder, for `from_pretrained`."""
+        ...
+
     def guide_usage(self) -> Mapping[str, float]:
         """Return the guide's usage over the whole run; empty without counts."""
         ...
@@ -56,9 +70,9 @@ class RunRecorder:
     """A context manager that keeps a training loop in a run directory.
 
     Entering resumes from the last checkpoint and drops the lines after it. `write` keeps an
-    iteration, in this order: guide usage, rollouts, metrics, checkpoint; so a run that is killed in
-    between keeps its costs. Leaving after a `TrainingError` writes a checkpoint; leaving in any way
-    writes the guide usage and closes the trackers.
+    iteration, in this order: guide usage, rollouts, metrics, best policy, checkpoint; so a run that
+    is killed in between keeps its costs. Leaving after a `TrainingError` between two iterations
+    writes a checkpoint; leaving in any way writes the guide usage and closes the trackers.
     """
 
     def __init__(
@@ -66,12 +80,13 @@ class RunRecorder:
     ) -> None:
         self.loop, self.directory, self.runtime, self.config_values = loop, directory, runtime, config_values
         self.profiled_iteration = -1
+        self.best_score = -math.inf  # of the evaluations on the validation split
 
     def __enter__(self) -> Self:
         """Open the trackers and resume from the last checkpoint, if there is one."""
         checkpoint = self.directory.load_checkpoint()
         if checkpoint:
-            self.loop.load_state(*checkpoint)
+            self._load(*checkpoint)
         self.loop.load_guide_usage(self.directory.load_guide_usage())
         self.directory.drop_lines_after(self.loop.iteration)
         self.trackers = Trackers(self.runtime.trackers, self.directory.folder / "trackers", self.config_values)
@@ -82,8 +97,10 @@ class RunRecorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Write a checkpoint after a `TrainingError`; write the guide usage; close the trackers."""
         try:
-            if isinstance(error, TrainingError):
-                self.directory.save_checkpoint(self.loop.iteration, self.loop.state())
+            if isinstance(error, NonFiniteError):
+                self._write_nonfinite(error)
+            if isinstance(error, TrainingError) and self.loop.is_between_iterations:
+                self._save_checkpoint()
         finally:
             self._save_guide_usage()  # also if interrupted: limits are per run
             self.trackers.finish()
@@ -104,9 +121,38 @@ class RunRecorder:
         self.directory.log("metrics.jsonl", [metrics])
         evaluation = {f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}
         self.trackers.log({**metrics, **evaluation}, iteration)
+        if self.loop.is_evaluation_due():  # the last iteration alone has others, and a run may be made longer
+            self._keep_best(metrics.get("evaluation", {}).get("score"))
         done = self.loop.iteration
         if done % self.runtime.checkpoint_every == 0 or done == self.loop.num_iterations:
-            self.directory.save_checkpoint(done, self.loop.state())
+            self._save_checkpoint()
+
+    def _keep_best(self, score: float | None) -> None:
+        """Write the policy to `best-policy` if no evaluation before had a score as high."""
+        if score is not None and score > self.best_score:
+            self.best_score = score
+            self.directory.save_model("best-policy", self.loop.save_policy)
+
+    def _save_checkpoint(self) -> None:
+        self.directory.save_checkpoint(self.loop.iteration, {"loop": self.loop.state(), "best_score": self.best_score})
+
+    def _load(self, iteration: int, state: Mapping[str, Any]) -> None:
+        """Load a checkpoint; raise `CheckpointError` if it does not fit the models."""
+        try:
+            self.loop.load_state(iteration, state["loop"])
+            self.best_score = state["best_score"]
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint after {iteration} iterations in {self.directory.folder} does not fit this run "
+                f"({type(error).__name__}): choose another --out, or remove the folder's checkpoints to begin again."
+            ) from None
+
+    def _write_nonfinite(self, error: NonFiniteError) -> None:
+        """Write the completions of a number that is not finite, and say where they are."""
+        experience = error.experience
+        rows = rollout_rows(experience.rollout, experience.score.tolist(), self.loop.iteration, self.loop.codec)
+        write_file(self.directory.folder / NONFINITE, "".join(to_line(rows[place]) for place in error.rows))
+        error.args = (f"{error} The completions are in {self.directory.folder / NONFINITE}.",)
 
     def _save_guide_usage(self) -> None:
         """Write the guide's usage of the whole run, if it counts any."""

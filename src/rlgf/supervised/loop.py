@@ -14,6 +14,7 @@ from torch import nn
 
 from rlgf.algorithms.schedules import learning_rate_factor
 from rlgf.config.sections import TrainingConfig
+from rlgf.errors import TrainingError
 from rlgf.models.forward import micro_batches, pad_rows, token_logits
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import token_log_probs
@@ -46,8 +47,11 @@ def fit(
         loss = nll_backward(language_model, batch, 1.0, config.precision, token_budget)
         return loss, sum(len(example.ids) - example.start for example in batch)
 
+    def show(example: Example) -> str:
+        return language_model.tokenizer.decode(example.ids)
+
     return training_loop(
-        language_model.model, language_model.trainable_parameters(), examples, config, seed, backward, report, "tokens"
+        language_model.model, language_model.trainable_parameters(), examples, config, seed, backward, report, "tokens", show
     )
 
 
@@ -60,11 +64,14 @@ def training_loop(
     backward: Callable[[Sequence[T]], tuple[float, int]],
     report: Callable[[str], None],
     unit: str,
+    show: Callable[[T], str],
 ) -> dict[str, float]:
     """Train `parameters` in shuffled passes over examples.
 
-    `backward` adds a batch's gradient and returns its loss and its number of `unit`s. Returns the
-    mean loss over the last tenth of the steps, the steps, the units trained and the seconds.
+    `backward` adds a batch's gradient and returns its loss and its number of `unit`s; `show`
+    returns an example as text, for errors. Returns the mean loss over the last tenth of the steps,
+    the steps, the units trained and the seconds. Raises `TrainingError` if a loss or a gradient
+    norm is not finite, before the weights are changed.
     """
     model.train()
     steps = planned_steps(config, len(examples))
@@ -85,7 +92,13 @@ def training_loop(
         loss, count = backward(batch)
         losses.append(loss)
         done += count
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            name, value = ("gradient norm", norm) if math.isfinite(loss) else ("loss", loss)
+            raise TrainingError(
+                f"supervised training, step {step + 1} of {steps}: the {name} is {value}, in a batch that begins with "
+                f"{show(batch[0])[:60]!r}: lower its learning_rate, or use warmup_steps; no weights were changed by it."
+            )
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

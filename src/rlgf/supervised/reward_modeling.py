@@ -117,9 +117,12 @@ def train_reward_model(
     def backward(batch: Sequence[int]) -> tuple[float, int]:
         return pairs_backward(reward, [rows[place] for place in batch], token_budget), len(batch)
 
+    def show(place: int) -> str:
+        return pairs.train[place].chosen
+
     reward.precision = training.precision
     parameters = [parameter for parameter in reward.model.parameters() if parameter.requires_grad]
-    fitted = training_loop(reward.model, parameters, examples, training, seed, backward, report, "pairs")
+    fitted = training_loop(reward.model, parameters, examples, training, seed, backward, report, "pairs", show)
     chosen, rejected = (_side(reward, pairs.test, side) for side in ("chosen", "rejected"))
     accuracy, count = pairwise_accuracy(chosen, rejected), len(pairs.test)
     length_differences = [len(pair.chosen.strip()) - len(pair.rejected.strip()) for pair in pairs.test]

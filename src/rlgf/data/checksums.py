@@ -1,0 +1,169 @@
+"""Checksums: identities of inputs, manifests of folders, and JSON files that check themselves.
+
+Checksums are SHA-256 in hexadecimal.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+from rlgf.data.files import render_json, write_json
+from rlgf.errors import DataError
+from rlgf.types import FORMAT_VERSION
+
+MANIFEST = "manifest.json"
+SHORT = 16  # hexadecimal digits of a checksum that only identifies
+
+
+class DamagedError(DataError):
+    """A file or folder that is not as it was written; the message says which file and how."""
+
+
+def fingerprint(inputs: Mapping[str, Any]) -> str:
+    """Return a short hash of all inputs of a stage or a run."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def content_identity(source: str | None) -> Any:
+    """Return the identity of a data source or model.
+
+    For a local file or folder it is the name and content hash of every file, otherwise the name. A
+    folder with a manifest is identified by the checksums in it, which are verified on load.
+    """
+    path = Path(source).expanduser() if source else None
+    if path is None or not path.exists():
+        return source
+    if path.is_file():
+        return [(path.name, file_checksum(path)[:SHORT])]
+    if (path / MANIFEST).is_file():
+        files: Mapping[str, Any] = read_checked_json(path / MANIFEST)["files"]
+        return [(Path(name).name, files[name]["sha256"][:SHORT]) for name in sorted(files)]
+    files_here = sorted(file for file in path.rglob("*") if file.is_file())
+    return [(file.name, file_checksum(file)[:SHORT]) for file in files_here]
+
+
+def file_checksum(file: Path) -> str:
+    """Return the checksum of a file's content; an unchanged file is read once per process."""
+    status = file.stat()
+    return _file_checksum(str(file), status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _file_checksum(file: str, size: int, time: int) -> str:
+    return read_checksum(Path(file))
+
+
+def read_checksum(file: Path) -> str:
+    """Read a file and return the checksum of its content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or the entries of a folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write the size and checksum of every file in a folder, and flush all of it to disk.
+
+    `about` are further entries of the manifest.
+    """
+    files: dict[str, Any] = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+        _sync(file)
+        files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": read_checksum(file)}
+    write_checked_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **about, "files": files})
+    for path in {file.parent for file in folder.rglob("*")}:
+        _sync(path)
+
+
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """Compare every file of a folder with its manifest, and return the manifest.
+
+    Raises `DamagedError` for the first file that differs. Files that the manifest does not list are
+    ignored.
+    """
+    if not (folder / MANIFEST).is_file():
+        raise DamagedError(f"{folder / MANIFEST} is missing")
+    manifest = read_checked_json(folder / MANIFEST)
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing")
+        if file.stat().st_size != expected["size"]:
+            raise DamagedError(f"{file} has {file.stat().st_size:,} bytes instead of {expected['size']:,}")
+        if read_checksum(file) != expected["sha256"]:
+            raise DamagedError(f"the checksum of {file} differs from that in {MANIFEST}")
+    return manifest
+
+
+def verify_folder(folder: str) -> None:
+    """Verify a model's folder if it has a manifest; raise `DataError` if it is damaged."""
+    path = Path(folder).expanduser()
+    if not (path / MANIFEST).is_file():
+        return
+    try:
+        verify_manifest(path)
+    except DamagedError as error:
+        raise DataError(f"'{folder}' is damaged ({error}): restore it, or make it again.") from None
+
+
+def replace_folder(folder: Path, scratch: Path) -> None:
+    """Rename the finished folder `scratch` to `folder`, in place of an earlier one.
+
+    Both are in the same parent. The entry is flushed to disk before the earlier one is removed.
+    """
+    scratch.chmod(0o755)
+    old = scratch.with_name(f"{scratch.name}-replaced")
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(scratch, folder)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with a checksum of its other entries as the last one."""
+    plain = json.loads(json.dumps(value))
+    write_json(path, {**plain, "checksum": _object_checksum(plain)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Load a JSON object and verify its checksum; raise `DamagedError` if it differs."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found: Any = json.loads(text)
+    except OSError as error:
+        raise DamagedError(f"{path} cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError):
+        raise DamagedError(f"{path} is not valid JSON") from None
+    if not isinstance(found, dict) or "checksum" not in found:
+        raise DamagedError(f"{path} has no checksum")
+    value = cast("dict[str, Any]", found)
+    intact = text == render_json(value)
+    if value.pop("checksum") != _object_checksum(value) or not intact:
+        raise DamagedError(f"the checksum in {path} differs from its content")
+    return value
+
+
+def _object_checksum(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file or folder, so that nothing reads it, and return its new path."""
+    number = 1
+    while (aside := path.with_name(f"damaged-{number}-{path.name}")).exists():
+        number += 1
+    os.rename(path, aside)
+    return aside

@@ -1,0 +1,93 @@
+"""The identity of a run: all that decides its numbers, and how two identities differ."""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rlgf.config.source import spec_hash
+from rlgf.data.checksums import content_identity, fingerprint
+
+PATHS = (  # settings that may name a local file or folder
+    "policy", "model.path", "guide.model.path", "critic.path", "task.data", "preferences.data", "preferences.path",
+    "reward.path", "judge.template",
+)  # fmt: skip
+SPECS = ("guide.spec", "judge.spec")  # settings whose part after the colon may name one
+OPTIONS = ("task.options.", "guide.options.", "reward.options.", "evaluation.metric_options.")
+LIBRARIES = ("rlgf", "torch", "transformers", "tokenizers")
+MODEL_KINDS = ("model", "run")
+MISSING = object()
+
+
+def with_contents(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with local files and user-defined code replaced by their contents.
+
+    A file or folder at another path with the same content is the same. Keys of contents begin with
+    'content of', those of code with 'source of'; versions of libraries are added.
+    """
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = _path_in(key, value)
+        content = content_identity(name)
+        if name is None or content == name:
+            found[key] = value
+        elif key.startswith("reward.weights."):
+            found[f"weight of reward {fingerprint({'files': content})}"] = value
+        else:
+            found[f"content of {key}"] = fingerprint({"files": content})
+    for key, spec in _python_specs(settings).items():
+        found[f"source of {key}"] = spec_hash(spec)
+    return found | {f"version of {name}": _version(name) for name in LIBRARIES}
+
+
+def _path_in(key: str, value: Any) -> str | None:
+    """Return the path that a setting may name, or None."""
+    if key.startswith("reward.weights."):  # the name is in the key
+        return key.removeprefix("reward.weights.")
+    if not isinstance(value, str):
+        return None
+    if key in SPECS:
+        kind, _, name = value.partition(":")
+        if kind == "run" and name:
+            return str(Path(name).expanduser() / "policy")
+        return name if kind in MODEL_KINDS and name else None
+    if key.startswith(OPTIONS):
+        return value if "/" in value or "." in value else None
+    return value if key in PATHS else None
+
+
+def _python_specs(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return the settings that name user-defined code, each with its spec."""
+    specs = {key: str(settings.get(key)) for key in ("reward.path", "guide.spec", "task.name")}
+    specs |= {f"reward {key}": key.removeprefix("reward.weights.") for key in settings if key.startswith("reward.weights.")}
+    return {key: spec for key, spec in specs.items() if spec.startswith("python:") and spec.count(":") == 2}
+
+
+def _version(library: str) -> str | None:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return None
+
+
+def find_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Return one phrase for each entry in which two identities differ."""
+    keys = [*after, *(key for key in before if key not in after)]
+    phrases: list[str] = []
+    for key in keys:
+        old, new = before.get(key, MISSING), after.get(key, MISSING)
+        if old == new:
+            continue
+        if key.startswith(("content of ", "source of ")):
+            named = (old is MISSING or new is MISSING) and key.partition(" of ")[2] in before.keys() | after.keys()
+            phrases += [] if named else [f"the {key} has changed"]
+        else:
+            phrases.append(f"{key} is {_shown(old)} there, {_shown(new)} here")
+    return phrases
+
+
+def _shown(value: Any) -> str:
+    if value is MISSING:
+        return "not given"
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:80]}…"

@@ -1,0 +1,103 @@
+"""Hashes of user-defined code change with what the code does."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rlgf.config.source import source_hash, spec_hash
+
+MODULE = """
+import math
+from beside import HELP
+
+SCALE = 2.0
+WORDS = {"good", "superb"}
+
+class Counter:
+    def count(self, text):
+        return len(text)
+
+def helper(text):
+    return SCALE * Counter().count(text)
+
+def reward(prompts, texts):
+    return [helper(text) + HELP + math.log(2) + (text in WORDS) for text in texts]
+
+def unused():
+    return 1
+"""
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., ModuleType]]:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    number = 0
+
+    def make(text: str = MODULE, beside: str = "HELP = 1\n") -> ModuleType:
+        nonlocal number
+        number += 1
+        (tmp_path / "beside.py").write_text(beside)
+        (tmp_path / f"functions_{number}.py").write_text(text)
+        sys.modules.pop("beside", None)
+        importlib.invalidate_caches()
+        return importlib.import_module(f"functions_{number}")
+
+    yield make
+    for name in ["beside", *(f"functions_{i}" for i in range(1, number + 1))]:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[helper(text)", "[-helper(text)"),
+        ("SCALE = 2.0", "SCALE = 3.0"),
+        ("return SCALE *", "return 1 + SCALE *"),
+        ("return len(text)", "return -len(text)"),
+        ('"superb"', '"awful"'),
+    ],
+)
+def test_a_change_of_what_a_function_uses_changes_its_hash(load: Callable[..., ModuleType], old: str, new: str) -> None:
+    assert old in MODULE
+    assert source_hash(load().reward) != source_hash(load(MODULE.replace(old, new)).reward)
+
+
+def test_what_a_function_does_not_use_is_left_out(load: Callable[..., ModuleType]) -> None:
+    assert source_hash(load().reward) == source_hash(load(MODULE.replace("return 1\n", "return 2\n")).reward)
+
+
+def test_constants_of_another_module_and_of_a_closure_count(load: Callable[..., ModuleType]) -> None:
+    assert source_hash(load().reward) != source_hash(load(beside="HELP = 2\n").reward)
+
+    def make(bound: float) -> Callable[..., list[float]]:
+        def reward(prompts: list[str], texts: list[str]) -> list[float]:
+            return [bound for _ in texts]
+
+        return reward
+
+    assert source_hash(make(1.0)) == source_hash(make(1.0))
+    assert source_hash(make(1.0)) != source_hash(make(2.0))
+
+
+def test_a_lambda_and_an_object_have_no_source() -> None:
+    assert source_hash(lambda prompts, texts: [1.0]) is None
+    assert source_hash(Path()) is None
+    assert source_hash(len) is None
+
+
+def test_a_spec_counts_its_module_and_its_imports_from_the_same_folder(load: Callable[..., ModuleType]) -> None:
+    module = load()
+    before = spec_hash(f"python:{module.__name__}:reward")
+    assert before is not None
+    file = Path(str(module.__file__))
+    (file.parent / "beside.py").write_text("HELP = 5\n")
+    changed = spec_hash(f"python:{module.__name__}:reward")
+    assert changed != before
+    file.write_text(MODULE + "\n# a comment\n")
+    assert spec_hash(f"python:{module.__name__}:reward") not in (before, changed)
+    assert spec_hash("python:no_such_module_at_all:reward") is None
