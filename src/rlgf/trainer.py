@@ -17,7 +17,7 @@ from typing import Any
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
 from rlgf.config.schema import TrainerConfig
 from rlgf.data.tokenization import Codec
-from rlgf.errors import ConfigError
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.evaluation.win_rate import PairJudge
 from rlgf.generation.base import Sampler
@@ -26,7 +26,7 @@ from rlgf.guides.base import CompletionRequest, Guide, TracksUsage
 from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
 from rlgf.models.language_model import LanguageModel
-from rlgf.models.memory import MEMORY_ERRORS, find_micro_batch_size, searches_micro_batch_size, smaller_token_budget
+from rlgf.models.memory import find_micro_batch_size, run_within_memory, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards.weighted_sum import Batch, score_components
 from rlgf.rl.experience import ForwardConfig, Models, TokenLogProbs, compute_log_probs, make_experience
@@ -190,32 +190,32 @@ class Trainer:
         """
         shares, parts = self.phase_weights(iteration), self.components
         self._warm_start_critic(iteration)
+
+        def compute(token_budget: int) -> TokenLogProbs:
+            forward_config = dataclasses.replace(self.forward_config, token_budget=token_budget)
+            return compute_log_probs(rollout, shares, parts.models, forward_config, self.updater.independent_critics)
+
         with ThreadPoolExecutor(1) as executor:
             free = Event()
             scoring = executor.submit(self._score, rollout, free)
             free.wait()
-            measured = self._compute_log_probs(rollout, shares)
+            measured, token_budget = run_within_memory(compute, self.forward_config.token_budget, rollout.ids.shape[1])
+            self._set_token_budget(token_budget)
             scores, terms = scoring.result()
+        shaper_state = self.shaper.state()
         rewards = self.shaper.shape(scores, rollout.prompts, rollout.ended_with_eos.tolist())
         experience = make_experience(
             rollout, shares, parts.algorithm.credit, scores, rewards, measured, self.config.ppo, self.kl.coefficient
         )
         means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
         stats = {**experience.stats, **means, **find_signs(rollout, scores, experience.stats)}
-        is_finite = self.guard.check_experience(experience, rewards, iteration, self.updater.steps_per_iteration)
-        check_kl(stats["kl_k1"], self.config.kl.stop_above, iteration)
+        try:
+            is_finite = self.guard.check_experience(experience, rewards, iteration, self.updater.steps_per_iteration)
+            check_kl(stats["kl_k1"], self.config.kl.stop_above, iteration)
+        except TrainingError:
+            self.shaper.load_state(shaper_state)  # in the checkpoint that follows, the iteration is not done
+            raise
         return dataclasses.replace(experience, is_finite=is_finite, stats=stats)
-
-    def _compute_log_probs(self, rollout: Rollout, weights: tuple[PhaseWeight, ...]) -> TokenLogProbs:
-        """Compute log-probabilities and values, with smaller micro-batches if memory runs out."""
-        while True:
-            try:
-                return compute_log_probs(
-                    rollout, weights, self.components.models, self.forward_config, self.updater.independent_critics
-                )
-            except MEMORY_ERRORS as error:
-                smaller = smaller_token_budget(error, self.forward_config.token_budget, rollout.ids.shape[1])
-            self._set_token_budget(smaller)
 
     def _score(self, rollout: Rollout, free: Event) -> tuple[list[float], dict[str, list[float]]]:
         """Score the completions, and the references still needed as baselines.

@@ -15,7 +15,7 @@ from rlgf.guides.base import Capabilities, Completion, CompletionRequest
 
 COUNTS = (
     "attempts", "answered", "retried", "given_up", "rows_needed", "rows_answered", "rows_cached", "rows_given_up",
-    "answers_invalid", "answers_stripped", "prompt_tokens", "completion_tokens", "thinking_tokens",
+    "responses_invalid", "responses_stripped", "prompt_tokens", "completion_tokens", "thinking_tokens",
 )  # fmt: skip
 
 

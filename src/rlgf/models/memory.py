@@ -8,7 +8,7 @@ what is learned.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import token_log_probs
 from rlgf.models.offload import on_device
 from rlgf.types import Origin
+
+T = TypeVar("T")
 
 RESERVE = 10  # a tenth of the device's memory stays free
 
@@ -80,15 +82,33 @@ def _reserve(device: torch.device) -> Any:
     return torch.empty(total // RESERVE, dtype=torch.uint8, device=device)
 
 
-MEMORY_ERRORS = (MemoryError, RuntimeError)
-"""The types of errors among which are those of memory that runs out."""
+def run_within_memory(attempt: Callable[[int], T], token_budget: int, width: int) -> tuple[T, int]:
+    """Run a task in smaller and smaller micro-batches until the memory of its device suffices.
+
+    Args:
+        attempt: called with the tokens of a micro-batch; must be repeatable after an error.
+        token_budget: the tokens of the first attempt.
+        width: the length of the longest row.
+
+    Returns:
+        The result, and the tokens of a micro-batch that sufficed.
+
+    Raises:
+        TrainingError: as `smaller_token_budget`.
+    """
+    while True:
+        try:
+            return attempt(token_budget), token_budget
+        except (MemoryError, RuntimeError) as error:
+            smaller = smaller_token_budget(error, token_budget, width)
+        token_budget = smaller  # outside of the handler, whose error keeps the tensors alive
 
 
 def smaller_token_budget(error: Exception, token_budget: int, width: int) -> int:
     """Return half of a token budget, after a device ran out of memory.
 
     Args:
-        error: any error of `MEMORY_ERRORS`; raised again if it is not about memory.
+        error: an error of an attempt; raised again if it is not about memory.
         token_budget: the tokens of a micro-batch.
         width: the length of the longest row.
 

@@ -74,13 +74,14 @@ class Guard:
         return False
 
     def _react(self, problem: str, experience: Experience, rows: Sequence[int], iteration: int, steps: int) -> None:
-        self.skipped_in_a_row += steps
-        if self.on_nonfinite == "skip" and self.skipped_in_a_row <= self.max_skipped:
+        skipped = self.skipped_in_a_row + steps
+        if self.on_nonfinite == "skip" and skipped <= self.max_skipped:
+            self.skipped_in_a_row = skipped
             return
         hint = next((text for name, text in HINTS.items() if name in problem), LOWER)
         shown = ", ".join(repr(experience.rollout.completions[row][:40]) for row in rows[:SHOWN_ROWS])
         rest = f" and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else ""
-        left_out = f" after {self.skipped_in_a_row} optimizer steps in a row" if self.on_nonfinite == "skip" else ""
+        left_out = f" after {skipped} optimizer steps in a row" if self.on_nonfinite == "skip" else ""
         raise NonFiniteError(
             f"iteration {iteration}: {problem}{left_out}, in the completions {shown}{rest}: {hint}; no optimizer step used it.",
             experience,

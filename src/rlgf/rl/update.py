@@ -22,7 +22,7 @@ from rlgf.errors import TrainingError
 from rlgf.models.critic import Critic
 from rlgf.models.forward import micro_batches, token_logits
 from rlgf.models.log_probs import entropy, token_log_probs
-from rlgf.models.memory import MEMORY_ERRORS, TrainedModels, smaller_token_budget
+from rlgf.models.memory import TrainedModels, run_within_memory
 from rlgf.models.offload import on_device
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.rl.experience import ForwardConfig, Models, policy_log_probs, run_with_critics
@@ -132,14 +132,13 @@ class Updater:
 
     def _step_within_memory(self, experience: Experience, rows: Tensor, iteration: int, done: int) -> dict[str, float]:
         """Run an optimizer step, with smaller micro-batches if a device's memory is too small."""
-        width = experience.rollout.ids.shape[1]
-        while True:
-            try:
-                return self._step(experience, rows, iteration, done)
-            except MEMORY_ERRORS as error:
-                smaller = smaller_token_budget(error, self.forward_config.token_budget, width)
+
+        def attempt(token_budget: int) -> dict[str, float]:
+            self.forward_config = replace(self.forward_config, token_budget=token_budget)
             self._clear_gradients()
-            self.forward_config = replace(self.forward_config, token_budget=smaller)
+            return self._step(experience, rows, iteration, done)
+
+        return run_within_memory(attempt, self.forward_config.token_budget, experience.rollout.ids.shape[1])[0]
 
     def _clear_gradients(self) -> None:
         for optimizer in (self.policy_optimizer, *self.critic_optimizers.values()):

@@ -108,7 +108,7 @@ def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) 
         with pytest.raises(TrainingError, match=r"no usable completion .* in 2 samples"):
             query_guide(guide, requests(1))
         counts = guide.pop_metrics()
-    assert counts["guide_answers_invalid"] == 2
+    assert counts["guide_responses_invalid"] == 2
     assert counts["guide_rows_given_up"] == 1
     assert sums_hold(counts)
     seeds = [request["body"]["seed"] for request in server.requests]
@@ -449,7 +449,7 @@ def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp
         assert query_guide(guide, requests(1, " and then")) == [Completion("", True)]
         assert server.asked == 3
         counts = guide.pop_metrics()
-        assert (counts["guide_answers_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
+        assert (counts["guide_responses_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
         with pytest.raises(TrainingError, match="generated nothing"):  # to a prompt there is always something to add
             query_guide(guide, requests(1))
     assert query_guide(remote(server, tmp_path, invalid_retries=2, offline=True), requests(1, " and then")) == [

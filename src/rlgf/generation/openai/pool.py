@@ -269,7 +269,7 @@ class EndpointPool:
         usage = response.usage
         self._count_attempt(key, "answered")
         self.usage.add(key, {
-            "answers_invalid": int("invalid" in stored), "answers_stripped": int(response.stripped),
+            "responses_invalid": int("invalid" in stored), "responses_stripped": int(response.stripped),
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "thinking_tokens": usage.thinking_tokens, "seconds": time.monotonic() - began,
         })  # fmt: skip
