@@ -7,7 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,7 @@ from rlgf.errors import DataError
 from rlgf.types import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
+SETTLED_SECONDS = 2  # a file changed later than this may change again within one tick of its clock
 SHORT = 16  # hexadecimal digits of a checksum that only identifies
 
 
@@ -50,11 +52,13 @@ def content_identity(source: str | None) -> Any:
 def file_checksum(file: Path) -> str:
     """Return the checksum of a file's content; an unchanged file is read once per process."""
     status = file.stat()
+    if time.time() - status.st_mtime < SETTLED_SECONDS:
+        return read_checksum(file)
     return _file_checksum(str(file), status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=1024)
-def _file_checksum(file: str, size: int, time: int) -> str:
+def _file_checksum(file: str, size: int, changed: int) -> str:
     return read_checksum(Path(file))
 
 
@@ -87,7 +91,7 @@ def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
         _sync(path)
 
 
-def verify_manifest(folder: Path) -> dict[str, Any]:
+def verify_manifest(folder: Path, checksum: Callable[[Path], str] = read_checksum) -> dict[str, Any]:
     """Compare every file of a folder with its manifest, and return the manifest.
 
     Raises `DamagedError` for the first file that differs. Files that the manifest does not list are
@@ -102,7 +106,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise DamagedError(f"{file} is missing")
         if file.stat().st_size != expected["size"]:
             raise DamagedError(f"{file} has {file.stat().st_size:,} bytes instead of {expected['size']:,}")
-        if read_checksum(file) != expected["sha256"]:
+        if checksum(file) != expected["sha256"]:
             raise DamagedError(f"the checksum of {file} differs from that in {MANIFEST}")
     return manifest
 
@@ -113,7 +117,7 @@ def verify_folder(folder: str) -> None:
     if not (path / MANIFEST).is_file():
         return
     try:
-        verify_manifest(path)
+        verify_manifest(path, file_checksum)  # several loads of one folder read it once
     except DamagedError as error:
         raise DataError(f"'{folder}' is damaged ({error}): restore it, or make it again.") from None
 

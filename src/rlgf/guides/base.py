@@ -126,7 +126,8 @@ def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Com
         raise
     except Exception as error:
         raise GuideError(
-            f"the guide failed on {len(requests)} requests ({type(error).__name__}: {error}): fix it and run again (with --accept-changes if its source changed)."
+            f"the guide failed on {len(requests)} requests ({type(error).__name__}: {error}): fix it and run again "
+            "(with --accept-changes if its source changed)."
         ) from error
     if not isinstance(completions, list) or len(completions) != len(requests):
         found = len(completions) if isinstance(completions, list) else type(completions).__name__

@@ -36,7 +36,8 @@ def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str
         raise
     except Exception as error:
         raise RewardError(
-            f"the reward failed on {len(texts)} completions ({type(error).__name__}: {error}): fix it and run again (with --accept-changes if its source changed)."
+            f"the reward failed on {len(texts)} completions ({type(error).__name__}: {error}): fix it and run again "
+            "(with --accept-changes if its source changed)."
         ) from error
     if len(values) != len(texts):
         raise RewardError(

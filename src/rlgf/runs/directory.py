@@ -195,6 +195,8 @@ class RunDirectory:
 
     def save_model(self, name: str, save: Callable[[Path], None]) -> None:
         """Write a model to a folder in the run, with a manifest, in place of an earlier one."""
+        for killed in self.folder.glob(f".{name}-*"):  # scratch of a process that was killed
+            shutil.rmtree(killed)
         scratch = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{name}-"))
         try:
             save(scratch)
