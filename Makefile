@@ -10,7 +10,7 @@ NATIVE := native/pyproject.toml native/setup.py $(wildcard native/csrc/*) $(wild
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm kill gpu lint types bench \
+.PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm kill fuzz gpu lint types bench \
   bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels docs sample clean
 
 setup: $(STAMP)
@@ -77,6 +77,9 @@ $(VLLM)/.installed:
 
 kill: setup  ## kill runs in every phase and compare what they become: make kill KILLS=50, of each of four settings
 	$(BIN)/python tools/kill.py --trials $(or $(KILLS),50)
+
+fuzz: setup  ## random nonsense on everything that is read: make fuzz COUNT=2000, of each sort
+	$(BIN)/python tools/fuzz.py --count $(or $(COUNT),2000)
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu || test $$? -eq 5
