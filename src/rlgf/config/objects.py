@@ -19,8 +19,8 @@ from rlgf.algorithms import guided
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
-from rlgf.config.source import source_hash
 from rlgf.data.files import write_file
+from rlgf.data.source_hash import source_hash
 from rlgf.errors import ConfigError, unknown
 from rlgf.types import Prompt
 

@@ -5,8 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rlgf.config.source import spec_hash
 from rlgf.data.checksums import content_identity, fingerprint
+from rlgf.data.source_hash import spec_hash
 
 PATHS = (  # settings that may name a local file or folder
     "policy", "model.path", "guide.model.path", "critic.path", "task.data", "preferences.data", "preferences.path",

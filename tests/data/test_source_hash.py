@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from rlgf.config.source import source_hash, spec_hash
+from rlgf.data.source_hash import source_hash, spec_hash
 
 MODULE = """
 import math
