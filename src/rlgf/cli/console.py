@@ -19,6 +19,7 @@ from rlgf.algorithms.guided import Algorithm
 from rlgf.cli.schedule import describe_phases
 from rlgf.cli.terminal import log, out, print_table, report
 from rlgf.config.schema import Config
+from rlgf.config.unread import describe_unread
 from rlgf.data.text import escape_control_characters
 from rlgf.errors import INPUT_ERRORS
 from rlgf.experiments.tables import table_rows
@@ -222,6 +223,12 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
             out.print(Text(f"  {name:12}{value}"), soft_wrap=True)
     for caution in training_warnings(algorithm):
         out.print(Text(f"  warning: {caution}"), soft_wrap=True)
+
+
+def print_unread(config: Config) -> None:
+    """Print the settings of a config that its run does not read, and why."""
+    for line in describe_unread(config):
+        out.print(Text(f"  not read    {line}"), soft_wrap=True)
 
 
 def _adapters(config: Config) -> str:
