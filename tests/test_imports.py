@@ -22,7 +22,7 @@ ORDER = {
     ),
     "config": (
         "__init__ base flatten runtime sections specs validation schema loading recipes "
-        "variants objects"
+        "variants unread objects"
     ),
     "data": "hub __init__ chat files datasets preferences text tokenization",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",

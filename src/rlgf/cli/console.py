@@ -5,7 +5,6 @@ control characters are escaped, and it is not parsed as markup.
 """
 
 import ctypes
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +26,7 @@ from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import training_warnings
+from rlgf.runs.machine import choose_num_threads
 from rlgf.trainer import Progress as Step
 from rlgf.types import POLICY
 
@@ -36,9 +36,9 @@ STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
 def configure_runtime(config: Config) -> None:
     """Set up threads, kernels, memory allocation and library logging.
 
-    `runtime.threads` = 0 uses all cores.
+    `runtime.threads` = 0 uses OMP_NUM_THREADS, or all cores.
     """
-    torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(choose_num_threads(config.runtime.threads)[0])
     dispatch.select(config.runtime.kernels)
     if config.runtime.kernels == "auto" and config.runtime.device == "cpu" and (reason := dispatch.unavailable_reason()):
         report(f"no C kernels ({reason}): torch computes the same, a little slower")
@@ -216,6 +216,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         if config.distill.num_completions
         else "",
         "in all": f"{ppo.iterations * ppo.completions_per_iteration + config.distill.num_completions:,} completions",
+        "threads": "{} ({})".format(*choose_num_threads(config.runtime.threads)),
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
     for name, value in lines.items():
