@@ -1,5 +1,5 @@
 # One verb per thing a person wants to do. `make setup` needs Python 3.11 or 3.12 and the package registry, and a C compiler
-# for the optional kernels.
+# for the optional kernels. `make setup LOCKED=1` installs exactly the files of lock/, by their hashes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,14 +11,16 @@ VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
 .PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm kill fuzz gpu lint types bench \
-  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels docs sample clean
+  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels bench-busy docs sample soak lock audit clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(if $(LOCKED),$(BIN)/python tools/lock.py install,\
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]')
 	@# --no-deps: torch is installed; --force-reinstall: the version is the same after a change of the sources
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall ./native || \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall \
+	  $(if $(LOCKED),--no-build-isolation) ./native || \
 	  { $(BIN)/python -m pip uninstall --quiet --yes rlgf-native; \
 	    echo 'rlgf works without its optional C kernels (native/), which could not be built: see the error above. On a CPU they save' \
 	      'time; to have them, install a C compiler with OpenMP (gcc) and run: $(BIN)/python -m pip install --no-deps ./native' >&2; }
@@ -121,11 +123,23 @@ bench-adapters: setup  ## weights, optimizers and peak memory with adapters and 
 bench-kernels: setup  ## what each fast path saves, about 25 minutes a workload; a killed run goes on
 	$(BIN)/python -m bench.kernels
 
+bench-busy: setup  ## an iteration next to a busy process, about three minutes; nothing else should run
+	$(BIN)/python -m bench.busy_machine --out bench/results/busy_machine.json
+
 bench-rewards: setup  ## what text metrics cost as rewards
 	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m bench.text_rewards
 
 docs: setup  ## the reference pages that are made from the code
 	$(BIN)/python docs/make.py
+
+soak: setup  ## 2,000 iterations of the smallest run, under ten minutes: memory, handles, threads and time must be flat
+	$(BIN)/python tools/soak.py
+
+lock: setup  ## the lock file of this Python and platform, from pyproject.toml and constraints.txt
+	$(BIN)/python tools/lock.py write
+
+audit: setup  ## known vulnerabilities of the locked packages; says *not audited* where its service cannot be reached
+	$(BIN)/python tools/audit.py
 
 clean:
 	rm -rf $(VENV) runs native/build .pytest_cache .ruff_cache

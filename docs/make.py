@@ -116,6 +116,14 @@ def page() -> str:
             "Generated from `src/rlgf/config/` by `make docs`. On the command line: `section.field=value`; in a YAML file: "
             "nested. A recipe (`rlgf show quickstart`) changes some of these defaults."
         ),
+        "",
+        *wrapped(
+            "A setting that you give on the command line, in a YAML file or in `settings=` and that nothing in the run reads "
+            "(`kl.target` with a fixed controller, say) is an error that names what would make it read; in a comparison it is "
+            "enough that one row reads it. The settings of a recipe that its run does not read are listed by "
+            "`rlgf train … --dry-run`. So is what a config that a run wrote holds, and in a YAML file the options of other "
+            "algorithms."
+        ),
     ]
     classes = {node.name: (node, comments) for source in SOURCES for node, comments in classes_of(source)}
     for name, section in SECTIONS.items():

@@ -21,10 +21,10 @@ ORDER = {
         "inspect train app"
     ),
     "config": (
-        "__init__ base flatten runtime sections specs validation schema loading recipes "
-        "variants source objects"
+        "__init__ base runtime sections specs validation schema loading recipes variants "
+        "unread objects"
     ),
-    "data": "hub __init__ chat files datasets preferences text tokenization checksums",
+    "data": "hub __init__ chat files datasets preferences text tokenization checksums source_hash",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
     "experiments": "__init__ tables figures report compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",

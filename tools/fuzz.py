@@ -28,7 +28,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from rlgf.cli.options import read_config
-from rlgf.config.flatten import flatten, to_dict
+from rlgf.config.base import flatten, to_dict
 from rlgf.config.loading import all_keys, override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config

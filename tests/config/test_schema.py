@@ -16,7 +16,7 @@ from rlgf.algorithms import guided
 from rlgf.algorithms.guided import ALGORITHMS, Algorithm
 from rlgf.algorithms.switch_position import Phase
 from rlgf.cli.options import read_config
-from rlgf.config.flatten import to_dict
+from rlgf.config.base import to_dict
 from rlgf.config.loading import all_keys, dump, from_dict, override, parse_assignment, read_yaml
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config

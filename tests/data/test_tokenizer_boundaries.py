@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from rlgf.algorithms.guided import aggrevated, ppo, ppo_pp
 from rlgf.algorithms.switch_position import sample_switch
@@ -189,6 +190,53 @@ def test_a_switch_inside_a_character_of_the_guide_moves_back(rule: Any, policy: 
         assert response(rollout, row)[:switch] == ids[:switch]
         assert "\ufffd" not in decode(policy.tokenizer, response(rollout, row)[:switch])
         assert int(rollout.by_guide[row].sum()) == switch
+
+
+LAW = [
+    (ppo_pp(1.0), range(HORIZON)), (ppo_pp(1.0, "paper"), range(1, HORIZON)), (aggrevated(1.0), range(1, HORIZON + 1)),
+    (aggrevated(1.0, switch="horizon"), range(1, HORIZON + 1)),
+]  # fmt: skip
+
+
+def continues_ids(language_model: LanguageModel) -> FunctionGuide:
+    """A function that continues ids with ids, as a server driven by token ids does."""
+    model = ModelGuide(language_model, SamplingParams())
+
+    def complete(requests: Sequence[CompletionRequest]) -> list[Completion]:
+        return model.complete(requests)
+
+    complete.takes_token_ids = True  # type: ignore[attr-defined]
+    return FunctionGuide(complete)
+
+
+@pytest.mark.parametrize("make", [lambda model: ModelGuide(model, SamplingParams()), continues_ids])
+@pytest.mark.parametrize(("options", "positions"), LAW)
+def test_the_switch_of_a_guide_by_token_ids_has_its_law_inside_characters_too(
+    options: Any, positions: range, make: Any, byte_policy: LanguageModel
+) -> None:
+    rows, algorithm = range(50 * HORIZON), options.build()
+    setting = rollout_config(byte_policy, make(byte_policy), min_new_tokens=HORIZON)
+    rollout = collect_rollout(setting, algorithm, algorithm.schedule(0, 0.5), [PROMPTS[0]] * len(rows), rows)
+    switches = rollout.switch_position.tolist()
+    assert rollout.counters["switches_moved"] == 0
+    assert set(switches) == set(positions)
+    assert chisquare([switches.count(position) for position in positions]).pvalue > 0.01
+    inside = [complete_utf8_prefix(byte_policy.tokenizer, response(rollout, row)[:h]) < h for row, h in enumerate(switches)]
+    assert sum(inside) > len(rows) / 4  # otherwise this shows nothing
+
+
+def test_every_position_of_a_text_with_letters_of_two_bytes_is_trained(byte_tokenizer: Any) -> None:
+    first, second = byte_ids(byte_tokenizer, "\u00e9")
+    policy = model_of(byte_tokenizer, seed=2)
+    letters = FunctionGuide(lambda requests: [Completion("", True, [first, second] * (HORIZON // 2)) for _ in requests])
+    letters.capabilities = replace(letters.capabilities, takes_token_ids=True)
+    algorithm, rows = ppo_pp(1.0).build(), range(20 * HORIZON)
+    setting = rollout_config(policy, letters)
+    rollout = collect_rollout(setting, algorithm, algorithm.schedule(0, 0.5), [PROMPTS[0]] * len(rows), rows)
+    start = int(rollout.prompt_lengths[0])
+    begun_by_policy = torch.bincount(rollout.switch_position, minlength=HORIZON)
+    assert int(begun_by_policy.min()) > 0  # the second byte of a letter as often as the first
+    assert bool(rollout.by_policy[:, start : start + HORIZON].any(0).all())
 
 
 def test_a_guide_that_writes_text_is_asked_for_all_of_it_whatever_the_switch(policy: LanguageModel) -> None:

@@ -348,6 +348,30 @@ def test_the_value_loss_is_the_larger_of_clipped_and_unclipped(clip: float | Non
     assert stats["value_clip_fraction"] == pytest.approx(share)
 
 
+def test_the_value_loss_is_a_mean_over_the_steps_that_had_states_to_fit() -> None:
+    # a row that the policy wrote to its end for the guide has none, and is a step of its own here
+    config = plain_config(ppo__minibatch_size=1, critic__value_clip=0.2)
+    models, experience = by_hand(rollout_of(["xP", "xPP"], "GP"), [], returns=torch.ones(2, 3))
+    stats = step(models, config, experience)
+    assert stats["optimizer_steps"] == 2
+    assert stats["value_loss"] == pytest.approx(0.32)
+    assert stats["value_clip_fraction"] == pytest.approx(1)
+    models, experience = by_hand(rollout_of(["xP", "xPP"], "GG"), [])
+    assert not {"value_loss", "value_clip_fraction"} & step(models, config, experience).keys()
+
+
+def test_the_value_loss_is_the_same_mean_for_every_kind_of_critic() -> None:
+    found: list[dict[str, float]] = []
+    for kind in ("separate", "value_head"):
+        still = {"ppo__learning_rate": 0.0, "critic__learning_rate": 0.0, "ppo__minibatch_size": 1, "ppo__epochs": 1}
+        trainer = tiny_trainer(guided.aggrevated(1.0).build(), config_of(critic__kind=kind, **still))
+        rollout = trainer.collect_rollout(0)
+        assert 0 < int(rollout.after_switch.any(1).sum()) < len(rollout.ids)
+        found.append(trainer.update(trainer.make_experience(rollout, 0), 0))
+    for key in ("value_loss", "value_clip_fraction"):
+        assert found[0][key] == pytest.approx(found[1][key], abs=1e-5), key
+
+
 @pytest.mark.parametrize(
     ("advantage", "old_shift", "loss"),
     [

@@ -14,7 +14,7 @@ import torch
 
 from helpers import config_of, experience_of, known_word, rollout_of, small, tiny_trainer
 from rlgf.algorithms import guided
-from rlgf.config.flatten import to_dict
+from rlgf.config.base import to_dict
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.checksums import read_checked_json
 from rlgf.data.files import read_complete_lines

@@ -55,8 +55,9 @@ def main() -> None:
     Errors of rlgf are printed as one sentence, with exit code 2 (invalid use) or 3 (failed while
     running).
     """
-    # Waiting threads sleep instead of spinning: as fast on a free machine, twice as fast on a
-    # shared one. OpenMP reads this when torch is imported.
+    # Waiting threads sleep instead of spinning: as fast on a free machine, much faster on a busy
+    # one (bench/busy_machine.py). GNU's OpenMP, which torch and the C kernels share, reads this
+    # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_config
+from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_typed_config
 from rlgf.errors import ConfigError, unknown
 
 
@@ -32,7 +32,8 @@ def compare(
 
     Finished runs are reused.
     """
-    config = read_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
+    given = read_typed_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
+    config = given.config
     names = [name.strip() for name in algorithms_.split(",") if name.strip()] or list(guided.ALGORITHMS)
     for name in names:
         if name not in guided.ALGORITHMS:
@@ -42,7 +43,7 @@ def compare(
     except ValueError:
         raise ConfigError(f"--seeds is '{seeds}', but must be whole numbers separated by commas.") from None
     from rlgf.cli import console, terminal
-    from rlgf.config import variants
+    from rlgf.config import unread, variants
     from rlgf.config.loading import override
     from rlgf.config.recipes import controls as recipe_controls
     from rlgf.experiments import compare as comparing
@@ -55,6 +56,8 @@ def compare(
     target = out or Path("runs") / config.recipe
     varied = variants.parse_vary(config, vary or [])
     rows = variants.build_variants(config, names, recipe_controls(config) if controls else {}, varied)
+    settings = [*given.typed, *(unread.TypedSetting(key, (key,), "--vary") for key in varied)]
+    unread.require_read_in_comparison(settings, config, [override(config, [*row.changes.items()]) for row in rows])
     if dry_run:
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])

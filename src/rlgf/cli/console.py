@@ -5,7 +5,6 @@ control characters are escaped, and it is not parsed as markup.
 """
 
 import ctypes
-import os
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from rlgf.algorithms.guided import Algorithm
 from rlgf.cli.schedule import describe_phases
 from rlgf.cli.terminal import log, out, print_table, report
 from rlgf.config.schema import Config
+from rlgf.config.unread import describe_unread
 from rlgf.data.text import escape_control_characters
 from rlgf.errors import INPUT_ERRORS
 from rlgf.experiments.tables import table_rows
@@ -26,6 +26,7 @@ from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import training_warnings
+from rlgf.runs.machine import choose_num_threads
 from rlgf.trainer import Progress as Step
 from rlgf.types import POLICY
 
@@ -35,9 +36,9 @@ STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
 def configure_runtime(config: Config) -> None:
     """Set up threads, kernels, memory allocation and library logging.
 
-    `runtime.threads` = 0 uses all cores.
+    `runtime.threads` = 0 uses OMP_NUM_THREADS, or all cores.
     """
-    torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(choose_num_threads(config.runtime.threads)[0])
     dispatch.select(config.runtime.kernels)
     if config.runtime.kernels == "auto" and config.runtime.device == "cpu" and (reason := dispatch.unavailable_reason()):
         report(f"no C kernels ({reason}): torch computes the same, a little slower")
@@ -215,6 +216,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         if config.distill.num_completions
         else "",
         "in all": f"{ppo.iterations * ppo.completions_per_iteration + config.distill.num_completions:,} completions",
+        "threads": "{} ({})".format(*choose_num_threads(config.runtime.threads)),
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
     for name, value in lines.items():
@@ -222,6 +224,12 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
             out.print(Text(f"  {name:12}{value}"), soft_wrap=True)
     for caution in training_warnings(algorithm):
         out.print(Text(f"  warning: {caution}"), soft_wrap=True)
+
+
+def print_unread(config: Config) -> None:
+    """Print the settings of a config that its run does not read, and why."""
+    for line in describe_unread(config):
+        out.print(Text(f"  not read    {line}"), soft_wrap=True)
 
 
 def _adapters(config: Config) -> str:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from rlgf.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from rlgf.config.schema import Config
+    from rlgf.config.unread import TypedSetting
 
 COMMAND_LINE = "command line"  # source of a value, for error messages
 BASELINES = ("zero_shot", "sft", "guide")
@@ -49,7 +51,20 @@ Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in ev
 Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")]
 
 
-def read_config(
+@dataclass(frozen=True)
+class TypedConfig:
+    """A config, and the settings that the user gave on the command line or in a file."""
+
+    config: "Config"
+    typed: "list[TypedSetting]"
+
+
+def read_config(source: str, overrides: list[str] | None = None, **flags: Any) -> "Config":
+    """Load a recipe or a YAML file, and apply flags and assignments, as `read_typed_config`."""
+    return read_typed_config(source, overrides, **flags).config
+
+
+def read_typed_config(
     source: str,
     overrides: list[str] | None = None,
     *,
@@ -62,18 +77,20 @@ def read_config(
     iterations: int | None = None,
     seed: int | None = None,
     offline: bool = False,
-) -> "Config":
+) -> TypedConfig:
     """Load a recipe or a YAML file, and apply flags and assignments.
 
     A YAML file may change the recipe that it names.
     """
     from rlgf.config.loading import override, parse_assignment
     from rlgf.config.recipes import RECIPES, recipe
+    from rlgf.config.unread import TypedSetting, typed_setting
 
+    typed: list[TypedSetting] = []
     if source in RECIPES:
         config = recipe(source)
     elif source.endswith((".yaml", ".yml")) or Path(source).is_file():
-        config = from_yaml(Path(source))
+        config, typed = _from_yaml(Path(source))
     else:
         raise unknown("recipe", source, RECIPES)
     if algorithm is not None and algorithm not in guided.ALGORITHMS:
@@ -92,24 +109,28 @@ def read_config(
         }.items()
         if value is not None
     ]
-    changes += beta_changes(beta) if beta is not None else []
     changes += [alpha_change(name, alpha)] if alpha is not None else []
     changes += [parse_assignment(text) for text in overrides or []]
-    return override(config, changes, COMMAND_LINE)
+    betas = beta_changes(beta) if beta is not None else []
+    typed += [setting for key, value in changes for setting in typed_setting(key, value)]
+    typed += [TypedSetting("--beta", tuple(key for key, _ in betas))] if betas else []
+    return TypedConfig(override(config, [*betas, *changes], COMMAND_LINE), typed)
 
 
-def from_yaml(path: Path) -> "Config":
-    """Load a YAML file: a whole config, or changes to a recipe.
+def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
+    """Load a YAML file, a whole config or changes to a recipe, and what its author changed.
 
-    The key `recipe` names the recipe.
+    The key `recipe` names the recipe. A config that a run wrote has no author, and options of other
+    algorithms are no mistake in a file that several commands read.
     """
+    from rlgf.config.base import flatten, to_dict
     from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, read_yaml
     from rlgf.config.recipes import RECIPES, recipe
+    from rlgf.config.schema import Config
+    from rlgf.config.unread import TypedSetting
 
     values = read_yaml(path)
     base = values.get("recipe")
-    if base not in RECIPES:
-        return from_dict(values, str(path))
     flat: list[tuple[str, Any]] = []
 
     def walk(mapping: dict[str, Any], prefix: str) -> None:
@@ -121,8 +142,16 @@ def from_yaml(path: Path) -> "Config":
             else:
                 flat.append((f"{prefix}{key}", value))
 
-    walk(values, "")
-    return override(recipe(base), flat, str(path))
+    if base in RECIPES:
+        walk(values, "")
+        config, before = override(recipe(base), flat, str(path)), recipe(base)
+    else:
+        config, before = from_dict(values, str(path)), Config()
+    if path.read_text(encoding="utf-8").startswith("format_version:"):
+        return config, []
+    old, new = flatten(to_dict(before)), flatten(to_dict(config))
+    changed = [key for key in flatten(values) if key in new and old.get(key) != new[key]]
+    return config, [TypedSetting(key, (key,), str(path)) for key in changed if not key.startswith("algorithm.options.")]
 
 
 def beta_changes(beta: float) -> list[tuple[str, Any]]:

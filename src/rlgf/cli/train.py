@@ -24,6 +24,7 @@ from rlgf.cli.options import (
     Seed,
     Stages,
     read_config,
+    read_typed_config,
 )
 from rlgf.errors import ConfigError
 
@@ -55,15 +56,17 @@ def train(
 
     Re-running the same command resumes from the last checkpoint.
     """
-    config = read_config(
+    given = read_typed_config(
         recipe_or_yaml, overrides, algorithm=algorithm, beta=beta, alpha=alpha, guide=guide, policy=policy, data=data,
         iterations=iterations, seed=seed, offline=offline,
     )  # fmt: skip
+    config = given.config
     if profile:
         from rlgf.config.loading import override
 
         config = override(config, [("runtime.profile", True)], COMMAND_LINE)
     from rlgf.cli import console, terminal
+    from rlgf.config import unread
     from rlgf.pipeline import preflight
     from rlgf.pipeline.resolve import resolve
     from rlgf.pipeline.run import train_run
@@ -74,7 +77,9 @@ def train(
     if dry_run:
         run = resolve(config)
         preflight.check_to_train(run)
+        unread.require_read(given.typed, [config])
         console.print_plan(config, run.algorithm)
+        console.print_unread(config)
         return
     target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
     directory = RunDirectory(target, config, accept_changes, lambda line: console.report(f"warning: {line}"))
@@ -86,6 +91,7 @@ def train(
         try:
             run = resolve(config)
             preflight.check_to_train(run)
+            unread.require_read(given.typed, [config])
             train_run(run, directory, StageCache(stages or target / "stages", terminal.report_reuse_once()), watch)
         except KeyboardInterrupt:
             raise InterruptedRunError(directory.resume_hint(config)) from None

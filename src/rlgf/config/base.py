@@ -1,4 +1,4 @@
-"""The base of all sections: checked dataclasses, bounds of numbers, and the sentences of errors."""
+"""The base of all sections: checked dataclasses, bounds, sentences of errors, and flat dicts."""
 
 import dataclasses
 import functools
@@ -110,3 +110,19 @@ def read_options(values: object, kind: type, where: str, prefix: str) -> Any:
         return _adapter(kind).validate_python(values)
     except ValidationError as error:
         raise as_config_error(error, where, prefix) from None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one flat dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value  # pyright: ignore[reportUnknownArgumentType]
+    return flat
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return the config as nested plain dicts, as written to `config.yaml`."""
+    return dataclasses.asdict(config)

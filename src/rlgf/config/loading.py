@@ -9,8 +9,7 @@ from typing import Any, cast, get_type_hints
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from rlgf.config.base import as_config_error
-from rlgf.config.flatten import flatten, to_dict
+from rlgf.config.base import as_config_error, flatten, to_dict
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.types import FORMAT_VERSION

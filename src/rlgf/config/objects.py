@@ -19,6 +19,7 @@ from rlgf.algorithms import guided
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
+from rlgf.config.unread import require_read, typed_setting
 from rlgf.data.files import write_file
 from rlgf.data.source_hash import source_hash
 from rlgf.errors import ConfigError, unknown
@@ -115,6 +116,7 @@ def config_of_objects(
         guide_spec, guide_source = (guide, None) if isinstance(guide, str) else _name(guide, "guide", identity)
         changes |= {"guide.spec": guide_spec, "guide.source": guide_source}
     config = override(recipe("prompts"), [*changes.items(), *settings.items()], "rlgf.train")
+    require_read([typed for key, value in settings.items() for typed in typed_setting(key, value, "settings")], [config])
     needs_guide = config.algorithm.build().needs_guide or config.distill.num_completions > 0
     if guide is None and needs_guide:
         raise ConfigError(f"{name} needs a guide: give guide=, or choose algorithm=rlgf.ppo().")

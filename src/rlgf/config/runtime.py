@@ -15,7 +15,7 @@ class RuntimeConfig:
     or 'off' (unchanged transformers).
     """
 
-    threads: NonNegativeInt = 0  # 0: all cores (command line only; the library never sets threads)
+    threads: NonNegativeInt = 0  # 0: OMP_NUM_THREADS, else all cores (set by the command line only)
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
     token_budget: NonNegativeInt = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU

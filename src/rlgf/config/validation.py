@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlgf.config.flatten import flatten
+from rlgf.config.base import flatten
 from rlgf.config.sections import EndpointConfig, GuideConfig, RewardConfig
 from rlgf.errors import ConfigError, unknown
 from rlgf.types import SamplingParams

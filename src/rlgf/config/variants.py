@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlgf.config.flatten import to_dict
+from rlgf.config.base import to_dict
 from rlgf.config.loading import all_keys, override, parse_assignment, unknown_key
 from rlgf.config.recipes import Control
 from rlgf.config.schema import Config

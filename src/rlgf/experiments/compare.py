@@ -3,7 +3,6 @@
 Finished runs and stages are reused.
 """
 
-import os
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from rlgf.pipeline.run import for_guide_evaluation, no_progress, train_run
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.runs.directory import RunDirectory, identifying_settings, read_results, require_writable
 from rlgf.runs.identity import with_contents
+from rlgf.runs.machine import choose_num_threads
 from rlgf.trainer import Progress
 from rlgf.types import FORMAT_VERSION
 
@@ -90,9 +90,10 @@ def _baselines(run: ResolvedRun, out: Path, cache: StageCache) -> dict[str, Any]
 def _run_in_processes(runs: Sequence[tuple[ResolvedRun, RunDirectory]], cache: StageCache, jobs: int) -> None:
     """Run each run in a separate process, `jobs` at a time.
 
-    The cores are divided among them. Raises `TrainingError` if a run fails.
+    The threads are divided among them. Raises `TrainingError` if a run fails.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    configured = max((run.trainer.runtime.threads for run, _ in runs), default=0)
+    threads = max(1, choose_num_threads(configured)[0] // jobs)
     waiting, running = list(runs), dict[Path, subprocess.Popen[str]]()
     try:
         while waiting or running:

@@ -19,11 +19,12 @@ class Capabilities:
 
     Example:
         >>> rlgf.Capabilities(can_continue=True)
-        Capabilities(can_continue=True, exact_length=False)
+        Capabilities(can_continue=True, exact_length=False, takes_token_ids=False)
     """
 
     can_continue: bool  # true if it can continue a prefix
     exact_length: bool = False  # true if it respects min_new_tokens and max_new_tokens
+    takes_token_ids: bool = False  # true if it continues prefix_ids, not the prefix as text
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class ModelGuide:
     def __init__(self, language_model: LanguageModel, sampling: SamplingParams, precision: str = "fp32") -> None:
         self.language_model, self.sampling = language_model, sampling
         self.sampler: Sampler = LocalSampler(language_model, precision)
-        self.capabilities = Capabilities(can_continue=True, exact_length=True)
+        self.capabilities = Capabilities(can_continue=True, exact_length=True, takes_token_ids=True)
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Sample a completion for each request.
@@ -155,12 +155,16 @@ class FunctionGuide:
     """A Python function from requests to completions.
 
     It returns a `Completion` or a string, which counts as finished, for each request. Its attribute
-    `can_continue` (default True) is true if it can continue a prefix.
+    `can_continue` (default True) is true if it can continue a prefix, and `takes_token_ids`
+    (default False) if it continues the prefix as token ids.
     """
 
     def __init__(self, function: Callable[[Sequence[CompletionRequest]], Sequence[Completion | str]]) -> None:
         self.function = function
-        self.capabilities = Capabilities(can_continue=bool(getattr(function, "can_continue", True)))
+        self.capabilities = Capabilities(
+            can_continue=bool(getattr(function, "can_continue", True)),
+            takes_token_ids=bool(getattr(function, "takes_token_ids", False)),
+        )
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Call the function and return its completions."""

@@ -32,7 +32,7 @@ class RemoteGuide:
     ) -> None:  # fmt: skip
         self.server, self.config = server, config
         self.pool = EndpointPool(server, cache, report, run, sleep, GuideError, retry_forever=config.on_failure == "wait")
-        self.capabilities = Capabilities(can_continue=server.can_continue, exact_length=server.exact)
+        self.capabilities = Capabilities(server.can_continue, server.exact, takes_token_ids=server.mode == "token_ids")
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Return one completion for each request; raise `GuideError` if one fails."""

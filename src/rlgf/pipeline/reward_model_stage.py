@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from rlgf.config.flatten import to_dict
+from rlgf.config.base import to_dict
 from rlgf.config.sections import TaskConfig
 from rlgf.data.checksums import content_identity
 from rlgf.data.preferences import Pairs, split_for_role

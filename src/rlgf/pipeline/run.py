@@ -6,8 +6,10 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from rlgf.algorithms.guided import ALGORITHMS
-from rlgf.config.flatten import to_dict
+from rlgf.config.base import to_dict
 from rlgf.config.objects import PassedObjects, config_of_objects
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
@@ -38,6 +40,7 @@ from rlgf.pipeline.stages import starting_model
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.runs.directory import RunDirectory, require_space, require_writable
+from rlgf.runs.machine import describe_threads
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
 from rlgf.types import RewardFunction
@@ -143,6 +146,8 @@ def train_run(
     run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None] = no_progress
 ) -> Trainer:
     """Train and evaluate a checked run in a directory, and return its trainer."""
+    threads = describe_threads(torch.get_num_threads())
+    cache.report(f"{run.algorithm.title} on {run.task.name}, seed {run.trainer.seed}: {threads}")
     directory.check_identity()
     require_writable(directory.folder)
     require_space(directory.folder, 50_000_000)

@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlgf.config.flatten import to_dict
+from rlgf.config.base import to_dict
 from rlgf.config.sections import GUIDE_CONNECTION_FIELDS, GuideConfig, PolicyLoraConfig, TaskConfig
 from rlgf.data.checksums import content_identity
 from rlgf.errors import ConfigError

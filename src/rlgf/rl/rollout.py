@@ -220,15 +220,15 @@ def _sample_switch_position(rollout_config: RolloutConfig, phase: Phase, row: _R
 def _snap_to_character(rollout_config: RolloutConfig, row: _Row, switch_position: int) -> int:
     """Move a switch position back (to 0 at the lowest) out of a multi-byte character.
 
-    This is done for every rollout origin, also one that continues token ids, so that the prefix is
-    the same for all. It depends on the prefix only, so a switch position known before the rollin
-    moves like a sampled one. At `max_new_tokens` there is no rollout, and the length stays.
+    This is done for guides that exchange text only: a character cut in two is no text. Policy and
+    guides that take token ids continue inside a character, so there the law of the position stays
+    exact. It depends on the prefix only, so a switch position known before the rollin moves like a
+    sampled one. At `max_new_tokens` there is no rollout, and the length stays.
     """
-    return (
-        complete_utf8_prefix(rollout_config.policy.tokenizer, row.ids[:switch_position])
-        if switch_position < rollout_config.max_new_tokens
-        else switch_position
-    )
+    guide = rollout_config.guide
+    if guide is None or guide.capabilities.takes_token_ids or switch_position >= rollout_config.max_new_tokens:
+        return switch_position
+    return complete_utf8_prefix(rollout_config.policy.tokenizer, row.ids[:switch_position])
 
 
 def _shorten(row: _Row, length: int, counts: dict[str, int]) -> None:

@@ -220,7 +220,7 @@ class Updater:
         for value_weights in valued.values():
             selected |= value_weights > 0
         sums = {"policy_loss": 0.0, "clip_fraction": 0.0, "approx_kl": 0.0, "ratio_error": 0.0, "kl_loss": 0.0}
-        sums |= {"value_loss": 0.0, "value_clip_fraction": 0.0} if valued else {}
+        sums |= _value_metrics(valued)
         if step % self.steps_per_iteration < self.steps_per_iteration // ppo.epochs:
             sums["entropy"] = 0.0  # in the first epoch only: a pass over the vocabulary
         starts, budget = rollout.prompt_lengths[rows], self.forward_config.token_budget
@@ -302,9 +302,10 @@ class Updater:
         """Accumulate the gradients of separate critics; return the metrics."""
         if self.shares_backbone:
             return {}
-        sums = {"value_loss": 0.0, "value_clip_fraction": 0.0}
         rollout = experience.rollout
-        for origin, weights in _value_weights(rollout, rows, self.forward_config.ppo.loss_aggregation).items():
+        valued = _value_weights(rollout, rows, self.forward_config.ppo.loss_aggregation)
+        sums = _value_metrics(valued)
+        for origin, weights in valued.items():
             critic: Critic = self.models.critics[origin]
             assert critic.backbone is not None
             starts, budget = rollout.prompt_lengths[rows], self.forward_config.token_budget
@@ -372,6 +373,11 @@ def _value_weights(rollout: Rollout, rows: Tensor, aggregation: str) -> dict[Ori
         if denominator:
             weights[origin] = losses.token_weights(selected, aggregation, denominator)
     return weights
+
+
+def _value_metrics(weights: dict[Origin, Tensor]) -> dict[str, float]:
+    """Return the metrics of the critics at zero; none if the step has no states to fit."""
+    return {"value_loss": 0.0, "value_clip_fraction": 0.0} if weights else {}
 
 
 def _adam(parameters: list[torch.nn.Parameter], learning_rate: float, ppo: PPOConfig) -> torch.optim.Optimizer:

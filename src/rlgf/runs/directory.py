@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.config.flatten import flatten, to_dict
+from rlgf.config.base import flatten, to_dict
 from rlgf.config.loading import dump
 from rlgf.config.schema import Config
 from rlgf.config.sections import GUIDE_CONNECTION_FIELDS, JUDGE_CONNECTION_FIELDS

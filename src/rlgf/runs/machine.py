@@ -15,6 +15,7 @@ from rlgf.text_metrics import jars
 from rlgf.text_metrics.java import JAVA
 
 OPTIONAL = ("datasets", "peft", "bitsandbytes", "openai", "rlgf_native")
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 FOLDERS = re.compile(r"(?<![\w:/])~?/(?:[^\s/'\"]+/)+")  # of an absolute path: a user's name may be in it
 
@@ -30,6 +31,31 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version(name) for name in ("rlgf", "torch", "transformers")},
     }
+
+
+def choose_num_threads(configured: int = 0) -> tuple[int, str]:
+    """Return the number of threads of a process on a CPU, and what it follows from.
+
+    It is `configured` (runtime.threads), else OMP_NUM_THREADS, else the number of cores.
+
+    Raises:
+        ConfigError: OMP_NUM_THREADS is not a whole number of at least 1.
+    """
+    if configured:
+        return configured, "runtime.threads"
+    if requested := os.environ.get(THREADS_VARIABLE, "").strip():
+        outermost = requested.split(",")[0].strip()  # the others are of nested regions
+        if not outermost.isascii() or not outermost.isdigit() or int(outermost) < 1:
+            raise ConfigError(
+                f"{THREADS_VARIABLE} is {requested[:40]!r}, but must be a whole number of at least 1: fix or unset it."
+            )
+        return int(outermost), THREADS_VARIABLE
+    return len(os.sched_getaffinity(0)), "all cores"
+
+
+def describe_threads(number: int) -> str:
+    """Return a number of threads in words."""
+    return f"{number} thread{'s' * (number > 1)}"
 
 
 def describe_environment() -> dict[str, Any]:

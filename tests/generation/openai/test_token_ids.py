@@ -73,6 +73,7 @@ def test_it_is_asked_for_the_tokens_of_texts_on_which_tokenizers_differ(server: 
     assert all(r["body"]["add_special_tokens"] is False for r in server.requests if r["path"] == TOKENIZE)
     assert guide.capabilities.exact_length
     assert guide.capabilities.can_continue
+    assert guide.capabilities.takes_token_ids
 
 
 def test_another_tokenizer_is_refused_and_no_endpoint_too(tmp_path: Path) -> None:

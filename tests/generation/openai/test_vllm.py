@@ -175,8 +175,8 @@ def test_it_guides_a_run_and_the_run_replays_without_it(
     if algorithm == "ppo_pp" and minimum:  # only what stands before the switch was written
         counts = {name: sum(row[name] for row in metrics) for name in metrics[0] if name.endswith("_tokens")}
         assert counts["guide_completion_tokens"] == counts["guide_tokens"] + counts["discarded_tokens"]
-        # which were thrown away because a switch fell inside a character
-        assert counts["discarded_tokens"] <= 3 * sum(row["switches_moved"] for row in metrics)
+        assert counts["discarded_tokens"] == 0
+    assert sum(row["switches_moved"] for row in metrics) == 0  # token ids may end inside a character
     nowhere = Served("http://127.0.0.1:9/v1", served.guide, served.policy, served.stranger)
     train(config(nowhere, reviews, cache, algorithm, minimum, offline=True), tmp_path / "again", stages)
     assert guided_metrics(tmp_path / "again") == metrics

@@ -1,0 +1,118 @@
+"""The number of threads: what decides it, where it is said, and that waiting threads sleep."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers import small
+from rlgf.cli import app, console
+from rlgf.errors import ConfigError
+from rlgf.experiments import compare
+from rlgf.pipeline.resolve import resolve
+from rlgf.pipeline.run import train
+from rlgf.pipeline.stage_cache import StageCache, no_report
+from rlgf.runs.directory import RunDirectory
+from rlgf.runs.machine import choose_num_threads, describe_threads
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("configured", "variable", "expected"),
+    [
+        (0, None, (CORES, "all cores")), (0, "", (CORES, "all cores")), (0, "3", (3, "OMP_NUM_THREADS")),
+        (0, " 3,2 ", (3, "OMP_NUM_THREADS")), (5, "3", (5, "runtime.threads")), (5, "many", (5, "runtime.threads")),
+    ],
+)  # fmt: skip
+def test_threads_are_the_configs_else_the_environments_else_all_cores(
+    configured: int, variable: str | None, expected: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert choose_num_threads(configured) == expected
+
+
+@pytest.mark.parametrize("variable", ["0", "-1", "many", "1.5", "²", "3 4"])
+def test_a_number_of_threads_that_is_none_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    with pytest.raises(ConfigError, match=r"OMP_NUM_THREADS is .* but must be a whole number of at least 1: fix or unset it"):
+        choose_num_threads()
+
+
+def test_the_command_line_honors_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    console.configure_runtime(small())
+    assert torch.get_num_threads() == 3
+    console.configure_runtime(small(("runtime.threads", 2)))
+    assert torch.get_num_threads() == 2
+
+
+def test_a_dry_run_says_the_number_and_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setattr("sys.argv", ["rlgf", "train", "quickstart", "--dry-run"])
+    with pytest.raises(SystemExit):
+        app.main()
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["threads", "3 (OMP_NUM_THREADS)"] in lines
+
+
+def test_the_first_line_of_a_run_and_its_results_say_the_number(tmp_path: Path) -> None:
+    lines: list[str] = []
+    torch.set_num_threads(1)
+    train(small(("ppo.iterations", 1)), tmp_path / "run", tmp_path / "stages", lines.append)
+    assert lines[0] == "PPO on toy_reviews, seed 0: 1 thread"
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["machine"]["threads"] == 1
+    assert describe_threads(2) == "2 threads"
+
+
+@pytest.mark.parametrize(("configured", "jobs", "each"), [(6, 2, 3), (6, 4, 1), (1, 2, 1), (0, 2, 2)])
+def test_runs_at_a_time_share_the_threads(
+    configured: int, jobs: int, each: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    class Finished:
+        returncode = 0
+
+        def __init__(self, command: list[str], **options: Any) -> None:
+            commands.append(command)
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(compare.subprocess, "Popen", Finished)
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    config = small(("runtime.threads", configured))
+    compare._run_in_processes(
+        [(resolve(config), RunDirectory(tmp_path / "run", config))], StageCache(tmp_path / "stages", no_report), jobs
+    )
+    assert commands[0][-1] == f"runtime.threads={each}"
+
+
+CODE = """
+import os, sys
+from rlgf.cli import app
+app.app = lambda: None  # what main() runs
+assert "torch" not in sys.modules
+app.main()
+print(os.environ["OMP_WAIT_POLICY"])
+import torch
+"""
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_environment_says_otherwise(given: str | None, expected: str) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    environment["OMP_DISPLAY_ENV"] = "TRUE"  # OpenMP tells what it has read when torch is imported
+    ran = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == expected
+    assert f"OMP_WAIT_POLICY = '{expected}'" in ran.stderr
