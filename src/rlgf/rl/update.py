@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlgf.algorithms import losses
 from rlgf.algorithms.schedules import learning_rate_factor
-from rlgf.config.sections import CriticConfig, KLConfig, PPOConfig
+from rlgf.config.sections import CriticConfig, KLConfig
 from rlgf.distributed import all_reduce_sum
 from rlgf.errors import TrainingError
 from rlgf.models.critic import Critic
@@ -27,6 +27,7 @@ from rlgf.models.offload import on_device
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.rl.experience import ForwardConfig, Models, policy_log_probs, run_with_critics
 from rlgf.rl.guards import Guard
+from rlgf.rl.optimizers import gradient_norm, new_adam, step_optimizer
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.supervised.examples import Example
 from rlgf.supervised.loop import nll_backward
@@ -65,11 +66,11 @@ class Updater:
         policy_parameters = models.policy.trainable_parameters()
         if self.shares_backbone:
             policy_parameters += [p for value in models.critics.values() for p in value.trainable_parameters()]
-        self.policy_optimizer = _adam(policy_parameters, ppo.learning_rate, ppo)
+        self.policy_optimizer = new_adam(policy_parameters, ppo.learning_rate, ppo)
         self.critic_optimizers: dict[Origin, torch.optim.Optimizer] = {}
         if not self.shares_backbone:
             for origin, value in models.critics.items():
-                self.critic_optimizers[origin] = _adam(value.trainable_parameters(), critic.learning_rate, ppo)
+                self.critic_optimizers[origin] = new_adam(value.trainable_parameters(), critic.learning_rate, ppo)
 
     @property
     def steps_per_iteration(self) -> int:
@@ -159,11 +160,11 @@ class Updater:
 
         def policy() -> tuple[dict[str, float], Tensor | None]:
             stats, moved = self._policy_gradients(experience, rows, step, learns)
-            return stats, _gradient_norm(self.policy_optimizer) if moved else None
+            return stats, gradient_norm(self.policy_optimizer) if moved else None
 
         def critics() -> tuple[dict[str, float], list[Tensor | None]]:
             stats = self._critic_gradients(experience, rows)
-            return stats, [_gradient_norm(optimizer) for optimizer in self.critic_optimizers.values()]
+            return stats, [gradient_norm(optimizer) for optimizer in self.critic_optimizers.values()]
 
         run = partial(run_with_critics, self.models.policy, experience.rollout, concurrently=self.independent_critics)
         (stats, policy_norm), (valued, critic_norms) = run(policy, critics)
@@ -183,12 +184,12 @@ class Updater:
 
         def move_policy() -> None:
             if policy_norm is not None:
-                _optimizer_step(self.policy_optimizer, policy_norm, ppo.learning_rate * factor, ppo.max_grad_norm)
+                step_optimizer(self.policy_optimizer, policy_norm, ppo.learning_rate * factor, ppo.max_grad_norm)
 
         def move_critics() -> None:
             for optimizer, norm in zip(self.critic_optimizers.values(), critic_norms):
                 if norm is not None:
-                    _optimizer_step(optimizer, norm, self.critic.learning_rate * factor, ppo.max_grad_norm)
+                    step_optimizer(optimizer, norm, self.critic.learning_rate * factor, ppo.max_grad_norm)
 
         run(move_policy, move_critics)
         return {**stats, "learning_rate": ppo.learning_rate * factor, "skipped": 0.0}
@@ -378,24 +379,3 @@ def _value_weights(rollout: Rollout, rows: Tensor, aggregation: str) -> dict[Ori
 def _value_metrics(weights: dict[Origin, Tensor]) -> dict[str, float]:
     """Return the metrics of the critics at zero; none if the step has no states to fit."""
     return {"value_loss": 0.0, "value_clip_fraction": 0.0} if weights else {}
-
-
-def _adam(parameters: list[torch.nn.Parameter], learning_rate: float, ppo: PPOConfig) -> torch.optim.Optimizer:
-    """Return a fused AdamW optimizer."""
-    return torch.optim.AdamW(parameters, learning_rate, eps=ppo.adam_epsilon, weight_decay=ppo.weight_decay, fused=True)
-
-
-def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """Return the norm of all gradients of an optimizer's parameters, or None without any."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients) if gradients else None
-
-
-def _optimizer_step(optimizer: torch.optim.Optimizer, norm: Tensor, learning_rate: float, max_norm: float) -> None:
-    """Clip the gradients, whose norm is `norm`, step, and clear them."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    # the fused step divides the gradients by grad_scale: clipping needs no extra pass over memory
-    optimizer.grad_scale = norm / max_norm if float(norm) > max_norm else None  # pyright: ignore[reportAttributeAccessIssue]
-    optimizer.step()
-    optimizer.zero_grad()
