@@ -144,7 +144,9 @@ class Trainer:
         )
 
     def _set_token_budget(self, token_budget: int) -> None:
-        """Set the number of tokens of a micro-batch."""
+        """Set the number of tokens of a micro-batch, if it is another one."""
+        if token_budget == self.forward_config.token_budget:
+            return
         self.forward_config = self.updater.forward_config = dataclasses.replace(self.forward_config, token_budget=token_budget)
         self.evaluation_context = dataclasses.replace(self.evaluation_context, forward_config=self.forward_config)
 

@@ -48,7 +48,7 @@ def test_every_flipped_bit_of_every_file_is_noticed(folder: Path) -> None:
     assert len(files) == 3
     draws = random.Random(0)
     for file in files:
-        for bit in draws.sample(range(8 * file.stat().st_size), 60):
+        for bit in draws.sample(range(8 * file.stat().st_size), 40):
             flip(file, bit)
             with pytest.raises(DamagedError, match=r"weights|names|manifest"):
                 verify_manifest(folder)

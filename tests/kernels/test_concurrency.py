@@ -256,4 +256,4 @@ def test_nobody_reads_or_learns_beside_a_critic_where_the_head_is_most_of_the_wo
     monkeypatch.setattr(ConcurrentPair, "run", lambda self, *tasks: (ran.append(1), plain(self, *tasks))[1])
     trainer = tiny_trainer(ppo().build(), config_of())
     steps = trainer.step(0)[0]["optimizer_steps"]
-    assert len(ran) == (1 + steps if alike else 0)  # once while appraising, and in each step
+    assert len(ran) == (1 + 2 * steps if alike else 0)  # once for log-probabilities; gradients and optimizers in each step

@@ -83,8 +83,8 @@ def test_a_model_prompts_a_reward_and_a_guide_are_trained_with(model: str, tmp_p
     texts = [json.loads(line)["prompt"] for line in Path(written["task"]["data"]).read_text().splitlines()]
     assert texts == PROMPTS
     assert rlgf.train(**call).iteration == 2  # the same call reuses the run
-    with pytest.raises(rlgf.ConfigError, match=r"another run \(ppo.iterations"):
-        rlgf.train(**{**call, "settings": {**SMALL, "ppo.iterations": 3}})
+    with pytest.raises(rlgf.ConfigError, match=r"another run \(ppo.epochs"):
+        rlgf.train(**{**call, "settings": {**SMALL, "ppo.epochs": 3}})
 
 
 def test_a_function_whose_source_changed_is_another_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def require_same_source(function: Any, source: str | None, what: str) -> None:
 
 
 def _name(value: Any, what: str, identity: str | None) -> tuple[str, str | None]:
-    """Return the spec of a passed object, and the hash of its source or else its given identity.
+    """Return the spec of a passed object, and the hash of its source or its identity.
 
     It is python:module:name if that can be imported; otherwise only the same call can resume.
     """

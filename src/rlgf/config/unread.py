@@ -1,4 +1,4 @@
-"""Settings that have no effect on a run: the condition under which each is read, as a table.
+"""Settings without effect on a run: a table of the conditions under which they are read.
 
 A setting that a user typed and that nothing reads is an error. Those of a recipe or of a config
 that a run wrote are listed by `rlgf train … --dry-run`: they are read again when, say, another
@@ -39,7 +39,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class TypedSetting:
-    """A setting that a user gave: its name as it was typed, its keys, and where it stands."""
+    """A setting that a user gave: its typed name, its keys, its place."""
 
     name: str
     keys: tuple[str, ...]  # several for a flag that sets several; one that is read is enough
@@ -291,7 +291,7 @@ def require_read_in_comparison(typed: Sequence[TypedSetting], config: Config, ro
     Its baselines read the settings of the guide if they include it.
     """
     for setting in typed:
-        replaced = {("algorithm.name",): "--algorithms", ("seed",): "--seeds"}.get(setting.keys)
+        replaced = {"algorithm.name": "--algorithms", "seed": "--seeds"}.get(" ".join(setting.keys))
         if replaced and setting.where == COMMAND_LINE:
             raise ConfigError(f"{setting.where}: {setting.name} has no effect on a comparison: give {replaced}.")
     with_guide = [override(config, [("algorithm.name", "ppo_pp")])] if "guide" in config.evaluation.baselines else []

@@ -23,7 +23,7 @@ SHORT = 16  # hexadecimal digits of a checksum that only identifies
 
 
 class DamagedError(DataError):
-    """A file or folder that is not as it was written; the message says which file and how."""
+    """A file or folder that is not as it was written."""
 
 
 def fingerprint(inputs: Mapping[str, Any]) -> str:
@@ -78,12 +78,12 @@ def _sync(path: Path) -> None:
 
 
 def write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
-    """Write the size and checksum of every file in a folder, and flush all of it to disk.
+    """Write size and checksum of every file in a folder, and flush all to disk.
 
     `about` are further entries of the manifest.
     """
     files: dict[str, Any] = {}
-    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
+    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file != folder / MANIFEST):
         _sync(file)
         files[file.relative_to(folder).as_posix()] = {"size": file.stat().st_size, "sha256": read_checksum(file)}
     write_checked_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, **about, "files": files})

@@ -45,7 +45,7 @@ def spec_hash(spec: str) -> str | None:
 
 
 def _files_hash(path: Path) -> str:
-    """Return a short hash of a source file and of the files it imports from its folder."""
+    """Return a short hash of a source file and its imports from its folder."""
     digest = hashlib.sha256()
     for file in sorted(_imported_files(path, path.parent, {path})):
         digest.update(file.relative_to(path.parent).as_posix().encode() + b"\0" + file.read_bytes())
@@ -75,7 +75,7 @@ def _imported_files(path: Path, folder: Path, seen: set[Path]) -> set[Path]:
 
 
 def _sources(value: Any, seen: set[int]) -> Iterator[str]:
-    """Yield the source of a function or class, and of all that it names in its module."""
+    """Yield the sources of a function or class and of what it names."""
     if id(value) in seen:
         return
     seen.add(id(value))

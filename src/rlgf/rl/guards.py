@@ -118,7 +118,7 @@ def check_kl(kl: float, bound: float | None, iteration: int) -> None:
 
 
 def find_signs(rollout: Rollout, scores: Sequence[float], stats: Mapping[str, float]) -> dict[str, float]:
-    """Return the signs of an iteration that teaches nothing or goes wrong, 1 or 0 by metric name.
+    """Return the signs of an iteration that teaches nothing, 1 or 0 by name.
 
     See docs/metrics.md.
     """

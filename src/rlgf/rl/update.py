@@ -158,17 +158,15 @@ class Updater:
         step = iteration * self.steps_per_iteration + done
         factor = learning_rate_factor(ppo.schedule, step, ppo.iterations * self.steps_per_iteration)
 
-        def policy() -> tuple[dict[str, float], Tensor | None]:
-            stats, moved = self._policy_gradients(experience, rows, step, learns)
-            return stats, gradient_norm(self.policy_optimizer) if moved else None
-
         def critics() -> tuple[dict[str, float], list[Tensor | None]]:
             stats = self._critic_gradients(experience, rows)
             return stats, [gradient_norm(optimizer) for optimizer in self.critic_optimizers.values()]
 
+        policy = partial(self._policy_gradients, experience, rows, step, learns)
         run = partial(run_with_critics, self.models.policy, experience.rollout, concurrently=self.independent_critics)
-        (stats, policy_norm), (valued, critic_norms) = run(policy, critics)
+        (stats, policy_moves), (valued, critic_norms) = run(policy, critics)
         stats |= valued
+        policy_norm = gradient_norm(self.policy_optimizer) if policy_moves else None  # complete only now
         ratio_error = stats.pop("ratio_error")
         if policy_norm is not None:
             stats["policy_grad_norm"] = float(policy_norm)
@@ -377,5 +375,5 @@ def _value_weights(rollout: Rollout, rows: Tensor, aggregation: str) -> dict[Ori
 
 
 def _value_metrics(weights: dict[Origin, Tensor]) -> dict[str, float]:
-    """Return the metrics of the critics at zero; none if the step has no states to fit."""
+    """Return the metrics of the critics at zero, or none without states to fit."""
     return {"value_loss": 0.0, "value_clip_fraction": 0.0} if weights else {}

@@ -27,7 +27,7 @@ from rlgf.data.files import json_safe, read_complete_lines, require_format, to_l
 from rlgf.errors import ConfigError, DataError
 from rlgf.generation.openai.client import without_address
 from rlgf.runs.checkpoints import Checkpoints
-from rlgf.runs.identity import find_differences, with_contents
+from rlgf.runs.identity import find_differences, find_setting_differences, with_contents
 from rlgf.types import FORMAT_VERSION
 
 IDENTITY = "identity.json"
@@ -69,10 +69,8 @@ class RunDirectory:
                     f"{folder} holds a run of an rlgf before format version {FORMAT_VERSION}: choose another --out."
                 )
             self.history, self.config_checksums = _read_history(folder)
-            before, after = self.history[-1]["identity"], identifying_settings(config)
             # the content of files, which takes longer, is compared by `check_identity`
-            both = [key for key in after if key in before]
-            self._require_same(find_differences({key: before[key] for key in both}, {key: after[key] for key in both}))
+            self._require_same(find_setting_differences(self.history[-1]["identity"], identifying_settings(config)))
         elif folder.exists() and (not folder.is_dir() or any(p.name not in BEFORE_CONFIG for p in folder.iterdir())):
             raise ConfigError(f"{folder} holds something that is not a run: choose another --out.")
 
@@ -194,7 +192,7 @@ class RunDirectory:
         return self.checkpoints.load()
 
     def save_model(self, name: str, save: Callable[[Path], None]) -> None:
-        """Write a model to a folder in the run, with a manifest, in place of an earlier one."""
+        """Write a model and its manifest to a folder in the run."""
         for killed in self.folder.glob(f".{name}-*"):  # scratch of a process that was killed
             shutil.rmtree(killed)
         scratch = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{name}-"))

@@ -16,6 +16,8 @@ SPECS = ("guide.spec", "judge.spec")  # settings whose part after the colon may 
 OPTIONS = ("task.options.", "guide.options.", "reward.options.", "evaluation.metric_options.")
 LIBRARIES = ("rlgf", "torch", "transformers", "tokenizers")
 MODEL_KINDS = ("model", "run")
+WEIGHT = "weight of reward "  # begins the key of a weight whose reward is a local folder
+DERIVED = ("content of ", "source of ", "version of ", WEIGHT)  # begin keys that no setting has
 MISSING = object()
 
 
@@ -32,7 +34,7 @@ def with_contents(settings: Mapping[str, Any]) -> dict[str, Any]:
         if name is None or content == name:
             found[key] = value
         elif key.startswith("reward.weights."):
-            found[f"weight of reward {fingerprint({'files': content})}"] = value
+            found[WEIGHT + fingerprint({"files": content})] = value
         else:
             found[f"content of {key}"] = fingerprint({"files": content})
     for key, spec in _python_specs(settings).items():
@@ -84,6 +86,15 @@ def find_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
         else:
             phrases.append(f"{key} is {_shown(old)} there, {_shown(new)} here")
     return phrases
+
+
+def find_setting_differences(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Return the differences of an identity from settings, but for those with a content."""
+    before = {key: value for key, value in identity.items() if not key.startswith(DERIVED)}
+    after = {key: value for key, value in settings.items() if f"content of {key}" not in identity}
+    if any(key.startswith(WEIGHT) for key in identity):
+        before, after = ({k: v for k, v in values.items() if not k.startswith("reward.weights.")} for values in (before, after))
+    return find_differences(before, after)
 
 
 def _shown(value: Any) -> str:
