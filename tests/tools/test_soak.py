@@ -51,6 +51,7 @@ def test_the_growth_is_the_median_slope_times_the_steps(soak: ModuleType) -> Non
     assert soak.block_medians([1.0, 2.0, 3.0, 9.0, 8.0, 7.0], 2) == [2.0, 8.0]
 
 
+@pytest.mark.slow
 def test_a_few_iterations_are_read_and_drawn(soak: ModuleType, tmp_path: Path) -> None:
     found = soak.run(5)
     assert len(found.seconds) == len(found.handles) == 5

@@ -16,6 +16,7 @@ from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 
 COMMAND_LINE = "command line"  # source of a value, for error messages
+OFF = (None, False)  # values that turn something off; 0 equals False
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def unmet_condition(config: Config, key: str) -> Condition | None:
 def require_read(typed: Sequence[TypedSetting], configs: Sequence[Config]) -> None:
     """Raise `ConfigError` for a setting that a user typed and that no run reads.
 
-    A value that turns something off (None, false) is always accepted.
+    A value that turns something off (None, false, 0) is always accepted.
 
     Args:
         typed: what the user gave.
@@ -274,7 +275,7 @@ def require_read(typed: Sequence[TypedSetting], configs: Sequence[Config]) -> No
     """
     values = flatten(to_dict(configs[0]))
     for setting in typed:
-        if all(values.get(key, "") in (None, False) for key in setting.keys):
+        if all(values.get(key, "") in OFF for key in setting.keys):
             continue
         unmet = [unmet_condition(config, key) for config in configs for key in setting.keys]
         if all(condition is not None for condition in unmet):
@@ -309,6 +310,6 @@ def describe_unread(config: Config) -> list[str]:
     lines = dict[str, list[str]]()
     for key, value in flatten(to_dict(config)).items():
         condition = unmet_condition(config, key)
-        if condition is not None and value not in (None, False) and value != default.get(key):
+        if condition is not None and value not in OFF and value != default.get(key):
             lines.setdefault(condition.cause(config), []).append(key)
     return [f"{', '.join(keys)}, as {cause}" for cause, keys in lines.items()]
