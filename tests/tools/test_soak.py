@@ -22,9 +22,7 @@ VALUES = {"memory_mb": 600.0, "handles": 9.0, "threads": 4.0, "seconds": 0.1, "c
 
 
 def samples(soak: ModuleType, **changes: list[float]) -> object:
-    flat = {
-        name: [value] * 2000 for name, value in (("memory_mb", 600.0), ("handles", 9.0), ("threads", 4.0), ("seconds", 0.1))
-    }
+    flat = {name: [value] * 2000 for name, value in VALUES.items()}
     return soak.Samples(**{**flat, **changes})
 
 
@@ -37,12 +35,9 @@ def test_what_varies_without_growing_is_flat(soak: ModuleType) -> None:
 
 
 LEAKS = [
-    ("memory_mb", 600.0, 0.008),
-    ("handles", 9.0, 1 / 900),
-    ("threads", 4.0, 1 / 900),
-    ("seconds", 0.1, 7e-6),
+    ("memory_mb", 600.0, 0.008), ("handles", 9.0, 1 / 900), ("threads", 4.0, 1 / 900), ("seconds", 0.1, 7e-6),
     ("cpu_seconds", 0.2, 14e-6),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "first", "each"), LEAKS)

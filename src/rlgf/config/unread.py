@@ -1,4 +1,4 @@
-"""Settings that have no effect on a run: the condition under which each is read, as a table.
+"""Settings without effect: a table of the conditions under which fields are read.
 
 A setting that a user typed and that nothing reads is an error. Those of a recipe or of a config
 that a run wrote are listed by `rlgf train … --dry-run`: they are read again when, say, another
@@ -40,7 +40,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class TypedSetting:
-    """A setting that a user gave: its name as it was typed, its keys, and where it stands."""
+    """A setting that a user typed: its name, its keys, and where it stands."""
 
     name: str
     keys: tuple[str, ...]  # several for a flag that sets several; one that is read is enough

@@ -377,5 +377,5 @@ def _value_weights(rollout: Rollout, rows: Tensor, aggregation: str) -> dict[Ori
 
 
 def _value_metrics(weights: dict[Origin, Tensor]) -> dict[str, float]:
-    """Return the metrics of the critics at zero; none if the step has no states to fit."""
+    """Return the metrics of the critics at zero; none without states to fit."""
     return {"value_loss": 0.0, "value_clip_fraction": 0.0} if weights else {}
