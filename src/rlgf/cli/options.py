@@ -120,8 +120,9 @@ def read_typed_config(
 def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
     """Load a YAML file, and return its config and what its author changed.
 
-    It holds a whole config, or changes to a recipe. The key `recipe` names the recipe. A config that a run wrote has no author, and options of other
-    algorithms are no mistake in a file that several commands read.
+    It holds a whole config, or changes to the recipe that its key `recipe` names. A config that a
+    run wrote has no author, and options of other algorithms are no mistake in a file that several
+    commands read.
     """
     from rlgf.config.base import flatten, to_dict
     from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, read_yaml
