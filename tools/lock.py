@@ -56,7 +56,7 @@ def lock_file(part: str = "") -> Path:
 def write() -> None:
     """Resolve the requirements with pip and write both files."""
     FOLDER.mkdir(exist_ok=True)
-    for part, requirements in (("", ["-c", str(CONSTRAINTS), f"{ROOT}[dev]"]), ("-build", list(BUILD))):
+    for part, requirements in (("", ["-c", str(CONSTRAINTS), f"{ROOT}[dev]"]), ("-build", ["-c", str(CONSTRAINTS), *BUILD])):
         found = resolve(requirements)
         lock_file(part).write_text(header() + "".join(entry(name, *found[name]) for name in sorted(found)), encoding="utf-8")
         print(f"{lock_file(part).relative_to(ROOT)}: {len(found)} packages")

@@ -106,7 +106,9 @@ CASES: list[tuple[str, Changes, Changes]] = [
 
 ON: Changes = {  # fields that are off by default; what is off is no mistake
     "critic.warm_start_from_guide": True, "evaluation.also_sampled": True, "guide.endpoint.cache": "there",
-    "lora.in_sft": True, "model.path": "there", "ppo.mle_batch": 4, "sft.seed": 3,
+    "lora.in_sft": True, "model.path": "there", "ppo.mle_batch": 4, "sft.seed": 3, "guide.sft.steps": 2,
+    "distill.steps": 2, "sft.steps": 2, "pretrain.steps": 2, "reward.seed": 3, "lora.dropout": 0.1,
+    "evaluation.sampling.top_k": 5,
 }  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def test_every_condition_is_met_by_some_config_and_not_by_another() -> None:
 
 
 def test_switching_something_off_is_no_mistake() -> None:
-    for key in ("critic.warm_start_from_guide", "evaluation.also_sampled", "preferences.data", "guide.source"):
+    for key in ("critic.warm_start_from_guide", "evaluation.also_sampled", "preferences.data", "distill.steps", "lora.dropout"):
         require_read(typed_setting(key, None), [Config()])
     require_read([TypedSetting("sft.epochs", ("sft.epochs",))], [changed({"sft.steps": 2, "sft.epochs": 0.0})])
 

@@ -118,8 +118,9 @@ def test_findings_are_listed_and_fail(
     report = {"dependencies": [{"name": "pip", "version": "1", "vulns": [{"id": name} for name in ids]}]}
 
     def answer(command: list[str]) -> subprocess.CompletedProcess[str]:
-        if "pip_audit" in command:
-            (tmp_path / "report.json").write_text(json.dumps(report))
+        if "pip_audit" not in command:
+            return subprocess.CompletedProcess(command, 0, "", "")
+        (tmp_path / "report.json").write_text(json.dumps(report))
         return subprocess.CompletedProcess(command, len(ids), "", "")
 
     monkeypatch.setattr(audit, "run", answer)

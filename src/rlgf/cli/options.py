@@ -53,7 +53,7 @@ Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols:
 
 @dataclass(frozen=True)
 class TypedConfig:
-    """A config, and the settings that the user gave for it."""
+    """A config, and the settings in it that the user typed."""
 
     config: "Config"
     typed: "list[TypedSetting]"
@@ -118,10 +118,11 @@ def read_typed_config(
 
 
 def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
-    """Load a YAML file, and return what its author changed as well.
+    """Load a YAML file, and return its config and what its author changed.
 
-    The key `recipe` names the recipe. A config that a run wrote has no author, and options of other
-    algorithms are no mistake in a file that several commands read.
+    It holds a whole config, or changes to the recipe that its key `recipe` names. A config that a
+    run wrote has no author, and options of other algorithms are no mistake in a file that several
+    commands read.
     """
     from rlgf.config.base import flatten, to_dict
     from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, read_yaml

@@ -1,4 +1,4 @@
-"""Settings without effect on a run: a table of the conditions under which they are read.
+"""Settings without effect: a table of the conditions under which fields are read.
 
 A setting that a user typed and that nothing reads is an error. Those of a recipe or of a config
 that a run wrote are listed by `rlgf train … --dry-run`: they are read again when, say, another
@@ -16,6 +16,7 @@ from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 
 COMMAND_LINE = "command line"  # source of a value, for error messages
+OFF = (None, False)  # values that turn something off; 0 equals False
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class TypedSetting:
-    """A setting that a user gave: its typed name, its keys, its place."""
+    """A setting that a user typed: its name, its keys, and where it stands."""
 
     name: str
     keys: tuple[str, ...]  # several for a flag that sets several; one that is read is enough
@@ -266,7 +267,7 @@ def unmet_condition(config: Config, key: str) -> Condition | None:
 def require_read(typed: Sequence[TypedSetting], configs: Sequence[Config]) -> None:
     """Raise `ConfigError` for a setting that a user typed and that no run reads.
 
-    A value that turns something off (None, false) is always accepted.
+    A value that turns something off (None, false, 0) is always accepted.
 
     Args:
         typed: what the user gave.
@@ -274,7 +275,7 @@ def require_read(typed: Sequence[TypedSetting], configs: Sequence[Config]) -> No
     """
     values = flatten(to_dict(configs[0]))
     for setting in typed:
-        if all(values.get(key, "") in (None, False) for key in setting.keys):
+        if all(values.get(key, "") in OFF for key in setting.keys):
             continue
         unmet = [unmet_condition(config, key) for config in configs for key in setting.keys]
         if all(condition is not None for condition in unmet):
@@ -291,7 +292,7 @@ def require_read_in_comparison(typed: Sequence[TypedSetting], config: Config, ro
     Its baselines read the settings of the guide if they include it.
     """
     for setting in typed:
-        replaced = {"algorithm.name": "--algorithms", "seed": "--seeds"}.get(" ".join(setting.keys))
+        replaced = {("algorithm.name",): "--algorithms", ("seed",): "--seeds"}.get(setting.keys)
         if replaced and setting.where == COMMAND_LINE:
             raise ConfigError(f"{setting.where}: {setting.name} has no effect on a comparison: give {replaced}.")
     with_guide = [override(config, [("algorithm.name", "ppo_pp")])] if "guide" in config.evaluation.baselines else []
@@ -309,6 +310,6 @@ def describe_unread(config: Config) -> list[str]:
     lines = dict[str, list[str]]()
     for key, value in flatten(to_dict(config)).items():
         condition = unmet_condition(config, key)
-        if condition is not None and value not in (None, False) and value != default.get(key):
+        if condition is not None and value not in OFF and value != default.get(key):
             lines.setdefault(condition.cause(config), []).append(key)
     return [f"{', '.join(keys)}, as {cause}" for cause, keys in lines.items()]
