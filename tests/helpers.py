@@ -13,18 +13,22 @@ from torch import Tensor, nn
 
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
 from rlgf.config.loading import override
-from rlgf.config.recipes import imdb_small, quickstart
+from rlgf.config.recipes import Control, imdb_small, quickstart
 from rlgf.config.schema import Config
 from rlgf.config.sections import EndpointConfig, GuideConfig, ModelConfig, TaskConfig
+from rlgf.config.variants import ComparisonPlan, build_variants, plan_comparison
 from rlgf.data.files import read_complete_lines
+from rlgf.data.preferences import Pair, Pairs
+from rlgf.experiments.compare import compare
 from rlgf.guides.base import Completion, CompletionRequest, Guide
 from rlgf.guides.local import FunctionGuide
 from rlgf.models import padding_free
 from rlgf.models.critic import Critic
 from rlgf.models.forward import MicroBatch, micro_batch
 from rlgf.models.language_model import Backbone, LanguageModel
-from rlgf.models.loading import new_language_model
+from rlgf.models.loading import load_language_model, new_language_model
 from rlgf.models.log_probs import SampledSupport
+from rlgf.pipeline.run import train
 from rlgf.rl import experience
 from rlgf.rl.experience import ForwardConfig, Models, make_experience
 from rlgf.rl.guards import Guard
@@ -33,7 +37,7 @@ from rlgf.rl.update import Updater
 from rlgf.supervised.examples import Example
 from rlgf.tasks import toy_reviews
 from rlgf.trainer import Components, Trainer
-from rlgf.types import Origin, Prompt
+from rlgf.types import Origin, Prompt, SamplingParams
 
 LETTER = {"-": Origin.PAD, "x": Origin.PROMPT, "P": Origin.POLICY, "G": Origin.GUIDE}
 WORDS = toy_reviews.tokenizer(TaskConfig())
@@ -226,6 +230,29 @@ def let_it_attend(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 # --- settings and measuring -------------------------------------------------------------------------------------------
 
 
+WAYS_TO_SAMPLE = {
+    "full softmax": SamplingParams(),
+    "temperature": SamplingParams(temperature=0.7),
+    "top-k": SamplingParams(top_k=5),
+    "top-p": SamplingParams(top_p=0.8),
+    "all": SamplingParams(temperature=1.3, top_k=9, top_p=0.9),
+}
+
+
+def chi_square_p_value(seen: Any, expected: Any = None) -> float:
+    """The probability of counts as unlikely as those seen; without expected ones all are equally likely.
+
+    As `scipy.stats.chisquare`, which takes a second to import.
+    """
+    counts = torch.as_tensor(seen, dtype=torch.float64)
+    wanted = (
+        torch.full_like(counts, float(counts.mean())) if expected is None else torch.as_tensor(expected, dtype=torch.float64)
+    )
+    assert float(counts.sum()) == pytest.approx(float(wanted.sum()))
+    statistic = ((counts - wanted).square() / wanted).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2, dtype=torch.float64), statistic / 2))
+
+
 def config_of(**values: Any) -> Config:
     """A small config; `ppo__epochs=3` sets `ppo.epochs`."""
     base: dict[str, Any] = {
@@ -332,6 +359,21 @@ def farthest(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(before, after))
 
 
+# --- pairs of preferences ------------------------------------------------------------------------------------------------
+
+PAIR_WORDS = ["great", "superb", "lovely", "dull", "weak", "awful", "plot", "cast", "music", "script", "sound", "story"]
+
+
+def preference_pair(number: int) -> Pair:
+    """A pair that is told apart by its words alone: praise is preferred."""
+    subject, post = PAIR_WORDS[6 + number % 6], f"post {number // 2}"
+    prompt = Prompt(f"about {subject} {number % 7}:")
+    return Pair(prompt, f" {PAIR_WORDS[number % 3]} {subject}", f" {PAIR_WORDS[3 + number % 3]} {subject}", post)
+
+
+PAIRS = Pairs([preference_pair(n) for n in range(64)], [preference_pair(n) for n in range(1000, 1016)])
+
+
 # --- whole runs with a guide on a server --------------------------------------------------------------------------------
 
 
@@ -403,3 +445,61 @@ SMALL = [
 
 def small(*changes: tuple[str, object]) -> Config:
     return override(quickstart(), [*SMALL, *changes])
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedRun:
+    """A run that is complete: its config, its folder, its trainer, and what was reported."""
+
+    config: Config
+    folder: Path
+    trainer: Trainer
+    lines: list[str]
+
+
+def train_finished_run(algorithm: str, folder: Path, stages: Path) -> FinishedRun:
+    """Train a small run with all that changes from iteration to iteration."""
+    config = small(
+        ("algorithm.name", algorithm), ("algorithm.options.d2lols.switch_iteration", 1), ("kl.controller", "adaptive"),
+        ("reward.normalize", True), ("ppo.mle_coefficient", 0.1), ("runtime.threads", 1),
+    )  # fmt: skip
+    lines = list[str]()
+    return FinishedRun(config, folder, train(config, folder, stages, lines.append), lines)
+
+
+def save_peft_adapter(base: Path, folder: Path, **settings: Any) -> Path:
+    """Save an adapter of PEFT's own on a model, as another tool would: without a generation config."""
+    import peft
+
+    loaded = load_language_model(str(base))
+    model: Any = loaded.model
+    peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=2, fan_in_fan_out=True, **settings)).save_pretrained(
+        folder
+    )
+    loaded.tokenizer.save_pretrained(folder)
+    return folder
+
+
+DISTILL = Control("distill, then PPO", {"distill.num_completions": 8, "distill.steps": 2, "distill.batch_size": 4})
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedComparison:
+    """A comparison that is complete: its plan, its folder, its results, and what was reported."""
+
+    config: Config
+    plan: ComparisonPlan
+    folder: Path
+    results: dict[str, Any]
+    lines: list[str]
+
+
+def run_small_comparison(folder: Path) -> FinishedComparison:
+    """Compare an algorithm, a varied setting and a control over two seeds, with all baselines and best of 2."""
+    config = small(
+        ("evaluation.every", 1), ("evaluation.best_of", 2), ("evaluation.baselines", ["zero_shot", "sft", "guide"]),
+        ("ppo.iterations", 2), ("runtime.threads", 1),
+    )  # fmt: skip
+    rows = build_variants(config, ["ppo_pp"], {"distill": DISTILL}, {"kl.coefficient": [config.kl.coefficient, 0.5, 0.5]})
+    plan, lines = plan_comparison(config, rows, [0, 1]), list[str]()
+    return FinishedComparison(config, plan, folder, compare(plan, folder, report=lines.append), lines)

@@ -183,6 +183,20 @@ def test_the_expected_gradient_of_a_kl_loss_on_policy_is_that_of_the_exact_kl(es
     same(found, exact, 1e-12)
 
 
+def test_the_preference_loss_by_hand() -> None:
+    loss = losses.preference_loss(torch.tensor([1.0, 0.0, 3.0]), torch.tensor([1.0, 2.0, -1.0]))
+    # −log σ(0), −log σ(−2), −log σ(4)
+    assert loss.tolist() == pytest.approx([0.693147, 2.126928, 0.018150], abs=1e-6)
+
+
+def test_the_gradient_of_the_preference_loss_pulls_the_two_sides_apart_and_no_more() -> None:
+    chosen, rejected = torch.tensor([0.0], requires_grad=True), torch.tensor([0.0], requires_grad=True)
+    losses.preference_loss(chosen, rejected).sum().backward()
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert (chosen.grad.item(), rejected.grad.item()) == (-0.5, 0.5)
+
+
 # distributions
 
 PROBABILITIES = (0.5, 0.25, 0.125, 0.125)

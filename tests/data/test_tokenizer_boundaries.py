@@ -436,10 +436,10 @@ SMALL = [
 ]  # fmt: skip
 
 
-def test_a_model_of_any_tokenizer_guides_a_run_and_that_run_another(tmp_path: Path, byte_tokenizer: Any) -> None:
+def test_a_model_of_any_tokenizer_guides_a_run_and_that_run_another(tmp_path: Path, stages: Path, byte_tokenizer: Any) -> None:
     model_of(byte_tokenizer, seed=3, context=256).save(tmp_path / "model")
     config = override(quickstart(), [*SMALL, ("guide.spec", f"model:{tmp_path / 'model'}")])
-    trainer = train(config, tmp_path / "run", tmp_path / "stages")
+    trainer = train(config, tmp_path / "run", stages)
     assert isinstance(trainer.components.guide, TextModelGuide)
     rows = read_complete_lines(tmp_path / "run" / "rollouts.jsonl")
     asked = [row for row in rows if row["guide_completion"] is not None]
@@ -449,7 +449,7 @@ def test_a_model_of_any_tokenizer_guides_a_run_and_that_run_another(tmp_path: Pa
         assert row["guide_completion"] is not None or {span["origin"] for span in row["spans"]} <= {"policy"}
     # the policy of that run speaks this one's tokens
     other = override(config, [("guide.spec", f"run:{tmp_path / 'run'}")])
-    guide = prepare(other, tmp_path / "stages").guide
+    guide = prepare(other, stages).guide
     assert isinstance(guide, ModelGuide)
     assert not isinstance(guide, TextModelGuide)
     for weight, saved in zip(guide.language_model.model.parameters(), trainer.components.models.policy.model.parameters()):

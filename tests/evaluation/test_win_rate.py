@@ -226,7 +226,7 @@ def test_secrets_of_a_judge_come_from_the_environment():
 
 def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rlgf.pipeline.prepare.prepare_judge", lambda *_: RewardJudge(word_reward, "the words' judge"))
-    config = small(("evaluation.best_of", 2))
+    config = small(("evaluation.best_of", 2), ("ppo.iterations", 1))
     results = compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), tmp_path)
     assert all("win_rate" in row["metrics"] for row in results["rows"])
     table = (tmp_path / "table.md").read_text()
@@ -234,13 +234,13 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "win rate" in table
 
 
-def test_a_judge_on_a_server_is_asked_before_anything_is_trained(tmp_path: Path):
+def test_a_judge_on_a_server_is_asked_before_anything_is_trained(stages: Path, tmp_path: Path):
     spec = "server:chat@http://127.0.0.1:9/v1"
     changes = [("judge.spec", spec), ("judge.endpoint.retries", 0)]
     with pytest.raises(ConfigError, match="probe: the judge"):
         prepare(small(*changes), tmp_path / "stages")
     assert not list((tmp_path / "stages").glob("sft*"))
-    assert prepare(small(*changes, ("judge.endpoint.offline", True)), tmp_path / "stages").judge is not None
+    assert prepare(small(*changes, ("judge.endpoint.offline", True)), stages).judge is not None
     with pytest.raises(ConfigError, match="probe: the judge"):
         evaluate_policy_on_test(resolve(small(*changes)), None, StageCache(tmp_path / "others", lambda line: None))
     assert not list((tmp_path / "others").glob("sft*"))

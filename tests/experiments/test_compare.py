@@ -4,36 +4,53 @@ from pathlib import Path
 
 import pytest
 
-from helpers import SMALL, small
-from rlgf.cli import app
+from helpers import SMALL, FinishedComparison, small
 from rlgf.config.loading import override
-from rlgf.config.recipes import Control
 from rlgf.config.variants import build_variants, plan_comparison
 from rlgf.errors import ConfigError
 from rlgf.experiments import figures
 from rlgf.experiments.compare import compare
 from rlgf.experiments.tables import markdown, mean_and_spread
 
-DISTIL = Control("distill, then PPO", {"distill.num_completions": 8, "distill.steps": 2, "distill.batch_size": 4})
+
+def test_a_comparison_has_a_row_for_every_baseline_algorithm_and_control(comparison: FinishedComparison):
+    trained = [f"{key}{end}" for key in ("ppo_pp", "ppo_pp-kl.coefficient=0.5", "distill") for end in ("", "_best_of")]
+    rows = {row["key"]: row for row in comparison.results["rows"]}
+    assert list(rows) == ["zero_shot", "sft", "sft_best_of", "guide", *trained]
+    for key in trained[::2]:
+        assert rows[key]["completions_used"] == 16 + (8 if key == "distill" else 0)
+        assert len(rows[key]["curves"]) == 2
+        for curve in rows[key]["curves"]:
+            assert [point["completions"] for point in curve] == [8, 16]
+    for name in ("results.json", "table.md", "texts.md", "curves.png", "tradeoff.png", "sensitivity.png"):
+        assert (comparison.folder / name).stat().st_size > 0
+    assert not (comparison.folder / "difficulty.png").exists()
+    assert "± " in (comparison.folder / "table.md").read_text()
 
 
-def test_a_comparison_has_a_row_for_every_baseline_algorithm_and_control(tmp_path: Path):
-    config = small(("evaluation.every", 1))
-    rows = build_variants(config, ["ppo", "d2lols"], {"distill": DISTIL})
-    lines: list[str] = []
-    results = compare(plan_comparison(config, rows, [0, 1]), tmp_path, report=lines.append)
-    assert [row["key"] for row in results["rows"]] == ["sft", "guide", "ppo", "d2lols", "distill"]
-    for row in results["rows"][2:]:
-        assert row["completions_used"] == 24 + (8 if row["key"] == "distill" else 0)
-        for curve in row["curves"]:
-            assert [point["completions"] for point in curve] == [8, 16, 24]
-    for name in ("results.json", "table.md", "curves.png"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert "± " in (tmp_path / "table.md").read_text()
+def test_a_finished_comparison_is_reused(comparison: FinishedComparison):
     again: list[str] = []
-    assert compare(plan_comparison(config, rows, [0, 1]), tmp_path, report=again.append)["rows"] == results["rows"]
+    assert compare(comparison.plan, comparison.folder, report=again.append)["rows"] == comparison.results["rows"]
     assert sum("reusing" in line for line in again) == 6
     assert not any("making" in line for line in again)
+    assert any("making" in line for line in comparison.lines)
+
+
+def test_a_varied_setting_runs_each_value_once(comparison: FinishedComparison):
+    assert [(row.key, row.title) for row in comparison.plan.rows] == [
+        ("ppo_pp", "PPO++"),
+        ("ppo_pp-kl.coefficient=0.5", "PPO++, kl.coefficient 0.5"),
+        ("distill", "distill, then PPO"),
+    ]
+    assert comparison.results["varied"] == {"kl.coefficient": comparison.config.kl.coefficient}
+    assert "PPO++, kl.coefficient 0.5" in (comparison.folder / "texts.md").read_text()
+
+
+def test_the_best_of_n_has_a_row_for_each_policy(comparison: FinishedComparison):
+    rows = {row["key"]: row for row in comparison.results["rows"]}
+    assert [rows[key]["title"] for key in ("sft_best_of", "ppo_pp_best_of")] == ["SFT, best of 2", "PPO++, best of 2"]
+    assert "| PPO++, best of 2 |" in (comparison.folder / "table.md").read_text()
+    assert dict(SMALL)["evaluation.final_prompts"] == rows["sft_best_of"]["metrics"]["completions"][0]
 
 
 @pytest.mark.slow
@@ -45,15 +62,11 @@ def test_runs_in_processes_of_their_own_give_the_same_numbers(tmp_path: Path):
     assert [row["metrics"] for row in one["rows"]] == [row["metrics"] for row in two["rows"]]
 
 
-def test_a_folder_with_another_run_is_refused_before_anything_runs(tmp_path: Path):
-    config = small()
-    rows = build_variants(config, ["ppo"], {})
-    compare(plan_comparison(config, rows, [0]), tmp_path)
+def test_a_folder_with_another_run_is_refused_before_anything_runs(comparison: FinishedComparison):
+    other = override(comparison.config, [("ppo.epochs", 1)])
     with pytest.raises(ConfigError, match="another run"):
-        compare(
-            plan_comparison(override(config, [("ppo.epochs", 1)]), build_variants(config, ["ppo", "lols"], {}), [0]), tmp_path
-        )
-    assert not (tmp_path / "runs" / "lols-seed0").exists()
+        compare(plan_comparison(other, build_variants(other, ["ppo_pp", "lols"], {}), [0]), comparison.folder)
+    assert not (comparison.folder / "runs" / "lols-seed0").exists()
 
 
 def test_an_algorithm_that_the_guide_cannot_serve_is_refused_before_anything_runs(
@@ -101,45 +114,3 @@ def test_runs_that_were_never_evaluated_on_the_way_have_no_plot():
         {"key": "ppo", "title": "PPO", "completions_used": 8, "metrics": {"score": [0.5]}, "curves": [[]]},
     ]
     assert figures.curves({"recipe": "r", "seeds": [0], "rows": rows}) is None
-
-
-def test_texts_are_shown_by_author_without_colour_and_escaped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    from rlgf.data.files import to_line
-
-    spans = [
-        {"origin": "guide", "tokens": 1, "text": " great"},
-        {"origin": "policy", "tokens": 2, "text": " \x1b[31mplot[bold]"},
-    ]
-    row = {
-        "iteration": 0,
-        "index": 3,
-        "prompt": "review",
-        "spans": spans,
-        "switch_position": 1,
-        "ended_with_eos": True,
-        "score": 1.0,
-    }
-    (tmp_path / "rollouts.jsonl").write_text(to_line(row))
-    monkeypatch.setattr("sys.argv", ["rlgf", "samples", str(tmp_path)])
-    with pytest.raises(SystemExit) as stopped:
-        app.main()
-    assert stopped.value.code == 0
-    shown = capsys.readouterr().out
-    assert "review [guide: great] [policy: \\x1b[31mplot[bold]] ■" in shown
-    assert "\x1b" not in shown
-
-
-def test_a_dry_run_prints_the_plan_and_does_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(tmp_path)
-    changes = [f"{key}={value}" for key, value in SMALL if key.startswith("ppo")]
-    monkeypatch.setattr("sys.argv", ["rlgf", "train", "quickstart", "--algorithm", "d2lols", "--dry-run", *changes])
-    with pytest.raises(SystemExit):
-        app.main()
-    shown = capsys.readouterr().out
-    for words in ("D2LOLS", "phase 0", "phase 1", "3 of 8 completions", "parameters", "memory"):
-        assert words in shown
-    assert not list(tmp_path.iterdir())

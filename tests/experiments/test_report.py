@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 
-from helpers import small
+from helpers import FinishedComparison, small
 from rlgf.cli import app
-from rlgf.config.variants import build_variants, parse_vary, plan_comparison
+from rlgf.config.variants import build_variants, parse_vary
 from rlgf.errors import ConfigError
 from rlgf.experiments import figures
-from rlgf.experiments.compare import compare
 from rlgf.experiments.report import report_files, side_by_side, write_report
 
 
@@ -149,35 +148,18 @@ def test_a_setting_that_means_nothing_to_an_algorithm_does_not_train_it_again():
     ]  # fmt: skip
 
 
-def test_a_comparison_with_a_varied_setting_runs_each_value_once(tmp_path: Path):
-    config = small(("evaluation.every", 1))
-    rows = build_variants(config, ["ppo"], {}, {"kl.coefficient": [config.kl.coefficient, 0.5, 0.5]})
-    assert [(entry.key, entry.title) for entry in rows] == [
-        ("ppo", "PPO"),
-        ("ppo-kl.coefficient=0.5", "PPO, kl.coefficient 0.5"),
-    ]
-    results = compare(plan_comparison(config, rows, [0]), tmp_path)
-    assert results["varied"] == {"kl.coefficient": config.kl.coefficient}
-    for name in ("table.md", "texts.md", "curves.png", "tradeoff.png", "sensitivity.png"):
-        assert (tmp_path / name).stat().st_size > 0
-    assert not (tmp_path / "difficulty.png").exists()
-    assert "PPO, kl.coefficient 0.5" in (tmp_path / "texts.md").read_text()
-
-
 def test_a_report_is_written_again_from_results_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    comparison: FinishedComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    config = small(("evaluation.every", 1))
-    first, second = tmp_path / "first", tmp_path / "second"
-    compare(plan_comparison(config, build_variants(config, ["ppo"], {}), [0]), first)
+    first, second = comparison.folder, tmp_path / "second"
     monkeypatch.setattr("sys.argv", ["rlgf", "report", str(first), "--out", str(second)])
     with pytest.raises(SystemExit) as stopped:
         app.main()
     assert stopped.value.code == 0
-    assert "table.md, texts.md, curves.png, tradeoff.png" in capsys.readouterr().err
+    assert "table.md, texts.md, curves.png, tradeoff.png, sensitivity.png" in capsys.readouterr().err
     for name in ("table.md", "texts.md"):
         assert (first / name).read_text() == (second / name).read_text()
-    for folder, message in {first / "runs" / "ppo-seed0": "single run", second: "does not exist"}.items():
+    for folder, message in {first / "runs" / "ppo_pp-seed0": "single run", second: "does not exist"}.items():
         monkeypatch.setattr("sys.argv", ["rlgf", "report", str(folder)])
         with pytest.raises(SystemExit) as stopped:
             app.main()

@@ -14,7 +14,8 @@ import rlgf
 TESTS = Path(__file__).resolve().parents[1]
 PACKAGE = Path(rlgf.__file__).parent
 SUITE = (
-    "rl", "algorithms", "generation/test_sampling.py", "evaluation", "pipeline/test_run.py", "end_to_end",
+    "rl", "algorithms", "generation/test_decoder.py", "generation/test_sampling.py", "evaluation", "pipeline/test_run.py",
+    "end_to_end",
 )  # fmt: skip
 DOOR = ("__init__.py", "dispatch.py")
 

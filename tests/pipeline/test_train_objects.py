@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from helpers import tiny_model
 from rlgf.config.loading import from_dict, read_yaml
 from rlgf.config.objects import config_of_objects, source_hash
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest
+from rlgf.models.language_model import LanguageModel
 from rlgf.pipeline.preflight import check_to_train
 from rlgf.pipeline.resolve import resolve
 from rlgf.types import Prompt
@@ -51,59 +52,69 @@ class Uncapable:
         return []
 
 
-@pytest.fixture
-def model(tmp_path: Path) -> str:
-    tiny_model().save(tmp_path / "model")
-    return str(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model().save(folder)
+    return str(folder)
 
 
-@pytest.fixture(autouse=True)
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def importable() -> Iterator[None]:
     """This file is a module that can be imported by its name."""
-    monkeypatch.setitem(sys.modules, __name__, sys.modules.get(__name__) or sys.modules[length.__module__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, __name__, sys.modules.get(__name__) or sys.modules[length.__module__])
+        yield
+
+
+@pytest.fixture(scope="module")
+def call(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The arguments of a call that was made."""
+    arguments: dict[str, Any] = {
+        "model": model, "prompts": PROMPTS, "reward": length, "guide": praise, "algorithm": rlgf.ppo_pp(beta=0.5),
+        "out": tmp_path_factory.mktemp("objects") / "run", "settings": SMALL,
+    }  # fmt: skip
+    assert rlgf.train(**arguments).components.algorithm.name == "ppo_pp"
+    return arguments
 
 
 def config_in(folder: Path) -> Any:
     return read_yaml(folder / "config.yaml")
 
 
-def test_a_model_prompts_a_reward_and_a_guide_are_trained_with(model: str, tmp_path: Path) -> None:
-    call: dict[str, Any] = {
-        "model": model, "prompts": PROMPTS, "reward": length, "guide": praise, "algorithm": rlgf.ppo_pp(beta=0.5),
-        "out": tmp_path / "run", "settings": SMALL,
-    }  # fmt: skip
-    trainer = rlgf.train(**call)
-    assert trainer.components.algorithm.name == "ppo_pp"
-    assert (tmp_path / "run" / "policy" / "config.json").is_file()
-    written = config_in(tmp_path / "run")
+def test_a_model_prompts_a_reward_and_a_guide_are_trained_with(call: dict[str, Any]) -> None:
+    assert (call["out"] / "policy" / "config.json").is_file()
+    written = config_in(call["out"])
     assert written["algorithm"]["options"]["ppo_pp"]["beta"] == 0.5
     assert written["reward"]["source"] == source_hash(length)
     assert written["guide"]["source"] == source_hash(praise)
     assert written["reward"]["path"].endswith(f"{length.__module__}:length")
     texts = [json.loads(line)["prompt"] for line in Path(written["task"]["data"]).read_text().splitlines()]
     assert texts == PROMPTS
-    assert rlgf.train(**call).iteration == 2  # the same call reuses the run
+
+
+def test_the_same_call_reuses_the_run_and_another_is_refused(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert rlgf.train(**call).iteration == 2
     with pytest.raises(rlgf.ConfigError, match=r"another run \(ppo.epochs"):
         rlgf.train(**{**call, "settings": {**SMALL, "ppo.epochs": 3}})
-
-
-def test_a_function_whose_source_changed_is_another_run(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    call: dict[str, Any] = {
-        "model": model, "prompts": PROMPTS, "reward": length, "out": tmp_path / "run", "settings": SMALL,
-    }  # fmt: skip
-    rlgf.train(**call)
     monkeypatch.setattr("rlgf.config.objects.source_hash", lambda function: "another")
     with pytest.raises(rlgf.ConfigError, match=r"another run \(reward\.source"):
         rlgf.train(**call)
 
 
 def test_a_lambda_a_guide_object_and_a_loaded_model_are_resumed_by_the_same_call_alone(tmp_path: Path) -> None:
+    lines = list[str]()
+
+    def train(loaded: LanguageModel) -> rlgf.Trainer:
+        return rlgf.train(
+            model=loaded.model, tokenizer=loaded.tokenizer, prompts=PROMPTS, guide=Praiser(), algorithm="aggrevated",
+            reward=lambda prompts, texts: [1.0] * len(texts), settings={**SMALL, "critic.kind": "value_head"},
+            out=tmp_path / "run", report=lines.append,
+        )  # fmt: skip
+
     loaded = tiny_model()
-    trainer = rlgf.train(
-        model=loaded.model, tokenizer=loaded.tokenizer, prompts=PROMPTS, reward=lambda prompts, texts: [1.0] * len(texts),
-        guide=Praiser(), algorithm="aggrevated", out=tmp_path / "run", settings={**SMALL, "critic.kind": "value_head"},
-    )  # fmt: skip
-    assert trainer.components.models.policy.model is not loaded.model  # a copy is trained
+    assert train(loaded).components.models.policy.model is not loaded.model  # a copy is trained
+    assert not any("resumed" in line for line in lines)
     written = config_in(tmp_path / "run")
     assert written["reward"]["path"].startswith("passed:")
     assert written["reward"]["source"] is None
@@ -111,6 +122,9 @@ def test_a_lambda_a_guide_object_and_a_loaded_model_are_resumed_by_the_same_call
     config = from_dict(written, "config.yaml")
     with pytest.raises(rlgf.ConfigError, match=r"reward.path is 'passed:.*resume with the same call"):
         check_to_train(resolve(config))
+    train(tiny_model())
+    for name in ("reward", "guide"):
+        assert any(f"its {name} has no source to compare" in line for line in lines)
 
 
 def test_a_recorded_function_that_changed_is_refused_from_the_file_too(model: str, tmp_path: Path) -> None:
@@ -164,18 +178,6 @@ def test_a_changed_tokenizer_makes_another_model_and_nothing_is_written_before_t
         paths.append(config.policy)
         assert not any(file.path.exists() for file in passed.files)
     assert paths[0] != paths[1]
-
-
-def test_an_object_without_source_is_mentioned_on_resuming(model: str, tmp_path: Path) -> None:
-    call: dict[str, Any] = {
-        "model": model, "prompts": PROMPTS, "reward": lambda prompts, texts: [1.0] * len(texts), "settings": SMALL,
-        "out": tmp_path / "run",
-    }  # fmt: skip
-    lines: list[str] = []
-    rlgf.train(**call, report=lines.append)
-    assert not any("resumed" in line for line in lines)
-    rlgf.train(**call, report=lines.append)
-    assert any("its reward has no source to compare" in line for line in lines)
 
 
 def test_an_unknown_baseline_is_refused() -> None:

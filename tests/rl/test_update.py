@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 import rlgf.rl.update
 from helpers import (
     StubCritic,
-    asked,
     config_of,
     descends_by_its_gradient,
     experience_of,
@@ -33,7 +31,6 @@ from rlgf.algorithms import guided
 from rlgf.algorithms.guided import Algorithm
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError, TrainingError
-from rlgf.models.critic import new_critic
 from rlgf.models.forward import iter_logits
 from rlgf.rl.experience import Models, RolloutScorer
 from rlgf.rl.tensors import Experience, Rollout
@@ -482,29 +479,6 @@ def test_an_early_stop_shifts_no_later_draw_and_no_schedule() -> None:
 
 
 # --- critics ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_separate_critic_shares_nothing_with_the_policy(tmp_path: Path) -> None:
-    policy, other = tiny_model(), tiny_model(seed=5, width=24)
-    policy.save(tmp_path / "sft")
-    other.save(tmp_path / "reward")
-    default = new_critic("separate", str(tmp_path / "sft"), policy, 0.25)
-    assert torch.equal(default.backbone.model.wte.weight, policy.model.transformer.wte.weight)
-    assert default.backbone.model.wte.weight.data_ptr() != policy.model.transformer.wte.weight.data_ptr()
-    elsewhere = new_critic("separate", str(tmp_path / "reward"), policy, 0.25)
-    assert torch.equal(elsewhere.backbone.model.wte.weight, other.model.transformer.wte.weight)
-    ids = torch.tensor([[1, 2, 3]])
-    for critic in (default, elsewhere):
-        assert critic(asked(ids, torch.tensor([0, 0]), torch.tensor([1, 2])), "fp32").tolist() == [0.25, 0.25]
-        assert not critic.backbone.model.training  # no dropout
-
-
-def test_a_critic_with_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    other = tiny_model()
-    other.model.resize_token_embeddings(50)
-    other.save(tmp_path / "other")
-    with pytest.raises(ConfigError, match="50 embeddings"):
-        new_critic("separate", str(tmp_path / "other"), tiny_model(), 0.0)
 
 
 def test_a_head_on_the_policys_trunk_has_one_optimizer_with_it() -> None:

@@ -1,4 +1,4 @@
-"""CommonGen, and its needs: span corruption, sentinels, sums of text metrics, further splits."""
+"""CommonGen, and its needs: encoder–decoders, sums of text metrics, further splits."""
 
 import json
 import math
@@ -19,11 +19,9 @@ from rlgf.pipeline import stages
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.stage_cache import StageCache
-from rlgf.pipeline.stages import train_tokenizer
 from rlgf.rewards.build import build_reward
 from rlgf.rewards.weighted_sum import WeightedSum, score_components
 from rlgf.supervised.examples import SENTINELS, TargetExamples, corrupt_spans
-from rlgf.supervised.span_corruption import corrupt
 from rlgf.tasks import commongen
 from rlgf.tasks.base import Task
 from rlgf.text_metrics.as_rewards import TermSum
@@ -42,6 +40,12 @@ def data(folder: Path, rows: list[dict[str, Any]] = ROWS) -> str:
     for split in ("train", "validation", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def t5_stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Stages of the small encoder–decoder, made once: their names do not depend on the place of the data."""
+    return tmp_path_factory.mktemp("stages")
 
 
 def task_config(source: str, **options: Any) -> TaskConfig:
@@ -119,36 +123,6 @@ def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, row: dict[str, Any
         commongen.build(task_config(data(tmp_path, [row])), None)
 
 
-def test_spans_are_left_out_and_can_be_put_back():
-    ids, sentinels = list(range(100, 120)), [1, 2, 3]
-    source, target = corrupt(ids, sentinels, 0, 7)
-    assert (source, target) == corrupt(ids, sentinels, 0, 7)
-    assert corrupt(ids, sentinels, 0, 8) != (source, target)
-    parts: dict[int, list[int]] = {}
-    for token in target:
-        if token in sentinels:
-            parts[token] = []
-        else:
-            parts[max(parts)].append(token)
-    assert sum(map(len, parts.values())) == 3  # 15 % of 20
-    assert [x for token in source for x in parts.get(token, [token])] == ids
-    places = {corrupt(ids, sentinels, 0, index)[0].index(1) for index in range(200)}
-    assert places == set(range(18))  # anywhere, beginning and end included
-
-
-@pytest.mark.parametrize("length", range(2, 40))
-def test_no_text_is_left_out_whole_and_none_is_left_as_it_is(length: int):
-    source, target = corrupt(list(range(100, 100 + length)), list(range(16)), 3, length)
-    kept = [token for token in source if token >= 100]
-    assert 1 <= len(kept) < length
-    assert sorted(kept + [token for token in target if token >= 100]) == list(range(100, 100 + length))
-
-
-def test_one_token_cannot_be_corrupted():
-    with pytest.raises(ValueError, match="1 tokens"):
-        corrupt([5], [1], 0, 0)
-
-
 def test_an_encoder_decoder_learns_spans_then_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stages, "TOKENIZER_TEXTS", 10)
     few = SupervisedConfig(steps=2, batch_size=2)
@@ -175,7 +149,7 @@ def test_an_encoder_decoder_learns_spans_then_every_target(tmp_path: Path, monke
                [("lora.rank", 2), ("critic.kind", "value_head")]],
 )  # fmt: skip
 def test_an_encoder_decoder_learns_with_every_kind_of_critic(
-    algorithm: str, critic: list[tuple[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    algorithm: str, critic: list[tuple[str, Any]], t5_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(stages, "TOKENIZER_TEXTS", 10)
     few = SupervisedConfig(steps=2, batch_size=2)
@@ -186,18 +160,11 @@ def test_an_encoder_decoder_learns_with_every_kind_of_critic(
         ppo=PPOConfig(iterations=1, completions_per_iteration=4, minibatch_size=2, epochs=1),
     )  # fmt: skip
     config = override(config, [("algorithm.name", algorithm), *critic])
-    trainer = Trainer(prepare(config, tmp_path / "stages", lambda line: None))
+    trainer = Trainer(prepare(config, t5_stages, lambda line: None))
     metrics, _ = trainer.step(0)
     assert math.isfinite(metrics["policy_loss"])
     assert metrics["critic_grad_norm" if not critic or critic[-1][1] != "value_head" else "policy_grad_norm"] > 0
     assert math.isfinite(metrics["value_loss"])
-
-
-def test_span_corruption_needs_sentinels(tmp_path: Path):
-    texts = [text for row in ROWS for text in row["targets"]]
-    model = type("Model", (), {"tokenizer": train_tokenizer(texts, 300), "end_id": 0})()
-    with pytest.raises(INPUT_ERRORS, match="needs the tokens <extra_id_0>"):
-        corrupt_spans(texts, model, 0)
 
 
 def task(**values: Any) -> Task:

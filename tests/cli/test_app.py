@@ -1,0 +1,77 @@
+"""Bad input of every command is one sentence, and Ctrl-C no error."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlgf import __main__ as entry
+from rlgf.cli import app
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "quickstrat"], "did you mean 'quickstart'"),
+        (["train", "quickstart", "--algorithm", "pp"], "did you mean 'ppo'"),
+        (["train", "quickstart", "--guide", "refrences"], "did you mean 'references'"),
+        (["train", "quickstart", "ppo.epoch=3"], "did you mean 'ppo.epochs'"),
+        (["train", "quickstart", "epochs=3"], "ppo.epochs"),
+        (["train", "quickstart", "task.options.slot=3"], "slots"),
+        (["train", "quickstart", "task.name=imbd"], "did you mean 'imdb'"),
+        (["train", "quickstart", "--beta", "1.5"], r"\[0, 1\]"),
+        (["train", "quickstart", "--algorithm", "d2lols", "--alpha", "0.5"], "whole number"),
+        (["train", "quickstart", "--alpha", "0.5"], "lols"),
+        (["train", "quickstart", "ppo.epochs=many"], "ppo.epochs"),
+        (["train", "quickstart", "ppo"], "section.field=value"),
+        (["train", "quickstart", "--guide", "references", "--algorithm", "aggrevated"], "cannot continue a prefix"),
+        (["train", "quickstart", "runtime.trackers=[tensorbord]"], "did you mean 'tensorboard'"),
+        (["train", "imdb-small"], "needs data"),
+        (["train", "imdb-small", "--data", "nowhere"], "nowhere"),
+        (["train", "quickstart", "--policy", "nowhere"], "nowhere"),
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "quickstart", "--out", "file/run"], r"file/run cannot be created \(Not a directory\): choose another --out"),
+        (["train", "quickstart", "--stages", "file/stages"], "file/stages cannot be created .*another --stages"),
+        (["compare", "quickstart", "--out", "file/runs"], "file/runs cannot be created .*another --out"),
+        (["sft", "quickstart", "--out", "file/sft/model"], "file/sft cannot be created .*another --out"),
+        (
+            ["evaluate", "quickstart", "--policy", "nowhere", "--json", "file/metrics.json"],
+            "file/metrics.json cannot be written",
+        ),
+        (["compare", "quickstart", "--algorithms", "ppo,lol"], "did you mean 'lols'"),
+        (["compare", "quickstart", "--seeds", "0,a"], "whole numbers"),
+        (["samples", "nowhere"], "is not a run"),
+        (["evaluate", "nowhere"], "neither a run"),
+        (["show", "ppo+"], "did you mean 'ppo"),
+        (["check", "task", "toy_review"], "did you mean 'toy_reviews'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sys.argv", ["rlgf", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    captured = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert re.search(words, captured.err), captured.err
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.glob("runs/*/config.yaml"))
+
+
+def test_ctrl_c_while_libraries_are_imported_is_no_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    class Impatient:
+        @staticmethod
+        def find_spec(name: str, path: object, target: object = None) -> None:
+            if name == "rlgf.cli.app":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "rlgf.cli.app")
+    monkeypatch.setattr(sys, "meta_path", [Impatient, *sys.meta_path])
+    with pytest.raises(SystemExit) as stopped:
+        entry.main()
+    assert stopped.value.code == 130
+    assert not capsys.readouterr().err

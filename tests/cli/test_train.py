@@ -1,0 +1,68 @@
+"""`rlgf train`: what it says of interrupted and finished runs, and a dry run."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers import SMALL, small
+from rlgf.cli import app
+from rlgf.cli.console import ProgressReporter
+from rlgf.config.loading import dump
+from rlgf.trainer import Progress
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["rlgf", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    return int(stopped.value.code or 0)
+
+
+def test_interrupted_it_says_where_the_same_command_goes_on_and_finished_that_it_is(
+    tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(dump(small(("runtime.checkpoint_every", 2))))
+    command = ["train", str(tmp_path / "config.yaml"), "--out", str(run), "--stages", str(stages)]
+    shown = ProgressReporter.__call__
+
+    def interrupt_after(iterations: int) -> None:
+        def watch(self: ProgressReporter, step: Progress) -> None:
+            shown(self, step)
+            if step.iteration == iterations:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(ProgressReporter, "__call__", watch)
+
+    interrupt_after(1)
+    assert run_command(monkeypatch, *command) == 130
+    told = capsys.readouterr().err
+    assert "1/3 iterations" in told
+    assert f"interrupted; there is no checkpoint in {run} yet (runtime.checkpoint_every=2)" in told
+    interrupt_after(2)
+    assert run_command(monkeypatch, *command) == 130
+    told = capsys.readouterr().err
+    assert f"interrupted; {run} holds a checkpoint after 2 of 3 iterations: the same command resumes from there." in told
+    interrupt_after(0)
+    assert run_command(monkeypatch, *command) == 0
+    first = capsys.readouterr()
+    assert "is finished" not in first.err
+    assert run_command(monkeypatch, *command) == 0
+    again = capsys.readouterr()
+    assert f"{run} is finished: these are its results" in again.err
+    assert again.out == first.out
+    assert "reusing" not in again.err  # nothing is loaded for that
+
+
+def test_a_dry_run_prints_the_plan_and_does_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    changes = [f"{key}={value}" for key, value in SMALL if key.startswith("ppo")]
+    monkeypatch.setattr("sys.argv", ["rlgf", "train", "quickstart", "--algorithm", "d2lols", "--dry-run", *changes])
+    with pytest.raises(SystemExit):
+        app.main()
+    shown = capsys.readouterr().out
+    for words in ("D2LOLS", "phase 0", "phase 1", "3 of 8 completions", "parameters", "memory"):
+        assert words in shown
+    assert not list(tmp_path.iterdir())
