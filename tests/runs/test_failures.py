@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
 from rlgf.data.files import write_json
@@ -91,3 +91,15 @@ def test_other_errors_stay_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as caught, as_sentences():
         raise error
     assert caught.value is error
+
+
+@as_sentences()
+def load_damaged(folder: Path) -> None:
+    load_file(folder / "weights.safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 99, b"\xff" * 99, b"\x02\0\0\0\0\0\0\0[]"])
+def test_damaged_weights_without_a_manifest_are_one_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"^a file of weights is damaged \(.*\): restore it, or make it again\.$"):
+        load_damaged(tmp_path)

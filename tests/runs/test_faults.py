@@ -214,6 +214,19 @@ def test_samples_of_a_damaged_log_are_shown_with_a_warning(
     assert f"warning: {run / 'rollouts.jsonl'}: 2 damaged or incomplete lines are left out" in captured.err.replace("\n", " ")
 
 
+def test_samples_of_another_form_are_left_out_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rollouts.jsonl").write_text('{"iteration": 0}\n{"question": "2 + 2"}\n')
+    monkeypatch.setattr("sys.argv", ["rlgf", "samples", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert "2 lines of another form are left out" in told
+    assert "holds no completions yet" in told
+
+
 def test_the_command_line_has_no_traceback_for_a_full_disk(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

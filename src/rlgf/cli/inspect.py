@@ -31,6 +31,10 @@ def download(
     terminal.report(f"{folder}: SPICE has its jars")
 
 
+SHOWN = {"iteration", "index", "prompt", "spans", "switch_position", "ended_with_eos", "score"}
+"""The entries of a completion that `rlgf samples` shows."""
+
+
 def samples(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 0; default: the last one logged.")] = None,
@@ -46,7 +50,10 @@ def samples(
     path = run / ("evaluation.jsonl" if evaluation else "rollouts.jsonl")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: {run} is not a run, or has no completions yet.")
-    rows = read_rows(path, lambda line: terminal.report(f"warning: {line}"), needs_check=False)
+    found = read_rows(path, lambda line: terminal.report(f"warning: {line}"), needs_check=False)
+    rows = [row for row in found if row.keys() >= SHOWN]
+    if len(rows) < len(found):
+        terminal.report(f"warning: {path}: {len(found) - len(rows):,} lines of another form are left out")
     known = sorted({row["iteration"] for row in rows})
     if not known:
         raise ConfigError(f"{path} holds no completions yet.")

@@ -66,7 +66,10 @@ def read_template(value: str | None) -> str | None:
     if "{" in value:
         return value
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"chat template '{value}' is not UTF-8 text: name a file that holds a Jinja template.") from None
     raise DataError(f"chat template '{value}' is neither a file nor a Jinja template: name a file that holds one.")
 
 

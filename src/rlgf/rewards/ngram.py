@@ -38,7 +38,8 @@ class NgramClassifier:
     def load(cls, folder: Path) -> "NgramClassifier":
         """Load a classifier from a folder written by `rlgf reward`."""
         verify_folder(str(folder))
-        if read_json(folder / "ngram.json").get("kind") != KIND:
+        found: Any = read_json(folder / "ngram.json")
+        if not isinstance(found, dict) or found.get("kind") != KIND:
             raise ConfigError(f"{folder}/ngram.json is not an n-gram reward made by `rlgf reward`.")
         tensors = load_file(folder / "weights.safetensors")
         return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), tensors["weights"], float(tensors["bias"]))

@@ -68,6 +68,8 @@ def describe_failure(error: Exception) -> str | None:
     text = str(error)
     if found := CODE.search(text):
         return _describe_file(int(found[1]), None, os.strerror(int(found[1])))
+    if type(error).__name__ == "SafetensorError":  # of a file that was read; not imported, as that takes torch's time
+        return f"a file of weights is damaged ({text.strip().splitlines()[0][:SHOWN]}): restore it, or make it again."
     if FAILED_WRITE.search(text):
         return _describe_file(errno.ENOSPC, None, text.strip().splitlines()[0][:SHOWN])
     return None

@@ -14,6 +14,7 @@ import os
 import sqlite3
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from queue import SimpleQueue
@@ -262,15 +263,27 @@ class ParseStore:
             part = texts[start : start + REQUEST_BATCH]
             marks = ",".join("?" * len(part))
             rows = self.database.execute(f"SELECT text, parse FROM parses WHERE text IN ({marks})", part)
-            found += [(text, json.loads(parse)) for text, parse in rows]
+            known = [(text, _load_parse(text, parse)) for text, parse in rows]
+            found += [(text, parse) for text, parse in known if parse is not None]
         return found
 
     def write(self, parses: Sequence[tuple[str, list[list[str]]]]) -> None:
         """Store parses; those that another process stored meanwhile are the same."""
         with self.database:
             self.database.executemany(
-                "INSERT OR IGNORE INTO parses VALUES (?, ?)", [(text, json.dumps(parse)) for text, parse in parses]
+                "INSERT OR REPLACE INTO parses VALUES (?, ?)",
+                [(text, f"{json.dumps(parse)} {_checksum(text, json.dumps(parse))}") for text, parse in parses],
             )
+
+
+def _checksum(text: str, parse: str) -> str:
+    return f"{zlib.crc32(f'{text} {parse}'.encode('utf-8', 'backslashreplace')):08x}"
+
+
+def _load_parse(text: str, stored: object) -> list[list[str]] | None:
+    """Return a stored parse, or None if it is damaged or of an earlier version."""
+    parse, _, checksum = stored.rpartition(" ") if isinstance(stored, str) else ("", "", "")
+    return json.loads(parse) if parse and checksum == _checksum(text, parse) else None
 
 
 def cores() -> int:
