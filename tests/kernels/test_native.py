@@ -89,18 +89,6 @@ def test_activations_are_torchs(variant: str, threads: None):
     result = rlgf_native.gelu(states)
     found = [result, rlgf_native.gelu_backward(states, upstream_of(result))]
     same(found, exact(lambda x: nn.functional.gelu(x, approximate="tanh"), states))
-    both = torch.cat([states, drawn(*states.shape)], 1)
-    result = rlgf_native.silu_and_mul(both)
-    found = [result, rlgf_native.silu_and_mul_backward(both, upstream_of(result))]
-    same(found, exact(lambda x: nn.functional.silu(x[:, :16]) * x[:, 16:], both))
-
-
-@pytest.mark.parametrize("width", [16, 80])
-def test_the_norm_is_torchs(variant: str, threads: None, width: int):
-    states, weight = drawn(2, 7, width) * torch.tensor([1e-3, 10.0])[:, None, None], drawn(width, seed=1)
-    result, scales = rlgf_native.rms_norm(states, weight, 1e-6)
-    found = [result, *rlgf_native.rms_norm_backward(states, weight, scales, upstream_of(result))]
-    same(found, exact(lambda x, w: nn.functional.rms_norm(x, (width,), w, 1e-6), states, weight))
 
 
 @pytest.mark.parametrize("vocabulary", [16, 61, 203, 1024])  # of any size, not of whole vectors alone
@@ -303,9 +291,9 @@ def test_nothing_hides_what_is_not_a_number(variant: str):
 
 
 @pytest.mark.parametrize(("variants", "amx", "used"), [
-    (("avx512", "avx2"), True, "attention, activations, norms, log-probabilities, products on AMX"),
-    (("avx512", "avx2"), False, "attention, activations, norms, log-probabilities, products on AVX-512"),
-    (("avx2",), False, "attention, activations, norms, log-probabilities"),
+    (("avx512", "avx2"), True, "attention, activations, log-probabilities, products on AMX"),
+    (("avx512", "avx2"), False, "attention, activations, log-probabilities, products on AVX-512"),
+    (("avx2",), False, "attention, activations, log-probabilities"),
     ((), False, "nothing"),
 ])  # fmt: skip
 def test_products_are_for_amx_and_avx512(variants: tuple[str, ...], amx: bool, used: str, monkeypatch: pytest.MonkeyPatch):

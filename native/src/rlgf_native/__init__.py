@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "VECTOR_WIDTH", "attention", "attention_backward", "attention_decode", "describe", "gelu",
     "gelu_backward", "has_matmul", "log_prob_backward", "logsumexp", "matmul", "matmul_unit",
-    "rms_norm", "rms_norm_backward", "silu_and_mul", "silu_and_mul_backward", "unavailable_reason",
+    "unavailable_reason",
 ]  # fmt: skip
 
 VECTOR_WIDTH = 16  # last dimensions are multiples of this
@@ -31,7 +31,7 @@ def describe() -> str:
     if unavailable_reason() is not None:
         return "nothing"
     unit = matmul_unit()
-    return "attention, activations, norms, log-probabilities" + (f", products on {unit}" if unit else "")
+    return "attention, activations, log-probabilities" + (f", products on {unit}" if unit else "")
 
 
 def gelu(states: Tensor) -> Tensor:
@@ -45,24 +45,6 @@ def gelu_backward(states: Tensor, gradient: Tensor) -> Tensor:
     """Compute the gradient of `states` from the `gradient` of `gelu`'s result."""
     result = torch.empty_like(states)
     library.call("gelu_backward", states.numel(), states, gradient, result)
-    return result
-
-
-def silu_and_mul(states: Tensor) -> Tensor:
-    """Compute silu(x) · y of contiguous `states` [..., 2 · width] -> [..., width].
-
-    The last dimension of `states` holds x, then y.
-    """
-    width = states.shape[-1] // 2
-    result = states.new_empty(*states.shape[:-1], width)
-    library.call("silu_and_mul", result.numel() // width, width, states, result)
-    return result
-
-
-def silu_and_mul_backward(states: Tensor, gradient: Tensor) -> Tensor:
-    """Compute the gradient of `states` from the `gradient` of `silu_and_mul`'s result."""
-    result, width = torch.empty_like(states), gradient.shape[-1]
-    library.call("silu_and_mul_backward", gradient.numel() // width, width, states, gradient, result)
     return result
 
 
@@ -80,25 +62,6 @@ def log_prob_backward(logits: Tensor, normalizers: Tensor, tokens: Tensor, gradi
     """
     library.call("log_prob_backward", *logits.shape, logits, normalizers, tokens, gradient)
     return logits
-
-
-def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Compute x · r · w of contiguous `states` [..., width]; return it and r.
-
-    r = 1 / √(mean x² + ε) of each row.
-    """
-    result, scales = torch.empty_like(states), states.new_empty(states.shape[:-1])
-    library.call("rms_norm", scales.numel(), states.shape[-1], states, weight, float(epsilon), result, scales)
-    return result, scales
-
-
-def rms_norm_backward(states: Tensor, weight: Tensor, scales: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of `states` and of `weight`."""
-    grad_states, grad_weight = torch.empty_like(states), states.new_zeros(torch.get_num_threads(), states.shape[-1])
-    library.call(
-        "rms_norm_backward", scales.numel(), states.shape[-1], states, weight, scales, gradient, grad_states, grad_weight
-    )
-    return grad_states, grad_weight.sum(0)
 
 
 def has_matmul() -> bool:
