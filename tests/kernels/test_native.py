@@ -336,6 +336,14 @@ def test_a_library_of_an_older_compiler_has_no_amx(has_function: bool, monkeypat
     assert rlgf_native.matmul_unit() == ("AMX" if has_function else "AVX-512")
 
 
+def test_a_product_without_avx512_is_refused(monkeypatch: pytest.MonkeyPatch):
+    if "avx2" not in library.supported_variants():
+        pytest.skip("needs a processor with AVX2")
+    monkeypatch.setattr(library, "variant", lambda: "avx2")
+    with pytest.raises(RuntimeError, match=r"'matmul' has no variant 'avx2': check `has_matmul\(\)`"):
+        rlgf_native.matmul(torch.ones(2, 2), torch.ones(2, 2))
+
+
 @pytest.mark.parametrize(("supported", "reason"), [
     (("avx2",), None), ((), "this processor has neither AVX-512 nor AVX2 with FMA, which the C kernels need"),
 ])  # fmt: skip

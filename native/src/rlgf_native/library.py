@@ -70,7 +70,7 @@ def call(name: str, *arguments: Tensor | int | float | None) -> int:
 
     Tensors are passed as addresses, integers with 64 bits.
     """
-    function = find_function(name, matmul_variant() if name == "matmul" else variant())
+    function = find_function(name, (matmul_variant() if name == "matmul" else None) or variant())
     if function.argtypes is None:
         kinds: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
         function.argtypes = [*(kinds.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int]
