@@ -12,8 +12,8 @@ PACKAGE = Path(rlgf.__file__).parent
 ORDER = {
     "": (
         "errors types randomness distributed kernels algorithms data config models tasks "
-        "text_metrics generation guides rewards supervised rl evaluation runs trainer "
-        "pipeline experiments cli"
+        "text_metrics generation guides interrupts rewards supervised rl evaluation runs "
+        "trainer pipeline experiments cli"
     ),
     "algorithms": "__init__ advantages losses schedules switch_position guided",
     "cli": (
@@ -24,9 +24,12 @@ ORDER = {
         "__init__ base runtime sections specs validation schema loading recipes variants "
         "unread objects"
     ),
-    "data": "hub __init__ chat files datasets preferences text tokenization checksums source_hash",
+    "data": (
+        "hub __init__ chat files datasets preferences text tokenization checksums "
+        "source_hash lock scratch"
+    ),
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
-    "experiments": "__init__ tables figures report compare",
+    "experiments": "__init__ tables figures report processes compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
     "generation/openai": "__init__ cache responses client token_ids usage retries pool",
     "guides": "__init__ base human local remote prefetch encoding",
@@ -41,7 +44,10 @@ ORDER = {
     ),
     "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
     "rl": "__init__ shaping tensors experience rollout kl_controller guards optimizers update",
-    "runs": "__init__ machine profiling tracking checkpoints identity directory recorder",
+    "runs": (
+        "__init__ machine profiling tracking checkpoints identity failures logs directory "
+        "recorder steps"
+    ),
     "supervised": "__init__ span_corruption examples loop reward_modeling",
     "tasks": "__init__ base commongen imdb prompts tldr toy_reviews registry",
     "text_metrics": (

@@ -44,7 +44,7 @@ PHASES: dict[str, tuple[str, str, int]] = {  # a phase: module, attribute, large
     "rollout": ("rlgf.trainer", "collect_rollout", 6),
     "experience": ("rlgf.trainer", "make_experience", 6),
     "update": ("rlgf.rl.update", "learning_rate_factor", 24),
-    "lines": ("rlgf.runs.directory", "to_line", 48),
+    "lines": ("rlgf.runs.logs", "to_checked_line", 48),
     "best policy": ("rlgf.runs.directory", "write_manifest", 3),
     "checkpoint": ("rlgf.runs.checkpoints", "save_state", 3),
     "checkpoint written": ("rlgf.runs.checkpoints", "write_manifest", 3),

@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from rlgf.config.loading import override
     from rlgf.config.recipes import recipe
     from rlgf.config.schema import Config
-    from rlgf.errors import CheckpointError, ConfigError, DataError, GuideError, RewardError, RlgfError, TrainingError
+    from rlgf.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        GuideError,
+        Interrupted,
+        RewardError,
+        RlgfError,
+        TrainingError,
+    )
     from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide
     from rlgf.pipeline.prepare import prepare
     from rlgf.pipeline.run import evaluate, train
@@ -25,7 +34,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Capabilities", "CheckpointError", "Completion", "CompletionRequest", "Components", "Config", "ConfigError", "DataError",
     "Experience",
-    "Guide", "GuideError", "Prompt", "RewardError", "RlgfError", "Rollout", "SamplingParams", "Task", "TaskDefinition",
+    "Guide", "GuideError", "Interrupted", "Prompt", "RewardError", "RlgfError", "Rollout", "SamplingParams", "Task",
+    "TaskDefinition",
     "Trainer", "TrainingError", "__version__", "aggrevated", "d2lols", "evaluate", "lols", "override", "ppo",
     "ppo_pp", "prepare", "recipe", "train",
 ]  # fmt: skip
@@ -36,7 +46,7 @@ _MODULES = {
     "rlgf.config.recipes": ("recipe",),
     "rlgf.config.schema": ("Config",),
     "rlgf.errors": (
-        "CheckpointError", "ConfigError", "DataError", "GuideError", "RewardError", "RlgfError", "TrainingError",
+        "CheckpointError", "ConfigError", "DataError", "GuideError", "Interrupted", "RewardError", "RlgfError", "TrainingError",
     ),
     "rlgf.guides.base": ("Capabilities", "Completion", "CompletionRequest", "Guide"),
     "rlgf.pipeline.prepare": ("prepare",),

@@ -4,6 +4,7 @@ Every message is one sentence: the problem, its location and how to fix it.
 """
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -115,6 +116,36 @@ class CheckpointError(TrainingError):
         ... except rlgf.CheckpointError as error:
         ...     print(error, "Remove runs/mine/checkpoints to begin again.")
     """
+
+
+class Interrupted(KeyboardInterrupt):
+    """The end of a run by a signal; the message says what is kept or lost.
+
+    It is a `KeyboardInterrupt`, so that no `except Exception` takes it for a failure.
+
+    Example:
+        >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
+        >>> try:
+        ...     trainer = rlgf.train(config, out="runs/mine", stages="runs/stages")
+        ... except rlgf.Interrupted as error:
+        ...     print(error.exit_code, error)
+    """
+
+    def __init__(self, number: int, message: str = "", lost: str = "") -> None:
+        super().__init__(message)
+        self.number = number
+        self.message = message
+        self.lost = lost
+        """What the signal ended in the middle, such as 'iteration 3 of 9', or nothing."""
+
+    def __str__(self) -> str:
+        message = self.message or "finished work is kept, and the same command resumes."
+        return f"interrupted by {signal.Signals(self.number).name}; {message}"
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit status of the command line, 128 and the signal's number."""
+        return 128 + self.number
 
 
 INPUT_ERRORS = (ConfigError, DataError)

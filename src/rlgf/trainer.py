@@ -17,7 +17,7 @@ from typing import Any
 from rlgf.algorithms.guided import Algorithm, PhaseWeight
 from rlgf.config.schema import TrainerConfig
 from rlgf.data.tokenization import Codec
-from rlgf.errors import ConfigError, TrainingError
+from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.evaluation.win_rate import PairJudge
 from rlgf.generation.base import Sampler
@@ -25,6 +25,7 @@ from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.base import CompletionRequest, Guide, TracksUsage
 from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
+from rlgf.interrupts import deferred, immediate
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.memory import find_micro_batch_size, run_within_memory, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
@@ -132,7 +133,7 @@ class Trainer:
             self._set_token_budget(self._find_token_budget())
         self.prefetcher = self._prefetcher()
         self.iteration = 0  # number of iterations done
-        self.is_between_iterations = True  # False from the first optimizer step of an iteration to its end
+        self.is_between_iterations = True  # False from the shaping of rewards to the end of the iteration
 
     def _find_token_budget(self) -> int:
         """Find the largest number of micro-batch tokens that fits in device memory."""
@@ -204,18 +205,19 @@ class Trainer:
             measured, token_budget = run_within_memory(compute, self.forward_config.token_budget, rollout.ids.shape[1])
             self._set_token_budget(token_budget)
             scores, terms = scoring.result()
-        shaper_state = self.shaper.state()
-        rewards = self.shaper.shape(scores, rollout.prompts, rollout.ended_with_eos.tolist())
-        experience = make_experience(
-            rollout, shares, parts.algorithm.credit, scores, rewards, measured, self.config.ppo, self.kl.coefficient
-        )
-        means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
-        stats = {**experience.stats, **means, **find_signs(rollout, scores, experience.stats)}
+        shaper_state, self.is_between_iterations = self.shaper.state(), False
         try:
+            rewards = self.shaper.shape(scores, rollout.prompts, rollout.ended_with_eos.tolist())
+            experience = make_experience(
+                rollout, shares, parts.algorithm.credit, scores, rewards, measured, self.config.ppo, self.kl.coefficient
+            )
+            means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
+            stats = {**experience.stats, **means, **find_signs(rollout, scores, experience.stats)}
             is_finite = self.guard.check_experience(experience, rewards, iteration, self.updater.steps_per_iteration)
             check_kl(stats["kl_k1"], self.config.kl.stop_above, iteration)
-        except TrainingError:
-            self.shaper.load_state(shaper_state)  # in the checkpoint that follows, the iteration is not done
+        except BaseException:  # in the checkpoint that follows, the iteration is not done
+            self.shaper.load_state(shaper_state)
+            self.is_between_iterations = True
             raise
         return dataclasses.replace(experience, is_finite=is_finite, stats=stats)
 
@@ -239,7 +241,6 @@ class Trainer:
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Update policy, critics and KL coefficient with an experience; return the metrics."""
-        self.is_between_iterations = False
         stats = self.updater.update(experience, iteration)
         self._set_token_budget(self.updater.forward_config.token_budget)  # smaller if memory ran out
         if experience.is_finite and experience.stats["policy_tokens"]:  # without policy tokens there is no KL estimate
@@ -254,10 +255,9 @@ class Trainer:
         Returns:
             The metrics of the iteration (docs/metrics.md) and its experience.
         """
-        times = [time.monotonic()]
-        guide = self.components.guide
-        coefficient = self.kl.coefficient
-        rollout = self.collect_rollout(iteration)
+        times, guide, coefficient = [time.monotonic()], self.components.guide, self.kl.coefficient
+        with immediate():  # until the completions are there, the state is that of the last iteration's end
+            rollout = self.collect_rollout(iteration)
         times.append(time.monotonic())
         experience = self.make_experience(rollout, iteration)
         times.append(time.monotonic())
@@ -295,7 +295,8 @@ class Trainer:
     ) -> Generator[Progress]:
         """Run the remaining iterations, with evaluations on the validation split as configured.
 
-        `run_step` calls the step of an iteration, for example under a profiler.
+        `run_step` calls the step of an iteration, for example under a profiler. A signal ends the
+        loop at once while completions are collected or evaluated, otherwise after the iteration.
 
         Yields:
             The progress after each iteration; also before an error of its evaluation is raised.
@@ -306,18 +307,16 @@ class Trainer:
         self.prefetcher = self.prefetcher or self._prefetcher()
         try:
             while self.iteration < self.num_iterations:
-                metrics, experience = run_step(self.step, self.iteration)
-                failure: BaseException | None = None
-                try:
-                    if self._evaluates():
-                        metrics["evaluation"] = self.evaluate(
-                            self.components.task.validation[: self.config.evaluation.prompts]
-                        )[0]
-                except BaseException as error:  # the caller keeps the iteration first
-                    failure = error
-                yield Progress(
-                    self.iteration, self.num_iterations, metrics, experience, self.guide_usage(), self.signs.warnings(metrics)
-                )
+                with deferred(f"iteration {self.iteration + 1} of {self.num_iterations}"):
+                    metrics, experience = run_step(self.step, self.iteration)
+                    failure: BaseException | None = None
+                    try:
+                        with immediate():
+                            metrics |= self.evaluate_if_due()
+                    except BaseException as error:  # the caller keeps the iteration first
+                        failure = error
+                    usage, warnings = self.guide_usage(), self.signs.warnings(metrics)
+                    yield Progress(self.iteration, self.num_iterations, metrics, experience, usage, warnings)
                 if failure is not None:
                     raise failure
         finally:
@@ -325,15 +324,15 @@ class Trainer:
                 self.prefetcher.close()
                 self.prefetcher = None  # a loop that was left may go on
 
-    def _evaluates(self) -> bool:
-        """Return whether an evaluation follows the iteration just done."""
+    def evaluate_if_due(self) -> dict[str, dict[str, float]]:
+        """Return 'evaluation' on the validation split if one follows the iteration just done."""
         is_last = self.iteration == self.config.ppo.iterations and self.config.evaluation.every > 0
-        return is_last or self.is_evaluation_due()
+        prompts = self.components.task.validation[: self.config.evaluation.prompts]
+        return {"evaluation": self.evaluate(prompts)[0]} if is_last or self.is_evaluation_due() else {}
 
     def is_evaluation_due(self) -> bool:
         """Return whether `evaluation.every` iterations have passed since the last evaluation."""
-        every = self.config.evaluation.every
-        return bool(every) and self.iteration % every == 0
+        return self.config.evaluation.every > 0 and self.iteration % self.config.evaluation.every == 0
 
     def evaluate(self, prompts: Sequence[Any], final: bool = False) -> tuple[dict[str, float], Rollout, list[float]]:
         """Evaluate the policy on completions that it generates without the guide.

@@ -13,7 +13,7 @@ import torch
 from helpers import small
 from rlgf.cli import app, console
 from rlgf.errors import ConfigError
-from rlgf.experiments import compare
+from rlgf.experiments import processes
 from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.run import train
 from rlgf.pipeline.stage_cache import StageCache, no_report
@@ -91,10 +91,10 @@ def test_runs_at_a_time_share_the_threads(
             return 0
 
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    monkeypatch.setattr(compare.subprocess, "Popen", Finished)
-    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(processes.subprocess, "Popen", Finished)
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: None)
     config = small(("runtime.threads", configured))
-    compare._run_in_processes(
+    processes.run_in_processes(
         [(resolve(config), RunDirectory(tmp_path / "run", config))], StageCache(tmp_path / "stages", no_report), jobs
     )
     assert commands[0][-1] == f"runtime.threads={each}"

@@ -200,7 +200,8 @@ def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stag
             told = process.stderr.read().decode()
         assert process.returncode == 130, told
         assert "waiting for requests in flight, 60 s at most" in told
-        assert "interrupted; there is no checkpoint" in told
+        assert f"interrupted by SIGINT; {tmp_path / 'run'} holds a checkpoint after 0 of" in told
+        assert told.index("waiting for requests in flight") < told.index("interrupted by")
         assert "Traceback" not in told
         assert server.asked <= before + 2
         asked, server.delay = server.asked, 0.0

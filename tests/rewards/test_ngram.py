@@ -1,15 +1,21 @@
 """The n-gram classifier: its features by hand, its training, and storage without pickle."""
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from rlgf.data.files import write_json
-from rlgf.errors import ConfigError
+from rlgf.errors import ConfigError, Interrupted
+from rlgf.interrupts import handle_signals
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards.ngram import PAIRS, VOCABULARY, NgramClassifier, accuracy, as_bag, features, fragments, train_ngram
+from rlgf.runs.steps import StepStore
 from rlgf.types import Prompt
 
 GOOD, BAD = ["great", "lovely", "brilliant", "superb"], ["awful", "boring", "dull", "messy"]
@@ -140,3 +146,30 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "ngram.json", {"kind": "other"})
     with pytest.raises(ConfigError, match="is not an n-gram reward"):
         NgramClassifier.load(tmp_path)
+
+
+@pytest.mark.parametrize("after", [1, 3, 8])
+def test_a_training_that_a_signal_stops_goes_on_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    train, test = reviews(160, 1), reviews(40, 2)  # 640 texts with their fragments, three steps an epoch
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    measured = train_ngram(tmp_path / "whole", train, test, epochs=3, seed=0, report=print)
+    calls = list[int]()
+
+    def count(rows: Any) -> Any:
+        calls.append(len(rows))
+        if len(calls) == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return as_bag(rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rlgf.rewards.ngram.as_bag", count)
+        with pytest.raises(Interrupted), handle_signals(), StepStore(tmp_path, print) as store:
+            train_ngram(tmp_path / "parts", train, test, epochs=3, seed=0, report=print, store=store)
+    with StepStore(tmp_path, print) as store:
+        assert store.load() is not None
+        assert train_ngram(tmp_path / "parts", train, test, epochs=3, seed=0, report=print, store=store) == measured
+    whole, parts = (load_file(tmp_path / name / "weights.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -18,7 +18,7 @@ from rlgf.config.base import to_dict
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.checksums import read_checked_json
 from rlgf.data.files import read_complete_lines
-from rlgf.errors import TrainingError
+from rlgf.errors import Interrupted, TrainingError
 from rlgf.guides.base import Completion, CompletionRequest
 from rlgf.guides.local import FunctionGuide
 from rlgf.pipeline.run import train
@@ -51,6 +51,9 @@ class NotingDirectory:
 
     def drop_lines_after(self, iteration: int) -> None:
         self.note(f"drop lines from {iteration}")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        return []
 
     def save_guide_usage(self, state: Mapping[str, Any]) -> None:
         self.note("guide usage")
@@ -86,6 +89,9 @@ class Loop:
 
     def is_evaluation_due(self) -> bool:
         return True
+
+    def evaluate_if_due(self) -> dict[str, Any]:
+        raise AssertionError("no evaluation is missing")
 
     def save_policy(self, folder: Path) -> None:
         raise AssertionError("the directory decides")
@@ -129,14 +135,38 @@ def test_costs_are_kept_if_writing_fails(tmp_path: Path, fails_at: str) -> None:
     assert directory.calls == [*OPENING, *written[: written.index(fails_at)], "guide usage"]
 
 
-@pytest.mark.parametrize(("error", "left"), [(TrainingError("no"), ["checkpoint 1"]), (KeyboardInterrupt(), [])])
-def test_a_training_error_leaves_a_checkpoint_and_an_interrupt_does_not(
-    tmp_path: Path, error: BaseException, left: list[str]
+ERRORS = [TrainingError("no"), KeyboardInterrupt(), Interrupted(15), MemoryError(), ValueError("a bug")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(("every", "left"), [(100, ["checkpoint 1"]), (1, ["checkpoint 1"])])
+def test_whatever_ends_a_run_between_iterations_leaves_one_checkpoint(
+    tmp_path: Path, error: BaseException, every: int, left: list[str]
 ) -> None:
     directory = NotingDirectory(tmp_path)
     with pytest.raises(type(error)):
-        recorded(directory, iterations=1, every=100, error=error)
+        recorded(directory, iterations=1, every=every, error=error)
     assert directory.calls == [*OPENING, *ITERATION, *left, "guide usage"]
+
+
+@pytest.mark.parametrize("attribute", ["is_between_iterations", "is_writing"])
+def test_what_is_half_done_is_not_kept(tmp_path: Path, attribute: str) -> None:
+    directory = NotingDirectory(tmp_path)
+    loop: Any = Loop()
+    files: Any = directory
+    recorder = RunRecorder(loop, files, RuntimeConfig(trackers=()), {})
+
+    def run() -> None:
+        with recorder:
+            if attribute == "is_writing":
+                recorder.is_writing = True
+            else:
+                loop.is_between_iterations = False
+            raise Interrupted(15, lost="iteration 1 of 5")
+
+    with pytest.raises(Interrupted):
+        run()
+    assert directory.calls == [*OPENING, "guide usage"]
 
 
 class PricedGuide(FunctionGuide):
@@ -212,10 +242,10 @@ def test_an_abandoned_loop_leaves_lines_and_costs_but_no_checkpoint(tmp_path: Pa
     assert prefetcher.closed == 1
 
 
-def test_an_interrupted_evaluation_leaves_its_iteration_but_no_checkpoint(
+def test_an_interrupted_evaluation_leaves_its_iteration_and_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a `TrainingError` there is a checkpoint as well: tests/pipeline/test_run.py."""
+    """It is made up for when the run goes on: tests/runs/test_signals.py."""
 
     def interrupted(self: Trainer, prompts: Sequence[Any]) -> None:
         raise KeyboardInterrupt
@@ -229,7 +259,7 @@ def test_an_interrupted_evaluation_leaves_its_iteration_but_no_checkpoint(
     assert not any("evaluation" in row for row in rows)
     assert iterations_in(tmp_path / "run" / "rollouts.jsonl") == {0, 1}
     assert read_checked_json(tmp_path / "run" / "guide.json") == {"requests": guide.requests}
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["iteration-000002"]
     assert prefetcher.closed == 1
 
 

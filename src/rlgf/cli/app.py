@@ -4,17 +4,56 @@ Slow libraries are imported inside the commands, so that `--help` and a mistyped
 """
 
 import os
+import signal
 import sys
-from typing import Annotated
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from rlgf import __version__
 from rlgf.cli import check, compare, evaluate, inspect, train
-from rlgf.cli.options import INTERRUPTED, InterruptedRunError
-from rlgf.errors import RlgfError
+from rlgf.errors import Interrupted, RlgfError
+from rlgf.interrupts import handle_signals
+from rlgf.runs.failures import as_sentences
+
+
+class _InterruptedCommandError(Exception):
+    """An interruption, in a form that passes through typer."""
+
+    def __init__(self, interruption: Interrupted) -> None:
+        super().__init__(str(interruption))
+        self.interruption = interruption
+
+
+class _Commands(TyperGroup):
+    """The commands; an interruption keeps its message and its exit code."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the command line."""
+        with _passing_interruptions():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        with _passing_interruptions():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _passing_interruptions() -> Generator[None]:
+    """Hide an interruption from typer, which would exit with its own code."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        found = error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT)
+        raise _InterruptedCommandError(found) from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -53,29 +92,51 @@ def main() -> None:
     """Run the command line.
 
     Errors of rlgf are printed as one sentence, with exit code 2 (invalid use) or 3 (failed while
-    running).
+    running). A signal ends the command with 128 plus its number, a second one at once.
     """
     # Waiting threads sleep instead of spinning: as fast on a free machine, much faster on a busy
     # one (bench/busy_machine.py). GNU's OpenMP, which torch and the C kernels share, reads this
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        app()
-    except RlgfError as error:
-        _fail(str(error), error.exit_code)
-    except InterruptedRunError as error:
-        _fail(f"interrupted; {error}", INTERRUPTED)
-    except SystemExit as end:
-        if end.code == INTERRUPTED:
-            _fail("interrupted; finished work is kept, and the same command resumes.", INTERRUPTED)
-        raise
+    with handle_signals(report=_report, leave=_leave):
+        try:
+            with as_sentences():
+                app()
+        except RlgfError as error:
+            _fail(str(error), error.exit_code)
+        except _InterruptedCommandError as error:
+            _end(error.interruption)
+        except KeyboardInterrupt as error:
+            _end(error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT))
 
 
-def _fail(message: str, code: int) -> None:
+def _report(line: str) -> None:
+    from rlgf.cli import terminal
+
+    terminal.report(line)
+
+
+def _fail(message: str, code: int) -> NoReturn:
     from rlgf.cli import terminal
 
     terminal.fail(message)
     sys.exit(code)
+
+
+def _end(interruption: Interrupted) -> NoReturn:
+    """End the command after a signal."""
+    if not interruption.lost:
+        _fail(str(interruption), interruption.exit_code)
+    with suppress(SystemExit):
+        _fail(str(interruption), interruption.exit_code)
+    os._exit(interruption.exit_code)  # the thread of what was left may never end
+
+
+def _leave(number: int) -> None:
+    """Leave the process at once; a handler may not write to a stream."""
+    name = signal.Signals(number).name
+    os.write(2, f"error: interrupted by {name}, left at once; the same command resumes from what was saved.\n".encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

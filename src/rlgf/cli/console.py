@@ -22,6 +22,7 @@ from rlgf.config.unread import describe_unread
 from rlgf.data.text import escape_control_characters
 from rlgf.errors import INPUT_ERRORS
 from rlgf.experiments.tables import table_rows
+from rlgf.interrupts import set_grace
 from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
@@ -38,6 +39,7 @@ def configure_runtime(config: Config) -> None:
 
     `runtime.threads` = 0 uses OMP_NUM_THREADS, or all cores.
     """
+    set_grace(config.runtime.grace_seconds)
     torch.set_num_threads(choose_num_threads(config.runtime.threads)[0])
     dispatch.select(config.runtime.kernels)
     if config.runtime.kernels == "auto" and config.runtime.device == "cpu" and (reason := dispatch.unavailable_reason()):

@@ -40,12 +40,13 @@ def samples(
     ] = False,
 ) -> None:
     """Print completions of a run, each span colored and bracketed by its origin."""
-    from rlgf.data.files import read_complete_lines
+    from rlgf.cli import terminal
+    from rlgf.runs.logs import read_rows
 
     path = run / ("evaluation.jsonl" if evaluation else "rollouts.jsonl")
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: {run} is not a run, or has no completions yet.")
-    rows = read_complete_lines(path)
+    rows = read_rows(path, lambda line: terminal.report(f"warning: {line}"), needs_check=False)
     known = sorted({row["iteration"] for row in rows})
     if not known:
         raise ConfigError(f"{path} holds no completions yet.")

@@ -22,11 +22,6 @@ if TYPE_CHECKING:
 
 COMMAND_LINE = "command line"  # source of a value, for error messages
 BASELINES = ("zero_shot", "sft", "guide")
-INTERRUPTED = 130  # typer's exit code for Ctrl-C
-
-
-class InterruptedRunError(Exception):
-    """An interrupted training run; the message says how the same command resumes."""
 
 
 Recipe = Annotated[str, typer.Argument(help="A recipe (`rlgf list`) or a YAML file.", metavar="RECIPE_OR_YAML")]

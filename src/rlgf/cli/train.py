@@ -14,7 +14,6 @@ from rlgf.cli.options import (
     Data,
     DryRun,
     GuideSpec,
-    InterruptedRunError,
     Iterations,
     Offline,
     Out,
@@ -93,8 +92,6 @@ def train(
             preflight.check_to_train(run)
             unread.require_read(given.typed, [config])
             train_run(run, directory, StageCache(stages or target / "stages", terminal.report_reuse_once()), watch)
-        except KeyboardInterrupt:
-            raise InterruptedRunError(directory.resume_hint(config)) from None
         finally:
             watch.close()
     results = read_results(target / "results.json")

@@ -7,7 +7,6 @@ the hash of its source, prompts and a loaded model by their content, which is wr
 import dataclasses
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
 from rlgf.config.unread import require_read, typed_setting
 from rlgf.data.files import write_file
+from rlgf.data.scratch import scratch_folder, stage_lock
 from rlgf.data.source_hash import source_hash
 from rlgf.errors import ConfigError, unknown
 from rlgf.types import Prompt
@@ -185,15 +185,14 @@ def _model(folder: Path, model: Any, tokenizer: Any) -> tuple[str, ContentFile |
     path = folder / f"model-{digest.hexdigest()[:12]}"
 
     def write(to: Path) -> None:
-        scratch = Path(tempfile.mkdtemp(dir=to.parent, prefix=".model-"))
-        try:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            scratch.chmod(0o755)
-            scratch.rename(to)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+        with stage_lock(to, lambda line: None):
+            if to.exists():  # another process wrote it
+                return
+            with scratch_folder(to, path.name.rpartition("-")[2]) as scratch:
+                model.save_pretrained(scratch)
+                tokenizer.save_pretrained(scratch)
+                scratch.chmod(0o755)
+                scratch.rename(to)
 
     return str(path), ContentFile(path, write)
 

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from rlgf.config.base import NonNegativeInt, PositiveInt, section
+from rlgf.config.base import NonNegativeFloat, NonNegativeInt, PositiveInt, section
 
 
 @section
@@ -25,6 +25,7 @@ class RuntimeConfig:
     keep_checkpoints: PositiveInt = 2  # the newest ones; earlier ones are deleted
     on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the optimizer step out and count it
     max_skipped: PositiveInt = 10  # optimizer steps left out in a row before the run stops
+    grace_seconds: NonNegativeFloat = 20.0  # after a signal, for the iteration or step to end
     trackers: tuple[str, ...] = ("tensorboard",)
     profile: bool = False  # profile the second iteration into RUN/profile/
 

@@ -1,10 +1,12 @@
 """Files: atomic writes, JSON and JSON lines."""
 
+import errno
 import gzip
 import io
 import json
 import math
 import os
+import re
 import tempfile
 import zlib
 from collections.abc import Generator, Mapping
@@ -14,6 +16,10 @@ from typing import Any, BinaryIO, cast
 
 from rlgf.errors import DataError
 from rlgf.types import FORMAT_VERSION
+
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+CHECK = "crc32"
+CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -57,6 +63,17 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, 
 
 
 @contextmanager
+def naming(path: Path) -> Generator[None]:
+    """Name a file in errors of the block that name none, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in WRITE_ERRORS:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_write(path: Path) -> Generator[BinaryIO]:
     """Open a temporary file that replaces `path` when the block ends.
 
@@ -66,7 +83,8 @@ def atomic_write(path: Path) -> Generator[BinaryIO]:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:
-        with open(name, "w+b") as file:  # opened by name, since callers may use `file.name`
+        # opened by name, since callers may use `file.name`
+        with naming(path), open(name, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -95,7 +113,8 @@ def render_json(value: object) -> str:
 
 def require_format(found: Mapping[str, Any], path: Path) -> None:
     """Raise unless a file's content has the format version of this rlgf."""
-    version = found.get("format_version")
+    # a file of another program may hold anything
+    version = found.get("format_version") if isinstance(found, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
     if version != FORMAT_VERSION:
         raise DataError(
             f"{path} has format version {version}, and this rlgf reads version {FORMAT_VERSION}: recreate it, or use "
@@ -125,14 +144,30 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def to_checked_line(row: Mapping[str, Any]) -> bytes:
+    """Return an object as a line of JSON whose last entry is its checksum."""
+    text = to_line(row).rstrip("\n").encode("utf-8", "backslashreplace")
+    return text[:-1] + f', "{CHECK}": "{zlib.crc32(text):08x}"}}\n'.encode()
+
+
+def read_line(line: bytes, needs_check: bool = False) -> dict[str, Any] | None:
+    """Return the object of a line without its checksum, or None if it is damaged.
+
+    A line without a checksum is whole unless `needs_check` is set.
+    """
+    found = CHECKED.search(line)
+    text = line[: found.start()] + b"}" if found else line
+    if (found and zlib.crc32(text) != int(found[1], 16)) or (needs_check and not found):
+        return None
+    try:
+        row: Any = json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", row) if isinstance(row, dict) else None
+
+
 def read_complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Load the objects of a JSON-lines file whose last line may be incomplete."""
-    rows: list[dict[str, Any]] = []
+    """Load the objects of a JSON-lines file, without lines that are incomplete or damaged."""
     # not splitlines(), which also splits at characters that JSON does not escape (U+0085, U+2028)
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            if line:
-                rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    rows = (read_line(line) for line in path.read_bytes().split(b"\n"))
+    return [row for row in rows if row is not None]

@@ -67,7 +67,11 @@ class ChatJudge:
                 question, index = fill_template(self.template, prompt, *pair)[1], 2 * row + swapped
                 seed = request_seed(self.seed, index, 0, 0)
                 requests.append(PoolRequest(index, [ServerRequest(question, "", self.answer_tokens, seed)]))
-        answers = self.pool.complete(requests, lambda row, response: response.last)
+        try:
+            answers = self.pool.complete(requests, lambda row, response: response.last)
+        except KeyboardInterrupt:
+            self.pool.wait()
+            raise
         failed = sum("given_up" in answer for answer in answers)
         if failed:
             raise TrainingError(
@@ -167,7 +171,7 @@ def chat_judge(config: JudgeConfig, stages: Path, report: Callable[[str], None])
     template = load_template(config.template)
     path = Path(config.endpoint.cache) if config.endpoint.cache else stages / "judge-answers.sqlite"
     server = Server(config.spec or "", server_settings(config, template), "none", report, role="judge")
-    pool = EndpointPool(server, ResponseCache(path, "judge"), report)
+    pool = EndpointPool(server, ResponseCache(path, "judge", report), report)
     name = f"chat model {server.model}, order {config.order}"
     return ChatJudge(pool, name, template, config.order, config.answer_tokens, config.seed)
 

@@ -3,8 +3,6 @@
 Finished runs and stages are reused.
 """
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +10,10 @@ from typing import Any
 
 from rlgf.config.variants import ComparisonPlan, Variant
 from rlgf.data.checksums import DamagedError, fingerprint, read_checked_json, write_checked_json
-from rlgf.data.files import json_safe, read_complete_lines, write_json
-from rlgf.errors import ConfigError, TrainingError
+from rlgf.data.files import json_safe, write_json
+from rlgf.data.lock import FolderLock
+from rlgf.errors import ConfigError
+from rlgf.experiments.processes import run_in_processes
 from rlgf.experiments.report import write_report
 from rlgf.pipeline.final_evaluation import evaluate_baselines
 from rlgf.pipeline.preflight import check, check_to_train
@@ -22,12 +22,13 @@ from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.run import for_guide_evaluation, no_progress, train_run
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.runs.directory import RunDirectory, identifying_settings, read_results, require_writable
+from rlgf.runs.failures import as_sentences
 from rlgf.runs.identity import with_contents
-from rlgf.runs.machine import choose_num_threads
 from rlgf.trainer import Progress
 from rlgf.types import FORMAT_VERSION
 
 
+@as_sentences()
 def compare(
     plan: ComparisonPlan,
     out: Path,
@@ -42,10 +43,14 @@ def compare(
     """
     if (out / "config.yaml").exists():
         raise ConfigError(f"{out} holds a single run: choose another --out for a comparison.")
+
+    def warn(line: str) -> None:
+        report(f"warning: {line}")
+
     cache = StageCache(out / "stages", report)
     began = time.monotonic()
     folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in plan.configs}
-    directories = {place: RunDirectory(folders[place], config) for place, config in plan.configs.items()}
+    directories = {place: RunDirectory(folders[place], config, warn=warn) for place, config in plan.configs.items()}
     runs = {place: resolve(config) for place, config in plan.configs.items()}
     waiting = [place for place in runs if directories[place].results is None]
     for directory in directories.values():  # also of finished runs: a comparison never mixes two inputs
@@ -53,17 +58,18 @@ def compare(
     for place, run in runs.items():  # fail early: check all runs before any work
         (check_to_train if place in waiting else check)(run)
     require_writable(out)
-    baselines = [_baselines(resolve(config), out, cache) for config in plan.baselines.values()]
-    for place in runs:
-        if place not in waiting:
-            report(f"{place[0]} seed {place[1]}: reusing {folders[place].name}")
-    if jobs > 1:
-        _run_in_processes([(runs[place], directories[place]) for place in waiting], cache, jobs)
-    else:
-        for place in waiting:
-            report(f"{place[0]} seed {place[1]}")
-            train_run(runs[place], directories[place], cache, on_progress)
-    return _write_results(plan, folders, baselines, out, time.monotonic() - began)
+    with FolderLock(out, "compares runs in", warn).held():
+        baselines = [_baselines(resolve(config), out, cache) for config in plan.baselines.values()]
+        for place in runs:
+            if place not in waiting:
+                report(f"{place[0]} seed {place[1]}: reusing {folders[place].name}")
+        if jobs > 1:
+            run_in_processes([(runs[place], directories[place]) for place in waiting], cache, jobs)
+        else:
+            for place in waiting:
+                report(f"{place[0]} seed {place[1]}")
+                train_run(runs[place], directories[place], cache, on_progress)
+        return _write_results(plan, directories, baselines, out, time.monotonic() - began)
 
 
 def _baselines(run: ResolvedRun, out: Path, cache: StageCache) -> dict[str, Any]:
@@ -87,52 +93,19 @@ def _baselines(run: ResolvedRun, out: Path, cache: StageCache) -> dict[str, Any]
     return rows
 
 
-def _run_in_processes(runs: Sequence[tuple[ResolvedRun, RunDirectory]], cache: StageCache, jobs: int) -> None:
-    """Run each run in a separate process, `jobs` at a time.
-
-    The threads are divided among them. Raises `TrainingError` if a run fails.
-    """
-    configured = max((run.trainer.runtime.threads for run, _ in runs), default=0)
-    threads = max(1, choose_num_threads(configured)[0] // jobs)
-    waiting, running = list(runs), dict[Path, subprocess.Popen[str]]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                run, directory = waiting.pop(0)
-                folder = directory.folder
-                directory.create(run.config)
-                command = [sys.executable, "-m", "rlgf", "train", str(folder / "config.yaml"), "--out", str(folder)]
-                command += ["--stages", str(cache.folder), f"runtime.threads={threads}"]
-                log = (folder / "log.txt").open("w")
-                running[folder] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
-                log.close()
-                cache.report(f"started {folder.name}")
-            time.sleep(0.2)
-            for folder, process in list(running.items()):
-                if process.poll() is not None:
-                    del running[folder]
-                    if process.returncode:
-                        tail = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-                        raise TrainingError(f"{folder.name} ended with exit code {process.returncode}: {' '.join(tail)}")
-                    cache.report(f"finished {folder.name} ({len(waiting) + len(running)} to go)")
-    finally:
-        for process in running.values():
-            process.terminate()
-
-
 def _write_results(
-    plan: ComparisonPlan, folders: Mapping[tuple[str, int], Path], baselines: Sequence[Mapping[str, Any]], out: Path,
-    seconds: float,
+    plan: ComparisonPlan, directories: Mapping[tuple[str, int], RunDirectory], baselines: Sequence[Mapping[str, Any]],
+    out: Path, seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
     """Collect the results of all runs, write them with their report, and return them."""
     table: list[dict[str, Any]] = []
     for key in baselines[0]:
         table += _rows(key, [baseline[key] for baseline in baselines], [])
     for row in plan.rows:
-        found = [read_results(folders[row.key, seed] / "results.json") for seed in plan.seeds]
-        curves = [_curve(folders[row.key, seed] / "metrics.jsonl") for seed in plan.seeds]
+        found = [read_results(directories[row.key, seed].folder / "results.json") for seed in plan.seeds]
+        curves = [_curve(directories[row.key, seed].read_metrics()) for seed in plan.seeds]
         table += _rows(row.key, [{**result, "title": row.title} for result in found], curves, row)
-    first = read_results(folders[plan.rows[0].key, plan.seeds[0]] / "results.json")
+    first = read_results(directories[plan.rows[0].key, plan.seeds[0]].folder / "results.json")
     results = {
         "format_version": FORMAT_VERSION,
         "recipe": plan.recipe,
@@ -191,10 +164,10 @@ def _columns(evaluations: Sequence[Mapping[str, float]]) -> dict[str, list[float
     return {name: [evaluation[name] for evaluation in evaluations] for name in evaluations[0]}
 
 
-def _curve(path: Path) -> list[dict[str, Any]]:
+def _curve(metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the evaluations on the validation split during training."""
     return [
         {**row["evaluation"], "iteration": row["iteration"] + 1, "completions": row["completions"]}
-        for row in read_complete_lines(path)
+        for row in metrics
         if "evaluation" in row
     ]

@@ -61,7 +61,11 @@ class RemoteGuide:
         return found if cost is None else {**found, "guide_cost": cost}
 
     def state(self) -> dict[str, float]:
-        """Return the usage of the whole run, including its parts before a resume."""
+        """Return the usage of the whole run, including its parts before a resume.
+
+        After an interrupt it waits for the requests in flight, which count.
+        """
+        self.pool.wait()
         return self.pool.usage.state()
 
     def load_state(self, state: Mapping[str, float]) -> None:

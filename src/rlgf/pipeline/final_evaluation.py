@@ -6,7 +6,6 @@ from typing import Any
 
 from rlgf.config.schema import TrainerConfig
 from rlgf.config.sections import EvaluationConfig, RewardConfig
-from rlgf.data.files import read_complete_lines
 from rlgf.errors import ConfigError
 from rlgf.evaluation.best_of_n import evaluate_best_of
 from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, evaluate_guide, evaluate_policy
@@ -64,7 +63,7 @@ def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun) -
         "examples": shown,
         **extra_results(config, run.policy.base, trainer.rollout_config, splits["test"], context),
         "token_budget": trainer.forward_config.token_budget,
-        "training_seconds": sum(row["seconds"] for row in read_complete_lines(directory.folder / "metrics.jsonl")),
+        "training_seconds": sum(row["seconds"] for row in directory.read_metrics()),
         "machine": describe_machine(),
     }
 

@@ -24,6 +24,7 @@ from rlgf.pipeline.stages import distill_stage, starting_model
 from rlgf.rewards.base import probe_reward
 from rlgf.rewards.build import check_reward_columns
 from rlgf.runs.directory import RunDirectory
+from rlgf.runs.failures import as_sentences
 from rlgf.supervised.examples import TargetExamples
 from rlgf.tasks.base import Task
 from rlgf.trainer import Components
@@ -31,6 +32,7 @@ from rlgf.trainer import Components
 NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
 
 
+@as_sentences()
 def prepare(config: Config, stages: Path, report: Report = no_report) -> Components:
     """Build or reuse every stage and return the components of a trainer.
 

@@ -18,6 +18,7 @@ from rlgf.pipeline.resolve import SEPARATE_SEED, PreferencePlan
 from rlgf.pipeline.stage_cache import StageCache
 from rlgf.pipeline.stages import prepare_tokenizer, starting_model, task_source
 from rlgf.rewards.reward_model import RewardModel, is_reward_model
+from rlgf.runs.steps import StepStore
 from rlgf.supervised.reward_modeling import new_reward_model, train_reward_model
 from rlgf.tasks import prompts
 
@@ -87,8 +88,9 @@ def preference_stage(plan: PreferencePlan, cache: StageCache, role: Role = "rewa
             pairs = Pairs(pairs.train[: settings.training.max_examples], pairs.test, pairs.dropped)
         for reason, count in pairs.dropped.items():
             cache.report(f"{role}: {count:,} {reason}, dropped")
-        metrics = train_reward_model(reward, pairs, settings, seed, plan.machine.micro_batch_tokens, cache.report)
-        reward.save(folder)
+        with StepStore(folder, cache.report) as store:
+            metrics = train_reward_model(reward, pairs, settings, seed, plan.machine.micro_batch_tokens, cache.report, store)
+            reward.save(folder)
         accuracy = metrics["accuracy"]
         if accuracy - 2 * metrics["accuracy_standard_error"] < 0.5:
             cache.report(

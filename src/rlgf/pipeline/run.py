@@ -18,6 +18,7 @@ from rlgf.errors import ConfigError, unknown
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.generation.decoder import LocalSampler
+from rlgf.interrupts import handle_signals
 from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.language_model import POLICY_ADAPTER
@@ -40,6 +41,7 @@ from rlgf.pipeline.stages import starting_model
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.runs.directory import RunDirectory, require_space, require_writable
+from rlgf.runs.failures import as_sentences
 from rlgf.runs.machine import describe_threads
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
@@ -63,6 +65,7 @@ def disk_needed(parts: Components) -> int:
     return 4 * (checkpoints * 3 * trained + 2 * trained) + 50_000_000
 
 
+@as_sentences()
 def train(
     config: Config | None = None,
     out: Path | str | None = None,
@@ -85,6 +88,12 @@ def train(
     The trained policy is `trainer.components.models.policy` and, on disk, `out/policy`. A call has
     a config, or a model, prompts and a reward; a fifth of the prompts is then held out.
 
+    In the main thread, SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled until the call ends; then
+    the handlers before are restored. The first signal raises `Interrupted`, with a checkpoint: at
+    once while completions are collected, otherwise when the iteration (in a stage, the step) is
+    done, or `runtime.grace_seconds` later without a checkpoint. A second signal raises it at once.
+    In other threads, signals are as before the call.
+
     Args:
         config: the config of the run.
         out: the folder of the run; resumes from a checkpoint in it, or reuses a finished run.
@@ -106,7 +115,9 @@ def train(
     Raises:
         ConfigError: the run cannot be trained, or `out` has another run.
         DataError: the task's data cannot be used.
-        TrainingError: a guide or a reward failed; a checkpoint is written first.
+        TrainingError: a guide or a reward failed, after a checkpoint was written; or a file cannot
+            be written, or memory ran out.
+        Interrupted: a signal arrived.
 
     Example:
         >>> config = rlgf.override(rlgf.recipe("quickstart"), small)
@@ -142,14 +153,29 @@ def train(
     return train_run(run, directory, cache, on_progress)
 
 
+@as_sentences()
 def train_run(
     run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None] = no_progress
 ) -> Trainer:
-    """Train and evaluate a checked run in a directory, and return its trainer."""
+    """Train and evaluate a checked run in a directory, and return its trainer.
+
+    Raises `ConfigError` if another process trains it, and `Interrupted` after a signal.
+    """
     threads = describe_threads(torch.get_num_threads())
     cache.report(f"{run.algorithm.title} on {run.task.name}, seed {run.trainer.seed}: {threads}")
     directory.check_identity()
     require_writable(directory.folder)
+    with handle_signals(run.trainer.runtime.grace_seconds, cache.report), directory.locked():
+        try:
+            return _train_locked(run, directory, cache, on_progress)
+        except KeyboardInterrupt as error:
+            raise directory.interruption(error) from None
+
+
+def _train_locked(
+    run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None]
+) -> Trainer:
+    """Train and evaluate a run that no other process trains."""
     require_space(directory.folder, 50_000_000)
     require_writable(cache.folder, "--stages")
     parts = prepare_run(run, cache, directory)
@@ -188,6 +214,7 @@ def for_guide_evaluation(run: ResolvedRun) -> ResolvedRun:
     )
 
 
+@as_sentences()
 def evaluate(
     config: Config,
     policy: Path | str | None = None,

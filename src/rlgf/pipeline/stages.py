@@ -23,6 +23,7 @@ from rlgf.models.loading import load_language_model, load_tokenizer, new_languag
 from rlgf.pipeline.resolve import BasePlan, DistillPlan, FineTuningPlan, GuidePlan, PolicyPlan, RewardPlan, TokenizerPlan
 from rlgf.pipeline.stage_cache import StageCache
 from rlgf.rewards.ngram import train_ngram
+from rlgf.runs.steps import StepStore
 from rlgf.supervised.examples import SENTINELS, Example, TargetExamples, check_example_lengths, corrupt_spans, split_into_blocks
 from rlgf.supervised.loop import fit
 
@@ -125,8 +126,9 @@ def pretrain_stage(plan: BasePlan, cache: StageCache, at: Path | None = None) ->
             if model.codec.is_encoder_decoder
             else split_into_blocks(texts, model, shape.max_length)
         )
-        metrics = fit(model, examples, plan.pretrain, seed, min(plan.machine.micro_batch_tokens, 1024), cache.report)
-        model.save(folder)
+        with StepStore(folder, cache.report) as store:
+            metrics = fit(model, examples, plan.pretrain, seed, min(plan.machine.micro_batch_tokens, 1024), cache.report, store)
+            model.save(folder)
         return metrics
 
     return cache.build("pretrain", inputs, build, at)
@@ -160,8 +162,9 @@ def fine_tune_stage(plan: FineTuningPlan, cache: StageCache, at: Path | None = N
         trained = with_adapter(plan.lora, model, plan.seed)
         examples = TargetExamples(built, model, task.max_new_tokens, training.max_examples)
         truncated = check_example_lengths(examples, model, task)
-        metrics = fit(trained, examples, training, plan.seed, plan.base.machine.micro_batch_tokens, cache.report)
-        trained.save(folder)
+        with StepStore(folder, cache.report) as store:
+            metrics = fit(trained, examples, training, plan.seed, plan.base.machine.micro_batch_tokens, cache.report, store)
+            trained.save(folder)
         return metrics | {"targets_truncated": truncated}
 
     return cache.build(plan.name, inputs, build, at)
@@ -193,7 +196,8 @@ def reward_stage(plan: RewardPlan, cache: StageCache, at: Path | None = None) ->
 
     def build(folder: Path) -> dict[str, float]:
         train, test = labeled_texts(task, "train"), labeled_texts(task, "test")
-        return train_ngram(folder, train, test, reward.epochs, reward.seed, cache.report)
+        with StepStore(folder, cache.report) as store:
+            return train_ngram(folder, train, test, reward.epochs, reward.seed, cache.report, store)
 
     return cache.build("reward", inputs, build, at)
 
@@ -236,8 +240,9 @@ def distill_stage(
     def build(folder: Path) -> dict[str, float]:
         model = with_adapter(plan.lora, load_language_model(start, plan.machine.device, in_4bit), plan.seed)
         examples = sample(plan.config.num_completions)
-        metrics = fit(model, examples, plan.config, plan.seed, plan.machine.micro_batch_tokens, cache.report)
-        model.save(folder)
+        with StepStore(folder, cache.report) as store:
+            metrics = fit(model, examples, plan.config, plan.seed, plan.machine.micro_batch_tokens, cache.report, store)
+            model.save(folder)
         return metrics
 
     return cache.build("distill", inputs, build)

@@ -4,6 +4,7 @@ It takes text and is stored without pickle. It is trained on whole reviews and o
 of them, because the completions that it scores are short.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from rlgf.data.checksums import verify_folder
 from rlgf.data.files import read_json, write_json
 from rlgf.errors import ConfigError
+from rlgf.interrupts import Steps, deferred
 from rlgf.randomness import Purpose, permutation, uniforms
 from rlgf.types import Prompt
 
@@ -82,6 +84,7 @@ def train_ngram(
     epochs: int,
     seed: int,
     report: Callable[[str], None],
+    store: Steps | None = None,
 ) -> dict[str, float]:
     """Train a classifier on texts with labels 0 and 1 and save it to `folder`.
 
@@ -104,7 +107,7 @@ def train_ngram(
         rows += [features(ids) for ids in fragments(encoded, size, seed, number)]
         labels += train[1]
     classifier = NgramClassifier(tokenizer, torch.zeros(VOCABULARY + PAIRS), 0.0)
-    _fit(classifier, rows, torch.tensor(labels, dtype=torch.float32), epochs, seed, report)
+    _fit(classifier, rows, torch.tensor(labels, dtype=torch.float32), epochs, seed, report, store)
     classifier.save(folder)
     held_out = [np.asarray(row.ids, dtype=np.int64) for row in tokenizer.encode_batch(test[0], add_special_tokens=False)]
     metrics = {"accuracy_whole": accuracy(classifier, held_out, test[1])}
@@ -128,28 +131,46 @@ def accuracy(classifier: NgramClassifier, rows: Sequence[NDArray[np.int64]], lab
 
 def _fit(
     classifier: NgramClassifier, rows: list[NDArray[np.int64]], labels: torch.Tensor, epochs: int, seed: int,
-    report: Callable[[str], None],
+    report: Callable[[str], None], store: Steps | None,
 ) -> None:  # fmt: skip
+    """Train the weights of a classifier; `store` has those of an earlier part of the training."""
     table = torch.nn.EmbeddingBag(VOCABULARY + PAIRS, 1, mode="sum", sparse=True)
     torch.nn.init.zeros_(table.weight)
     bias = torch.nn.Parameter(torch.zeros(1))
     batch, losses = 256, 0.0
     sparse = torch.optim.SparseAdam(table.parameters(), lr=0.002)
     dense = torch.optim.Adam([bias], lr=0.002)
-    for epoch in range(epochs):
-        order = permutation(seed, Purpose.SUPERVISED, 1 + epoch, len(rows))
-        for start in range(0, len(rows), batch):
-            members = order[start : start + batch]
+    step, batches, order = 0, math.ceil(len(rows) / batch), np.zeros(0, dtype=np.int64)
+
+    def state() -> dict[str, Any]:
+        optimizers = [sparse.state_dict(), dense.state_dict()]
+        return {"step": step, "losses": losses, "weights": [table.weight.data, bias.data], "optimizers": optimizers}
+
+    if store is not None:
+        if (found := store.load()) is not None:
+            step, losses = found["step"], found["losses"]
+            for parameter, weight in zip((table.weight, bias), found["weights"], strict=True):
+                parameter.data.copy_(weight)
+            for optimizer, values in zip((sparse, dense), found["optimizers"], strict=True):
+                optimizer.load_state_dict(values)
+        store.capture = state
+    while step < epochs * batches:
+        epoch, place = divmod(step, batches)
+        if place == 0 or not len(order):
+            order = permutation(seed, Purpose.SUPERVISED, 1 + epoch, len(rows))
+        with deferred(f"step {step + 1} of {epochs * batches}"):
+            members = order[place * batch : (place + 1) * batch]
             flat, offsets = as_bag([rows[i] for i in members])
             loss = torch.nn.functional.binary_cross_entropy_with_logits(
                 table(flat, offsets).squeeze(1) + bias, labels[torch.from_numpy(members)]
             )
             loss.backward()
-            losses += float(loss.detach()) * len(members)
+            losses = float(loss.detach()) * len(members) + (losses if place else 0.0)
             for optimizer in (sparse, dense):
                 optimizer.step()
                 optimizer.zero_grad()
-        report(f"epoch {epoch + 1}/{epochs} · loss {losses / len(rows):.3f}")
-        losses = 0.0
+            step += 1
+        if place + 1 == batches:
+            report(f"epoch {epoch + 1}/{epochs} · loss {losses / len(rows):.3f}")
     classifier.weights = table.weight.detach().squeeze(1).clone()
     classifier.bias = float(bias.detach())

@@ -6,8 +6,10 @@ It has the config, metrics, rollouts, checkpoints, policy and results.
 import hashlib
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +25,18 @@ from rlgf.data.checksums import (
     write_checked_json,
     write_manifest,
 )
-from rlgf.data.files import json_safe, read_complete_lines, require_format, to_line, write_file
-from rlgf.errors import ConfigError, DataError
+from rlgf.data.files import json_safe, require_format, write_file
+from rlgf.data.lock import LOCK, FolderLock
+from rlgf.errors import ConfigError, DataError, Interrupted
 from rlgf.generation.openai.client import without_address
 from rlgf.runs.checkpoints import Checkpoints
 from rlgf.runs.identity import find_differences, find_setting_differences, with_contents
+from rlgf.runs.logs import amend_row, append_rows, drop_lines_after, flush_to_disk, missing_iterations, read_rows
 from rlgf.types import FORMAT_VERSION
 
 IDENTITY = "identity.json"
-BEFORE_CONFIG = ("stages", IDENTITY)  # what a folder holds before the run's config is written
+BEFORE_CONFIG = ("stages", IDENTITY, LOCK)  # what a folder holds before the run's config is written
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 
 
 def ignore(line: str) -> None:
@@ -62,6 +67,12 @@ class RunDirectory:
         self.history: list[dict[str, Any]] = []  # the identities that the run had, oldest first
         self.config_checksums: list[str] = []  # of the last config.yaml and of the one before
         self.identity: dict[str, Any] | None = None
+        self.lock = FolderLock(folder, "trains", warn)
+        self._open()
+
+    def _open(self) -> None:
+        """Read the identity of the run that is there, and compare its settings."""
+        folder, config = self.folder, self.config
         existing = folder / "config.yaml"
         if existing.is_file():
             if not existing.read_bytes().startswith(b"format_version:"):
@@ -71,8 +82,23 @@ class RunDirectory:
             self.history, self.config_checksums = _read_history(folder)
             # the content of files, which takes longer, is compared by `check_identity`
             self._require_same(find_setting_differences(self.history[-1]["identity"], identifying_settings(config)))
-        elif folder.exists() and (not folder.is_dir() or any(p.name not in BEFORE_CONFIG for p in folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(not _precedes_config(path.name) for path in folder.iterdir())):
             raise ConfigError(f"{folder} holds something that is not a run: choose another --out.")
+
+    @contextmanager
+    def locked(self) -> Generator[None]:
+        """Keep other processes from the run in the block.
+
+        Raises:
+            ConfigError: another process trains it, or it cannot have checkpoints.
+        """
+        with self.lock.held():
+            self._open()  # another process may have trained it since
+            if self.history and self.identity is not None:
+                self._require_same(find_differences(self.history[-1]["identity"], self.identity))
+            if self.checkpoints.folder.exists() and not self.checkpoints.folder.is_dir():
+                raise ConfigError(f"{self.checkpoints.folder} is not a folder, and checkpoints belong there: move it away.")
+            yield
 
     def check_identity(self) -> None:
         """Compare all that decides the run's numbers with what the run began with.
@@ -155,9 +181,7 @@ class RunDirectory:
             return
         path.rename(self.folder / f"results-after-{iterations}-iterations.json")
         if every and iterations % every:
-            rows = read_complete_lines(self.folder / "metrics.jsonl")
-            kept = [{k: v for k, v in row.items() if k != "evaluation" or row["iteration"] != iterations - 1} for row in rows]
-            write_file(self.folder / "metrics.jsonl", "".join(to_line(row) for row in kept))
+            self.amend_metrics(iterations - 1, lambda row: {key: row[key] for key in row if key != "evaluation"})
 
     @property
     def results(self) -> dict[str, Any] | None:
@@ -181,7 +205,13 @@ class RunDirectory:
         return Checkpoints(self.folder / "checkpoints", keep, self.runs[-1], self.runs, self.warn)
 
     def save_checkpoint(self, iteration: int, state: Mapping[str, Any]) -> None:
-        """Write the state after `iteration` iterations as the newest checkpoint."""
+        """Write the state after `iteration` iterations as the newest checkpoint.
+
+        The logs are flushed to disk before it counts.
+        """
+        self.lock.check()
+        for name in (METRICS, ROLLOUTS):
+            flush_to_disk(self.folder / name)
         self.checkpoints.save(iteration, state)
 
     def load_checkpoint(self) -> tuple[int, dict[str, Any]] | None:
@@ -193,6 +223,7 @@ class RunDirectory:
 
     def save_model(self, name: str, save: Callable[[Path], None]) -> None:
         """Write a model and its manifest to a folder in the run."""
+        self.lock.check()
         for killed in self.folder.glob(f".{name}-*"):  # scratch of a process that was killed
             shutil.rmtree(killed)
         scratch = Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{name}-"))
@@ -209,6 +240,7 @@ class RunDirectory:
 
         This is done after every iteration and whenever a run ends.
         """
+        self.lock.check()
         write_checked_json(self.folder / "guide.json", state)
 
     def load_guide_usage(self) -> dict[str, Any]:
@@ -222,32 +254,62 @@ class RunDirectory:
             ) from None
 
     def drop_lines_after(self, iteration: int) -> None:
-        """Drop logged lines of iterations that will run again, those from `iteration` on."""
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            path = self.folder / name
-            if path.is_file():
-                kept = [row for row in read_complete_lines(path) if row["iteration"] < iteration]
-                write_file(path, "".join(to_line(row) for row in kept))
+        """Drop logged lines of iterations that will run again, those from `iteration` on.
+
+        Damaged lines are kept in other files (`rlgf.runs.logs`), with a warning.
+        """
+        for name in (METRICS, ROLLOUTS):
+            found = drop_lines_after(self.folder / name, iteration, self.warn)
+            if missing := missing_iterations(found, iteration):
+                self.warn(
+                    f"{self.folder / name} lacks the lines of iterations {missing} (from 0): they were damaged or removed"
+                )
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Append objects to a JSON Lines file."""
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write("".join(to_line(row) for row in rows))
+        """Append objects to a JSON Lines file, each with a checksum."""
+        self.lock.check()
+        append_rows(self.folder / name, rows)
 
-    def resume_hint(self, config: Config) -> str:
-        """Return how the same command will resume an interrupted run."""
-        done = self.checkpoints.iterations()
-        if done:
-            reached = f"{done[-1]} of {config.ppo.iterations} iterations"
-            return f"{self.folder} holds a checkpoint after {reached}: the same command resumes from there."
-        return (
-            f"there is no checkpoint in {self.folder} yet (runtime.checkpoint_every={config.runtime.checkpoint_every}): the "
-            "same command starts the training again, with the stages and the guide's responses that are there."
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Load the metrics of all iterations, with a warning of damaged lines."""
+        path = self.folder / METRICS
+        return read_rows(path, self.warn) if path.is_file() else []
+
+    def amend_metrics(self, iteration: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Replace the logged metrics of an iteration (counted from 0) by `change` of them."""
+        if (self.folder / METRICS).is_file():
+            amend_row(self.folder / METRICS, iteration, change, self.warn)
+
+    def interruption(self, error: KeyboardInterrupt) -> Interrupted:
+        """Return the interruption of the run, which says what is lost and where it goes on."""
+        if not isinstance(error, Interrupted):
+            error = Interrupted(signal.SIGINT)
+        if error.message:  # of a stage
+            return error
+        saved = self.checkpoints.iterations()
+        kept = saved[-1] if saved else 0
+        before = max([kept, *(row["iteration"] + 1 for row in self.read_metrics())]) - kept
+        lost = [error.lost] * bool(error.lost)
+        lost += [f"{before:,} finished iteration{'s' * (before > 1)} before it"] * bool(before)
+        message = f"lost: {' and '.join(lost)}; " if lost else ""
+        reached = f"{kept} of {self.config.ppo.iterations} iterations"
+        message += (
+            f"{self.folder} holds a checkpoint after {reached}: the same command resumes from there."
+            if saved
+            else f"there is no checkpoint in {self.folder} yet: the same command starts the training again, with the stages "
+            "and the guide's responses that are there."
         )
+        return Interrupted(error.number, message, error.lost)
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Write the final evaluation; this marks the run as complete."""
+        self.lock.check()
         write_checked_json(self.folder / "results.json", {"format_version": FORMAT_VERSION, **json_safe(results)})
+
+
+def _precedes_config(name: str) -> bool:
+    """Return whether a folder may hold a name before it holds the config of a run."""
+    return name in BEFORE_CONFIG or name.startswith((f".{IDENTITY}.", ".config.yaml."))  # scratch of a killed process
 
 
 def identifying_settings(config: Config) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol, Self
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.files import to_line, write_file
 from rlgf.data.tokenization import Codec
-from rlgf.errors import CheckpointError, TrainingError
+from rlgf.errors import CheckpointError
 from rlgf.rl.guards import NonFiniteError
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.runs.directory import RunDirectory
@@ -49,6 +49,10 @@ class Recordable(Protocol):
         """Load the state of a checkpoint after `iteration` iterations."""
         ...
 
+    def evaluate_if_due(self) -> Mapping[str, Any]:
+        """Return 'evaluation' on the validation split if one follows the iteration just done."""
+        ...
+
     def is_evaluation_due(self) -> bool:
         """Return whether the iteration just done has an evaluation in a run of any length."""
         ...
@@ -71,7 +75,7 @@ class RunRecorder:
 
     Entering resumes from the last checkpoint and drops the lines after it. `write` keeps an
     iteration, in this order: guide usage, rollouts, metrics, best policy, checkpoint; so a run that
-    is killed in between keeps its costs. Leaving after a `TrainingError` between two iterations
+    is killed in between keeps its costs. Leaving by an error or a signal between two iterations
     writes a checkpoint; leaving in any way writes the guide usage and closes the trackers.
     """
 
@@ -81,6 +85,8 @@ class RunRecorder:
         self.loop, self.directory, self.runtime, self.config_values = loop, directory, runtime, config_values
         self.profiled_iteration = -1
         self.best_score = -math.inf  # of the evaluations on the validation split
+        self.saved_iteration = -1  # number of iterations in the last checkpoint; -1: there is none
+        self.is_writing = False  # the logs do not have the last iteration yet
 
     def __enter__(self) -> Self:
         """Open the trackers and resume from the last checkpoint, if there is one."""
@@ -89,24 +95,60 @@ class RunRecorder:
             self._load(*checkpoint)
         self.loop.load_guide_usage(self.directory.load_guide_usage())
         self.directory.drop_lines_after(self.loop.iteration)
-        self.trackers = Trackers(self.runtime.trackers, self.directory.folder / "trackers", self.config_values)
+        folder = self.directory.folder / "trackers"
+        self.trackers = Trackers(self.runtime.trackers, folder, self.config_values, self.loop.iteration)
         if self.runtime.profile:  # the second iteration of this process, as the first one warms up
             self.profiled_iteration = min(self.loop.iteration + 1, self.loop.num_iterations - 1)
+        try:
+            self._make_up_evaluation()
+        except BaseException:
+            self.trackers.finish()
+            raise
         return self
 
+    def _make_up_evaluation(self) -> None:
+        """Run the evaluation after the last iteration if it was interrupted."""
+        done, metrics = self.loop.iteration, self.directory.read_metrics()
+        if not metrics or metrics[-1]["iteration"] != done - 1 or "evaluation" in metrics[-1]:
+            return
+        found = self.loop.evaluate_if_due()
+        if found:
+            self._keep_best(found)
+            self._save_checkpoint()  # with the best score
+            self.directory.amend_metrics(done - 1, lambda row: {**row, **found})
+            self.trackers.log(_tracked(found), done - 1)
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        """Write a checkpoint after a `TrainingError`; write the guide usage; close the trackers."""
+        """Write a checkpoint after an error; write the guide usage; close the trackers."""
         try:
             if isinstance(error, NonFiniteError):
                 self._write_nonfinite(error)
-            if isinstance(error, TrainingError) and self.loop.is_between_iterations:
-                self._save_checkpoint()
+            if error is not None:
+                self._keep_iterations(error)
         finally:
-            self._save_guide_usage()  # also if interrupted: limits are per run
-            self.trackers.finish()
+            try:
+                self._save_guide_usage()  # also if interrupted: limits are per run
+            finally:
+                self.trackers.finish()
+
+    def _keep_iterations(self, error: BaseException) -> None:
+        """Write a checkpoint of the iterations done if the state is whole and has none yet."""
+        is_whole = self.loop.is_between_iterations and not self.is_writing
+        if is_whole and self.loop.iteration != self.saved_iteration and not isinstance(error, OSError):
+            self._save_checkpoint()
 
     def run_step(self, step: Step, iteration: int) -> tuple[dict[str, Any], Experience]:
-        """Run a step of the loop, under the profiler if this iteration is to be profiled."""
+        """Run a step of the loop, under the profiler if this iteration is to be profiled.
+
+        After an error the checkpoint is written here, before the loop waits for requests in flight.
+        """
+        try:
+            return self._run_step(step, iteration)
+        except BaseException as error:
+            self._keep_iterations(error)
+            raise
+
+    def _run_step(self, step: Step, iteration: int) -> tuple[dict[str, Any], Experience]:
         if iteration != self.profiled_iteration:
             return step(iteration)
         (metrics, experience), shares = run_with_profiler(partial(step, iteration), self.directory.folder / "profile")
@@ -114,33 +156,36 @@ class RunRecorder:
 
     def write(self, metrics: Mapping[str, Any], experience: Experience) -> None:
         """Write guide usage, rollouts, metrics and, when due, a checkpoint."""
-        iteration = metrics["iteration"]
+        iteration, self.is_writing = metrics["iteration"], True
         self._save_guide_usage()
         scores = experience.score.tolist()
         self.directory.log("rollouts.jsonl", rollout_rows(experience.rollout, scores, iteration, self.loop.codec))
         self.directory.log("metrics.jsonl", [metrics])
-        evaluation = {f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}
-        self.trackers.log({**metrics, **evaluation}, iteration)
-        if self.loop.is_evaluation_due():  # the last iteration alone has others, and a run may be made longer
-            self._keep_best(metrics.get("evaluation", {}).get("score"))
+        self.is_writing = False
+        self.trackers.log(_tracked(metrics), iteration)
+        self._keep_best(metrics)
         done = self.loop.iteration
         if done % self.runtime.checkpoint_every == 0 or done == self.loop.num_iterations:
             self._save_checkpoint()
 
-    def _keep_best(self, score: float | None) -> None:
+    def _keep_best(self, metrics: Mapping[str, Any]) -> None:
         """Write the policy to `best-policy` if no evaluation before had a score as high."""
+        score = metrics.get("evaluation", {}).get("score")
+        if not self.loop.is_evaluation_due():  # the last iteration alone has others, and a run may be made longer
+            return
         if score is not None and score > self.best_score:
             self.best_score = score
             self.directory.save_model("best-policy", self.loop.save_policy)
 
     def _save_checkpoint(self) -> None:
         self.directory.save_checkpoint(self.loop.iteration, {"loop": self.loop.state(), "best_score": self.best_score})
+        self.saved_iteration = self.loop.iteration
 
     def _load(self, iteration: int, state: Mapping[str, Any]) -> None:
         """Load a checkpoint; raise `CheckpointError` if it does not fit the models."""
         try:
             self.loop.load_state(iteration, state["loop"])
-            self.best_score = state["best_score"]
+            self.best_score, self.saved_iteration = state["best_score"], iteration
         except (LookupError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"the checkpoint after {iteration} iterations in {self.directory.folder} does not fit this run "
@@ -158,6 +203,11 @@ class RunRecorder:
         """Write the guide's usage of the whole run, if it counts any."""
         if usage := self.loop.guide_usage():
             self.directory.save_guide_usage(usage)
+
+
+def _tracked(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return metrics with those of the evaluation by flat names, for trackers."""
+    return {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
 
 
 def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, codec: Codec) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from rlgf.algorithms.losses import preference_loss
 from rlgf.config.sections import LoraConfig, PreferenceConfig
 from rlgf.data.preferences import Pair, Pairs, length_baseline, pairwise_accuracy
 from rlgf.errors import ConfigError
+from rlgf.interrupts import Steps
 from rlgf.models import lora
 from rlgf.models.forward import group_by_length
 from rlgf.models.loading import from_pretrained, load_tokenizer, quantization_config_4bit, use_fast_paths
@@ -100,7 +101,7 @@ def _with_adapters(model: Any, config: LoraConfig) -> Any:
 
 def train_reward_model(
     reward: RewardModel, pairs: Pairs, config: PreferenceConfig, seed: int, token_budget: int,
-    report: Callable[[str], None] = lambda line: None,
+    report: Callable[[str], None] = lambda line: None, store: Steps | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Train a reward model in place on pairs.
 
@@ -122,7 +123,7 @@ def train_reward_model(
 
     reward.precision = training.precision
     parameters = [parameter for parameter in reward.model.parameters() if parameter.requires_grad]
-    fitted = training_loop(reward.model, parameters, examples, training, seed, backward, report, "pairs", show)
+    fitted = training_loop(reward.model, parameters, examples, training, seed, backward, report, "pairs", show, store)
     chosen, rejected = (_side(reward, pairs.test, side) for side in ("chosen", "rejected"))
     accuracy, count = pairwise_accuracy(chosen, rejected), len(pairs.test)
     length_differences = [len(pair.chosen.strip()) - len(pair.rejected.strip()) for pair in pairs.test]

@@ -1,7 +1,9 @@
 """Guides on servers: requests, failures, the cache and the counts of usage."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from threading import Barrier
+from threading import Barrier, Event, Thread
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ from rlgf.cli.options import beta_changes
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.sections import GuideConfig, TaskConfig
-from rlgf.errors import ConfigError, GuideError, TrainingError
+from rlgf.errors import ConfigError, GuideError, Interrupted, TrainingError
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server, connect, parse_spec
 from rlgf.generation.openai.pool import EndpointPool, PoolRequest
@@ -30,6 +32,7 @@ from rlgf.generation.openai.responses import ServerRequest
 from rlgf.guides.base import Completion, CompletionRequest, query_guide
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.remote import RemoteGuide
+from rlgf.interrupts import handle_signals
 from rlgf.pipeline.resolve import resolve
 from rlgf.types import GUIDE, Prompt, SamplingParams
 
@@ -237,6 +240,35 @@ def test_a_pool_leaves_to_its_role_what_a_given_up_request_means(tmp_path: Path)
     assert asked.usage.pop_counts() == {}
 
 
+def test_a_signal_leaves_the_pool_at_once_and_requests_in_flight_are_stored_later(tmp_path: Path) -> None:
+    """So a checkpoint is written first, and what was paid for is kept."""
+    arrived, answer, lines = Event(), Event(), list[str]()
+
+    def wait(body: dict[str, Any]) -> None:
+        arrived.set()
+        answer.wait(20)
+
+    def interrupt() -> None:
+        arrived.wait(20)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with FaultServer(complaint=wait) as server:
+        asked = pool(server, tmp_path, concurrency=2)
+        asked._report = lines.append  # pyright: ignore[reportPrivateUsage]
+        Thread(target=interrupt).start()
+        with pytest.raises(Interrupted), handle_signals():
+            texts_of(asked, 6)
+        assert not answer.is_set()
+        assert lines == []
+        answer.set()
+        asked.wait()
+        assert lines == ["oracle: waiting for requests in flight, 60 s at most"]
+        assert 1 <= len(server.requests) <= 2
+        assert asked.usage.state()["answered"] == len(server.requests) == len(asked.cache) / 2  # each with what it took
+        asked.wait()  # there is nothing more to wait for
+        assert len(lines) == 1
+
+
 def test_a_pool_keeps_to_its_rate_and_to_its_number_of_requests_at_once(tmp_path: Path) -> None:
     pauses: list[float] = []
     at_once, most = list[int](), list[int]()
@@ -267,7 +299,7 @@ for number in range(40):  # at the same moments
     ResponseCache(Path(sys.argv[1]) / f"{number}.sqlite")
 cache = ResponseCache(Path(sys.argv[1]) / "0.sqlite")
 for number in range(300):
-    cache.put(f"question {number}", {"text": sys.argv[2]})
+    cache.put(f"question {number}", {"text": sys.argv[2], "finished": True})
 print([cache.get(f"question {number}")["text"] for number in range(300)])
 """
 

@@ -207,7 +207,7 @@ def test_where_lengths_are_fixed_only_what_stands_before_the_switch_is_written(t
 def test_the_policys_ids_are_sent_as_they_are_and_the_guides_are_kept_as_they_come(server: FaultServer, tmp_path: Path) -> None:
     _, rollouts = trained(server, tmp_path, aggrevated(0.8).build())
     cache = ResponseCache(tmp_path / "answers.sqlite")
-    answers = [json.loads(row[0]) for row in cache._execute("SELECT answer FROM answers")]  # pyright: ignore[reportPrivateUsage]
+    answers = [json.loads(row[0]) for row in cache._execute("SELECT answer FROM answers").rows]  # pyright: ignore[reportPrivateUsage]
     told = {tuple(answer["ids"]) for answer in answers if "ids" in answer}
     sent = {tuple(body["prompt"]) for body in texts_asked(server)}
     for rollout in rollouts:

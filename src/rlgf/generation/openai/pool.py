@@ -91,6 +91,7 @@ class EndpointPool:
         self._lock = threading.Lock()
         self._slots = threading.BoundedSemaphore(self.config.concurrency)  # shared with prefetching
         self._stop_prefetching = threading.Event()
+        self._in_flight: list[ThreadPoolExecutor] = []  # of calls that were interrupted
         self._next_start = 0.0  # earliest start of the next request under the rate limit
         self._last_report = -REPORT_INTERVAL  # time of the last report of a pause
 
@@ -124,17 +125,24 @@ class EndpointPool:
         try:
             futures = [pool.submit(work, row, stop) for row in rows]
             failures = [error for future in futures if (error := future.exception()) is not None]
-        except KeyboardInterrupt:
-            seconds = f"{self.config.timeout_seconds:g} s at most"
-            self._report(f"{self.role}: waiting for requests in flight, {seconds}")
+        except KeyboardInterrupt:  # leaves at once; `wait` waits for the requests in flight, the others are cancelled
+            self._in_flight.append(pool)
             raise
-        finally:  # also after an interrupt: finish and store requests in flight, cancel the rest
+        finally:
             stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=pool not in self._in_flight, cancel_futures=True)
         first = next((error for error in failures if not isinstance(error, StoppedError)), None)
         if first is not None:
             raise first
         return [future.result() for future in futures]
+
+    def wait(self) -> None:
+        """Wait for the requests that an interrupt left in flight; their responses are stored."""
+        if self._in_flight:
+            seconds = f"{self.config.timeout_seconds:g} s at most"
+            self._report(f"{self.role}: waiting for requests in flight, {seconds}")
+        while self._in_flight:
+            self._in_flight.pop().shutdown(wait=True)
 
     def prefetch(self, requests: Sequence[PoolRequest]) -> None:
         """Send future requests, so that their responses are cached.

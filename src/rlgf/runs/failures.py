@@ -1,0 +1,80 @@
+"""The one place where errors of files and of memory become a sentence."""
+
+import errno
+import os
+import re
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from rlgf.errors import RlgfError, TrainingError
+
+AGAIN = "run the same command again: finished work is kept"
+HINTS = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space, or raise the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it accessible",
+    errno.EPERM: "make it accessible",
+    errno.ENOENT: "it was deleted or moved while it was in use",
+    errno.ESTALE: "it was deleted or moved while it was in use",
+    errno.ENOTDIR: "a file has the name of a folder: move it away",
+    errno.EISDIR: "a folder has the name of a file: move it away",
+    errno.EEXIST: "something else has that name: move it away",
+    errno.ENOTEMPTY: "another process wrote to it",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.EIO: "see to the disk",
+    errno.ENOMEM: "free some memory",
+}
+# Libraries in Rust and torch's writer raise errors of their own, with the system's in the message.
+CODE = re.compile(r"(?:os error |code: )(\d+)")
+FAILED_WRITE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+|No space left on device")
+NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|unable to mmap", re.IGNORECASE
+)
+SHOWN = 160  # characters of the message of a library
+
+
+@contextmanager
+def as_sentences() -> Generator[None]:
+    """Raise errors of the file system and of memory in the block as `TrainingError`.
+
+    The first error is its cause. Other errors are raised unchanged, and so is that of a closed
+    pipe.
+    """
+    try:
+        yield
+    except RlgfError:
+        raise
+    except Exception as error:
+        sentence = describe_failure(error)
+        if sentence is None:
+            raise
+        raise TrainingError(sentence) from error
+
+
+def describe_failure(error: Exception) -> str | None:
+    """Return an error of files or memory as a sentence, or None for another error."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+        return (
+            "memory ran out: set runtime.token_budget or ppo.completions_per_iteration lower, choose a smaller model, or end "
+            f"other programs; then {AGAIN}."
+        )
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError):
+        return _describe_file(error.errno, error.filename2 or error.filename, error.strerror or str(error))
+    text = str(error)
+    if found := CODE.search(text):
+        return _describe_file(int(found[1]), None, os.strerror(int(found[1])))
+    if FAILED_WRITE.search(text):
+        return _describe_file(errno.ENOSPC, None, text.strip().splitlines()[0][:SHOWN])
+    return None
+
+
+def _describe_file(number: int | None, name: object, problem: str) -> str:
+    """Return a failed use of a file as a sentence."""
+    place = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else "a file"
+    hint = HINTS.get(number or 0)
+    return f"{place} cannot be used ({problem}): {f'{hint}, and {AGAIN}' if hint else AGAIN}."
