@@ -17,7 +17,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     UNITS = [
         BASELINE,
         ("avx2", VECTOR_SOURCES, AVX2),
-        ("avx512", [*VECTOR_SOURCES, "csrc/matmul.c"], AVX512),
+        ("avx512", [*VECTOR_SOURCES, "csrc/matmul.c", "csrc/amx.c"], AVX512),
     ]
 else:
     UNITS = [BASELINE, ("generic", VECTOR_SOURCES, [])]

@@ -1,4 +1,4 @@
-// Activations, log-probabilities and norms, in one or two passes over memory.
+// Activations and log-probabilities, in one or two passes over memory.
 // fp32.
 
 #include "vector.h"
@@ -26,28 +26,6 @@ void KERNEL(gelu_backward)(int64_t count, const float *states, const float *grad
     const Vector slope = gate + x * gate * (1.0f - gate) * (GELU_SCALE + 3 * GELU_SCALE * GELU_CUBE * square);
     store(to + i, load(gradient + i) * slope);
   }
-}
-
-// x σ(x) y of rows [rows, 2 · width] that hold x, then y; the width is a multiple of 16
-void KERNEL(silu_and_mul)(int64_t rows, int64_t width, const float *states, float *to, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < width; j += LANES) {
-      const Vector x = load(states + 2 * i * width + j);
-      store(to + i * width + j, x * sigmoid(x) * load(states + (2 * i + 1) * width + j));
-    }
-}
-
-void KERNEL(silu_and_mul_backward)(int64_t rows, int64_t width, const float *states, const float *gradient, float *to,
-                                   int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < rows; i++)
-    for (int64_t j = 0; j < width; j += LANES) {
-      const int64_t offset = 2 * i * width + j;
-      const Vector x = load(states + offset), g = load(gradient + i * width + j), gate = sigmoid(x), silu = x * gate;
-      store(to + offset, g * load(states + offset + width) * (gate + silu * (1.0f - gate)));
-      store(to + offset + width, g * silu);
-    }
 }
 
 // ------------------------------------------------------------------------ log-probabilities
@@ -104,40 +82,4 @@ void KERNEL(log_prob_backward)(int64_t rows, int64_t vocabulary, float *logits, 
     }
     row[tokens[i]] += gradient[i];
   }
-}
-
-// ------------------------------------------------------------------------------------ norms
-
-// x · r · w of each row [rows, width], r = 1 / √(mean x² + ε), stored in `scales` [rows]; the width
-// is a multiple of 16
-void KERNEL(rms_norm)(int64_t rows, int64_t width, const float *states, const float *weight, float epsilon, float *to,
-                      float *scales, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < rows; i++) {
-    const float *row = states + i * width;
-    Vector squares = broadcast(0);
-    for (int64_t j = 0; j < width; j += LANES) squares += load(row + j) * load(row + j);
-    const float scale = scales[i] = 1 / sqrtf(reduce_sum(squares)[0] / width + epsilon);
-    for (int64_t j = 0; j < width; j += LANES) store(to + i * width + j, load(row + j) * scale * load(weight + j));
-  }
-}
-
-// `grad_weight` [threads, width] must be zero at the start; the caller sums it over threads
-void KERNEL(rms_norm_backward)(int64_t rows, int64_t width, const float *states, const float *weight, const float *scales,
-                               const float *gradient, float *grad_states, float *grad_weight, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int thread = 0; thread < threads; thread++)
-    for (int64_t i = rows * thread / threads; i < rows * (thread + 1) / threads; i++) {
-      const float *row = states + i * width, *upstream = gradient + i * width, scale = scales[i];
-      float *partial = grad_weight + thread * width;
-      Vector dot = broadcast(0);
-      for (int64_t j = 0; j < width; j += LANES) {
-        const Vector product = load(row + j) * load(upstream + j);
-        dot += product * load(weight + j);
-        store(partial + j, load(partial + j) + product * scale);
-      }
-      const float shared = reduce_sum(dot)[0] * scale * scale * scale / width; // the gradient through the scale
-      for (int64_t j = 0; j < width; j += LANES)
-        store(grad_states + i * width + j, load(upstream + j) * load(weight + j) * scale - load(row + j) * shared);
-    }
 }

@@ -1,13 +1,10 @@
 // fp32 matrix products on AVX-512, for processors whose full width the default library does not use
 // (Zen 5). Compiled for the variant avx512 only.
 
-#include <immintrin.h>
-#include <pthread.h>
-#include <stdint.h>
-#include <stdlib.h>
+#include "avx512.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
+#include <pthread.h>
+#include <stdlib.h>
 
 #define TILE_ROWS 14     // of C per tile, and
 #define TILE_COLUMNS 32  // columns: 28 vectors of sums, 2 of B and 1 of A are registers
@@ -15,31 +12,6 @@
 #define B_SIZE (1 << 17) // numbers of B packed at once: they fit into a core's L2 cache
 #define A_ROWS (8 * TILE_ROWS)       // rows of A packed at once
 #define B_COLUMNS (4 * TILE_COLUMNS) // columns of B packed by one thread at once, at most
-
-INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-INLINE __mmask16 mask_first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
-
-// transpose 16 × 16 numbers of 32 bits
-INLINE void transpose(__m512i x[16]) {
-#define SWAP(distance, low, high) \
-  UNROLL for (int i = 0; i < 16; i++) if (!(i & distance)) { \
-    const __m512i one = low, two = high; \
-    x[i] = one; \
-    x[i + distance] = two; \
-  }
-#define PICK(indices, distance) _mm512_permutex2var_epi32(x[i], indices, x[i + distance])
-  const __m512i low1 = _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-  const __m512i high1 = _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  const __m512i low4 = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-  const __m512i high4 = _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  SWAP(1, PICK(low1, 1), PICK(high1, 1))
-  SWAP(2, _mm512_mask_permutex_epi64(x[i], 0xaa, x[i + 2], 0xa0), _mm512_mask_permutex_epi64(x[i + 2], 0x55, x[i], 0xf5))
-  SWAP(4, PICK(low4, 4), PICK(high4, 4))
-  SWAP(8, _mm512_shuffle_i64x2(x[i], x[i + 8], 0x44), _mm512_shuffle_i64x2(x[i], x[i + 8], 0xee))
-#undef SWAP
-#undef PICK
-}
 
 // Each calling thread keeps its workspace: newly allocated memory would be in no cache.
 typedef struct { void *memory; int64_t bytes; } Workspace;
@@ -51,8 +23,7 @@ static void free_workspace(void *given) {
 }
 static void create_workspace_key(void) { pthread_key_create(&workspace_key, free_workspace); }
 
-// Return this thread's workspace with at least `bytes` bytes, or NULL without memory.
-static void *workspace(int64_t bytes) {
+void *workspace(int64_t bytes) {
   pthread_once(&workspace_once, create_workspace_key);
   Workspace *kept = pthread_getspecific(workspace_key);
   if (!kept) {

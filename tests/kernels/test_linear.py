@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from helpers import NEEDS_ONEDNN, largest_difference, requires_bf16_products, use_fast_products_at_any_size, with_gradients
-from rlgf.kernels import linear
+from rlgf.kernels import linear, native
 from rlgf.kernels.linear import FastConv1D, FastLinear
 from rlgf.kernels.modules import LINEAR_LAYERS
 
@@ -38,6 +38,23 @@ def test_gpt2s_layers_multiply_as_before():
     fast.__class__ = FastConv1D
     states = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(0))
     assert largest_difference(with_gradients(fast, states), with_gradients(plain, states)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_layers_and_their_gradients_are_products_in_c(kind: type, monkeypatch: pytest.MonkeyPatch):
+    if (reason := native.unavailable_reason()) or not native.library().has_matmul():
+        pytest.skip(reason or "this processor has no AVX-512, which products in C need")
+    monkeypatch.setattr(native, "has_matmul", lambda: True)
+    made, matmul = list[tuple[int, int]](), native.library().matmul
+    monkeypatch.setattr(native.library(), "matmul", lambda *given: made.append(matmul(*given).shape) or matmul(*given))
+    torch.manual_seed(0)
+    plain = nn.Linear(48, 80) if kind is nn.Linear else Conv1D(80, 48)
+    fast = copy.deepcopy(plain)
+    fast.__class__ = LINEAR_LAYERS[kind]
+    found = with_gradients(fast, states := torch.randn(3, 100, 48))
+    assert made == [(300, 80), (300, 48), tuple(plain.weight.shape)]  # the result, and both gradients
+    exact = with_gradients(plain.double(), states.double())
+    assert largest_difference([t.double() for t in found], exact) < 2e-6
 
 
 def test_other_precisions_are_left_to_torch(monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,9 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,10 +32,24 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
+@pytest.fixture(params=["amx", "avx512"])
+def matmul_variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each variant of `matmul` that this processor can run, and this process may."""
+    use_matmul(request.param, monkeypatch)
+    return request.param
+
+
 @pytest.fixture
-def avx512(variant: str) -> None:
-    if variant != "avx512":
-        pytest.skip("matmul has no other variant than 'avx512'")
+def amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_matmul("amx", monkeypatch)
+
+
+def use_matmul(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.variant() != "avx512":
+        pytest.skip(rlgf_native.unavailable_reason() or "this processor has no AVX-512, which products in C need")
+    if variant == "amx" and not library.supports_amx():
+        pytest.skip("matrix units (AMX) are missing: from the processor, or the system or the compiler does not support them")
+    monkeypatch.setattr(library, "matmul_variant", lambda: variant)
 
 
 @pytest.fixture(params=[1, 3])
@@ -73,18 +89,6 @@ def test_activations_are_torchs(variant: str, threads: None):
     result = rlgf_native.gelu(states)
     found = [result, rlgf_native.gelu_backward(states, upstream_of(result))]
     same(found, exact(lambda x: nn.functional.gelu(x, approximate="tanh"), states))
-    both = torch.cat([states, drawn(*states.shape)], 1)
-    result = rlgf_native.silu_and_mul(both)
-    found = [result, rlgf_native.silu_and_mul_backward(both, upstream_of(result))]
-    same(found, exact(lambda x: nn.functional.silu(x[:, :16]) * x[:, 16:], both))
-
-
-@pytest.mark.parametrize("width", [16, 80])
-def test_the_norm_is_torchs(variant: str, threads: None, width: int):
-    states, weight = drawn(2, 7, width) * torch.tensor([1e-3, 10.0])[:, None, None], drawn(width, seed=1)
-    result, scales = rlgf_native.rms_norm(states, weight, 1e-6)
-    found = [result, *rlgf_native.rms_norm_backward(states, weight, scales, upstream_of(result))]
-    same(found, exact(lambda x, w: nn.functional.rms_norm(x, (width,), w, 1e-6), states, weight))
 
 
 @pytest.mark.parametrize("vocabulary", [16, 61, 203, 1024])  # of any size, not of whole vectors alone
@@ -180,16 +184,21 @@ def test_a_single_query_that_sees_nothing_gets_zeros(variant: str):
 @pytest.mark.parametrize(
     "sizes", [(1, 1, 1), (33, 31, 17), (700, 1100, 130), (64, 32, 4200), (1300, 64, 96), (130, 600, 1100), (300, 768, 1)]
 )
-def test_products_are_as_exact_as_torchs(avx512: None, threads: None, sizes: tuple[int, int, int]):
+def test_products_are_as_exact_as_torchs(matmul_variant: str, threads: None, sizes: tuple[int, int, int]):
     rows, depth, columns = sizes
     bias = drawn(columns, seed=2)
     for left in (drawn(rows, depth), drawn(depth, rows).t()):
         for right in (drawn(depth, columns, seed=1) * 1e-3, drawn(columns, depth, seed=1).t()):
             for added in (None, bias):
                 expected = left.double() @ right.double() + (0 if added is None else added.double())
-                usual = left @ right + (0 if added is None else added)
+                usual = matrix_product(left, right) + (0 if added is None else added)
                 found = rlgf_native.matmul(left, right, added)
                 assert float((found - expected).norm()) <= 1.2 * float((usual - expected).norm()) + 1e-6
+
+
+def matrix_product(left: Tensor, right: Tensor) -> Tensor:
+    """torch's product of matrices; that of a matrix and a vector has other sums, which some processors round less."""
+    return (left @ right.repeat(1, 32))[:, : right.shape[1]] if right.shape[1] == 1 else left @ right
 
 
 @pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (3, 4, 0)])
@@ -198,6 +207,60 @@ def test_a_product_of_nothing_is_the_bias(sizes: tuple[int, int, int]):
     bias = drawn(columns)
     assert torch.equal(rlgf_native.matmul(drawn(rows, depth), drawn(depth, columns), bias), bias.expand(rows, columns))
     assert torch.equal(rlgf_native.matmul(drawn(rows, depth), drawn(depth, columns)), torch.zeros(rows, columns))
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1e-30), (1e-30, 1.0), (1e-15, 1e-15), (3e37, 1e-30), (1e18, 1e18)])
+def test_products_are_as_exact_for_small_and_large_numbers(matmul_variant: str, scales: tuple[float, float]):
+    left, right = (drawn(40, 70, seed=seed).abs().clamp(1.0, 8.0) * scale for seed, scale in enumerate(scales))
+    expected, usual, found = left.double() @ right.t().double(), left @ right.t(), rlgf_native.matmul(left, right.t())
+    assert float((found - expected).norm()) <= 1.2 * float((usual - expected).norm())
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+def test_on_amx_digits_of_smaller_numbers_are_lost(amx: None):
+    left, right = drawn(40, 70).abs().clamp(min=1.0), drawn(70, 40, seed=1).abs().clamp(min=1.0)
+    errors = [
+        relative_error(rlgf_native.matmul(left * scale, right), (left * scale).double() @ right.double())
+        for scale in (1e-30, 1e-34, 1e-36)
+    ]
+    assert errors[0] < 1e-6 < errors[1] < errors[2] < 1e-2
+    assert (rlgf_native.matmul(torch.full((4, 4), 1e-39), torch.ones(4, 4)) == 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3.4e38])
+@pytest.mark.parametrize("sizes", [(20, 40, 20), (64, 600, 64)])
+def test_products_show_what_is_not_finite_where_torchs_do(matmul_variant: str, sizes: tuple[int, int, int], value: float):
+    rows, depth, columns = sizes
+    for left, right, row, column in (
+        (with_one(drawn(rows, depth), 3, value), drawn(depth, columns), 3, slice(None)),
+        (drawn(rows, depth), with_one(drawn(depth, columns), 3, value), slice(None), 5),
+    ):
+        wanted = torch.zeros(rows, columns, dtype=torch.bool)
+        wanted[row, column] = True
+        found = rlgf_native.matmul(left, right)
+        if matmul_variant == "amx":
+            assert torch.equal(found.isnan(), wanted)  # infinities too, and numbers above 3e38
+        elif abs(value) == torch.inf or value != value:
+            assert torch.equal(found.isfinite(), ~wanted)
+        torch.testing.assert_close(found[~wanted], (left @ right)[~wanted], rtol=1e-4, atol=1e-4)
+
+
+def with_one(states: Tensor, row: int, value: float) -> Tensor:
+    states[row, 5] = value
+    return states
+
+
+def test_products_at_the_same_time_do_not_share_memory(matmul_variant: str):
+    """Two threads multiply matrices of changing sizes, as policy and critic do."""
+    cases = [(drawn(rows, 300, seed=rows), drawn(300, 96, seed=rows + 1)) for rows in (33, 400, 65, 257)] * 5
+    expected = [rlgf_native.matmul(left, right) for left, right in cases]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(lambda: [rlgf_native.matmul(left, right) for left, right in cases]) for _ in range(2)]
+        for run in runs:
+            assert all(map(torch.equal, run.result(), expected))
 
 
 def test_rows_of_infinities_have_the_normalizers_that_torch_gives_them(variant: str):
@@ -227,16 +290,19 @@ def test_nothing_hides_what_is_not_a_number(variant: str):
 # which kernels a processor gets
 
 
-@pytest.mark.parametrize(("variants", "used"), [
-    (("avx512", "avx2"), "attention, activations, norms, log-probabilities, products on AVX-512"),
-    (("avx2",), "attention, activations, norms, log-probabilities"),
-    ((), "nothing"),
+@pytest.mark.parametrize(("variants", "amx", "used"), [
+    (("avx512", "avx2"), True, "attention, activations, log-probabilities, products on AMX"),
+    (("avx512", "avx2"), False, "attention, activations, log-probabilities, products on AVX-512"),
+    (("avx2",), False, "attention, activations, log-probabilities"),
+    ((), False, "nothing"),
 ])  # fmt: skip
-def test_products_are_for_avx512(variants: tuple[str, ...], used: str, monkeypatch: pytest.MonkeyPatch):
+def test_products_are_for_amx_and_avx512(variants: tuple[str, ...], amx: bool, used: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(library, "load", lambda: (ctypes.CDLL(None), None))
     monkeypatch.setattr(library, "supported_variants", lambda: variants)
+    monkeypatch.setattr(library, "supports_amx", lambda: amx)
     assert rlgf_native.describe() == used
-    assert rlgf_native.has_matmul() is ("AVX-512" in used)
+    assert rlgf_native.matmul_unit() == ("AMX" if amx else "AVX-512" if "avx512" in variants else None)
+    assert rlgf_native.has_matmul() is ("products" in used)
 
 
 def flags_of_this_processor() -> set[str]:
@@ -251,6 +317,33 @@ def test_the_variants_are_those_of_the_flags_of_the_processor():
     assert library.supported_variants() == tuple(name for name, needed in wanted.items() if needed <= flags)
 
 
+def test_amx_is_used_if_the_processor_the_system_and_the_compiler_have_it(monkeypatch: pytest.MonkeyPatch):
+    flags = flags_of_this_processor()
+    if not library.supports_amx():
+        assert library.matmul_variant() != "amx"
+    if {"amx_tile", "amx_bf16", "avx512_bf16"} <= flags and library.variant() == "avx512":
+        assert library.supports_amx() is hasattr(library.load()[0], "matmul_amx")
+    else:
+        assert not library.supports_amx()
+
+
+@pytest.mark.parametrize("has_function", [True, False])
+def test_a_library_of_an_older_compiler_has_no_amx(has_function: bool, monkeypatch: pytest.MonkeyPatch):
+    unload(monkeypatch)
+    built = {"supports_avx512": lambda: 1, "supports_avx2": lambda: 1, "supports_generic": lambda: 0, "supports_amx": lambda: 1}
+    built |= {"matmul_amx": lambda: 0} if has_function else {}
+    monkeypatch.setattr(library, "load", lambda: (SimpleNamespace(**built), None))
+    assert rlgf_native.matmul_unit() == ("AMX" if has_function else "AVX-512")
+
+
+def test_a_product_without_avx512_is_refused(monkeypatch: pytest.MonkeyPatch):
+    if "avx2" not in library.supported_variants():
+        pytest.skip("needs a processor with AVX2")
+    monkeypatch.setattr(library, "variant", lambda: "avx2")
+    with pytest.raises(RuntimeError, match=r"'matmul' has no variant 'avx2': check `has_matmul\(\)`"):
+        rlgf_native.matmul(torch.ones(2, 2), torch.ones(2, 2))
+
+
 @pytest.mark.parametrize(("supported", "reason"), [
     (("avx2",), None), ((), "this processor has neither AVX-512 nor AVX2 with FMA, which the C kernels need"),
 ])  # fmt: skip
@@ -263,7 +356,7 @@ def test_a_processor_without_vectors_is_said(supported: tuple[str, ...], reason:
 
 def unload(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library be loaded again."""
-    for name in ("load", "supported_variants", "find_function"):
+    for name in ("load", "supported_variants", "supports_amx", "find_function"):
         monkeypatch.setattr(library, name, getattr(library, name).__wrapped__)
 
 
@@ -300,13 +393,15 @@ def instructions() -> dict[str, str]:
 def test_vectors_are_in_functions_for_checked_processors_alone():
     functions = instructions()
     checks = [body for name, body in functions.items() if name.startswith("supports_")]
-    assert len(checks) == 3
+    assert len(checks) == 4
     assert not any("ymm" in body or "zmm" in body for body in checks)
     avx2 = {name: body for name, body in functions.items() if "_avx2" in name}
     assert not any("zmm" in body for body in avx2.values())
     if flags_of_this_processor():
         assert "ymm" in avx2["gelu_avx2._omp_fn.0"] or "omp" not in "".join(avx2)  # other compilers name it otherwise
         assert any("zmm" in body for name, body in functions.items() if "_avx512" in name)
+    tiles = {name for name, body in functions.items() if "tdpbf16ps" in body or "ldtilecfg" in body}
+    assert not any("_avx" in name or name.startswith("supports_") for name in tiles)
 
 
 def test_the_kernels_know_nothing_of_rlgf():

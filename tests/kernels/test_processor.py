@@ -1,5 +1,7 @@
 """What the system says of the processor, and the library that is chosen for it."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from rlgf.kernels import native, processor
@@ -17,10 +19,19 @@ def test_a_processor_with_units_of_the_whole_width_is_known(told: str, wide: boo
     assert processor.has_full_width_avx512.__wrapped__() is wide
 
 
-@pytest.mark.parametrize(("wide", "has_avx512"), [(True, True), (True, False), (False, True)])
-def test_products_in_c_are_for_the_whole_width_of_avx512(wide: bool, has_avx512: bool, monkeypatch: pytest.MonkeyPatch):
-    library = type("Library", (), {"has_matmul": staticmethod(lambda: has_avx512)})
+@pytest.mark.parametrize(("unit", "wide", "used"), [
+    ("AMX", False, True), ("AVX-512", True, True), ("AVX-512", False, False), (None, True, False),
+])  # fmt: skip
+def test_products_in_c_are_for_amx_and_for_the_whole_width_of_avx512(
+    unit: str | None, wide: bool, used: bool, monkeypatch: pytest.MonkeyPatch
+):
+    library = SimpleNamespace(
+        matmul_unit=lambda: unit, has_matmul=lambda: unit is not None, describe=lambda: f"products on {unit}"
+    )
     monkeypatch.setattr(native, "unavailable_reason", lambda: None)
     monkeypatch.setattr(native, "library", lambda: library)
     monkeypatch.setattr(native, "has_full_width_avx512", lambda: wide)
-    assert native.has_matmul() is (wide and has_avx512)
+    assert native.has_matmul() is used
+    assert ("unused" in native.describe()) is (unit == "AVX-512" and not used)
+    monkeypatch.setattr(native, "_enabled", False)
+    assert not native.has_matmul()

@@ -19,8 +19,8 @@ from rlgf_native.library import unavailable_reason
 __version__ = "0.1.0"
 __all__ = [
     "VECTOR_WIDTH", "attention", "attention_backward", "attention_decode", "describe", "gelu",
-    "gelu_backward", "has_matmul", "log_prob_backward", "logsumexp", "matmul",
-    "rms_norm", "rms_norm_backward", "silu_and_mul", "silu_and_mul_backward", "unavailable_reason",
+    "gelu_backward", "has_matmul", "log_prob_backward", "logsumexp", "matmul", "matmul_unit",
+    "unavailable_reason",
 ]  # fmt: skip
 
 VECTOR_WIDTH = 16  # last dimensions are multiples of this
@@ -30,7 +30,8 @@ def describe() -> str:
     """Return which kernels can be used, for a run's record."""
     if unavailable_reason() is not None:
         return "nothing"
-    return "attention, activations, norms, log-probabilities" + (", products on AVX-512" if has_matmul() else "")
+    unit = matmul_unit()
+    return "attention, activations, log-probabilities" + (f", products on {unit}" if unit else "")
 
 
 def gelu(states: Tensor) -> Tensor:
@@ -44,24 +45,6 @@ def gelu_backward(states: Tensor, gradient: Tensor) -> Tensor:
     """Compute the gradient of `states` from the `gradient` of `gelu`'s result."""
     result = torch.empty_like(states)
     library.call("gelu_backward", states.numel(), states, gradient, result)
-    return result
-
-
-def silu_and_mul(states: Tensor) -> Tensor:
-    """Compute silu(x) · y of contiguous `states` [..., 2 · width] -> [..., width].
-
-    The last dimension of `states` holds x, then y.
-    """
-    width = states.shape[-1] // 2
-    result = states.new_empty(*states.shape[:-1], width)
-    library.call("silu_and_mul", result.numel() // width, width, states, result)
-    return result
-
-
-def silu_and_mul_backward(states: Tensor, gradient: Tensor) -> Tensor:
-    """Compute the gradient of `states` from the `gradient` of `silu_and_mul`'s result."""
-    result, width = torch.empty_like(states), gradient.shape[-1]
-    library.call("silu_and_mul_backward", gradient.numel() // width, width, states, gradient, result)
     return result
 
 
@@ -81,36 +64,27 @@ def log_prob_backward(logits: Tensor, normalizers: Tensor, tokens: Tensor, gradi
     return logits
 
 
-def rms_norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """Compute x · r · w of contiguous `states` [..., width]; return it and r.
-
-    r = 1 / √(mean x² + ε) of each row.
-    """
-    result, scales = torch.empty_like(states), states.new_empty(states.shape[:-1])
-    library.call("rms_norm", scales.numel(), states.shape[-1], states, weight, float(epsilon), result, scales)
-    return result, scales
-
-
-def rms_norm_backward(states: Tensor, weight: Tensor, scales: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of `states` and of `weight`."""
-    grad_states, grad_weight = torch.empty_like(states), states.new_zeros(torch.get_num_threads(), states.shape[-1])
-    library.call(
-        "rms_norm_backward", scales.numel(), states.shape[-1], states, weight, scales, gradient, grad_states, grad_weight
-    )
-    return grad_states, grad_weight.sum(0)
-
-
 def has_matmul() -> bool:
     """Return whether `matmul` is available: on processors with AVX-512."""
-    return library.variant() == "avx512"
+    return matmul_unit() is not None
+
+
+def matmul_unit() -> str | None:
+    """Return the unit that `matmul` uses, 'AMX' (matrix units) or 'AVX-512', or None."""
+    return {None: None, "amx": "AMX", "avx512": "AVX-512"}[library.matmul_variant()]
 
 
 def matmul(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute `left` [rows, depth] · `right` [depth, columns] + `bias` [columns].
 
     One stride of each matrix is 1, and `bias` is contiguous; sizes need not be multiples of
-    `VECTOR_WIDTH`. Only for processors with AVX-512. Raises MemoryError without memory for a
-    workspace.
+    `VECTOR_WIDTH`. Only for processors with AVX-512 (`has_matmul`). Raises MemoryError without
+    memory for a workspace.
+
+    On AMX (`matmul_unit`), numbers are sums of three in bf16. The result is as exact as in fp32 for
+    numbers, and products of two numbers, between 1e-30 and 3e38 in magnitude. Smaller ones lose
+    digits, and those below 1e-38 are zero. Larger ones and infinities become NaN, and a NaN stays
+    NaN, in the same rows and columns of the result as in fp32.
     """
     result = left.new_empty(left.shape[0], right.shape[1])
     rows, depth, columns = (*left.shape, right.shape[1])

@@ -40,6 +40,23 @@ def variant() -> str | None:
     return next(iter(supported_variants()), None)
 
 
+def matmul_variant() -> str | None:
+    """Return the variant of `matmul` that is used: 'amx', 'avx512', or None if there is none."""
+    if variant() != "avx512":
+        return None
+    return "amx" if supports_amx() else "avx512"
+
+
+@cache
+def supports_amx() -> bool:
+    """Return whether `matmul` can use matrix units (AMX) in this process.
+
+    Asks the system's permission, which holds for all threads. Older compilers build no such kernel.
+    """
+    library = load()[0]
+    return library is not None and hasattr(library, "matmul_amx") and bool(library.supports_amx())
+
+
 def unavailable_reason() -> str | None:
     """Return why the kernels cannot be used on this machine, or None."""
     library, reason = load()
@@ -53,7 +70,7 @@ def call(name: str, *arguments: Tensor | int | float | None) -> int:
 
     Tensors are passed as addresses, integers with 64 bits.
     """
-    function = find_function(name, variant())
+    function = find_function(name, (matmul_variant() if name == "matmul" else None) or variant())
     if function.argtypes is None:
         kinds: dict[type, Any] = {int: ctypes.c_int64, float: ctypes.c_float}
         function.argtypes = [*(kinds.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int]

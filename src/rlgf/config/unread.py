@@ -292,7 +292,7 @@ def require_read_in_comparison(typed: Sequence[TypedSetting], config: Config, ro
     Its baselines read the settings of the guide if they include it.
     """
     for setting in typed:
-        replaced = {("algorithm.name",): "--algorithms", ("seed",): "--seeds"}.get(setting.keys)
+        replaced = {"algorithm.name": "--algorithms", "seed": "--seeds"}.get(setting.name)
         if replaced and setting.where == COMMAND_LINE:
             raise ConfigError(f"{setting.where}: {setting.name} has no effect on a comparison: give {replaced}.")
     with_guide = [override(config, [("algorithm.name", "ppo_pp")])] if "guide" in config.evaluation.baselines else []

@@ -20,19 +20,16 @@ T = TypeVar("T")
 
 MODES = ("auto", "native", "torch", "off")
 PATHS = {
-    "attention": "attention within packed sequences, and of single queries, in C: 5 % of S",
-    "log_softmax": "log-probabilities of tokens and their gradient in one pass, in C: 7 % of S",
-    "activations": "GELU in one pass over memory, in C or few torch operations: 14 % of S",
-    "norms": "RMSNorm in one pass over memory, in C",
-    "gated_mlps": "gate and up projection as one product, SiLU times gate in C",
-    "qkv_projections": "query, key and value as one product",
-    "products": "matrix products by oneDNN or in C, where torch's default library is slower",
-    "concurrency": "policy or reference, and critic, at once on half of the cores each: 11 % of S",
+    "attention": "attention within packed sequences, and of single queries, in C: 5 to 8 % of S",
+    "log_softmax": "log-probabilities of tokens and their gradient in one pass, in C: 7 % of S with AVX2, 0 with AVX-512",
+    "activations": "GELU in one pass over memory, in C or few torch operations: 12 to 14 % of S",
+    "products": "matrix products by oneDNN or in C, where torch's default library is slower: 13 % of S with AMX",
+    "concurrency": "policy or reference, and critic, at once on half of the cores each: 5 to 11 % of S",
 }
 """The fast paths by name.
 
-The shares of an iteration that they save are from an EPYC with AVX2 (`make bench-kernels`,
-bench/results/kernels-*.json); those without one are for other models or processors.
+The shares of an iteration that they save are from an EPYC with AVX2 and a Xeon with AVX-512 and AMX
+(`make bench-kernels`, bench/results/kernels-*.json; that of AMX: docs/log.md).
 """
 
 _mode = "auto"

@@ -4,7 +4,6 @@ On other devices, in other precisions, and for sizes at which nothing is gained,
 its original code.
 """
 
-import threading
 from functools import cache, partial
 from typing import Any
 
@@ -109,30 +108,6 @@ class _Linear(torch.autograd.Function):
         return for_states, for_weight, for_bias, None, None
 
 
-class _FusedProjection(torch.autograd.Function):
-    """Several linear layers without biases on the same states, as one product.
-
-    Returns [..., sum of the layers' widths].
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, layers: tuple["FastLinear", ...], *weights: Tensor) -> Tensor:
-        joint = torch.cat(weights)
-        ctx.layers = layers
-        ctx.save_for_backward(states, joint)
-        return linear(states, joint)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
-        states, joint = ctx.saved_tensors
-        for_states = linear(gradient, joint.t()) if ctx.needs_input_grad[0] else None
-        parts = gradient.flatten(0, -2).split([layer.weight.shape[0] for layer in ctx.layers], 1)
-        asked = zip(ctx.layers, parts, ctx.needs_input_grad[2:])
-        rows = states.flatten(0, -2)
-        return for_states, None, *(_weight_grad(layer, part, rows) if wanted else None for layer, part, wanted in asked)
-
-
 def _weight_grad(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
     """Compute the gradient of a layer's weight, or defer it and return None.
 
@@ -206,16 +181,6 @@ class _FastLayer(nn.Module):
         return self.in_bf16[1]
 
 
-_mine = threading.local()
-
-
-def precomputed() -> dict[nn.Module, Tensor]:
-    """Return the layer outputs of this thread that were computed in advance."""
-    if not hasattr(_mine, "made"):
-        _mine.made = {}
-    return _mine.made
-
-
 class FastLinear(nn.Linear, _FastLayer):
     """A linear layer as `nn.Linear`, with faster products where available."""
 
@@ -223,8 +188,6 @@ class FastLinear(nn.Linear, _FastLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute the same as `nn.Linear`."""
-        if (made := precomputed().pop(self, None)) is not None:
-            return made
         result = self.multiply(input, self.weight, self.bias)
         return super().forward(input) if result is None else result
 
@@ -238,19 +201,3 @@ class FastConv1D(Conv1D, _FastLayer):
         """Compute the same as `Conv1D`."""
         result = self.multiply(x, self.weight, self.bias)
         return super().forward(x) if result is None else result
-
-
-def fused_projection(states: Tensor, *layers: Any) -> Tensor | None:
-    """Compute several layers on the same states as one product, or return None.
-
-    The outputs are concatenated along the last dimension. None: the layers cannot be fused, or
-    nothing is gained.
-    """
-    if states.numel() < MIN_ROWS * states.shape[-1] or states.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return None
-    biases: list[Tensor | None] = [layer.bias for layer in layers if type(layer) is FastLinear]
-    plain = len(biases) == len(layers) and not any(bias is not None for bias in biases)
-    if not plain or any(layer.weight.dtype != states.dtype for layer in layers):
-        return None
-    result: Tensor = _FusedProjection.apply(states, layers, *(layer.weight for layer in layers))
-    return result

@@ -42,13 +42,21 @@ def library() -> Any:
 
 
 def describe() -> str:
-    """Describe the C kernels that this processor uses."""
-    return str(library().describe())
+    """Describe the C kernels that can be used here, and whether their product is."""
+    unused = library().has_matmul() and not has_matmul()
+    return str(library().describe()) + (" (unused: torch multiplies faster here)" if unused else "")
 
 
 def has_matmul() -> bool:
-    """Return whether the C kernels have a product that is faster than the default library's."""
-    return _enabled and unavailable_reason() is None and has_full_width_avx512() and bool(library().has_matmul())
+    """Return whether the C kernels have a product that is faster than the default library's.
+
+    On matrix units (AMX) it is; on AVX-512, only where the default library leaves half of the width
+    unused.
+    """
+    if not _enabled or unavailable_reason() is not None:
+        return False
+    unit = library().matmul_unit()
+    return unit == "AMX" or (unit == "AVX-512" and has_full_width_avx512())
 
 
 def supports_contiguous(*tensors: Tensor) -> bool:
