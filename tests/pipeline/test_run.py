@@ -148,19 +148,22 @@ def test_a_run_can_be_run_again_from_its_config(finished_run: Finished):
     assert dump(again) == dump(run.config)
 
 
-def test_a_guide_that_fails_while_training_leaves_a_checkpoint(tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "late_guide.py").write_text(
+@pytest.mark.parametrize(("late", "told"), [("None", "TypeError"), ("sys.exit(0)", "SystemExit: 0")])
+def test_a_guide_that_fails_while_training_leaves_a_checkpoint(
+    late: str, told: str, tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name = f"late_guide_{told[:4].lower()}"
+    (tmp_path / f"{name}.py").write_text(
+        "import sys\n"
         "calls = 0\n"
         "def guide(requests):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    return ['great acting'] * len(requests) if calls < 3 else None\n"
+        f"    return ['great acting'] * len(requests) if calls < 3 else {late}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = small(
-        ("algorithm.name", "ppo_pp"), ("guide.spec", "python:late_guide:guide"), ("algorithm.options.ppo_pp.beta", 1.0)
-    )
-    with pytest.raises(TrainingError, match="guide"):
+    config = small(("algorithm.name", "ppo_pp"), ("guide.spec", f"python:{name}:guide"), ("algorithm.options.ppo_pp.beta", 1.0))
+    with pytest.raises(TrainingError, match=rf"the guide failed on \d requests \({told}"):
         train(config, tmp_path / "run", stages)
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(saved) == 1
