@@ -1,6 +1,7 @@
 """Settings without effect: which are found, who is told, and what reads them."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,7 @@ def test_the_documents_type_nothing_that_is_not_read() -> None:
     for command, words in seen:
         flags = {word.lstrip("-"): value for word, value in zip(words, [*words[1:], ""]) if word.startswith("--")}
         known = {"algorithm", "guide", "policy", "data", "iterations", "seed", "beta", "alpha"} & flags.keys()
-        overrides = [word for before, word in zip(words, words[1:]) if "=" in word and before.lstrip("-") not in flags]
+        overrides = [word for before, word in pairwise(words) if "=" in word and before.lstrip("-") not in flags]
         given = read_typed_config(words[0], overrides, **{name: TYPES.get(name, str)(flags[name]) for name in known})
         rows = [given.config]
         if command == "compare":
