@@ -1,5 +1,7 @@
 """Settings without effect: which are found, who is told, and what reads them."""
 
+import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from rlgf.config.unread import (
 )
 from rlgf.errors import ConfigError
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 Changes = dict[str, Any]
 GUIDED: Changes = {"algorithm.name": "ppo_pp"}
 TRAINED: Changes = {**GUIDED, "guide.spec": "trained"}
@@ -273,3 +276,33 @@ def test_the_first_condition_that_fails_is_the_one_that_is_told() -> None:
     assert condition is not None
     assert condition.fix == "name it with model.path instead of policy"
     assert unmet_condition(Config(), "ppo.epochs") is None
+
+
+DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "Makefile", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+TYPES = {"iterations": int, "seed": int, "beta": float, "alpha": float}
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every `rlgf train` and `rlgf compare` of a recipe in the documents, with its arguments."""
+    found: list[tuple[str, list[str]]] = []
+    for path in DOCUMENTS:
+        for command, rest in re.findall(r"rlgf\)? (train|compare) ([^`#\n]+)", path.read_text().replace("\\\n", " ")):
+            words = rest.split()
+            if words[0] in RECIPES and "$(" not in rest.replace("$(DATA)", ""):
+                found.append((command, words))
+    return found
+
+
+def test_the_documents_type_nothing_that_is_not_read() -> None:
+    seen = commands()
+    assert len(seen) > 15
+    for command, words in seen:
+        flags = {word.lstrip("-"): value for word, value in zip(words, [*words[1:], ""]) if word.startswith("--")}
+        known = {"algorithm", "guide", "policy", "data", "iterations", "seed", "beta", "alpha"} & flags.keys()
+        overrides = [word for before, word in pairwise(words) if "=" in word and before.lstrip("-") not in flags]
+        given = read_typed_config(words[0], overrides, **{name: TYPES.get(name, str)(flags[name]) for name in known})
+        rows = [given.config]
+        if command == "compare":
+            names = flags["algorithms"].split(",") if "algorithms" in flags else list(ALGORITHMS)
+            rows = [override(given.config, [("algorithm.name", name)]) for name in names]
+        require_read(given.typed, rows)
