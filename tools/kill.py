@@ -2,7 +2,8 @@
 
 `python tools/kill.py --trials 50` trains a small run once without interruption, then kills it in
 each trial at a random instant or within a named phase, starts it again until it ends, and compares
-metrics, rollouts, evaluations, weights and checkpoints bit for bit. Settings are the algorithms
+metrics, rollouts, evaluations, weights and checkpoints bit for bit. `--signal TERM` sends a signal
+that the run handles: it leaves by itself, with a checkpoint. Settings are the algorithms
 times the numbers of threads. The exit status is 0 where every trial is equal.
 """
 
@@ -22,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ALGORITHMS = ("ppo_pp", "d2lols")
 TIMES = ("seconds", "tokens_per_second")
+SIGNALS = ("KILL", "INT", "TERM", "HUP", "USR1")
 MAX_STARTS = 6  # of one trial; only the first start is killed
 CHANGES = (
     "task.options={slots: 2, train_prompts: 64, held_out_prompts: 16}", "task.max_new_tokens=5", "task.min_new_tokens=0",
@@ -63,18 +65,22 @@ def main() -> int:
     parser.add_argument("--algorithms", nargs="+", default=list(ALGORITHMS), choices=ALGORITHMS)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument(
+        "--signal", default="KILL", choices=SIGNALS, help="all but KILL are handled: the run may leave by itself"
+    )
     options = parser.parse_args()
+    number = signal.Signals[f"SIG{options.signal}"]
     failures = 0
     with tempfile.TemporaryDirectory(prefix="rlgf-kill-") as work:
         for algorithm in options.algorithms:
             for threads in options.threads:
                 folder = Path(work) / f"{algorithm}-{threads}"
-                failures += run_setting(folder, algorithm, threads, options.trials, random.Random(options.seed))
+                failures += run_setting(folder, algorithm, threads, options.trials, random.Random(options.seed), number)
     print(f"{failures} trials differ" if failures else "every trial is equal")
     return min(failures, 1)
 
 
-def run_setting(folder: Path, algorithm: str, threads: int, trials: int, draws: random.Random) -> int:
+def run_setting(folder: Path, algorithm: str, threads: int, trials: int, draws: random.Random, number: signal.Signals) -> int:
     """Run all trials of one setting; return the number of those that differ."""
     arguments = ["train", "quickstart", "--algorithm", algorithm, *CHANGES, f"runtime.threads={threads}"]
     began = time.monotonic()
@@ -86,7 +92,7 @@ def run_setting(folder: Path, algorithm: str, threads: int, trials: int, draws: 
     for trial in range(trials):
         out = folder / f"trial-{trial}"
         phase = None if trial % 2 else draws.choice(list(PHASES))
-        was_killed, different = run_trial(arguments, out, phase, draws, seconds)
+        was_killed, different = run_trial(arguments, out, phase, draws, seconds, number)
         killed += was_killed
         outcomes[phase or "any instant"] += 1
         if different:
@@ -103,7 +109,9 @@ def run_setting(folder: Path, algorithm: str, threads: int, trials: int, draws: 
     return trials - equal
 
 
-def run_trial(arguments: Sequence[str], out: Path, phase: str | None, draws: random.Random, seconds: float) -> tuple[bool, str]:
+def run_trial(
+    arguments: Sequence[str], out: Path, phase: str | None, draws: random.Random, seconds: float, signal_number: signal.Signals
+) -> tuple[bool, str]:
     """Kill a run once, let it end, and return whether it was killed and what differs."""
     command, log = [*arguments, "--out", str(out)], out.with_suffix(".log")
     hook: Callable[[], None] | None = None
@@ -112,13 +120,16 @@ def run_trial(arguments: Sequence[str], out: Path, phase: str | None, draws: ran
         number = draws.randrange(calls)
 
         def hook() -> None:
-            die_at_call(module, name, number)
+            die_at_call(module, name, number, signal_number)
 
     process = start(command, log, hook)
     if phase is None:
         time.sleep(draws.uniform(0, seconds))
-        os.kill(process, signal.SIGKILL)
-    was_killed = wait(process) == -signal.SIGKILL
+        os.kill(process, signal_number)
+    status = wait(process)  # minus the number where no handler was installed yet
+    was_killed = status in (-signal_number, 128 + signal_number)
+    if status and not was_killed:
+        return False, f"it ends with {status}: {log.read_text()[-500:]}"
     for _ in range(MAX_STARTS):
         status = wait(start(command, log))
         if status == 0:
@@ -165,8 +176,8 @@ def wait(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def die_at_call(module: str, name: str, number: int) -> None:
-    """Kill this process at a call of a function, or after it for odd numbers."""
+def die_at_call(module: str, name: str, number: int, signal_number: signal.Signals) -> None:
+    """Send a signal to this process at a call of a function, or after it for odd numbers."""
     import importlib
 
     place = importlib.import_module(module)
@@ -176,8 +187,10 @@ def die_at_call(module: str, name: str, number: int) -> None:
         seen[0] += 1
         if seen[0] == number + 1:
             if number % 2:
-                original(*arguments, **values)
-            os.kill(os.getpid(), signal.SIGKILL)
+                result = original(*arguments, **values)
+                os.kill(os.getpid(), signal_number)
+                return result
+            os.kill(os.getpid(), signal_number)
         return original(*arguments, **values)
 
     setattr(place, name, counted)
@@ -197,6 +210,8 @@ def compare(whole: Path, parts: Path) -> str:
         if rows[0] != rows[1]:
             return f"{name} differs"
     for name in FILES:
+        if name == FILES[2] and not (parts / name).exists():
+            continue  # after a signal there may be newer ones: the last two are kept
         if (whole / name).read_bytes() != (parts / name).read_bytes():
             return f"{name} differs"
     results = [json.loads((run / "results.json").read_text())["evaluation"] for run in (whole, parts)]
