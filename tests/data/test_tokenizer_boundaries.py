@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from helpers import chi_square_p_value
 from rlgf.algorithms.guided import aggrevated, ppo, ppo_pp
 from rlgf.algorithms.switch_position import sample_switch
 from rlgf.config.loading import override
