@@ -21,6 +21,7 @@ from rlgf.text_metrics.as_rewards import build_text_function
 from rlgf.text_metrics.java import JAVA
 from rlgf.text_metrics.rouge import Rouge
 from rlgf.text_metrics.score import Line, Options
+from rlgf.text_metrics.worker import ParseStore
 from rlgf.types import Prompt
 
 pytestmark = pytest.mark.data
@@ -143,6 +144,13 @@ def spice_gold(shared_data: Path) -> dict[int, float]:
     return {row["image_id"]: row["spice"] for row in rows}
 
 
+def store_parses(path: Path, parses: dict[str, list[list[str]]]) -> None:
+    """Write parses as SPICE does."""
+    store = ParseStore(path)
+    store.write(list(parses.items()))
+    store.database.close()
+
+
 def test_spice_of_images_and_its_parses_on_disk(
     images: list[dict[str, Any]], shared_data: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,8 +162,7 @@ def test_spice_of_images_and_its_parses_on_disk(
         assert {text for (text,) in database.execute("SELECT text FROM parses")} == texts
     # a second worker finds the parses: one that reads `dog` everywhere changes what it says
     JAVA.close()
-    with contextlib.closing(sqlite3.connect(shelf)) as database, database:
-        database.execute("UPDATE parses SET parse = ?", (json.dumps([["dog"]]),))
+    store_parses(shelf, {text: [["dog"]] for text in texts})
     assert spice_of(part) == [1.0] * 30
     JAVA.close()
     shelf.write_bytes(b"no database" * 1000)
@@ -179,11 +186,7 @@ def test_spice_leaves_nothing_to_chance() -> None:
     # some of these words are as similar to one word before them as to another: which of the two such a word joins, the original
     # leaves to the addresses of objects, and it has 0.227 for about half of the lines and 0.273 for the others
     scorer = captions.Spice()
-    scorer.parses.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(scorer.parses)) as database, database:
-        database.execute("CREATE TABLE parses (text TEXT PRIMARY KEY, parse TEXT NOT NULL) WITHOUT ROWID")
-        rows = [(text, json.dumps([part.split() for part in parse.split(" | ")])) for text, parse in CHANCE.items()]
-        database.executemany("INSERT INTO parses VALUES (?, ?)", rows)
+    store_parses(scorer.parses, {text: [part.split() for part in parse.split(" | ")] for text, parse in CHANCE.items()})
     first = scorer(["text"] * 200, [["reference"]] * 200)
     assert set(first) == {first[0]}
     JAVA.close()
