@@ -18,7 +18,6 @@ from rlgf.rl.agreement import NUM_PROMPTS, sample_restarts
 from rlgf.trainer import Trainer
 from rlgf.types import SamplingParams
 
-
 BF16 = {"runtime__precision": "bf16", "ppo__old_log_probs": "recompute"}
 
 
