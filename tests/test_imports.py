@@ -43,7 +43,10 @@ ORDER = {
         "reward_model_stage build_rewards preflight build_guide prepare run"
     ),
     "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
-    "rl": "__init__ shaping tensors experience rollout kl_controller guards optimizers update",
+    "rl": (
+        "__init__ shaping tensors experience rollout kl_controller guards optimizers "
+        "update agreement"
+    ),
     "runs": (
         "__init__ machine profiling tracking checkpoints identity failures logs directory "
         "recorder steps"

@@ -33,6 +33,8 @@ def test_a_sampler_of_ones_own_is_synced_after_each_update_and_after_loading_a_c
     components = tiny_trainer(ppo().build(), config_of()).components
     sampler = NotingSampler(components.models.policy)
     trainer = Trainer(replace(components, sampler=sampler))
+    trainer.agreement.require(trainer.forward_config)  # samples rollins and rollouts of its own
+    sampler.calls.clear()
     trainer.step(0)
     trainer.step(1)
     assert sampler.calls == ["sample", "sync", "sample", "sync"]

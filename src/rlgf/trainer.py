@@ -30,7 +30,15 @@ from rlgf.models.language_model import LanguageModel
 from rlgf.models.memory import find_micro_batch_size, run_within_memory, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rewards.weighted_sum import Batch, score_components
-from rlgf.rl.experience import ForwardConfig, Models, TokenLogProbs, compute_log_probs, make_experience
+from rlgf.rl.agreement import AgreementCheck
+from rlgf.rl.experience import (
+    ForwardConfig,
+    Models,
+    TokenLogProbs,
+    compute_log_probs,
+    make_experience,
+    warm_start_critic,
+)
 from rlgf.rl.guards import Guard, Signs, check_kl, find_signs
 from rlgf.rl.kl_controller import KLController
 from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, select_prompts
@@ -39,7 +47,7 @@ from rlgf.rl.tensors import Experience, Rollout
 from rlgf.rl.update import Updater
 from rlgf.supervised.examples import Example
 from rlgf.tasks.base import Task
-from rlgf.types import GUIDE, POLICY, Prompt, RewardFunction
+from rlgf.types import Prompt, RewardFunction
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,8 @@ class Trainer:
             components.models.policy, self.sampler, components.guide, config.sampling, config.task.max_new_tokens,
             config.task.min_new_tokens, config.seed,
         )  # fmt: skip
-        self.guard = Guard(config.runtime.on_nonfinite, config.runtime.max_skipped)
-        self.signs = Signs()
+        self.agreement = AgreementCheck(self.rollout_config, components.task.train)
+        self.guard, self.signs = Guard(config.runtime.on_nonfinite, config.runtime.max_skipped), Signs()
         self.updater = Updater(
             components.models, self.forward_config, config.kl, config.critic, components.sft_targets, config.seed, self.guard
         )
@@ -137,8 +145,7 @@ class Trainer:
 
     def _find_token_budget(self) -> int:
         """Find the largest number of micro-batch tokens that fits in device memory."""
-        config, codec = self.config, self.components.models.policy.codec
-        horizon = config.task.max_new_tokens
+        config, codec, horizon = self.config, self.components.models.policy.codec, self.config.task.max_new_tokens
         width = max(len(codec.prompt(prompt)) for prompt in self.components.task.train) + horizon
         return find_micro_batch_size(
             partial(self.updater.trained_models.probe, width=width, max_new_tokens=horizon), config.ppo.minibatch_size * width
@@ -153,6 +160,7 @@ class Trainer:
 
     def collect_rollout(self, iteration: int) -> Rollout:
         """Generate the completions of an iteration."""
+        self.agreement.require(self.forward_config)
         if self.prefetcher is not None:
             self.prefetcher.wait_for(iteration)
         prompts, indices = self.prompts(iteration)
@@ -192,7 +200,8 @@ class Trainer:
         uses the policy's weights.
         """
         shares, parts = self.phase_weights(iteration), self.components
-        self._warm_start_critic(iteration)
+        if self.config.critic.warm_start_from_guide:
+            warm_start_critic(parts.models, parts.algorithm, self.phase_weights, iteration)
 
         def compute(token_budget: int) -> TokenLogProbs:
             forward_config = dataclasses.replace(self.forward_config, token_budget=token_budget)
@@ -241,6 +250,7 @@ class Trainer:
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:
         """Update policy, critics and KL coefficient with an experience; return the metrics."""
+        self.agreement.require(self.forward_config, experience.rollout)
         stats = self.updater.update(experience, iteration)
         self._set_token_budget(self.updater.forward_config.token_budget)  # smaller if memory ran out
         if experience.is_finite and experience.stats["policy_tokens"]:  # without policy tokens there is no KL estimate
@@ -351,17 +361,6 @@ class Trainer:
         sampling = evaluation.sampling or self.config.sampling
         rollout_config = dataclasses.replace(self.rollout_config, sampling=sampling, seed=evaluation.seed)
         return evaluate_policy(rollout_config, prompts, context, evaluation.seed)
-
-    def _warm_start_critic(self, iteration: int) -> None:
-        """Copy V^g to V^π before the first iteration with policy rollouts, if configured."""
-        critics, phases = self.components.models.critics, self.components.algorithm.phases
-
-        def policy_finishes(number: int) -> bool:
-            return any(phases[share.phase].rollout == POLICY for share in self.phase_weights(number))
-
-        wanted = self.config.critic.warm_start_from_guide and POLICY in critics and GUIDE in critics
-        if wanted and policy_finishes(iteration) and not any(policy_finishes(number) for number in range(iteration)):
-            critics[POLICY].load_trainable_state(critics[GUIDE].trainable_state())
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint.

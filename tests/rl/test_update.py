@@ -254,7 +254,7 @@ def test_without_the_stored_support_the_first_ratio_would_be_wrong() -> None:
     experience = trainer.make_experience(trainer.collect_rollout(0), 0)
     forgotten = replace(experience, rollout=replace(experience.rollout, support=None))
     with pytest.raises(TrainingError, match="first ratio"):
-        trainer.update(forgotten, 0)
+        trainer.updater.update(forgotten, 0)
 
 
 def test_entropy_is_that_of_the_full_softmax_at_the_trained_tokens() -> None:

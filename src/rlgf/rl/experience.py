@@ -19,7 +19,7 @@ from torch import Tensor
 
 from rlgf.algorithms import losses
 from rlgf.algorithms.advantages import explained_variance, gae, moments, place_at_end, td_errors, whiten
-from rlgf.algorithms.guided import PhaseWeight
+from rlgf.algorithms.guided import Algorithm, PhaseWeight
 from rlgf.config.sections import PPOConfig
 from rlgf.distributed import all_reduce_moments
 from rlgf.kernels import dispatch
@@ -251,6 +251,22 @@ def _costs_alike(language_model: LanguageModel, rollout: Rollout) -> bool:
     """
     head = language_model.head_to_body * int(rollout.by_policy.sum())
     return 3 * head <= 2 * int(rollout.lengths.sum())
+
+
+def warm_start_critic(
+    models: Models, algorithm: Algorithm, phase_weights: Callable[[int], Sequence[PhaseWeight]], iteration: int
+) -> None:
+    """Copy V^g to V^π before the first iteration with policy rollouts.
+
+    `phase_weights` returns those of an iteration.
+    """
+
+    def policy_finishes(number: int) -> bool:
+        return any(algorithm.phases[share.phase].rollout == POLICY for share in phase_weights(number))
+
+    has_both = POLICY in models.critics and GUIDE in models.critics
+    if has_both and policy_finishes(iteration) and not any(policy_finishes(number) for number in range(iteration)):
+        models.critics[POLICY].load_trainable_state(models.critics[GUIDE].trainable_state())
 
 
 def make_experience(
