@@ -104,6 +104,13 @@ def test_a_name_of_a_file_stays_in_its_folder(text: str, tmp_path: Path) -> None
     assert is_clean(name)
 
 
+def test_no_two_texts_share_a_name() -> None:
+    texts = [*HOSTILE.values(), "a/b", "a b", "a_b", "電" * 100, "電" * 101]
+    names = [as_file_name(text) for text in texts]
+    assert len(set(names)) == len(set(texts))
+    assert max(len(name.encode()) for name in names) < 200
+
+
 def test_usual_names_stay_as_they_are() -> None:
     for name in ("quickstart-ppo_pp-seed0", "ppo-kl.coefficient=0.01-seed3", "validation"):
         assert as_file_name(name) == name

@@ -33,7 +33,7 @@ class RlgfError(Exception):
     """The exit status of the command line."""
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(shorten_sentence(escape_control_characters(mask_credentials(message)), MAX_LENGTH))
+        super().__init__(shorten_sentence(escape_control_characters(mask_credentials(str(message))), MAX_LENGTH))
 
 
 class ConfigError(RlgfError, ValueError):

@@ -4,6 +4,7 @@ Every line for a terminal passes `escape_control_characters`, every text in a Ma
 `escape_markdown`, every JSON document `escape_json`, every name of a file `as_file_name`.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from rlgf.credentials import mask_credentials
 
 MAX_DIGITS = 40  # of a whole number that an error shows
-MAX_FILE_NAME = 100  # characters; file systems allow 255 bytes
+MAX_FILE_NAME = 150  # bytes; file systems allow 255
 JOINERS = "\u200c\u200d"  # Persian, Hindi and families of emoji are written with them
 NOT_IN_FILE_NAMES = re.compile(r"[^\w.=+-]+")
 MARKDOWN = re.compile(r"[\\`*\[\]<>|#~&$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)")
@@ -72,8 +73,14 @@ def as_code(text: str) -> str:
 
 
 def as_file_name(text: str) -> str:
-    """Return a text as the name of a visible file: letters, digits and `._=+-`."""
-    return NOT_IN_FILE_NAMES.sub("_", text).lstrip(".")[:MAX_FILE_NAME] or "_"
+    """Return a text as the name of a visible file: letters, digits and `._=+-`.
+
+    A name that had to change ends with a hash of the text, so that no two texts share a file.
+    """
+    name = NOT_IN_FILE_NAMES.sub("_", text).lstrip(".").encode()[:MAX_FILE_NAME].decode(errors="ignore")
+    if name == text and name:
+        return name
+    return f"{name}-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def replace_surrogates(text: str) -> str:

@@ -22,7 +22,7 @@ from rlgf.errors import ConfigError, unknown
 from rlgf.types import SamplingParams
 from rlgf.untrusted_text import replace_surrogates, shorten
 
-MAX_DEPTH, MAX_VALUES = 32, 10_000  # of options, nested and in all
+MAX_DEPTH, MAX_VALUES = 32, 20_000  # of options, nested and in all
 MAX_TEXT = 1_000_000  # characters of one text
 SECRET = "is written out, but holds what looks like a secret, and secrets come from the environment"
 TO_REFERENCE = "write $NAME of a variable"

@@ -26,6 +26,7 @@ from rlgf.runs.failures import as_sentences
 from rlgf.runs.identity import with_contents
 from rlgf.trainer import Progress
 from rlgf.types import FORMAT_VERSION
+from rlgf.untrusted_text import as_file_name
 
 
 @as_sentences()
@@ -49,7 +50,7 @@ def compare(
 
     cache = StageCache(out / "stages", report)
     began = time.monotonic()
-    folders = {(key, seed): out / "runs" / f"{key}-seed{seed}" for key, seed in plan.configs}
+    folders = {(key, seed): out / "runs" / as_file_name(f"{key}-seed{seed}") for key, seed in plan.configs}
     directories = {place: RunDirectory(folders[place], config, warn=warn) for place, config in plan.configs.items()}
     runs = {place: resolve(config) for place, config in plan.configs.items()}
     waiting = [place for place in runs if directories[place].results is None]
