@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "src" / "rlgf" / name for name in ("config/schema.py", "config/sections.py", "config/runtime.py", "types.py")]
 ALGORITHMS = ROOT / "src" / "rlgf" / "algorithms" / "guided.py"
-BOUNDS = ROOT / "src" / "rlgf" / "config" / "base.py"
+BOUNDS = ROOT / "src" / "rlgf" / "bounds.py"
 SECTIONS = {
     "Config": "",
     "TaskConfig": "task",

@@ -2,12 +2,15 @@
 
 import os
 
+# as the command line: threads that wait take no processor from others
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="disabled",
 )  # fmt: skip
 
 import functools
+import gc
 import gzip
 import itertools
 import signal
@@ -28,10 +31,17 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "")
 
+gc.disable()  # until all tests are collected: a third of the time of importing torch and transformers went into it
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in jobs of a script: what the tests start shall be interruptible
     signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("fast", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("fast")
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage again, but not among all that was imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

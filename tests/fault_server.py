@@ -192,8 +192,9 @@ class FaultServer:
     """Serves `/v1/models`, `/v1/completions` and `/v1/chat/completions` on this machine, from its own threads.
 
     `plan` names the fault of each attempt, `delay` is slept before every text's answer, `writer` replaces the words, `tokens`
-    make it answer token ids with token ids and serve `/tokenize`, `paths` are what it serves, `complaint` says what is wrong
-    with a body. For texts asked for, `asked == answered + faults.total()` once all is still; what could not be delivered,
+    make it answer token ids with token ids and serve `/tokenize`, `paths` are what it serves, after `prefix` or without it,
+    `complaint` says what is wrong with a body. For texts asked for,
+    `asked == answered + faults.total()` once all is still; what could not be delivered,
     because the client or the server had gone, counts as the fault "lost". All counts outlive `stop`, and so do the attempts
     that plans see.
     """
@@ -211,8 +212,9 @@ class FaultServer:
         tokens: Tokens | None = None,
         paths: Sequence[str] = (COMPLETIONS, CHAT),
         complaint: Callable[[dict[str, Any]], str | None] = lambda body: None,
+        prefix: str = "",
     ) -> None:
-        self.paths, self.complaint = paths, complaint
+        self.paths, self.complaint, self.prefix = paths, complaint, prefix
         self.schedule, self.delay, self.writer, self.api_key, self.tokens = plan, delay, writer, api_key, tokens
         self.hang_seconds, self.trickle_seconds, self.model = hang_seconds, trickle_seconds, model
         self.port = 0
@@ -340,7 +342,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, _encoded({"object": "list", "data": [card]}))
 
     def do_POST(self) -> None:
-        owner, path = self.server.owner, self.path
+        owner, path = self.server.owner, self.path.removeprefix(self.server.owner.prefix)
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         try:
             body: Any = json.loads(content)

@@ -435,11 +435,11 @@ SMALL = [
     ("ppo.iterations", 3),
     ("ppo.completions_per_iteration", 8),
     ("ppo.minibatch_size", 4),
+    ("ppo.epochs", 1),
     ("evaluation.every", 2),
     ("evaluation.prompts", 4),
     ("evaluation.final_prompts", 8),
     ("runtime.trackers", []),
-    ("runtime.checkpoint_every", 1),
 ]
 
 
@@ -461,7 +461,7 @@ def train_finished_run(algorithm: str, folder: Path, stages: Path) -> FinishedRu
     """Train a small run with all that changes from iteration to iteration."""
     config = small(
         ("algorithm.name", algorithm), ("algorithm.options.d2lols.switch_iteration", 1), ("kl.controller", "adaptive"),
-        ("reward.normalize", True), ("ppo.mle_coefficient", 0.1), ("runtime.threads", 1),
+        ("reward.normalize", True), ("ppo.mle_coefficient", 0.1), ("runtime.threads", 1), ("runtime.checkpoint_every", 1),
     )  # fmt: skip
     lines = list[str]()
     return FinishedRun(config, folder, train(config, folder, stages, lines.append), lines)

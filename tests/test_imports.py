@@ -11,13 +11,13 @@ PACKAGE = Path(rlgf.__file__).parent
 
 ORDER = {
     "": (
-        "errors types randomness distributed kernels algorithms data config models tasks "
-        "text_metrics generation guides interrupts rewards supervised rl evaluation runs "
-        "trainer pipeline experiments cli"
+        "randomness distributed credentials untrusted_text errors kernels interrupts "
+        "bounds types algorithms data config models tasks text_metrics generation guides "
+        "rewards supervised rl evaluation runs trainer pipeline experiments cli"
     ),
     "algorithms": "__init__ advantages losses schedules switch_position guided",
     "cli": (
-        "__init__ diagnose options terminal schedule console check compare evaluate "
+        "__init__ diagnose terminal options schedule console check compare evaluate "
         "inspect train app"
     ),
     "config": (
@@ -25,13 +25,13 @@ ORDER = {
         "unread objects"
     ),
     "data": (
-        "hub __init__ chat files datasets preferences text tokenization checksums "
-        "source_hash lock scratch"
+        "hub __init__ chat files datasets preferences tokenization checksums source_hash "
+        "lock scratch"
     ),
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
     "experiments": "__init__ tables figures report processes compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
-    "generation/openai": "__init__ cache responses client token_ids usage retries pool",
+    "generation/openai": "__init__ cache responses usage retries environment client token_ids pool",
     "guides": "__init__ base human local remote prefetch encoding",
     "kernels": "__init__ concurrency processor native attention linear modules dispatch",
     "models": (
@@ -133,7 +133,8 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_the_errors_load_nothing_else() -> None:
     code = (
         "import sys, rlgf; rlgf.ConfigError, rlgf.CheckpointError; "
-        "assert {name for name in sys.modules if name.startswith('rlgf')} == {'rlgf', 'rlgf.errors'}; "
+        "own = {'rlgf', 'rlgf.errors', 'rlgf.credentials', 'rlgf.untrusted_text'}; "
+        "assert {name for name in sys.modules if name.startswith('rlgf')} == own; "
         "assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

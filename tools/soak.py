@@ -98,8 +98,15 @@ def run(iterations: int) -> Samples:
     samples = Samples()
     with tempfile.TemporaryDirectory() as folder:
         samples.start()
-        rlgf.train(config, Path(folder) / "run", Path(folder) / "stages", on_progress=lambda progress: samples.read())
+        rlgf.train(config, Path(folder) / "run", Path(folder) / "stages", on_progress=lambda progress: note(samples, progress))
     return samples
+
+
+def note(samples: Samples, progress: Any) -> None:
+    """Read this process after an iteration, and say every hundredth."""
+    samples.read()
+    if progress.iteration % 100 == 0:
+        print(f"{progress.iteration:,} of {progress.iterations:,} iterations", file=sys.stderr, flush=True)
 
 
 def about() -> dict[str, Any]:

@@ -5,13 +5,21 @@ Every message is one sentence: the problem, its location and how to fix it.
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+
+from rlgf.credentials import mask_credentials
+from rlgf.untrusted_text import describe_failure, escape_control_characters, shorten, shorten_sentence
+
+MAX_LENGTH = 1000  # characters of a message
+MAX_NAME = 60  # characters of a name in a message
 
 
 class RlgfError(Exception):
     """The base of all errors that the library raises on purpose.
 
-    `exit_code` is the exit status of the command line.
+    `exit_code` is the exit status of the command line. Text from outside may be in the message, so
+    its control characters are escaped and credentials masked.
 
     Example:
         >>> try:
@@ -23,6 +31,9 @@ class RlgfError(Exception):
 
     exit_code = 1
     """The exit status of the command line."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shorten_sentence(escape_control_characters(mask_credentials(message)), MAX_LENGTH))
 
 
 class ConfigError(RlgfError, ValueError):
@@ -151,10 +162,41 @@ class Interrupted(KeyboardInterrupt):
 INPUT_ERRORS = (ConfigError, DataError)
 """The errors that are found before any work is done."""
 
+USER_FAILURES = (Exception, SystemExit)
+"""What a function of a user may raise; its `sys.exit` must not end a run as a success."""
 
-def unknown(kind: str, name: str, valid: Iterable[str]) -> ConfigError:
-    """Return the error for a name not in `valid`, with the closest valid name."""
+
+@contextmanager
+def user_code(what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfError) -> Generator[None]:
+    """Turn a failure of a user's code within the block into `error`; those of `passed` stay.
+
+    `what` begins the message, as in 'the task failed'. `sys.exit` is a failure too, Ctrl-C is not.
+    """
+    try:
+        yield
+    except passed:
+        raise
+    except USER_FAILURES as failure:
+        raise error(
+            f"{what} ({describe_failure(failure)}): fix it and run again (with --accept-changes if its source changed)."
+        ) from failure
+
+
+def unknown(kind: str, name: str, valid: Iterable[str], prefix: str = "") -> ConfigError:
+    """Return the error for a name not in `valid`, with the closest valid name.
+
+    `prefix` is shown before each name.
+    """
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean '{close[0]}'?" if close else f"choose from: {', '.join(names)}."
-    return ConfigError(f"unknown {kind} '{name}': {hint}")
+    shown = shorten(name, MAX_NAME)
+    close = difflib.get_close_matches(shown, names, n=1, cutoff=0.4)
+    listed = ", ".join(prefix + name for name in names)
+    hint = f"did you mean '{prefix}{close[0]}'?" if close else f"choose from: {listed}."
+    return ConfigError(f"unknown {kind} '{prefix}{shown}': {hint}")
+
+
+def list_columns(row: Mapping[str, object]) -> str:
+    """Return the names of a row's columns, sorted, at most twelve, for an error."""
+    names = [shorten(str(name), 40) for name in sorted(map(str, row))]
+    more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
+    return ", ".join(names[:12]) + more

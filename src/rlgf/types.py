@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-from rlgf.errors import FieldError
+from rlgf.bounds import Flag, LengthOrZero, PositiveProbability, SmallInt, Temperature, check_bounds
 
 FORMAT_VERSION = 1
 """The version of the formats of configs, checkpoints, stages and results in files."""
@@ -90,22 +90,15 @@ class SamplingParams:
         'full softmax'
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    greedy: bool = False
-    num_beams: int = 1
+    temperature: Temperature = 1.0
+    top_k: LengthOrZero = 0
+    top_p: PositiveProbability = 1.0
+    greedy: Flag = False
+    num_beams: SmallInt = 1
 
     def __post_init__(self) -> None:
         """Raise for a number out of bounds."""
-        if not self.temperature > 0:  # nan fails too
-            raise FieldError(f"temperature is {self.temperature:g}, but must be above 0.")
-        if self.top_k < 0:
-            raise FieldError(f"top_k is {self.top_k}, but must be at least 0.")
-        if not 0 < self.top_p <= 1:
-            raise FieldError(f"top_p is {self.top_p:g}, but must be above 0 and at most 1.")
-        if self.num_beams < 1:
-            raise FieldError(f"num_beams is {self.num_beams}, but must be at least 1.")
+        check_bounds(self)
 
     @property
     def is_stochastic(self) -> bool:

@@ -4,8 +4,7 @@ import dataclasses
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -123,21 +122,21 @@ def test_a_value_of_the_wrong_type_is_a_user_error_that_names_the_key(assignment
         ("task.min_new_tokens=-1", "task.min_new_tokens is -1"),
         ("ppo.gamma=1.01", "override: ppo.gamma is 1.01, but must be at most 1\\.$"),
         ("ppo.gae_lambda=.nan", "ppo.gae_lambda is nan, but must be a finite number\\.$"),
-        ("sampling.temperature=0", "override: sampling.temperature is 0, but must be above 0\\.$"),
-        ("sampling.top_p=0", "sampling.top_p is 0, but must be above 0 and at most 1"),
+        ("sampling.temperature=0", "override: sampling.temperature is 0, but must be at least 0.0001\\.$"),
+        ("sampling.top_p=0", "sampling.top_p is 0, but must be above 0\\.$"),
         ("guide.sampling.top_k=-1", "guide.sampling.top_k is -1, but must be at least 0"),
         ("sampling.greedy=true", "sampling.greedy is for evaluation"),
         ("ppo.samples_per_prompt=3", r"ppo.completions_per_iteration \(128\) must be a multiple of ppo.samples_per_prompt"),
         ("evaluation.sampling.num_beams=0", "evaluation.sampling.num_beams is 0, but must be at least 1"),
         ("ppo.learning_rate=-1", "ppo.learning_rate is -1, but must be at least 0"),
         ("ppo.clip_range=-1", "ppo.clip_range is -1, but must be above 0"),
-        ("ppo.max_grad_norm=.nan", "ppo.max_grad_norm is nan, but must be above 0"),
+        ("ppo.max_grad_norm=.nan", "ppo.max_grad_norm is nan, but must be a finite number"),
         ("kl.target=0", "kl.target is 0, but must be above 0"),
         ("kl.horizon=0", "kl.horizon is 0, but must be at least 1"),
         ("kl.coefficient=.inf", "kl.coefficient is inf, but must be a finite number"),
         ("lora.dropout=1", "lora.dropout is 1, but must be below 1"),
         ("reward.weights={task: .nan}", r"reward\.weights\.task is nan, but must be a finite number"),
-        ("seed=9223372036854775808", "seed is 9223372036854775808, but must be below 9223372036854775808"),
+        ("seed=9223372036854775808", "seed is 9223372036854775808, but must be at most 9223372036854775807"),
         ("guide.sft.max_examples=-1", "guide.sft.max_examples is -1, but must be at least 0"),
         ("guide.endpoint.retries=-1", "guide.endpoint.retries is -1, but must be at least 0"),
         ("runtime.precision=bf16", "set ppo.old_log_probs=recompute"),
@@ -174,49 +173,6 @@ def test_a_negative_number_is_refused_for_a_guide_or_judge(key: str) -> None:
         override(Config(), [(key, -1)])
 
 
-UNBOUNDED = {"reward.missing_eos_penalty", "critic.initial_value"}
-"""Fields in which every finite number is valid."""
-
-
-def numeric_fields(kind: Any, prefix: str = "") -> dict[str, list[Any]]:
-    """Every field of a config that holds numbers, with the metadata of its types."""
-    found: dict[str, list[Any]] = {}
-    for name, hint in get_type_hints(kind, include_extras=True).items():
-        for part in [hint, *(get_args(hint) if isinstance(hint, UnionType) or get_origin(hint) is Union else ())]:
-            bare, *metadata = get_args(part) if get_origin(part) is Annotated else (part,)
-            if bare in (int, float):
-                found[prefix + name] = metadata
-            elif dataclasses.is_dataclass(bare):
-                found |= numeric_fields(bare, f"{prefix}{name}.")
-    return found
-
-
-def test_every_numeric_field_has_a_bound() -> None:
-    fields = numeric_fields(Config)
-    assert len(fields) > 90
-    assert set(fields) >= UNBOUNDED
-    for key, metadata in fields.items():
-        if ".sampling." in f".{key}":
-            refused = ("temperature", 0), ("top_k", -1), ("top_p", 1.5), ("num_beams", 0)
-            with pytest.raises(ConfigError, match=key.split(".")[-1]):
-                SamplingParams(**{name: value for name, value in refused if name == key.split(".")[-1]})
-        else:
-            details = [detail for each in metadata for detail in getattr(each, "metadata", [])]
-            bounded = any(hasattr(detail, name) for detail in details for name in ("gt", "ge", "lt", "le"))
-            assert bounded == (key not in UNBOUNDED), key
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_field_without_bounds_must_still_be_finite(value: float) -> None:
-    for key in sorted(UNBOUNDED):
-        with pytest.raises(ConfigError, match=f"{key} is .*, but must be a finite number"):
-            override(Config(), [(key, value)])
-
-
-def test_infinity_turns_a_limit_off() -> None:
-    assert override(Config(), [("ppo.max_grad_norm", float("inf"))]).ppo.max_grad_norm == float("inf")
-
-
 # construction in Python
 
 
@@ -228,7 +184,7 @@ def test_infinity_turns_a_limit_off() -> None:
         (lambda: Config(seed=-1), "^Config: seed is -1, but must be at least 0"),
         (lambda: Config(ppo={"gamma": 2}), r"^Config: ppo\.gamma is 2, but must be at most 1"),  # type: ignore[arg-type]
         (lambda: PPOConfig(epoch=1), "^unknown field of PPOConfig 'epoch': did you mean 'epochs'"),  # type: ignore[call-arg]
-        (lambda: SamplingParams(top_p=0), "^top_p is 0, but must be above 0 and at most 1"),
+        (lambda: SamplingParams(top_p=0), "^top_p is 0, but must be above 0\\.$"),
         (lambda: Config(sampling=SamplingParams(greedy=True)), "^sampling.greedy is for evaluation"),
         (lambda: dataclasses.replace(Config(), task=TaskConfig(min_new_tokens=17)), r"^task\.min_new_tokens is 17"),
     ],
@@ -347,8 +303,11 @@ def test_a_dump_holds_every_key() -> None:
     assert from_dict(values, "a.yaml") == Config()
 
 
+TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)  # as files can hold them
+
+
 @settings(max_examples=10)
-@given(st.floats(1e-12, 1e3), st.integers(1, 10**9), st.floats(0, 1), st.text(max_size=20))
+@given(st.floats(1e-12, 10), st.integers(1, 10**9), st.floats(0, 1), TEXTS)
 def test_numbers_and_texts_survive_a_dump(rate: float, iterations: int, beta: float, name: str) -> None:
     changes = [
         ("ppo.learning_rate", rate), ("ppo.iterations", iterations), ("algorithm.options.ppo_pp.beta", beta), ("recipe", name),
@@ -438,15 +397,24 @@ def test_a_file_that_changes_one_option_of_a_recipe_keeps_its_others(tmp_path: P
     [
         ("algorithm.name=ppo_plus", "unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"),
         ("algorithm.options.ppo_plus.beta=1", "unknown algorithm 'ppo_plus': did you mean 'ppo_pp'"),
-        ("algorithm.options.ppo_pp.betta=1", r"unknown key \(algorithm 'ppo_pp'\) 'betta': did you mean 'beta'"),
+        (
+            "algorithm.options.ppo_pp.betta=1",
+            r"\(algorithm 'ppo_pp'\) 'algorithm\.options\.ppo_pp\.betta': did you mean 'algorithm\.options\.ppo_pp\.beta'",
+        ),
         ("algorithm.options.ppo.beta=1", r"algorithm\.options\.ppo takes no options, but has 'beta'"),
-        ("algorithm.options.ppo_pp.beta=1.5", r"algorithm\.options\.ppo_pp\.beta is 1\.5, but it is a probability"),
+        ("algorithm.options.ppo_pp.beta=1.5", r"algorithm\.options\.ppo_pp\.beta is 1\.5, but must be at most 1\.$"),
         ("algorithm.options.d2lols.beta_policy=-0.5", r"algorithm\.options\.d2lols\.beta_policy is -0\.5"),
-        ("algorithm.options.lols.beta_guide=many", r"algorithm\.options\.lols\.beta_guide = 'many'"),
-        ("algorithm.options.lols.mix=both", r"algorithm\.options\.lols\.mix = 'both'"),
-        ("algorithm.options.aggrevated.credit=tdd", r"algorithm\.options\.aggrevated\.credit = 'tdd'"),
+        ("algorithm.options.lols.beta_guide=many", r"algorithm\.options\.lols\.beta_guide is 'many', but must be a number"),
+        ("algorithm.options.lols.mix=both", r"algorithm\.options\.lols\.mix is 'both', but must be 'advantage' or 'iteration'"),
+        (
+            "algorithm.options.aggrevated.credit=tdd",
+            r"algorithm\.options\.aggrevated\.credit is 'tdd', but must be 'gae', 'td' or 'switch'",
+        ),
         ("algorithm.options.ppo_pp.switch=horizon", r"algorithm\.options\.ppo_pp\.switch is 'horizon', .* for policy rollins"),
-        ("algorithm.options.d2lols.switch_iteration=1.5", r"algorithm\.options\.d2lols\.switch_iteration = 1\.5"),
+        (
+            "algorithm.options.d2lols.switch_iteration=1.5",
+            r"algorithm\.options\.d2lols\.switch_iteration is 1\.5, but must be a whole number",
+        ),
         (
             "algorithm.beta=0.5",
             r"unknown key 'algorithm\.beta': did you mean 'algorithm\.options\.[a-z_]+\.beta'",
@@ -486,5 +454,5 @@ def test_a_new_algorithm_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPa
     algorithm = config.algorithm.build()
     assert [algorithm.schedule(iteration, 0.0)[0].phase for iteration in range(5)] == [0, 1, 1, 0, 1]
     assert from_dict(yaml.safe_load(dump(config)), "a.yaml") == config
-    with pytest.raises(ConfigError, match="did you mean 'period'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'algorithm\.options\.alternating\.period'"):
         overridden("algorithm.options.alternating.periods=3")

@@ -22,7 +22,6 @@ from rlgf.data.tokenization import (
     decode,
     decode_continuations,
     encode_continuation,
-    replace_surrogates,
 )
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.decoder import LocalSampler
@@ -38,6 +37,7 @@ from rlgf.rl.rollout import RolloutConfig, collect_rollout
 from rlgf.rl.tensors import Rollout
 from rlgf.runs.recorder import rollout_rows
 from rlgf.types import GUIDE, POLICY, Prompt, SamplingParams
+from rlgf.untrusted_text import replace_surrogates
 
 HORIZON = 12
 CORPUS = ["the plot is a bore", "a great cast and a great plot", "what a film, the cast is great"]

@@ -63,7 +63,7 @@ def test_runs_in_processes_of_their_own_give_the_same_numbers(tmp_path: Path):
 
 
 def test_a_folder_with_another_run_is_refused_before_anything_runs(comparison: FinishedComparison):
-    other = override(comparison.config, [("ppo.epochs", 1)])
+    other = override(comparison.config, [("ppo.epochs", 3)])
     with pytest.raises(ConfigError, match="another run"):
         compare(plan_comparison(other, build_variants(other, ["ppo_pp", "lols"], {}), [0]), comparison.folder)
     assert not (comparison.folder / "runs" / "lols-seed0").exists()

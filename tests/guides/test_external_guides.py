@@ -213,6 +213,68 @@ def test_interrupted_it_asks_nothing_more_and_goes_on_later(tmp_path: Path, stag
     assert learnt(tmp_path / "run") == learnt(tmp_path / "whole")
 
 
+# --- secrets --------------------------------------------------------------------------------------------------------------
+
+SECRETS = {
+    "OPENAI_API_KEY": "sk-planted-key-0123456789", "PLANTED_HEADER": "Bearer planted/header+1",
+    "PLANTED_BODY": "planted-body-2",
+    "PLANTED_PATH": "planted-path-3", "PLANTED_JUDGE": "planted-judge-4",
+}  # fmt: skip
+TRACES = (b"planted-key", b"planted/header", b"planted-body", b"planted-path", b"planted-judge", b"planted%2Fheader")
+
+
+def test_no_file_and_no_output_of_a_run_holds_a_secret(tmp_path: Path, stages: Path) -> None:
+    """Every field that is passed on names a variable; the servers get the values, and echo them when they complain."""
+    complains = False
+
+    def complaint(body: dict[str, Any]) -> str | None:
+        return f"I do not like {json.dumps([*SECRETS.values(), body])} at /{SECRETS['PLANTED_PATH']}/v1" if complains else None
+
+    prefix = f"/{SECRETS['PLANTED_PATH']}"
+    with FaultServer(api_key=SECRETS["OPENAI_API_KEY"], complaint=complaint, prefix=prefix) as server:
+        address = f"http://127.0.0.1:{server.port}/$PLANTED_PATH/v1"
+        settings: list[tuple[str, Any]] = [
+            *SMALL, ("guide.spec", f"server:fault-model@{address}"), ("judge.spec", f"server:fault-model@{address}"),
+            ("guide.endpoint.extra_headers", {"X-Proxy": "$PLANTED_HEADER"}), ("judge.endpoint.retry_seconds", 0.0),
+            ("guide.endpoint.extra_body", {"list": [{"api_key": "$PLANTED_BODY"}], "user": "${PLANTED_BODY}"}),
+            ("judge.endpoint.extra_headers", {"Authorization": "Bearer $OPENAI_API_KEY", "X-Api-Key": "$PLANTED_JUDGE"}),
+            ("judge.endpoint.extra_body", {"metadata": {"token": ["$PLANTED_JUDGE"]}}), ("runtime.trackers", ["tensorboard"]),
+            ("guide.prefetch", 0), ("evaluation.baselines", []),
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "rlgf", "train", "quickstart"]
+        command += [f"{key}={json.dumps(value)}" for key, value in settings]
+        outputs = b""
+        for name, fails in (("whole", False), ("refused", True)):
+            complains = fails
+            ran = subprocess.run(
+                [*command, "--out", str(tmp_path / name), "--stages", str(tmp_path / f"stages-{name}")],
+                env={**os.environ, **SECRETS}, capture_output=True, check=False,
+            )  # fmt: skip
+            outputs += ran.stdout + ran.stderr
+            assert (ran.returncode == 0) != fails, ran.stderr.decode()
+            assert b"Traceback" not in ran.stderr
+        assert b"I do not like" in outputs
+        bodies = [request["body"] for request in server.requests]
+        headers = [request["headers"] for request in server.requests]
+    assert any(body.get("list") == [{"api_key": SECRETS["PLANTED_BODY"]}] for body in bodies)
+    assert any(body.get("metadata") == {"token": [SECRETS["PLANTED_JUDGE"]]} for body in bodies)
+    assert {header.get("x-proxy") for header in headers} == {SECRETS["PLANTED_HEADER"], None}
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    kinds = {path.name if path.suffix != ".0" else "events" for path in files}
+    assert {
+        "config.yaml",
+        "results.json",
+        "metrics.jsonl",
+        "rollouts.jsonl",
+        "guide-answers.sqlite",
+        "judge-answers.sqlite",
+    } <= kinds
+    assert b"$PLANTED_BODY" in files[tmp_path / "whole" / "config.yaml"]
+    for trace in TRACES:
+        assert trace not in outputs
+        assert [path for path, content in files.items() if trace in content] == []
+
+
 # --- people ---------------------------------------------------------------------------------------------------------------
 
 

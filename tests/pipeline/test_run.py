@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from threading import get_ident
 from typing import Any
@@ -17,21 +17,25 @@ from rlgf.cli import options
 from rlgf.cli.console import profile_summary
 from rlgf.config.loading import dump, override
 from rlgf.data.checksums import read_checked_json, write_checked_json, write_manifest
-from rlgf.data.files import read_complete_lines
+from rlgf.data.files import json_safe, read_complete_lines
 from rlgf.errors import CheckpointError, ConfigError, DataError, TrainingError
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.run import train
 from rlgf.rl.tensors import Experience
 from rlgf.runs.checkpoints import load_state
+from rlgf.runs.recorder import rollout_rows
 from rlgf.trainer import Trainer
 from rlgf.types import Prompt
 
 TIMES = ("seconds", "tokens_per_second")
 
 
-def timeless(path: Path) -> list[dict]:
-    rows = read_complete_lines(path)
+def without_times(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in rows]
+
+
+def timeless(path: Path) -> list[dict[str, Any]]:
+    return without_times(read_complete_lines(path))
 
 
 Finished = Callable[[str], FinishedRun]
@@ -58,11 +62,24 @@ def test_every_metric_is_explained(finished_run: Finished):
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "ppo_pp", "aggrevated", "lols", "d2lols"])
-def test_an_interrupted_run_goes_on_bit_for_bit(
-    algorithm: str, finished_run: Finished, tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_golden_run_is_bit_identical_twice(algorithm: str, finished_run: Finished, stages: Path):
+    run, trainer = finished_run(algorithm), Trainer(prepare(finished_run(algorithm).config, stages))
+    rows, rollouts = list[dict[str, Any]](), list[dict[str, Any]]()
+    for step in trainer.iterate():
+        rows.append(step.metrics)
+        scores = step.experience.score.tolist()
+        rollouts += rollout_rows(step.experience.rollout, scores, step.metrics["iteration"], trainer.codec)
+    assert timeless(run.folder / "metrics.jsonl") == without_times(json_safe(rows))
+    assert timeless(run.folder / "rollouts.jsonl") == rollouts
+    first, second = (each.components.models.policy.model.state_dict() for each in (run.trainer, trainer))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(
+    finished_run: Finished, tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Until it is interrupted it is a second run, which does what the first one did."""
-    whole, update = finished_run(algorithm), Trainer.update
+    whole, update = finished_run("d2lols"), Trainer.update
 
     def breaks(self: Trainer, experience: Experience, iteration: int) -> Any:
         if iteration == 2:
@@ -131,19 +148,22 @@ def test_a_run_can_be_run_again_from_its_config(finished_run: Finished):
     assert dump(again) == dump(run.config)
 
 
-def test_a_guide_that_fails_while_training_leaves_a_checkpoint(tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "late_guide.py").write_text(
+@pytest.mark.parametrize(("late", "told"), [("None", "TypeError"), ("sys.exit(0)", "SystemExit: 0")])
+def test_a_guide_that_fails_while_training_leaves_a_checkpoint(
+    late: str, told: str, tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name = f"late_guide_{told[:4].lower()}"
+    (tmp_path / f"{name}.py").write_text(
+        "import sys\n"
         "calls = 0\n"
         "def guide(requests):\n"
         "    global calls\n"
         "    calls += 1\n"
-        "    return ['great acting'] * len(requests) if calls < 3 else None\n"
+        f"    return ['great acting'] * len(requests) if calls < 3 else {late}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = small(
-        ("algorithm.name", "ppo_pp"), ("guide.spec", "python:late_guide:guide"), ("algorithm.options.ppo_pp.beta", 1.0)
-    )
-    with pytest.raises(TrainingError, match="guide"):
+    config = small(("algorithm.name", "ppo_pp"), ("guide.spec", f"python:{name}:guide"), ("algorithm.options.ppo_pp.beta", 1.0))
+    with pytest.raises(TrainingError, match=rf"the guide failed on \d requests \({told}"):
         train(config, tmp_path / "run", stages)
     saved = [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(saved) == 1
@@ -242,10 +262,10 @@ def test_a_reward_that_fails_while_evaluating_leaves_the_iteration_and_a_checkpo
 
 
 def test_a_profile_says_what_an_iteration_spends_its_time_on_and_trackers_are_written(tmp_path: Path, stages: Path):
-    train(small(("runtime.profile", True), ("ppo.iterations", 3), ("runtime.trackers", ["tensorboard"])), tmp_path, stages)
+    train(small(("runtime.profile", True), ("ppo.iterations", 2), ("runtime.trackers", ["tensorboard"])), tmp_path, stages)
     assert list(tmp_path.glob("trackers/**/events*"))
     rows = read_complete_lines(tmp_path / "metrics.jsonl")
-    assert ["profile" in row for row in rows] == [False, True, False]
+    assert ["profile" in row for row in rows] == [False, True]
     shares = list(rows[1]["profile"].values())
     assert shares == sorted(shares, reverse=True)
     assert 0 < sum(shares) <= 1

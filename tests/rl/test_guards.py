@@ -71,7 +71,8 @@ def test_a_clipped_reward_is_used(tmp_path: Path, large_reward: Any) -> None:
 
 
 def test_a_learning_rate_that_breaks_the_weights_stops_before_a_checkpoint_of_them(tmp_path: Path) -> None:
-    config = small(("ppo.learning_rate", 1e30), ("evaluation.every", 0), ("runtime.checkpoint_every", 1))
+    config = small(("evaluation.every", 0), ("runtime.checkpoint_every", 1))
+    object.__setattr__(config.ppo, "learning_rate", 1e30)  # beyond its bounds
     run = tmp_path / "run"
     with pytest.raises(NonFiniteError, match=r"iteration \d: .* is not finite.*lower ppo\.learning_rate"):
         train(config, run, tmp_path / "stages")
@@ -142,7 +143,9 @@ def test_a_finite_experience_passes() -> None:
 @pytest.mark.parametrize("key", ["sft.learning_rate", "guide.sft.learning_rate"])
 def test_a_supervised_stage_of_numbers_that_are_not_finite_is_not_kept(tmp_path: Path, key: str) -> None:
     steps = (key.replace("learning_rate", "steps"), 20)
-    config = small((key, 1e30), steps, ("guide.spec", "trained"), ("algorithm.name", "ppo_pp"))
+    config = small(steps, ("guide.spec", "trained"), ("algorithm.name", "ppo_pp"))
+    section = config.guide.sft if key.startswith("guide") else config.sft
+    object.__setattr__(section, "learning_rate", 1e30)  # beyond its bounds
     with pytest.raises(TrainingError, match=r"step \d+ of 20: the .* is (nan|inf).*lower its learning_rate"):
         prepare(config, tmp_path)
     assert not list(tmp_path.glob("sft-*" if key.startswith("sft") else "guide-*"))

@@ -2,13 +2,14 @@
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import config_of, small
+from helpers import FinishedRun, config_of, small
+from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.variants import build_variants, plan_comparison
 from rlgf.data.checksums import read_checked_json
@@ -155,24 +156,24 @@ def test_a_finished_run_with_another_reward_is_refused_by_train_and_compare(tmp_
         train(config, tmp_path / "all" / "runs" / "ppo-seed0", tmp_path / "all" / "stages")
 
 
-def test_a_finished_run_is_trained_longer_bit_for_bit(tmp_path: Path) -> None:
-    def config(iterations: int, *changes: tuple[str, object]) -> Config:
-        return small(("ppo.iterations", iterations), ("runtime.checkpoint_every", 2), ("evaluation.every", 2), *changes)
-
-    whole, parts, stages = tmp_path / "whole", tmp_path / "parts", tmp_path / "stages"
-    train(config(4), whole, stages)
-    train(config(3), parts, stages)
+def test_a_finished_run_is_trained_longer_bit_for_bit(
+    finished_run: Callable[[str], FinishedRun], stages: Path, tmp_path: Path
+) -> None:
+    whole, parts = finished_run("ppo"), tmp_path / "parts"
+    shorter = override(whole.config, [("ppo.iterations", 2)])
+    train(shorter, parts, stages)
     first = read_checked_json(parts / "results.json")
-    train(config(4), parts, stages)
+    train(whole.config, parts, stages)
     for name in ("metrics.jsonl", "rollouts.jsonl", "evaluation.jsonl"):
-        assert timeless(parts / name) == timeless(whole / name), name
+        assert timeless(parts / name) == timeless(whole.folder / name), name
     for name in ("policy", "best-policy"):
-        weights = [(run / name / "model.safetensors").read_bytes() for run in (whole, parts)]
+        weights = [(run / name / "model.safetensors").read_bytes() for run in (whole.folder, parts)]
         assert weights[0] == weights[1], name
-    assert read_checked_json(parts / "results.json")["evaluation"] == read_checked_json(whole / "results.json")["evaluation"]
-    assert read_checked_json(parts / "results-after-3-iterations.json") == first
-    with pytest.raises(ConfigError, match=r"ppo\.iterations is 4 there, 2 here"):
-        train(config(2), parts, stages)
+    results = [read_checked_json(run / "results.json")["evaluation"] for run in (whole.folder, parts)]
+    assert results[0] == results[1]
+    assert read_checked_json(parts / "results-after-2-iterations.json") == first
+    with pytest.raises(ConfigError, match=r"ppo\.iterations is 3 there, 2 here"):
+        train(shorter, parts, stages)
 
 
 def test_a_run_whose_learning_rate_decays_is_not_trained_longer(tmp_path: Path) -> None:

@@ -3,8 +3,7 @@
 import builtins
 import io
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import config_of, experience_of, known_word, rollout_of, small, tiny_trainer
+from helpers import FinishedRun, config_of, experience_of, known_word, rollout_of, tiny_trainer
 from rlgf.algorithms import guided
 from rlgf.config.base import to_dict
+from rlgf.config.loading import override
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.checksums import read_checked_json
 from rlgf.data.files import read_complete_lines
@@ -25,7 +25,9 @@ from rlgf.pipeline.run import train
 from rlgf.runs.checkpoints import load_state
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.recorder import RunRecorder
+from rlgf.tasks import toy_reviews
 from rlgf.trainer import Progress, Trainer
+from rlgf.types import Prompt
 
 TIMES = ("seconds", "tokens_per_second")
 
@@ -263,54 +265,39 @@ def test_an_interrupted_evaluation_leaves_its_iteration_and_a_checkpoint(
     assert prefetcher.closed == 1
 
 
-REWARD = """
-broken = False
-
-def reward(prompts, texts):
-    if broken:
-        raise OSError("gone")
-    return [float(len(set(text.split()))) for text in texts]
-"""
-
-
 def timeless(path: Path) -> list[dict[str, Any]]:
     """The lines of a file without times."""
     return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in read_complete_lines(path)]
 
 
-@pytest.fixture
-def reward_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The name of a module with a reward that fails while its variable `broken` is true."""
-    name = "reward_that_breaks"
-    (tmp_path / f"{name}.py").write_text(REWARD)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield name
-    sys.modules.pop(name, None)
+def test_after_a_training_error_the_same_command_goes_on_bit_for_bit(
+    finished_run: Callable[[str], FinishedRun], tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, parts, reward = finished_run("lols"), tmp_path / "parts", toy_reviews.reward
+    config = override(run.config, [("runtime.checkpoint_every", 100)])
+    is_broken, seen = False, list[int]()
 
-
-def test_after_a_training_error_the_same_command_goes_on_bit_for_bit(tmp_path: Path, stages: Path, reward_module: str) -> None:
-    config = small(
-        ("algorithm.name", "lols"), ("reward.path", f"python:{reward_module}:reward"), ("reward.normalize", True),
-        ("kl.controller", "adaptive"), ("evaluation.every", 0), ("ppo.iterations", 3), ("runtime.checkpoint_every", 100),
-    )  # fmt: skip
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(config, whole, stages)
+    def breaks(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+        if is_broken:
+            raise OSError("gone")
+        return reward(prompts, texts)
 
     def break_after_two(progress: Progress) -> None:
-        sys.modules[reward_module].__dict__["broken"] = progress.iteration == 2
+        nonlocal is_broken
+        is_broken = progress.iteration == 2
 
+    monkeypatch.setattr(toy_reviews, "reward", breaks)
     with pytest.raises(TrainingError, match="reward"):
         train(config, parts, stages, on_progress=break_after_two)
     assert [folder.name for folder in (parts / "checkpoints").iterdir()] == ["iteration-000002"]
     assert iterations_in(parts / "metrics.jsonl") == iterations_in(parts / "rollouts.jsonl") == {0, 1}
 
-    sys.modules[reward_module].__dict__["broken"] = False
-    seen = list[int]()
+    is_broken = False
     train(config, parts, stages, on_progress=lambda progress: seen.append(progress.iteration))
     assert seen == [3]
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        assert timeless(parts / name) == timeless(whole / name)
-    states = [load_state(run / "checkpoints" / "iteration-000003") for run in (whole, parts)]
+        assert timeless(parts / name) == timeless(run.folder / name)
+    states = [load_state(folder / "checkpoints" / "iteration-000003") for folder in (run.folder, parts)]
     assert_equal(*states)
 
 

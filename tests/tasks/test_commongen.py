@@ -261,9 +261,9 @@ def test_options_of_a_final_evaluations_text_metrics():
         for options in ({}, {"stemming": True})
     ]
     assert found == [{"rouge1": 0.0}, {"rouge1": 1.0}]
-    with pytest.raises(INPUT_ERRORS, match="did you mean 'stemming'"):
+    with pytest.raises(INPUT_ERRORS, match=r"did you mean 'evaluation\.metric_options\.stemming'"):
         check_text_metrics(EvaluationConfig(metrics=("rouge1",), metric_options={"steming": True}), prompts)
-    with pytest.raises(INPUT_ERRORS, match=r"metric_options\.stemming = 'often'"):
+    with pytest.raises(INPUT_ERRORS, match=r"evaluation\.metric_options\.stemming is 'often', but must be true or false"):
         check_text_metrics(EvaluationConfig(metrics=("rouge1",), metric_options={"stemming": "often"}), prompts)
 
 

@@ -311,7 +311,7 @@ def test_a_task_of_the_users_own_is_one_short_file(
     code, _, err = run(
         ["check", "task", "python:counting_task:TASK", "model.vocabulary=300", "task.options.mots=4"], monkeypatch, capsys
     )
-    assert (code, "'mots': choose from: highest" in " ".join(err.split())) == (2, True), err
+    assert (code, "'task.options.mots': choose from: task.options.highest" in " ".join(err.split())) == (2, True), err
     with pytest.raises(INPUT_ERRORS, match=r"must be a rlgf\.tasks\.base\.TaskDefinition"):
         task_definition(TaskConfig("python:counting_task:build"))
 

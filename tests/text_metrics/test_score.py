@@ -277,13 +277,21 @@ def test_a_prompt_without_what_a_function_reads_is_an_error() -> None:
     ("name", "options", "message"),
     [
         ("cidr", {}, "unknown text function 'cidr': did you mean 'cider_d'?"),
-        ("rouge1", {"steming": True}, "unknown option of 'rouge1' 'steming': did you mean 'stemming'?"),
-        ("rouge1", {"stemming": "yes"}, "option 'stemming' of 'rouge1' is 'yes': Input should be a valid boolean."),
+        (
+            "rouge1",
+            {"steming": True},
+            "unknown option of 'rouge1' 'reward.options.rouge1.steming': did you mean 'reward.options.rouge1.stemming'?",
+        ),
+        ("rouge1", {"stemming": "yes"}, "metric 'rouge1': reward.options.rouge1.stemming is 'yes', but must be true or false."),
         ("meteor", {"a": 1}, "'meteor' takes no options, but was given 'a': remove it."),
-        ("rouge1", {"train_prompts": []}, "unknown option of 'rouge1' 'train_prompts'"),
-        ("length_penalty", {}, "'length_penalty' needs the option 'maximum': set it."),
+        ("rouge1", {"train_prompts": []}, "unknown option of 'rouge1' 'reward.options.rouge1.train_prompts'"),
+        ("length_penalty", {}, "'length_penalty' needs the option 'maximum': set reward.options.length_penalty.maximum."),
         ("length_penalty", {"maximum": 1, "minimum": 2}, "'length_penalty' has minimum 2 and maximum 1"),
-        ("repetition_penalty", {"order": 0}, "'repetition_penalty' has order 0"),
+        (
+            "repetition_penalty",
+            {"order": 0},
+            "metric 'repetition_penalty': reward.options.repetition_penalty.order is 0, but must be at least 1.",
+        ),
     ],
 )
 def test_wrong_names_and_options(name: str, options: dict[str, Any], message: str) -> None:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
-from rlgf.algorithms.switch_position import Phase, SwitchRule, require_choice, require_probability, require_switch_rule
-from rlgf.errors import FieldError
+from rlgf.algorithms.switch_position import Phase, SwitchRule, require_choice, require_switch_rule
+from rlgf.bounds import NonNegativeInt, Probability, check_bounds
 from rlgf.types import GUIDE, POLICY, Origin
 
 Credit = Literal["gae", "td", "switch"]
@@ -138,18 +138,18 @@ class PPOPlusPlus:
         True
         >>> rlgf.ppo_pp(beta=1.5)
         Traceback (most recent call last):
-        rlgf.errors.FieldError: beta is 1.5, but it is a probability: choose a value within [0, 1].
+        rlgf.errors.FieldError: beta is 1.5, but must be at most 1.
     """
 
     name: ClassVar[str] = "ppo_pp"
     title: ClassVar[str] = "PPO++"
 
-    beta: float = 0.2  # probability of a guide rollin
+    beta: Probability = 0.2  # probability of a guide rollin
     switch: SwitchRule = "uniform"  # distribution of the switch position
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for an invalid option."""
-        require_probability("beta", self.beta)
+        check_bounds(self)
         require_switch_rule("switch", self.switch, GUIDE)
 
     def build(self) -> Algorithm:
@@ -179,13 +179,13 @@ class AggreVaTeD:
     name: ClassVar[str] = "aggrevated"
     title: ClassVar[str] = "AggreVaTeD"
 
-    beta: float = 0.8  # probability of a policy rollin
+    beta: Probability = 0.8  # probability of a policy rollin
     credit: Credit = "gae"  # advantage estimator for guide rollouts
     switch: SwitchRule = "uniform"  # distribution of the switch position
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for an invalid option."""
-        require_probability("beta", self.beta)
+        check_bounds(self)
         require_choice("credit", self.credit, get_args(Credit))
         require_switch_rule("switch", self.switch, POLICY)
 
@@ -218,9 +218,9 @@ class LOLS:
     name: ClassVar[str] = "lols"
     title: ClassVar[str] = "LOLS"
 
-    beta_guide: float = 0.2  # probability of a guide rollin in the phase of PPO++
-    beta_policy: float = 0.8  # probability of a policy rollin in the phase of AggreVaTeD
-    mixing_weight: float = 0.8  # α
+    beta_guide: Probability = 0.2  # probability of a guide rollin in the phase of PPO++
+    beta_policy: Probability = 0.8  # probability of a policy rollin in the phase of AggreVaTeD
+    mixing_weight: Probability = 0.8  # α
     mix: Mix = "advantage"  # mix advantages in every iteration, or whole iterations
     credit: Credit = "gae"  # advantage estimator for guide rollouts
     switch_guide: SwitchRule = "uniform"  # of guide rollins
@@ -229,7 +229,6 @@ class LOLS:
     def __post_init__(self) -> None:
         """Raise `ConfigError` for an invalid option."""
         _check_both(self)
-        require_probability("mixing_weight", self.mixing_weight)
         require_choice("mix", self.mix, get_args(Mix))
 
     def build(self) -> Algorithm:
@@ -263,9 +262,9 @@ class D2LOLS:
     name: ClassVar[str] = "d2lols"
     title: ClassVar[str] = "D2LOLS"
 
-    beta_guide: float = 0.2  # probability of a guide rollin in the phase of PPO++
-    beta_policy: float = 0.8  # probability of a policy rollin in the phase of AggreVaTeD
-    switch_iteration: int = 20  # the first iteration of PPO++
+    beta_guide: Probability = 0.2  # probability of a guide rollin in the phase of PPO++
+    beta_policy: Probability = 0.8  # probability of a policy rollin in the phase of AggreVaTeD
+    switch_iteration: NonNegativeInt = 20  # the first iteration of PPO++
     credit: Credit = "gae"  # advantage estimator for guide rollouts
     switch_guide: SwitchRule = "uniform"  # of guide rollins
     switch_policy: SwitchRule = "uniform"  # of policy rollins
@@ -273,8 +272,6 @@ class D2LOLS:
     def __post_init__(self) -> None:
         """Raise `ConfigError` for an invalid option."""
         _check_both(self)
-        if not self.switch_iteration >= 0:
-            raise FieldError(f"switch_iteration is {self.switch_iteration}, but it counts iterations: choose 0 or more.")
 
     def build(self) -> Algorithm:
         """Return the algorithm with these options."""
@@ -286,8 +283,7 @@ class D2LOLS:
 
 def _check_both(options: LOLS | D2LOLS) -> None:
     """Raise for an invalid option of the phases of PPO++ and AggreVaTeD."""
-    require_probability("beta_guide", options.beta_guide)
-    require_probability("beta_policy", options.beta_policy)
+    check_bounds(options)
     require_choice("credit", options.credit, get_args(Credit))
     require_switch_rule("switch_guide", options.switch_guide, GUIDE)
     require_switch_rule("switch_policy", options.switch_policy, POLICY)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rlgf.bounds import Probability, check_bounds
 from rlgf.errors import FieldError
 from rlgf.types import GUIDE, Origin
 
@@ -23,12 +24,12 @@ class Phase:
 
     rollin: Origin | None
     rollout: Origin
-    beta: float = 0.0
+    beta: Probability = 0.0
     switch: SwitchRule = "uniform"
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` if `beta` or `switch` is invalid."""
-        require_probability("beta", self.beta)
+        check_bounds(self)
         require_switch_rule("switch", self.switch, self.rollin)
 
 
@@ -52,12 +53,6 @@ def sample_switch(rule: SwitchRule, rollin: Origin, length: int, max_new_tokens:
         return min(1 + math.floor(uniform * max_new_tokens), length)
     first = 0 if rollin == GUIDE else 1
     return min(first, length) + math.floor(uniform * length) if length else 0
-
-
-def require_probability(name: str, value: object) -> None:
-    """Raise if the value of an option is not a number within [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise FieldError(f"{name} is {value}, but it is a probability: choose a value within [0, 1].")
 
 
 def require_switch_rule(name: str, rule: str, rollin: Origin | None) -> None:

@@ -3,6 +3,7 @@
 Slow libraries are imported inside the commands, so that `--help` and a mistyped key are fast.
 """
 
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from rlgf.cli import check, compare, evaluate, inspect, train
 from rlgf.errors import Interrupted, RlgfError
 from rlgf.interrupts import handle_signals
 from rlgf.runs.failures import as_sentences
+from rlgf.untrusted_text import escape_control_characters
 
 
 class _InterruptedCommandError(Exception):
@@ -29,17 +31,33 @@ class _InterruptedCommandError(Exception):
 
 
 class _Commands(TyperGroup):
-    """The commands; an interruption keeps its message and its exit code."""
+    """The commands.
+
+    An interruption keeps its message and its exit code, and usage errors show what was typed
+    without control characters.
+    """
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Parse the command line."""
-        with _passing_interruptions():
+        with _passing_interruptions(), _escaped_usage_errors():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command."""
-        with _passing_interruptions():
+        with _passing_interruptions(), _escaped_usage_errors():
             return super().invoke(ctx)
+
+
+@contextmanager
+def _escaped_usage_errors() -> Generator[None]:
+    """Escape the control characters in the message of a usage error within the block."""
+    try:
+        yield
+    except Exception as error:
+        message = getattr(error, "message", None)
+        if isinstance(message, str) and hasattr(error, "format_message"):
+            error.message = escape_control_characters(message)  # pyright: ignore[reportAttributeAccessIssue]
+        raise
 
 
 @contextmanager
@@ -77,7 +95,9 @@ app.add_typer(check_app, name="check")
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        from rlgf.cli import terminal
+
+        terminal.write(__version__)
         raise typer.Exit
 
 
@@ -98,9 +118,14 @@ def main() -> None:
     # one (bench/busy_machine.py). GNU's OpenMP, which torch and the C kernels share, reads this
     # when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # of an encoding that may lack characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with handle_signals(report=_report, leave=_leave):
+        from rlgf.cli import terminal
+
         try:
-            with as_sentences():
+            with terminal.escape_warnings(), as_sentences():
                 app()
         except RlgfError as error:
             _fail(str(error), error.exit_code)
@@ -108,6 +133,9 @@ def main() -> None:
             _end(error.interruption)
         except KeyboardInterrupt as error:
             _end(error if isinstance(error, Interrupted) else Interrupted(signal.SIGINT))
+        except Exception as error:  # an error that no code expects
+            terminal.print_traceback(error)
+            sys.exit(1)
 
 
 def _report(line: str) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from rlgf.cli.options import Data, Overrides, Policy, Stages, read_config
-from rlgf.data.text import escape_control_characters
 from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
 
 
@@ -80,6 +79,8 @@ def check_task(
 
 
 def _print_findings(findings: Sequence[Any]) -> None:
+    from rlgf.cli import terminal
+
     for finding in findings:
         label = {"ok": "  ok     ", "warning": "  WARNING", "error": "  ERROR  "}[finding.level]
-        typer.echo(f"{label} {escape_control_characters(finding.text)}")
+        terminal.write(f"{label} {finding.text}")

@@ -7,7 +7,8 @@ import typer
 
 from rlgf.algorithms import guided
 from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_typed_config
-from rlgf.errors import ConfigError, unknown
+from rlgf.errors import ConfigError, DataError, unknown
+from rlgf.untrusted_text import as_file_name, describe_failure, shorten
 
 
 def compare(
@@ -15,7 +16,9 @@ def compare(
     overrides: Overrides = None,
     algorithms_: Annotated[str, typer.Option("--algorithms", help="Comma-separated; default: all.")] = "",
     seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0",
-    jobs: Annotated[int, typer.Option(help="Runs at a time, each in a process of its own, sharing the cores.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at a time, each in a process of its own, sharing the cores.", min=1, max=1024)
+    ] = 1,
     controls: Annotated[bool, typer.Option(help="Also run the recipe's control runs.")] = True,
     vary: Annotated[
         list[str] | None,
@@ -34,14 +37,14 @@ def compare(
     """
     given = read_typed_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
     config = given.config
-    names = [name.strip() for name in algorithms_.split(",") if name.strip()] or list(guided.ALGORITHMS)
+    names = list(dict.fromkeys(name.strip() for name in algorithms_.split(",") if name.strip())) or list(guided.ALGORITHMS)
     for name in names:
         if name not in guided.ALGORITHMS:
             raise unknown("algorithm", name, guided.ALGORITHMS)
     try:
-        numbers = [int(seed) for seed in seeds.split(",")]
+        numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     except ValueError:
-        raise ConfigError(f"--seeds is '{seeds}', but must be whole numbers separated by commas.") from None
+        raise ConfigError(f"--seeds is '{shorten(seeds, 60)}', but must be whole numbers separated by commas.") from None
     from rlgf.cli import console, terminal
     from rlgf.config import unread, variants
     from rlgf.config.loading import override
@@ -53,7 +56,7 @@ def compare(
 
     check_to_train(resolve(config))
     console.configure_runtime(config)
-    target = out or Path("runs") / config.recipe
+    target = out or Path("runs") / as_file_name(config.recipe)
     varied = variants.parse_vary(config, vary or [])
     rows = variants.build_variants(config, names, recipe_controls(config) if controls else {}, varied)
     settings = [*given.typed, *(unread.TypedSetting(key, (key,), "--vary") for key in varied)]
@@ -90,10 +93,14 @@ def report(
     path = comparison / "results.json"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: give the folder of a finished `rlgf compare`.")
-    results = read_json(path)
-    require_format(results, path)
-    if "rows" not in results:
-        raise ConfigError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
-    target = out or comparison
-    write_report(results, target)
+    results, target = read_json(path), out or comparison
+    try:
+        require_format(results, path)
+        if "rows" not in results:
+            raise ConfigError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
+        write_report(results, target)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise DataError(f"{path} holds no results of `rlgf compare` ({describe_failure(error)}): make them again.") from error
     terminal.report(f"{target}: {', '.join(report_files(target))}")

@@ -5,6 +5,7 @@ control characters are escaped, and it is not parsed as markup.
 """
 
 import ctypes
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +13,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from rlgf.algorithms.guided import Algorithm
 from rlgf.cli.schedule import describe_phases
-from rlgf.cli.terminal import log, out, print_table, report
+from rlgf.cli.terminal import Part, escape_log_lines, log, out, print_table, report, write
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
-from rlgf.data.text import escape_control_characters
 from rlgf.errors import INPUT_ERRORS
 from rlgf.experiments.tables import table_rows
 from rlgf.interrupts import set_grace
@@ -61,13 +60,14 @@ def keep_freed_memory() -> None:
 
 
 def quiet() -> None:
-    """Turn off the progress bars and notices of transformers and datasets."""
+    """Turn off the progress bars and notices of libraries, and escape what they log."""
     import datasets
     import transformers
 
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    escape_log_lines()
 
 
 class ProgressReporter:
@@ -105,7 +105,7 @@ class ProgressReporter:
             columns = [
                 TextColumn("{task.completed}/{task.total} iterations"),
                 BarColumn(),
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
             ]
             self.bar = Progress(*columns, TimeRemainingColumn(), console=log)
             self.bar.start()
@@ -172,18 +172,17 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
 
 def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = True) -> None:
     """Print a prompt and its completion, each span colored and bracketed by origin."""
-    head = f"iteration {row['iteration']} · completion {row['index']} · reward {row['score']:.3f}"
-    head += f" · switch at token {row['switch_position']}"
-    to.print(Text(head, style="dim"))
-    line = Text().append(escape_control_characters(row["prompt"]), style="dim")
+    score = row["score"] if isinstance(row["score"], int | float) else math.nan
+    head = f"iteration {row['iteration']} · completion {row['index']} · reward {score:.3f}"
+    write((f"{head} · switch at token {row['switch_position']}", "dim"), to=to, soft_wrap=False)
+    line: list[Part] = [(row["prompt"], "dim")]
     for span in row["spans"]:
-        line.append(f" [{span['origin']}:", style=STYLES[span["origin"]])
-        line.append(escape_control_characters(span["text"]), style=STYLES[span["origin"]])
-        line.append("]", style=STYLES[span["origin"]])
+        style = STYLES.get(span["origin"], "")
+        line += [(f" [{span['origin']}:", style), (span["text"], style), ("]", style)]
     if row["ended_with_eos"]:
-        line.append(" ■", style="dim")
-    to.print(line, soft_wrap=soft_wrap)
-    to.print()
+        line.append((" ■", "dim"))
+    write(*line, to=to, soft_wrap=soft_wrap)
+    write(to=to)
 
 
 def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
@@ -192,9 +191,9 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     `title` names the row of a comparison.
     """
     ppo, task = config.ppo, config.task
-    out.print(Text(f"{config.recipe}: {title or algorithm.title} on {task.name}, seed {config.seed}", style="bold"))
+    write((f"{config.recipe}: {title or algorithm.title} on {task.name}, seed {config.seed}", "bold"), soft_wrap=False)
     for number, line in enumerate(describe_phases(algorithm)):
-        out.print(Text(f"  phase {number}: {line}"))
+        write(f"  phase {number}: {line}", soft_wrap=False)
     guide = config.guide.spec if algorithm.needs_guide or config.distill.num_completions else "not queried"
     if guide in ("sft", "trained") or guide.startswith("model:"):
         guide += f" ({config.guide.sampling.describe()})"
@@ -223,15 +222,15 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     }
     for name, value in lines.items():
         if value:
-            out.print(Text(f"  {name:12}{value}"), soft_wrap=True)
+            write(f"  {name:12}{value}")
     for caution in training_warnings(algorithm):
-        out.print(Text(f"  warning: {caution}"), soft_wrap=True)
+        write(f"  warning: {caution}")
 
 
 def print_unread(config: Config) -> None:
     """Print the settings of a config that its run does not read, and why."""
     for line in describe_unread(config):
-        out.print(Text(f"  not read    {line}"), soft_wrap=True)
+        write(f"  not read    {line}")
 
 
 def _adapters(config: Config) -> str:

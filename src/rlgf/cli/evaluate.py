@@ -100,7 +100,7 @@ def score(
     ] = None,
     stem: Annotated[bool, typer.Option("--stem", help="Porter stems for rouge1, rouge2, rougeL, rougeLsum.")] = False,
     bertscore_model: Annotated[str, typer.Option(help="Encoder, a Hub name or a folder.")] = "roberta-large",
-    bertscore_layers: Annotated[int | None, typer.Option(help="Layer to compare; common models have a default.")] = None,
+    bertscore_layers: Annotated[int | None, typer.Option(help="Layer to compare; common models have a default.", min=1)] = None,
 ) -> None:
     """Score the predictions of a file with text metrics.
 

@@ -8,7 +8,8 @@ import typer
 
 from rlgf.algorithms import guided
 from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change, beta_changes, check_writable, emit
-from rlgf.errors import ConfigError, unknown
+from rlgf.errors import ConfigError, DataError, unknown
+from rlgf.untrusted_text import describe_failure
 
 
 def download(
@@ -38,7 +39,7 @@ SHOWN = {"iteration", "index", "prompt", "spans", "switch_position", "ended_with
 def samples(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     iteration: Annotated[int | None, typer.Option(help="Iteration, counted from 0; default: the last one logged.")] = None,
-    count: Annotated[int, typer.Option(help="Number of completions.")] = 5,
+    count: Annotated[int, typer.Option(help="Number of completions.", min=1)] = 5,
     evaluation: Annotated[
         bool, typer.Option("--evaluation", help="Completions of the final evaluation, by the policy alone.")
     ] = False,
@@ -54,31 +55,32 @@ def samples(
     rows = [row for row in found if row.keys() >= SHOWN]
     if len(rows) < len(found):
         terminal.report(f"warning: {path}: {len(found) - len(rows):,} lines of another form are left out")
-    known = sorted({row["iteration"] for row in rows})
-    if not known:
-        raise ConfigError(f"{path} holds no completions yet.")
-    chosen = known[-1] if iteration is None else iteration
-    if chosen not in known:
-        raise ConfigError(f"{run} has no iteration {chosen}: it has {known[0]} to {known[-1]}.")
-    from rlgf.cli import console
+    try:
+        known = sorted({row["iteration"] for row in rows})
+        if not known:
+            raise ConfigError(f"{path} holds no completions yet.")
+        chosen = known[-1] if iteration is None else iteration
+        if chosen not in known:
+            raise ConfigError(f"{run} has no iteration {chosen}: it has {known[0]} to {known[-1]}.")
+        from rlgf.cli import console
 
-    for row in [row for row in rows if row["iteration"] == chosen][:count]:
-        console.print_rollout(row)
+        for row in [row for row in rows if row["iteration"] == chosen][:count]:
+            console.print_rollout(row)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} has a line that is no completion of a run ({describe_failure(error)}): remove it.") from error
 
 
 def show(
     what: Annotated[str, typer.Argument(help="An algorithm, a recipe, or 'config'.")],
-    iterations: Annotated[int, typer.Option(help="Number of iterations to show.")] = 40,
+    iterations: Annotated[int, typer.Option(help="Number of iterations to show.", min=1, max=100_000)] = 40,
     alpha: Alpha = None,
     beta: Beta = None,
-    seed: Annotated[int, typer.Option(help="Seed of lols with mix=iteration.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of lols with mix=iteration.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Draw an algorithm's phases over training, or print a recipe or the default config."""
     if what not in guided.ALGORITHMS:
         _show_config(what)
         return
-    if iterations < 1:
-        raise ConfigError(f"--iterations is {iterations}, but must be at least 1.")
     from rlgf.cli.schedule import print_algorithm
     from rlgf.randomness import Purpose, uniforms
 
@@ -88,13 +90,14 @@ def show(
 
 def _show_config(what: str) -> None:
     """Print a recipe or, for 'config', the default config, as YAML."""
+    from rlgf.cli import terminal
     from rlgf.config.loading import dump
     from rlgf.config.recipes import RECIPES, recipe
     from rlgf.config.schema import Config
 
     if what != "config" and what not in RECIPES:
         raise unknown("algorithm or recipe", what, [*guided.ALGORITHMS, *RECIPES, "config"])
-    typer.echo(dump(Config() if what == "config" else recipe(what)), nl=False)
+    terminal.write_block(dump(Config() if what == "config" else recipe(what)))
 
 
 def _algorithm(name: str, alpha: float | None, beta: float | None) -> guided.Algorithm:
@@ -114,6 +117,7 @@ def _algorithm(name: str, alpha: float | None, beta: float | None) -> guided.Alg
 
 def list_() -> None:
     """List the recipes, tasks, algorithms, guides and metrics."""
+    from rlgf.cli import terminal
     from rlgf.config.recipes import RECIPES
     from rlgf.tasks.registry import TASKS
     from rlgf.text_metrics.as_rewards import TEXT_FUNCTIONS
@@ -140,9 +144,9 @@ def list_() -> None:
         "metrics of rlgf score": DESCRIPTIONS,
     }
     for title, items in sections.items():
-        typer.echo(title)
+        terminal.write(title)
         for name, text in items.items():
-            typer.echo(f"  {name:22}{text}")
+            terminal.write(f"  {name:22}{text}")
 
 
 def env(
@@ -165,6 +169,8 @@ def env(
 
 def _print_environment(found: dict[str, Any]) -> None:
     """Print one line per version, device and other entry of `describe_environment`."""
+    from rlgf.cli import terminal
+
     lines = {name: text or "not installed" for name, text in found["versions"].items()}
     lines["cuda"] = found["versions"]["cuda"] or "not in this torch"
     lines |= {name: str(found[name]) for name in ("platform", "processor", "cores", "threads")}
@@ -172,4 +178,4 @@ def _print_environment(found: dict[str, Any]) -> None:
     lines |= {"kernels": found["kernels"], "java": found["java"], "SPICE jars": found["spice_jars"]}
     lines["offline"] = ", ".join(name for name, is_set in found["offline"].items() if is_set) or "no"
     for name, text in lines.items():
-        typer.echo(f"{name:13} {text}")
+        terminal.write(f"{name:13} {text}")

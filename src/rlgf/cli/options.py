@@ -4,7 +4,6 @@ The config's classes take a quarter of a second to import, so functions import t
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.errors import ConfigError, unknown
+from rlgf.bounds import check_number
+from rlgf.errors import ConfigError, FieldError, unknown
 
 if TYPE_CHECKING:
     from rlgf.config.schema import Config
@@ -107,9 +107,10 @@ def read_typed_config(
     changes += [alpha_change(name, alpha)] if alpha is not None else []
     changes += [parse_assignment(text) for text in overrides or []]
     betas = beta_changes(beta) if beta is not None else []
+    config = override(config, [*betas, *changes], COMMAND_LINE)
     typed += [setting for key, value in changes for setting in typed_setting(key, value)]
     typed += [TypedSetting("--beta", tuple(key for key, _ in betas))] if betas else []
-    return TypedConfig(override(config, [*betas, *changes], COMMAND_LINE), typed)
+    return TypedConfig(config, typed)
 
 
 def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
@@ -138,8 +139,11 @@ def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
             else:
                 flat.append((f"{prefix}{key}", value))
 
-    if base in RECIPES:
-        walk(values, "")
+    if isinstance(base, str) and base in RECIPES:
+        try:
+            walk(values, "")
+        except RecursionError:
+            raise ConfigError(f"{path} has a mapping that holds itself, or is nested too deeply: write it out.") from None
         config, before = override(recipe(base), flat, str(path)), recipe(base)
     else:
         config, before = from_dict(values, str(path)), Config()
@@ -152,6 +156,7 @@ def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
 
 def beta_changes(beta: float) -> list[tuple[str, Any]]:
     """Return the fields that `--beta` sets, the rollin probabilities of all algorithms."""
+    _require_within_bounds("--beta", guided.PPOPlusPlus, "beta", beta)
     return [
         (f"algorithm.options.{name}.{field.name}", beta)
         for name, kind in guided.ALGORITHMS.items()
@@ -163,12 +168,22 @@ def beta_changes(beta: float) -> list[tuple[str, Any]]:
 def alpha_change(name: str, alpha: float) -> tuple[str, Any]:
     """Return the field and value that `--alpha` sets for an algorithm."""
     if name == "lols":
+        _require_within_bounds("--alpha", guided.LOLS, "mixing_weight", alpha)
         return "algorithm.options.lols.mixing_weight", alpha
     if name == "d2lols":
         if alpha != alpha // 1:
             raise ConfigError(f"--alpha is {alpha:g}, but for d2lols it counts iterations: give a whole number.")
+        _require_within_bounds("--alpha", guided.D2LOLS, "switch_iteration", int(alpha))
         return "algorithm.options.d2lols.switch_iteration", int(alpha)
     raise ConfigError(f"--alpha does not apply to {name}: leave it out, or choose lols or d2lols.")
+
+
+def _require_within_bounds(flag: str, kind: type, field: str, value: float) -> None:
+    """Raise `ConfigError` for a value of a flag that the field it sets cannot have."""
+    try:
+        check_number(kind, field, value)
+    except FieldError as error:
+        raise ConfigError(f"{flag}{str(error).removeprefix(field)}") from None
 
 
 def default_stages(run: Path) -> Path:
@@ -188,14 +203,16 @@ def emit(found: dict[str, Any], json_out: Path | None, show: Callable[[], None])
 
     `--json -` prints the JSON instead of the table.
     """
+    from rlgf.data.files import json_safe, to_json, write_json
+
     if json_out == STANDARD_OUTPUT:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        from rlgf.cli import terminal
+
+        terminal.write_block(to_json(json_safe(found), indent=2))
         return
     show()
     if json_out:
-        from rlgf.data.files import write_json
-
-        write_json(json_out, found)
+        write_json(json_out, json_safe(found))
 
 
 def check_writable(path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from rich.text import Text
-
 from rlgf.algorithms.guided import Algorithm
-from rlgf.cli.terminal import out
+from rlgf.cli.terminal import write
 from rlgf.types import GUIDE, POLICY
 
 
@@ -23,14 +21,14 @@ def describe_phases(algorithm: Algorithm) -> list[str]:
 
 def print_algorithm(algorithm: Algorithm, iterations: int, uniforms: Sequence[float]) -> None:
     """Print the phases of an algorithm and the iterations that use each."""
-    out.print(Text(f"{algorithm.title}: {algorithm.summary}", style="bold"))
+    write((f"{algorithm.title}: {algorithm.summary}", "bold"))
     for number, line in enumerate(describe_phases(algorithm)):
         phase = algorithm.phases[number]
         critic = "V^π" if phase.rollout == POLICY else "V^g"
-        out.print(Text(f"  phase {number}: {line}; critic {critic}"), soft_wrap=True)
+        write(f"  phase {number}: {line}; critic {critic}")
     names = {POLICY: "policy"}
     width = 60
-    out.print()
+    write()
     for number, phase in enumerate(algorithm.phases):
         cells = ""
         for place in range(min(width, iterations)):
@@ -39,5 +37,5 @@ def print_algorithm(algorithm: Algorithm, iterations: int, uniforms: Sequence[fl
             cells += "·" if share == 0 else "█" if share > 0.99 else "▄"
         rollin = "–" if phase.rollin is None else names.get(phase.rollin, "guide")
         label = f"{rollin} → {names.get(phase.rollout, 'guide')}"
-        out.print(Text(f"  {label:18}{cells}  iterations 0–{iterations - 1}"))
-    out.print(Text("  █ all completions of the iteration   ▄ a part   · none", style="dim"))
+        write(f"  {label:18}{cells}  iterations 0–{iterations - 1}")
+    write(("  █ all completions of the iteration   ▄ a part   · none", "dim"))

@@ -1,23 +1,50 @@
-"""Terminal output of lines, tables and errors.
+"""Terminal output of lines, tables and errors: the only file that prints.
 
-Data goes to standard output, everything else to standard error. Imports are fast here, so that
-commands without a model, and errors, respond at once.
+Data goes to standard output, everything else to standard error. Text from models, data, servers and
+users may be in every line, so each one passes `as_text` or `escape_lines`, which leave no control
+character in it. Imports are fast here, so that commands without a model, and errors, respond at
+once.
 """
 
+import logging
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlgf.credentials import mask_credentials
+from rlgf.untrusted_text import escape_control_characters, escape_lines
+
 out = Console(highlight=False)
 log = Console(stderr=True, highlight=False)
+Part = str | tuple[str, str]
+"""A text, or a text and its style."""
+
+
+def as_text(*parts: Part) -> Text:
+    """Return parts of a line for a terminal, without control characters and markup."""
+    styled = [(part, "") if isinstance(part, str) else part for part in parts]
+    return Text.assemble(*((escape_control_characters(text), style) for text, style in styled))
+
+
+def write(*parts: Part, to: Console = out, soft_wrap: bool = True) -> None:
+    """Print a line of parts, by default to standard output."""
+    to.print(as_text(*parts), soft_wrap=soft_wrap)
+
+
+def write_block(text: str) -> None:
+    """Print a text of several lines, such as JSON or YAML, to standard output."""
+    sys.stdout.write(escape_lines(text.removesuffix("\n")) + "\n")
 
 
 def report(line: str) -> None:
     """Print a status line to standard error."""
-    log.print(Text(line), soft_wrap=True)
+    write(line, to=log)
 
 
 def report_reuse_once() -> Callable[[str], None]:
@@ -40,9 +67,9 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="right" if number else "left", no_wrap=number > 0 and len(heading) < 14)
+        table.add_column(as_text(heading), justify="right" if number else "left", no_wrap=number > 0 and len(heading) < 14)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(as_text, row))
     # a narrow terminal wraps lines rather than cells
     Console(highlight=False, width=max(out.width, 160)).print(table)
 
@@ -50,4 +77,43 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def fail(message: str) -> None:
     """Print an error message to standard error."""
     sys.stdout.flush()
-    log.print(Text("error: ", style="bold red").append(message, style="not bold default"), soft_wrap=True)
+    write(("error: ", "bold red"), (message, "not bold default"), to=log)
+
+
+def print_traceback(error: BaseException) -> None:
+    """Print the traceback of an exception that nobody expected, without credentials."""
+    sys.stdout.flush()
+    for line in mask_credentials("".join(traceback.format_exception(error))).splitlines():
+        write(line, to=log)
+
+
+class EscapingFormatter(logging.Formatter):
+    """A formatter whose records are clean lines, as `formatter` writes them."""
+
+    def __init__(self, formatter: logging.Formatter | None) -> None:
+        super().__init__()
+        self.formatter = formatter or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record without control characters and credentials."""
+        return escape_lines(mask_credentials(self.formatter.format(record)))
+
+
+def escape_log_lines() -> None:
+    """Let what libraries log pass the function that every line passes."""
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    for handler in [logging.lastResort, *(handler for logger in loggers for handler in logger.handlers)]:
+        if handler is not None and not isinstance(handler.formatter, EscapingFormatter):
+            handler.setFormatter(EscapingFormatter(handler.formatter))
+
+
+@contextmanager
+def escape_warnings() -> Generator[None]:
+    """Print Python's warnings within the block as status lines."""
+
+    def show(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+        report(f"{category.__name__}: {mask_credentials(str(message))}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

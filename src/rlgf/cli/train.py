@@ -26,6 +26,7 @@ from rlgf.cli.options import (
     read_typed_config,
 )
 from rlgf.errors import ConfigError
+from rlgf.untrusted_text import as_file_name
 
 
 def train(
@@ -80,7 +81,7 @@ def train(
         console.print_plan(config, run.algorithm)
         console.print_unread(config)
         return
-    target = out or Path("runs") / f"{config.recipe}-{config.algorithm.name}-seed{config.seed}"
+    target = out or Path("runs") / as_file_name(f"{config.recipe}-{config.algorithm.name}-seed{config.seed}")
     directory = RunDirectory(target, config, accept_changes, lambda line: console.report(f"warning: {line}"))
     directory.check_identity()
     if directory.results is not None:
@@ -114,7 +115,7 @@ def _stage(name: str, source: str, overrides: list[str] | None, policy: str | No
     run = resolve(config)
     preflight.check(run)
     console.configure_runtime(config)
-    target = out or Path("runs") / f"{run.recipe}-{name}"
+    target = out or Path("runs") / as_file_name(f"{run.recipe}-{name}")
     cache = StageCache(stages or target.parent / "stages", console.report)
     require_writable(target.parent)
     if name == "pretrain":

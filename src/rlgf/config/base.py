@@ -1,27 +1,18 @@
-"""The base of all sections: checked dataclasses, bounds, sentences of errors, and flat dicts."""
+"""The base of all sections: checked dataclasses, sentences of errors, and flat dicts."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar, cast, dataclass_transform
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import pydantic
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from rlgf.errors import ConfigError, FieldError, unknown
+from rlgf.bounds import check_number, declared_numbers, show_bound
+from rlgf.errors import USER_FAILURES, ConfigError, FieldError, unknown
+from rlgf.untrusted_text import describe_failure, shorten, shorten_sentence, show_value
 
 Section = TypeVar("Section")
-
-
-# docs/make.py shows the comments instead of the names.
-PositiveInt = Annotated[int, Field(ge=1)]  # int ≥ 1
-NonNegativeInt = Annotated[int, Field(ge=0)]  # int ≥ 0
-Seed = Annotated[int, Field(ge=0, lt=2**63)]  # int ≥ 0
-FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]  # float
-PositiveFloat = Annotated[float, Field(gt=0)]  # float > 0
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # float ≥ 0
-Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]  # float, 0 ≤ x ≤ 1
-ProbabilityBelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # float, 0 ≤ x < 1
 
 BOUNDS = {  # pydantic's type of error: the name of the bound and its words
     "greater_than_equal": ("ge", "at least"),
@@ -29,8 +20,16 @@ BOUNDS = {  # pydantic's type of error: the name of the bound and its words
     "less_than_equal": ("le", "at most"),
     "less_than": ("lt", "below"),
 }
-# Errors that show the value. The others do not: a header or a request body may hold a secret.
-SHOWING_VALUE = ("int_", "float_", "bool_", "literal_error")
+# Pydantic's type of error, or how it begins: what the value must be.
+NUMBERS = {"finite_number": "a finite number", "int_": "a whole number", "float_": "a number", "bool_": "true or false"}
+# The same of errors that do not show the value: a header or a request body may hold a secret.
+TEXTS = {
+    "string_unicode": "text of whole characters, and has half of one", "string_": "text", "tuple_type": "a list",
+    "list_type": "a list", "dict_type": "a mapping of keys to values", "mapping_type": "a mapping of keys to values",
+    "dataclass_type": "a mapping of keys to values",
+}  # fmt: skip
+MAX_LENGTH = 300  # characters of an error about one field
+MAX_SOURCE, MAX_KEY = 80, 120  # of the source of its value, and of its name
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field,))
@@ -74,18 +73,25 @@ def as_config_error(error: ValidationError, where: str, prefix: str = "", positi
         return ConfigError(f"{where}: {prefix}{'.'.join([*parts, str(ours)])}")
     if isinstance(ours, ConfigError):
         return ours
-    key = f"{where}: {prefix}{'.'.join(parts)}"
+    key = f"{shorten(where, MAX_SOURCE, keep_end=True)}: {shorten(prefix + '.'.join(parts), MAX_KEY)}"
     if kind in BOUNDS:
         name, words = BOUNDS[kind]
-        return ConfigError(f"{key} is {_shown(value)}, but must be {words} {_shown(first['ctx'][name])}.")  # pyright: ignore[reportTypedDictNotRequiredAccess]
-    if kind == "finite_number":
-        return ConfigError(f"{key} is {_shown(value)}, but must be a finite number.")
-    value_shown = f" = {value!r}" if kind.startswith(SHOWING_VALUE) else ""
-    return ConfigError(f"{key}{value_shown}: {first['msg']}.")
-
-
-def _shown(number: Any) -> str:
-    return f"{number:g}" if isinstance(number, float) else str(number)
+        bound = show_bound(first["ctx"][name])  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        return ConfigError(f"{key} is {show_value(value)}, but must be {words} {bound}.")
+    for beginning, words in NUMBERS.items():
+        if kind.startswith(beginning):
+            return ConfigError(f"{key} is {show_value(value)}, but must be {words}.")
+    if kind == "literal_error":
+        choices = first["ctx"]["expected"]  # pyright: ignore[reportTypedDictNotRequiredAccess]
+        return ConfigError(shorten_sentence(f"{key} is {show_value(value)}, but must be {choices}.", MAX_LENGTH))
+    if parts[-1:] == ["[key]"]:
+        return ConfigError(
+            f"{shorten(where, MAX_SOURCE, keep_end=True)}: {'.'.join(parts[:-2])} has a key that is no text: quote it."
+        )
+    for beginning, words in TEXTS.items():
+        if kind.startswith(beginning):
+            return ConfigError(f"{key} must be {words}.")
+    return ConfigError(shorten_sentence(f"{key}: {first['msg']}.", MAX_LENGTH))
 
 
 @functools.cache
@@ -101,15 +107,26 @@ def read_options(values: object, kind: type, where: str, prefix: str) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} must be a mapping of keys to values.")
     names = [field.name for field in dataclasses.fields(kind)]
-    for key in cast("Mapping[str, Any]", values):
+    for key in map(str, cast("Mapping[Any, Any]", values)):
         if key not in names:
             if not names:
-                raise ConfigError(f"{where}: {prefix.rstrip('.')} takes no options, but has '{key}': remove it.")
-            raise unknown(f"key ({where})", key, names)
+                raise ConfigError(f"{where}: {prefix.rstrip('.')} takes no options, but has '{shorten(key, 60)}': remove it.")
+            raise unknown(f"key ({where})", key, names, prefix)
     try:
+        for name, (_, _, bounds) in declared_numbers(kind).items():
+            if bounds is None and name in values:  # pydantic takes true and '3' for numbers
+                check_number(kind, name, values[name])
         return _adapter(kind).validate_python(values)
+    except FieldError as error:
+        raise ConfigError(f"{where}: {prefix}{error}") from None
+    except ConfigError:
+        raise
     except ValidationError as error:
         raise as_config_error(error, where, prefix) from None
+    except USER_FAILURES as error:  # of a user's own dataclass
+        raise ConfigError(
+            f"{where}: {prefix.rstrip('.')} cannot be read ({describe_failure(error)}): fix its dataclass."
+        ) from error
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import difflib
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_type_hints
+from typing import Any, ClassVar, cast, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -13,6 +15,7 @@ from rlgf.config.base import as_config_error, flatten, to_dict
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.types import FORMAT_VERSION
+from rlgf.untrusted_text import shorten, show_value
 
 FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
     "task.options", "algorithm.options", "guide.options", "reward.weights", "reward.options",
@@ -21,6 +24,57 @@ FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
 
 
 _adapter: TypeAdapter[Config] = TypeAdapter(Config)
+_hints = functools.cache(get_type_hints)  # of the sections, for every key of every config
+
+FLOAT = re.compile(
+    r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$"
+    r"|\.(?:nan|NaN|NAN)$"
+)
+REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose numbers are decimal, also 1e-4, without dates and without repeated keys."""
+
+    yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in REPLACED]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; raise for a key that is there twice."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML that quotes every text that `_Loader` or YAML 1.1 takes for something else."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the value of a YAML text; `where` names it in errors.
+
+    Raises `ConfigError`, which shows nothing of the text: a secret may be in it.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ConfigError(f"{where} is not valid YAML ({line}{error.problem}).") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(
+            f"{where} is not valid YAML: it has control characters, a huge number or is nested too deeply."
+        ) from None
 
 
 def from_dict(values: Mapping[str, Any], where: str) -> Config:
@@ -41,16 +95,17 @@ def check_keys(values: object, kind: Any, where: str, prefix: str = "") -> None:
     """Raise for a key that the config dataclass `kind` does not have; suggest the nearest key."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values.")
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     for key, value in cast("Mapping[str, Any]", values).items():
         if key not in hints:
-            raise unknown_key(f"{prefix}{key}", where)
+            raise unknown_key(f"{prefix}{shorten(str(key), 80)}", where)
         if dataclasses.is_dataclass(hints[key]):
             check_keys(value, hints[key], where, f"{prefix}{key}.")
 
 
 def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
+    key, where = shorten(key, 120), shorten(where, 80, keep_end=True)
     valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")]
     last = {name.split(".")[-1]: name for name in valid}
     same = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]  # a field in another section
@@ -64,7 +119,7 @@ def unknown_key(key: str, where: str) -> ConfigError:
 def all_keys(kind: Any, prefix: str = "") -> list[str]:
     """Return every dotted key of a config dataclass, sections included."""
     keys: list[str] = []
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in _hints(kind).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
             keys += all_keys(hint, f"{prefix}{name}.")
@@ -93,11 +148,13 @@ def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "o
             if optional != "evaluation.sampling":
                 raise unknown_key(key, where)
         *sections, last = key.split(".")
-        place = values
+        place: Any = values
         for section in sections:
             if place.get(section) is None:
                 place[section] = {}
             place = place[section]
+            if not isinstance(place, dict):
+                raise ConfigError(f"{where}: {shorten(key, 120)} is set, but {section} is no mapping: set one of them.")
         place[last] = value
     return from_dict(values, where)
 
@@ -106,29 +163,22 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """Parse 'section.field=value' into a key and a value; the value is YAML."""
     key, separator, value = text.partition("=")
     if not separator or not key:
-        raise ConfigError(f"command line: '{text}' is not of the form section.field=value.")
+        raise ConfigError(f"command line: '{shorten(key, 80)}' is not of the form section.field=value.")
     try:
-        parsed: Any = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"command line: the value of '{text}' is not valid YAML: quote it.") from None
-    if parsed == value:
-        try:  # YAML 1.1 reads 1e-4 as a string
-            parsed = float(value)
-        except ValueError:
-            parsed = value
-    return key, parsed
+        return key, parse_yaml(value, f"the value of '{shorten(key, 80)}'")
+    except ConfigError as error:
+        raise ConfigError(f"command line: {str(error).removesuffix('.')}: fix or quote it.") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Load the mapping in a YAML file, without its format version."""
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text: give a YAML file.") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except ValueError:
+        raise ConfigError(f"{path} cannot be read: it is not UTF-8.") from None
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values, but holds {type(values).__name__}.")
     return _without_format_version(cast("dict[str, Any]", values), str(path))
@@ -138,12 +188,13 @@ def _without_format_version(values: Mapping[str, Any], where: str) -> dict[str, 
     """Return the values without their format version; raise if that is another one."""
     version = values.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise ConfigError(f"{where} has format version {version}, and this rlgf reads version {FORMAT_VERSION}: convert it.")
+        raise ConfigError(
+            f"{where} has format version {show_value(version)}, and this rlgf reads version {FORMAT_VERSION}: convert it."
+        )
     return {key: value for key, value in values.items() if key != "format_version"}
 
 
 def dump(config: Config) -> str:
     """Return the complete config as YAML, with the version of its format."""
-    return f"format_version: {FORMAT_VERSION}\n" + yaml.safe_dump(
-        _adapter.dump_python(config, mode="json"), sort_keys=False, allow_unicode=True
-    )
+    values = _adapter.dump_python(config, mode="json")
+    return f"format_version: {FORMAT_VERSION}\n" + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -2,7 +2,8 @@
 
 from typing import Literal
 
-from rlgf.config.base import NonNegativeFloat, NonNegativeInt, PositiveInt, section
+from rlgf.bounds import Flag, LengthOrZero, Pause, PositiveInt, SmallInt, SmallIntOrZero
+from rlgf.config.base import section
 
 
 @section
@@ -15,19 +16,19 @@ class RuntimeConfig:
     or 'off' (unchanged transformers).
     """
 
-    threads: NonNegativeInt = 0  # 0: OMP_NUM_THREADS, else all cores (set by the command line only)
+    threads: SmallIntOrZero = 0  # 0: OMP_NUM_THREADS, else all cores (set by the command line only)
     device: str = "cpu"
     precision: Literal["fp32", "bf16"] = "fp32"
-    token_budget: NonNegativeInt = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
+    token_budget: LengthOrZero = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
     offload: tuple[Literal["reference", "critic"], ...] = ()  # kept in host memory between uses
     kernels: Literal["auto", "native", "torch", "off"] = "auto"  # off: as in transformers
     checkpoint_every: PositiveInt = 10  # iterations; there is always one after the last
-    keep_checkpoints: PositiveInt = 2  # the newest ones; earlier ones are deleted
+    keep_checkpoints: SmallInt = 2  # the newest ones; earlier ones are deleted
     on_nonfinite: Literal["stop", "skip"] = "stop"  # skip: leave the optimizer step out and count it
     max_skipped: PositiveInt = 10  # optimizer steps left out in a row before the run stops
-    grace_seconds: NonNegativeFloat = 20.0  # after a signal, for the iteration or step to end
+    grace_seconds: Pause = 20.0  # after a signal, for the iteration or step to end
     trackers: tuple[str, ...] = ("tensorboard",)
-    profile: bool = False  # profile the second iteration into RUN/profile/
+    profile: Flag = False  # profile the second iteration into RUN/profile/
 
     @property
     def micro_batch_tokens(self) -> int:

@@ -6,7 +6,8 @@ raise before any work is done, with their location and the nearest valid key.
 
 import dataclasses
 
-from rlgf.config.base import Seed, section
+from rlgf.bounds import Seed
+from rlgf.config.base import section
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.config.sections import (
     AlgorithmConfig,

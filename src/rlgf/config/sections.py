@@ -4,18 +4,30 @@ import dataclasses
 from typing import Any, Literal
 
 from rlgf.algorithms import guided
-from rlgf.config.base import (
+from rlgf.bounds import (
+    Budget,
+    Coefficient,
+    Epsilon,
     FiniteFloat,
+    Flag,
+    Length,
+    LengthOrZero,
     NonNegativeFloat,
     NonNegativeInt,
+    Pause,
     PositiveFloat,
     PositiveInt,
     Probability,
     ProbabilityBelowOne,
+    Rate,
+    Seconds,
     Seed,
-    read_options,
-    section,
+    Size,
+    SizeOrZero,
+    SmallInt,
+    SmallIntOrZero,
 )
+from rlgf.config.base import read_options, section
 from rlgf.errors import unknown
 from rlgf.types import SamplingParams
 
@@ -29,8 +41,8 @@ class TaskConfig:
 
     name: str = "toy_reviews"
     data: str | None = None  # Hub name, local folder or file
-    max_new_tokens: PositiveInt = 16
-    min_new_tokens: NonNegativeInt = 0
+    max_new_tokens: Length = 16
+    min_new_tokens: LengthOrZero = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
 
@@ -45,12 +57,12 @@ class ModelConfig:
 
     path: str | None = None
     architecture: Literal["gpt2", "llama", "t5"] = "gpt2"  # t5: an encoder–decoder
-    layers: PositiveInt = 2
-    width: PositiveInt = 64
-    heads: PositiveInt = 4
-    max_length: PositiveInt = 128
-    vocabulary: NonNegativeInt = 0
-    init_std: NonNegativeFloat = 0.02
+    layers: SmallInt = 2
+    width: Size = 64
+    heads: SmallInt = 4
+    max_length: Length = 128
+    vocabulary: LengthOrZero = 0
+    init_std: Rate = 0.02
 
 
 @section
@@ -59,12 +71,12 @@ class TrainingConfig:
 
     epochs: NonNegativeFloat = 0.0
     steps: NonNegativeInt = 0  # 0: use epochs
-    batch_size: PositiveInt = 32
-    learning_rate: NonNegativeFloat = 3e-4
+    batch_size: Size = 32
+    learning_rate: Rate = 3e-4
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NonNegativeInt = 0
     adam_beta2: ProbabilityBelowOne = 0.999
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Rate = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Seed | None = None  # None: the run's seed
 
@@ -106,11 +118,11 @@ class RewardConfig:
     weights: dict[str, FiniteFloat] = dataclasses.field(default_factory=dict[str, float])  # for a sum
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # of text metrics
     clip: NonNegativeFloat | None = None  # bound on |reward|
-    normalize: bool = False  # divide by a running standard deviation around a running mean
-    subtract_reference: bool = False  # subtract the score of the prompt's first reference
+    normalize: Flag = False  # divide by a running standard deviation around a running mean
+    subtract_reference: Flag = False  # subtract the score of the prompt's first reference
     missing_eos_penalty: FiniteFloat = 0.0  # subtracted from completions truncated at max_new_tokens
     source: str | None = None  # hash of the source of a function that Python code passed
-    epochs: NonNegativeInt = 8  # of the 'ngram' classifier
+    epochs: SmallIntOrZero = 8  # of the 'ngram' classifier
     seed: Seed = 0
 
     @property
@@ -123,7 +135,7 @@ class RewardConfig:
 class LoraConfig:
     """LoRA adapters in place of whole models."""
 
-    rank: NonNegativeInt = 0  # 0: no adapters, all weights are trained
+    rank: SizeOrZero = 0  # 0: no adapters, all weights are trained
     alpha: PositiveFloat = 16.0
     dropout: ProbabilityBelowOne = 0.0  # in supervised stages; 0 in reinforcement learning
     target_modules: tuple[str, ...] = ()  # adapted layers; empty: see the section
@@ -137,8 +149,8 @@ class PolicyLoraConfig(LoraConfig):
     frozen adapter of SFT, or, if SFT trained all weights, the base model with adapters off.
     """
 
-    in_sft: bool = False  # train an adapter in supervised fine-tuning too
-    load_in_4bit: bool = False  # base weights in 4 bits, by bitsandbytes
+    in_sft: Flag = False  # train an adapter in supervised fine-tuning too
+    load_in_4bit: Flag = False  # base weights in 4 bits, by bitsandbytes
 
 
 @section
@@ -156,7 +168,7 @@ class PreferenceConfig:
     path: str | None = None  # initial model, Hub name or folder; None: the policy's initial model
     training: SupervisedConfig = SupervisedConfig(epochs=1.0, learning_rate=1e-5)  # examples: pairs
     lora: RewardLoraConfig = RewardLoraConfig()
-    min_words: NonNegativeInt = 5  # pairs with a shorter completion are dropped
+    min_words: SizeOrZero = 5  # pairs with a shorter completion are dropped
 
 
 @section
@@ -170,19 +182,19 @@ class EndpointConfig:
     api_key_env: str = "OPENAI_API_KEY"  # environment variable with the key
     extra_body: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     extra_headers: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    thinking_tokens: NonNegativeInt = 0  # allowed in addition, for reasoning models
-    concurrency: PositiveInt = 8  # concurrent requests
+    thinking_tokens: LengthOrZero = 0  # allowed in addition, for reasoning models
+    concurrency: SmallInt = 8  # concurrent requests
     requests_per_minute: NonNegativeFloat = 0.0  # 0: no limit
-    timeout_seconds: PositiveFloat = 60.0  # for a complete response
-    retries: NonNegativeInt = 5  # after a transient failure
-    retry_seconds: NonNegativeFloat = 1.0  # the first pause, doubled each time up to a minute
+    timeout_seconds: Seconds = 60.0  # for a complete response
+    retries: SmallIntOrZero = 5  # after a transient failure
+    retry_seconds: Pause = 1.0  # the first pause, doubled each time up to a minute
     price_input: NonNegativeFloat | None = None  # per million tokens, in any currency
     price_output: NonNegativeFloat | None = None
-    max_requests: PositiveInt | None = None
-    max_tokens: PositiveInt | None = None
+    max_requests: Budget | None = None
+    max_tokens: Budget | None = None
     max_cost: NonNegativeFloat | None = None
     cache: str | None = None  # response cache file; None: next to the stages
-    offline: bool = False  # use cached responses only
+    offline: Flag = False  # use cached responses only
 
 
 # Fields of EndpointConfig that do not change responses: a run may resume with other values, and its
@@ -208,7 +220,7 @@ class JudgeConfig:
     spec: str | None = None
     order: Literal["random", "both"] = "random"  # random per row, or each row in both orders
     template: str | None = None  # prompt template file; None: the paper's, appendix C.2
-    answer_tokens: PositiveInt = 256
+    answer_tokens: Length = 256
     seed: Seed = 0  # of the random order
     endpoint: EndpointConfig = EndpointConfig()
 
@@ -236,9 +248,9 @@ class GuideConfig:
     system: str | None = None  # system message for a chat model
     stop: tuple[str, ...] = ()
     tokens_per_policy_token: PositiveFloat = 1.5  # guide tokens allowed per policy token
-    invalid_retries: NonNegativeInt = 2  # new requests after an invalid response
+    invalid_retries: SmallIntOrZero = 2  # new requests after an invalid response
     on_failure: Literal["stop", "wait", "policy"] = "stop"  # after all retries; policy: it samples
-    prefetch: NonNegativeInt = 2  # iterations of rollins requested ahead, during training; 0: none
+    prefetch: SmallIntOrZero = 2  # iterations of rollins requested ahead, during training; 0: none
     endpoint: EndpointConfig = EndpointConfig()
 
 
@@ -274,27 +286,27 @@ class PPOConfig:
     """The collection and the update of one iteration."""
 
     iterations: PositiveInt = 40
-    completions_per_iteration: PositiveInt = 128
-    samples_per_prompt: PositiveInt = 1
-    epochs: PositiveInt = 2
-    minibatch_size: PositiveInt = 128  # completions per optimizer step
-    learning_rate: NonNegativeFloat = 1e-3
+    completions_per_iteration: Size = 128
+    samples_per_prompt: Size = 1
+    epochs: SmallInt = 2
+    minibatch_size: Size = 128  # completions per optimizer step
+    learning_rate: Rate = 1e-3
     schedule: Literal["constant", "linear"] = "constant"
-    adam_epsilon: PositiveFloat = 1e-5
-    weight_decay: NonNegativeFloat = 0.0
+    adam_epsilon: Epsilon = 1e-5
+    weight_decay: Rate = 0.0
     max_grad_norm: PositiveFloat = 1.0  # per model
     gamma: Probability = 1.0
     gae_lambda: Probability = 0.95
     clip_range: PositiveFloat = 0.2
-    whiten_advantages: bool = True
+    whiten_advantages: Flag = True
     loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
     old_log_probs: Literal["sampler", "recompute"] = "sampler"
     ratio_support: Literal["sampled", "full"] = "sampled"  # full: no top-k, top-p; a biased ratio
-    dropout: bool = False
+    dropout: Flag = False
     target_kl: NonNegativeFloat | None = None  # stop the epochs if mean (ratio − 1) − log ratio exceeds it
-    check_first_ratio: bool = False  # raise if the first ratio is off by more than 1e-4
-    mle_coefficient: NonNegativeFloat = 0.0
-    mle_batch: PositiveInt | None = None  # targets per optimizer step; None: the minibatch size
+    check_first_ratio: Flag = False  # raise if the first ratio is off by more than 1e-4
+    mle_coefficient: Coefficient = 0.0
+    mle_batch: Size | None = None  # targets per optimizer step; None: the minibatch size
 
 
 @section
@@ -304,12 +316,12 @@ class KLConfig:
     The estimator is k1 in the reward, and k2 or importance-weighted k3 in the loss.
     """
 
-    coefficient: NonNegativeFloat = 0.001
+    coefficient: Coefficient = 0.001
     controller: Literal["fixed", "adaptive"] = "fixed"
     target: PositiveFloat = 6.0  # nats per completion, for the adaptive controller
     horizon: PositiveInt = 10_000  # completions over which the coefficient adapts
     stop_above: PositiveFloat | None = None  # nats per completion at which the run stops
-    loss_coefficient: NonNegativeFloat = 0.0
+    loss_coefficient: Coefficient = 0.0
     loss_estimator: Literal["k2", "k3"] = "k2"
 
 
@@ -324,12 +336,12 @@ class CriticConfig:
 
     kind: Literal["separate", "value_head", "lora"] = "separate"
     path: str | None = None  # initial model; None: the policy's initial model
-    learning_rate: NonNegativeFloat = 1e-3
-    value_coefficient: NonNegativeFloat = 0.5  # value_head only
+    learning_rate: Rate = 1e-3
+    value_coefficient: Coefficient = 0.5  # value_head only
     value_clip: PositiveFloat | None = 0.2
     initial_value: FiniteFloat = 0.0
     warmup_iterations: NonNegativeInt = 0  # initial iterations that train the critic only
-    warm_start_from_guide: bool = False  # d2lols: V^π is initialized as a copy of V^g
+    warm_start_from_guide: Flag = False  # d2lols: V^π is initialized as a copy of V^g
 
 
 @section
@@ -346,9 +358,9 @@ class EvaluationConfig:
     final_prompts: PositiveInt = 512  # in final evaluations, on the test split
     sampling: SamplingParams | None = None  # None: as in training
     seed: Seed = 0
-    output_perplexity: bool = True  # under the model before SFT; requires one
+    output_perplexity: Flag = True  # under the model before SFT; requires one
     metrics: tuple[str, ...] = ()  # text metrics of final evaluations, as in `rlgf score`
     metric_options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     baselines: tuple[Literal["zero_shot", "sft", "guide"], ...] = ("sft", "guide")  # compared rows
-    also_sampled: bool = False  # reward of sampled completions, in final evaluations
-    best_of: NonNegativeInt = 0  # completions per prompt, for best of N in final evaluations; 0: none
+    also_sampled: Flag = False  # reward of sampled completions, in final evaluations
+    best_of: SizeOrZero = 0  # completions per prompt, for best of N in final evaluations; 0: none

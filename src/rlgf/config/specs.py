@@ -8,7 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from rlgf.errors import ConfigError, unknown
+from rlgf.errors import USER_FAILURES, ConfigError, unknown
+from rlgf.untrusted_text import describe_failure
 
 
 class GuideKind(StrEnum):
@@ -89,3 +90,5 @@ def load_object(spec: str, kind: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{kind} '{spec}' cannot be loaded ({error}): check the module's and the function's names.") from None
+    except USER_FAILURES as error:  # of the module's own code
+        raise ConfigError(f"{kind} '{spec}' cannot be loaded ({describe_failure(error)}): fix the module.") from error

@@ -1,29 +1,105 @@
-"""Conditions between the fields of a config, and secrets that must not be in one."""
+"""Conditions between the fields of a config, and texts that must not be in one."""
 
-import re
-from collections.abc import Mapping
-from typing import Any
+import functools
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, cast
+from urllib.parse import urlsplit
 
-from rlgf.config.base import flatten
 from rlgf.config.sections import EndpointConfig, GuideConfig, RewardConfig
+from rlgf.credentials import (
+    REFERENCE,
+    VARIABLE,
+    is_credential,
+    is_credential_as_name,
+    is_credential_for_server,
+    is_credential_in_body,
+    is_credential_in_header,
+    is_credential_in_url,
+)
 from rlgf.errors import ConfigError, unknown
 from rlgf.types import SamplingParams
+from rlgf.untrusted_text import replace_surrogates, shorten
 
-# in headers
-SECRET_NAME = re.compile(r"key|token|secret|auth(?!or\b)|password|cookie|credential", re.IGNORECASE)
-SECRET_FIELD = re.compile(  # in request bodies, where max_tokens is allowed
-    r"api[-_]?key|secret|password|authorization|credential|(access|auth|bearer|session)[-_]?token", re.IGNORECASE
-)
-SECRET_VALUE = re.compile(r"(bearer|basic)\s|sk-|hf_|gh[opsu]_", re.IGNORECASE)  # under any name
+MAX_DEPTH, MAX_VALUES = 32, 10_000  # of options, nested and in all
+MAX_TEXT = 1_000_000  # characters of one text
+SECRET = "is written out, but holds what looks like a secret, and secrets come from the environment"
+TO_REFERENCE = "write $NAME of a variable"
 
 
 def check_config(config: Any) -> None:
     """Raise for fields that do not go together; the bounds of each stand on the field."""
+    for role in ("guide", "judge"):
+        section = getattr(config, role)
+        _check_endpoint(f"{role}.endpoint", section.endpoint)
+        _check_address(f"{role}.spec", section.spec or "")
+    _check_values(config)
     _check_sampling(config.sampling)
     _check_pairs(config)
     _check_guide(config.guide)
     _check_reward(config.reward)
-    _check_endpoint("judge.endpoint", config.judge.endpoint)
+
+
+def walk(value: Any, names: tuple[str, ...] = ()) -> Generator[tuple[tuple[str, ...], Any]]:
+    """Yield every single value of a config, with the names that lead to it.
+
+    Sections, mappings and lists are entered. Raises `ConfigError` for options that are nested too
+    deeply, too many, or have keys that are no text.
+    """
+    stack, count = [(names, value)], 0
+    while stack:
+        path, item = stack.pop()
+        count += 1
+        if len(path) > MAX_DEPTH or count > MAX_VALUES:
+            raise ConfigError(f"{_field(path[:3])} holds lists or mappings nested too deeply, or too many: give fewer.")
+        if is_dataclass(item) and not isinstance(item, type):
+            inner: Any = [(field.name, getattr(item, field.name)) for field in fields(item)]
+        elif isinstance(item, Mapping):
+            inner = list(cast("Mapping[Any, Any]", item).items())
+        elif isinstance(item, list | tuple):
+            inner = [(str(number), part) for number, part in enumerate(cast("list[Any]", item))]
+        else:
+            yield path, item
+            continue
+        for name, part in reversed(inner):
+            if not isinstance(name, str):
+                raise ConfigError(f"{_field(path)} has a key that is no text: quote it.")
+            stack.append(((*path, name), part))
+
+
+def _field(names: tuple[str, ...]) -> str:
+    """Return a field as it is typed on the command line."""
+    shown = ("***" if is_credential_as_name(name) else shorten(name, 40) for name in names)
+    return shorten(".".join(shown), 160)
+
+
+def _check_values(config: Any) -> None:
+    """Raise for a value that no file can hold, or that looks like a credential."""
+    for names, value in walk(config):
+        problem = _problem(value)
+        if problem is None and any(map(_is_credential, names)):
+            problem = f"has a key that {SECRET}: keep it out of the config"
+        if problem is not None:
+            raise ConfigError(f"{_field(names)} {problem}.")
+
+
+def _problem(value: Any) -> str | None:
+    """Return why a config cannot have a value, or None."""
+    if value is None or isinstance(value, bool):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"is {value:g}, but must be a finite number"
+    if isinstance(value, int | float):
+        return None if abs(value) < 2**63 else "is a number that is too large: give one below 2^63"
+    if not isinstance(value, str):
+        return f"is a {type(value).__name__}, but must be text, a number, true or false, a list or a mapping"
+    if "\0" in value or len(value) > MAX_TEXT or replace_surrogates(value) != value:
+        return f"has a NUL, half of a character or over {MAX_TEXT:,} characters: change the text"
+    return f"{SECRET}: keep it out of the config" if _is_credential(value) else None
+
+
+_is_credential = functools.lru_cache(maxsize=4096)(is_credential)  # of the same few texts, config after config
 
 
 def _check_sampling(sampling: SamplingParams) -> None:
@@ -45,7 +121,6 @@ def _check_guide(guide: GuideConfig) -> None:
         raise ConfigError(
             "guide.stop and guide.endpoint.thinking_tokens are about text, but guide.continuation is token_ids: leave them out."
         )
-    _check_endpoint("guide.endpoint", guide.endpoint)
 
 
 def _check_endpoint(section: str, endpoint: EndpointConfig) -> None:
@@ -53,23 +128,46 @@ def _check_endpoint(section: str, endpoint: EndpointConfig) -> None:
         raise ConfigError(
             f"{section}.max_cost needs {section}.price_input and {section}.price_output (per million tokens): give both."
         )
-    check_secrets(section, endpoint.extra_headers, endpoint.extra_body)
+    if 0 < endpoint.requests_per_minute < 0.001:
+        raise ConfigError(f"{section}.requests_per_minute must be 0 (no limit) or at least 0.001.")
+    if not VARIABLE.fullmatch(endpoint.api_key_env) or is_credential_for_server(endpoint.api_key_env):
+        raise ConfigError(
+            f"{section}.api_key_env must be the name of an environment variable, not a key: export the key under a name, and "
+            "give the name."
+        )
+    for name, value in endpoint.extra_headers.items():
+        if is_credential_in_header(name, value) or is_credential_as_name(name):
+            raise ConfigError(f"{_field((section, 'extra_headers', name))} {SECRET}: {TO_REFERENCE}.")
+        _check_references(f"{section}.extra_headers.{shorten(name, 40)}", value)
+    for names, value in walk(endpoint.extra_body, (section, "extra_body")):
+        if is_credential_in_body(names[2:], value) or any(map(is_credential_as_name, names[2:])):
+            raise ConfigError(f"{_field(names)} {SECRET}: {TO_REFERENCE}.")
+        if isinstance(value, str):
+            _check_references(_field(names), value)
 
 
-def check_secrets(section: str, headers: Mapping[str, str], body: Mapping[str, Any]) -> None:
-    """Raise for secrets written out in the settings of a server."""
-    for name, value in headers.items():
-        if (SECRET_NAME.search(name) or SECRET_VALUE.match(value)) and not value.startswith("$"):
-            raise ConfigError(
-                f"{section}.extra_headers.{name} is written out, but secrets come from the environment: write $NAME of a "
-                "variable."
-            )
-    for name, value in flatten(body).items():
-        if SECRET_FIELD.search(name) or (isinstance(value, str) and SECRET_VALUE.match(value)):
-            raise ConfigError(
-                f"{section}.extra_body.{name} looks like a secret, which would stay in files: use {section}.api_key_env or "
-                f"{section}.extra_headers."
-            )
+def _check_references(field: str, value: str) -> None:
+    """Raise for a `$NAME` whose name looks like the credential itself."""
+    for found in REFERENCE.finditer(value):
+        if is_credential_for_server(found[1] or found[2] or ""):
+            raise ConfigError(f"{field} has a secret after the $: write $NAME of an environment variable that holds it.")
+
+
+def _check_address(field: str, spec: str) -> None:
+    """Raise for a credential in the address of a server."""
+    if not spec.startswith("server:"):
+        return
+    model, _, rest = spec.removeprefix("server:").partition("@http")
+    url = f"http{rest}"
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # as parse_spec says where the server is used
+        return
+    if parts.query or parts.fragment:
+        return  # the same
+    if is_credential_in_url(url) or is_credential(model):
+        raise ConfigError(f"{field} {SECRET}: {TO_REFERENCE} in its place.")
+    _check_references(field, url)
 
 
 def _check_pairs(config: Any) -> None:

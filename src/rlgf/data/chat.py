@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from rlgf.errors import DataError
 from rlgf.types import Message, Prompt
+from rlgf.untrusted_text import shorten
 
 PROBE = "rlgf-probe"  # placeholder for a reply while a template is inspected
 
@@ -68,9 +69,9 @@ def read_template(value: str | None) -> str | None:
     if path.is_file():
         try:
             return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise DataError(f"chat template '{value}' is not UTF-8 text: name a file that holds a Jinja template.") from None
-    raise DataError(f"chat template '{value}' is neither a file nor a Jinja template: name a file that holds one.")
+        except (OSError, ValueError) as error:
+            raise DataError(f"chat template '{shorten(value, 80)}' cannot be read ({error}): give a UTF-8 file.") from None
+    raise DataError(f"chat template '{shorten(value, 80)}' is neither a file nor a Jinja template: name a file that holds one.")
 
 
 @dataclass(frozen=True)

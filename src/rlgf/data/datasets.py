@@ -7,7 +7,7 @@ from typing import Any
 
 from rlgf.data.files import read_jsonl
 from rlgf.data.hub import load_failure_reason, offline_if_unreachable
-from rlgf.errors import DataError
+from rlgf.errors import DataError, list_columns
 from rlgf.randomness import Purpose, permutation
 
 # file suffix -> builder of `datasets`
@@ -35,7 +35,7 @@ def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict
     for column in columns:
         for number, row in enumerate(rows, 1):
             if column not in row:
-                raise DataError(f"{where}, row {number}: there is no column '{column}'; it has {', '.join(sorted(row))}.")
+                raise DataError(f"{where}, row {number}: there is no column '{column}'; it has {list_columns(row)}.")
     return _part_of_file(rows, split) if path.is_file() else rows
 
 

@@ -16,6 +16,9 @@ from typing import Any, BinaryIO, cast
 
 from rlgf.errors import DataError
 from rlgf.types import FORMAT_VERSION
+from rlgf.untrusted_text import escape_json, replace_surrogates
+
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # JSON's escape of a surrogate, paired or not
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
 CHECK = "crc32"
@@ -38,7 +41,8 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, 
     """Load the objects of an open JSON-lines file, each with its line number.
 
     Gzip is recognized by its first bytes. Empty lines are skipped; `where` names the file in
-    errors. Raises `ConfigError` for a line that is not a JSON object.
+    errors. Halves of characters (unpaired surrogates) become U+FFFD, as tokenizers and files cannot
+    hold them. Raises `ConfigError` for a line that is not a JSON object.
     """
     rows: list[tuple[int, dict[str, Any]]] = []
     number = 0
@@ -48,6 +52,8 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, 
         for number, line in enumerate(lines, 1):
             if line.strip():
                 row: Any = json.loads(line)
+                if HALF_CHARACTER.search(line):
+                    row = replace_halves(row)
                 if not isinstance(row, dict):
                     raise DataError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
                 rows.append((number, cast("dict[str, Any]", row)))
@@ -55,11 +61,22 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, 
         raise DataError(f"{where}, line {number}: not valid JSON ({error.msg}): fix or remove the line.") from None
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{where}, after line {number}: cannot be decoded ({error}).") from None
+    except ValueError:  # of a whole number
+        raise DataError(f"{where}, line {number}: has a number of thousands of digits: fix or remove the line.") from None
     except RecursionError:
         raise DataError(f"{where}, line {number}: nested too deeply to be read: fix or remove the line.") from None
     finally:
         lines.detach()  # the caller closes the file
     return rows
+
+
+def replace_halves(value: Any) -> Any:
+    """Replace unpaired surrogates by U+FFFD in all texts and keys of a JSON value."""
+    if isinstance(value, str):
+        return replace_surrogates(value)
+    if isinstance(value, dict):
+        return {replace_surrogates(key): replace_halves(item) for key, item in cast("dict[str, Any]", value).items()}
+    return list(map(replace_halves, cast("list[Any]", value))) if isinstance(value, list) else value
 
 
 @contextmanager
@@ -101,6 +118,11 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def to_json(value: object, indent: int | None = None) -> str:
+    """Return a value as JSON in which all but control characters and their kind is readable."""
+    return escape_json(json.dumps(value, indent=indent, ensure_ascii=False))
+
+
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file atomically."""
     write_file(path, render_json(value))
@@ -108,7 +130,7 @@ def write_json(path: Path, value: object) -> None:
 
 def render_json(value: object) -> str:
     """Return a value as the text of a JSON file."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return to_json(value, indent=2) + "\n"
 
 
 def require_format(found: Mapping[str, Any], path: Path) -> None:
@@ -126,13 +148,13 @@ def read_json(path: Path) -> Any:
     """Load the value of a JSON file; raise `ConfigError` if that fails."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read ({error}): remove it and recreate it.") from None
 
 
 def to_line(row: Mapping[str, Any]) -> str:
     """Return an object as a line of JSON, with null for numbers that are not finite."""
-    return json.dumps(json_safe(row), ensure_ascii=False) + "\n"
+    return to_json(json_safe(row)) + "\n"
 
 
 def json_safe(value: Any) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from rlgf.data.chat import PromptBuilder, content_of, is_conversation, normalize_whitespace
 from rlgf.data.datasets import held_out_keys
-from rlgf.errors import DataError
+from rlgf.errors import DataError, list_columns
 from rlgf.randomness import Purpose, permutation
 from rlgf.types import Prompt
 
@@ -93,7 +93,7 @@ def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any,
     """
     for name in (columns.chosen, columns.rejected):
         if name not in row:
-            raise DataError(f"{place}: there is no column '{name}'; it has {', '.join(sorted(row))}.")
+            raise DataError(f"{place}: there is no column '{name}'; it has {list_columns(row)}.")
     chosen, rejected = row[columns.chosen], row[columns.rejected]
     prompt = row.get(columns.prompt)
     dialogues = is_conversation(chosen) and is_conversation(rejected) and min(len(chosen), len(rejected)) > 1

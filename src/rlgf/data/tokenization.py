@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from rlgf.types import Prompt
+from rlgf.untrusted_text import replace_surrogates
 
 # a continuation is encoded after the first of these that stays separate tokens
 ANCHORS = ("\n", "(", "/", "0", "=", "a")
@@ -37,7 +38,7 @@ class Codec:
 
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the ids of each prompt; one call is faster than one per prompt."""
-        texts = [prompt.text for prompt in prompts if prompt.ids is None and prompt.text]
+        texts = [replace_surrogates(prompt.text) for prompt in prompts if prompt.ids is None and prompt.text]
         encoded = iter(self.tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
         close = (lambda ids: list(ids)) if self.is_encoder_decoder else (lambda ids: _without_closing(self.tokenizer, ids))
         return [
@@ -100,14 +101,6 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
         if anchor_ids and whole[: len(anchor_ids)] == anchor_ids:
             return whole[len(anchor_ids) :]
     return ids
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace unpaired surrogates by U+FFFD.
-
-    Broken JSON can hold them; files and tokenizers cannot.
-    """
-    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @lru_cache(maxsize=32)

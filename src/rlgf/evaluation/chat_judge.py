@@ -146,7 +146,7 @@ def load_template(path: str | None) -> str:
         template = Path(path).expanduser().read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ConfigError(f"judge.template '{path}' cannot be read ({error.strerror}): name a text file.") from None
-    except UnicodeDecodeError:
+    except ValueError:
         raise ConfigError(f"judge.template '{path}' is not UTF-8 text: name a text file.") from None
     missing = [f"[{name}]" for name in ("context", "summary 1", "summary 2") if f"[{name}]" not in template]
     if missing:

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlgf.algorithms.guided import PPO, Algorithm, guide_only
 from rlgf.config.base import read_options
 from rlgf.config.sections import EvaluationConfig
-from rlgf.errors import ConfigError
+from rlgf.errors import ConfigError, TrainingError, user_code
 from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.evaluation.win_rate import PairJudge, win_rate
 from rlgf.models.language_model import LanguageModel
@@ -186,7 +186,8 @@ def text_metrics(context: EvaluationContext, prompts: Sequence[Prompt], texts: S
     line_scores = score_lines([_line(prompt, text, keys) for prompt, text in zip(prompts, texts)], keys, options)
     metrics = {key: float("nan") if value is None else value for key, value in line_scores.corpus.items()}
     if context.task.group is not None:
-        groups = [context.task.group(prompt) for prompt in prompts]
+        with user_code("the task's grouping of prompts failed", TrainingError):
+            groups = [str(context.task.group(prompt)) for prompt in prompts]
         for name in sorted(set(groups)):
             for key, values in line_scores.per_line.items():
                 metrics[f"{key}_{name}"] = statistics.fmean(v for v, group in zip(values, groups) if group == name)

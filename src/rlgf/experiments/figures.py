@@ -6,11 +6,13 @@ alone, and only if it has the data.
 
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlgf.experiments.tables import COLUMNS, columns_of, metrics_of, splits_of
+from rlgf.untrusted_text import escape_control_characters, shorten
 
 # Okabe and Ito's palette, distinguishable with color vision deficiency
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -42,8 +44,8 @@ def curves(results: Results) -> Any | None:
         color, marker = _style(number)
         # Later lines are thinner, so that overlapping curves stay visible.
         axes.plot(
-            texts, [statistics.fmean(at) for at in scores], label=row["title"], color=color, marker=marker, markersize=4,
-            linewidth=max(1.2, 3.6 - 0.4 * number),
+            texts, [statistics.fmean(at) for at in scores], label=_label(row["title"]), color=color, marker=marker,
+            markersize=4, linewidth=max(1.2, 3.6 - 0.4 * number),
             linestyle="--" if row["key"] not in ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols") else "-",
         )  # fmt: skip
         axes.fill_between(texts, [min(at) for at in scores], [max(at) for at in scores], color=color, alpha=0.12, lw=0)
@@ -54,7 +56,7 @@ def curves(results: Results) -> Any | None:
                       textcoords="offset points", ha="right", fontsize=9, color=GRAY)  # fmt: skip
     axes.set_xlabel("completions generated in training")
     axes.set_ylabel(COLUMNS[quantity].title)
-    axes.set_title(f"{results['recipe']}: validation prompts, {_seeds(results['seeds'])}")
+    axes.set_title(f"{_label(results['recipe'])}: validation prompts, {_seeds(results['seeds'])}")
     axes.legend(frameon=False, fontsize=9)
     return figure
 
@@ -78,7 +80,7 @@ def tradeoff(results: Results) -> Any | None:
             axes.plot(
                 [statistics.fmean(point[cost] for point in at) for at in points],
                 [statistics.fmean(point[quantity] for point in at) for at in points],
-                label=row["title"], color=color, marker=marker, markersize=6, lw=0.6, alpha=0.85,
+                label=_label(row["title"]), color=color, marker=marker, markersize=6, lw=0.6, alpha=0.85,
             )  # fmt: skip
         if "sft" in levels and _is_known(levels["sft"][cost]):
             axes.axhline(statistics.fmean(levels["sft"][quantity]), color=GRAY, linestyle="--", lw=1)
@@ -87,7 +89,9 @@ def tradeoff(results: Results) -> Any | None:
         axes.set_xlabel(f"{COLUMNS[cost].title} (lower is further right)")
         axes.set_ylabel(COLUMNS[quantity].title)
     _legend_below(figure, panels[0])
-    figure.suptitle(f"{results['recipe']}: validation prompts, a point for each evaluation; dashes: SFT on test", fontsize=11)
+    figure.suptitle(
+        f"{_label(results['recipe'])}: validation prompts, a point for each evaluation; dashes: SFT on test", fontsize=11
+    )
     return figure
 
 
@@ -111,9 +115,9 @@ def difficulty(results: Results) -> Any | None:
             [place + offset for place in range(len(rows))], [statistics.fmean(v) for v in values], 0.4, color=color,
             yerr=[statistics.pstdev(v) for v in values], capsize=3, label=part.removeprefix("cider_d_"),
         )  # fmt: skip
-    axes.set_xticks(range(len(rows)), [row["title"] for row in rows], rotation=20, ha="right", fontsize=9)
+    axes.set_xticks(range(len(rows)), [_label(row["title"]) for row in rows], rotation=20, ha="right", fontsize=9)
     axes.set_ylabel(COLUMNS["cider_d"].title)
-    axes.set_title(f"{results['recipe']}: {split} prompts by difficulty, {_spread(results)}")
+    axes.set_title(f"{_label(results['recipe'])}: {_label(split)} prompts by difficulty, {_spread(results)}")
     axes.legend(frameon=False, fontsize=9)
     return figure
 
@@ -148,13 +152,13 @@ def sensitivity(results: Results) -> Any | None:
                 axes.errorbar(
                     [values.index(value) for value in known], [statistics.fmean(m) for m in values_at],
                     yerr=[statistics.pstdev(m) for m in values_at], capsize=3, color=color, marker=marker, markersize=5, lw=1.4,
-                    label=titles[name],
+                    label=_label(titles[name]),
                 )  # fmt: skip
             axes.set_xticks(range(len(values)), [str(value) for value in values])
-            axes.set_xlabel(setting)
+            axes.set_xlabel(_label(setting))
             axes.set_ylabel(COLUMNS[quantity].title)
     _legend_below(figure, panels[0])
-    figure.suptitle(f"{results['recipe']}: test prompts, {_spread(results)}", fontsize=11)
+    figure.suptitle(f"{_label(results['recipe'])}: test prompts, {_spread(results)}", fontsize=11)
     return figure
 
 
@@ -206,6 +210,15 @@ def _legend_below(figure: Any, axes: Any) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
+def _label(text: str) -> str:
+    """Return a text for a figure: short, on one line, without formulas, and never left out.
+
+    Matplotlib leaves out the labels of a legend that begin with an underscore.
+    """
+    shown = shorten(escape_control_characters(text), 60).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
 def _spread(results: Results) -> str:
     return "mean and sd over seeds" if len(results["seeds"]) > 1 else "one seed"
 
@@ -228,4 +241,6 @@ def draw(results: Results, out: Path) -> None:
             (out / name).unlink(missing_ok=True)
             continue
         out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / name, dpi=130, metadata={"Software": None})
+        with warnings.catch_warnings():  # of characters that the font lacks: they become boxes
+            warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+            figure.savefig(out / name, dpi=130, metadata={"Software": None})

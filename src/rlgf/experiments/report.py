@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from rlgf.data.files import write_file
-from rlgf.data.text import escape_control_characters
 from rlgf.experiments import figures
 from rlgf.experiments.tables import markdown
+from rlgf.untrusted_text import as_code, escape_control_characters
 
 
 def write_report(results: Mapping[str, Any], out: Path) -> None:
@@ -37,11 +37,13 @@ def side_by_side(results: Mapping[str, Any]) -> str | None:
     rows = [row for row in results["rows"] if row.get("examples")]
     if not rows:
         return None
-    wide = max(len("prompt"), *(len(row["title"]) for row in rows))
+    titles = [escape_control_characters(row["title"]) for row in rows]
+    wide = max(map(len, ["prompt", *titles]))
     lines = [
-        f"Recipe `{results['recipe']}`, seed {results['seeds'][0]}: the first prompts of the final evaluation, with rewards."
+        f"Recipe {as_code(results['recipe'])}, seed {results['seeds'][0]}: the first prompts of the final evaluation, with "
+        "rewards."
     ]
-    completions = [(row["title"], {example["prompt"]: example for example in row["examples"]}) for row in rows]
+    completions = [(title, {example["prompt"]: example for example in row["examples"]}) for title, row in zip(titles, rows)]
     for prompt in dict.fromkeys(example["prompt"] for row in rows for example in row["examples"]):
         lines += ["", "---", "", f"    {'prompt':{wide}}           {escape_control_characters(prompt)}"]
         for title, texts in completions:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlgf.untrusted_text import as_code, escape_markdown
+
 
 @dataclass(frozen=True)
 class Column:
@@ -93,22 +95,24 @@ def markdown(results: Mapping[str, Any]) -> str:
     splits = splits_of(results)
     for split in splits:
         headings, rows = table_rows(results, split)
-        lines += [f"**{split}**", ""] if len(splits) > 1 else []
+        lines += [f"**{escape_markdown(split).strip() or '–'}**", ""] if len(splits) > 1 else []
         lines += ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-        lines += [*("| " + " | ".join(row) + " |" for row in rows), ""]
+        lines += [*("| " + " | ".join(map(escape_markdown, row)) + " |" for row in rows), ""]
     seeds, machine = results["seeds"], results["machine"]
     spread = f"mean ± population sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
-    decodings = sorted({f"{row['title']}: {row['sampling']}" for row in results["rows"]})
+    decodings = sorted({escape_markdown(f"{row['title']}: {row['sampling']}") for row in results["rows"]})
     texts = {split: next(iter(metrics_of(results["rows"][0], split).get("completions", [None]))) for split in splits}
-    counted = [f"{count:,.0f} prompts of {split}" for split, count in texts.items() if count]
+    counted = [f"{count:,.0f} prompts of {escape_markdown(split)}" for split, count in texts.items() if count]
     notes = [
-        f"Recipe `{results['recipe']}`; {spread}; {' and '.join(counted)} for each figure. "
+        f"Recipe {as_code(results['recipe'])}; {spread}; {' and '.join(counted)} for each figure. "
         "KL is exact: summed over every state of a completion and the whole vocabulary, averaged over completions. "
         "Completions used: those of training, and those of a distillation.",
         f"Sampling: {'; '.join(decodings)}." + judge_note(results),
-        f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
-        f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
-        f"rlgf {machine['rlgf']}.",
+        escape_markdown(
+            f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
+            f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}, "
+            f"rlgf {machine['rlgf']}."
+        ),
     ]
     for note in notes:
         lines += [*textwrap.wrap(note, 100, break_long_words=False, break_on_hyphens=False), ""]
@@ -121,11 +125,11 @@ def judge_note(results: Mapping[str, Any]) -> str:
     The latter includes the number of responses that could not be parsed.
     """
     general = results.get("output_perplexity_model")
-    under = f" Output-perplexity: under the model before SFT, {general}." if general else ""
+    under = f" Output-perplexity: under the model before SFT, {escape_markdown(general)}." if general else ""
     if "judge" not in results:
         return under
     values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
     return under + (
-        f" Win rate: against the dataset's references, ties half, by {results['judge']}; "
+        f" Win rate: against the dataset's references, ties half, by {escape_markdown(results['judge'])}; "
         f"{sum(values):.0f} unparseable responses are dropped."
     )

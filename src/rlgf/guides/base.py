@@ -4,11 +4,12 @@ A guide may also be able to continue a prefix, and may use the policy's tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from rlgf.errors import GuideError, TrainingError
+from rlgf.errors import GuideError, TrainingError, user_code
 from rlgf.types import Prompt
+from rlgf.untrusted_text import show_value
 
 
 @dataclass(frozen=True)
@@ -121,32 +122,53 @@ def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Com
     """
     if not requests:
         return []
-    try:
+    with user_code(f"the guide failed on {len(requests)} requests", GuideError, TrainingError):
         completions: Any = guide.complete(requests)
-    except TrainingError:
-        raise
-    except Exception as error:
-        raise GuideError(
-            f"the guide failed on {len(requests)} requests ({type(error).__name__}: {error}): fix it and run again "
-            "(with --accept-changes if its source changed)."
-        ) from error
     if not isinstance(completions, list) or len(completions) != len(requests):
         found = len(completions) if isinstance(completions, list) else type(completions).__name__
         raise GuideError(
             f"the guide returned {found} completions for {len(requests)} requests: it must return a list with one for each."
         )
-    for completion, request in zip(completions, requests):
-        valid = isinstance(completion, Completion) and isinstance(completion.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
-        if not valid or any(not isinstance(token, int) for token in completion.ids or ()):
-            raise GuideError(
-                f"the guide returned {completion!r} for the prompt {request.prompt.text[:60]!r}: it must return a "
-                "string or a `Completion`."
-            )
-        if completion.failed:
-            continue
-        if not completion.finished and not (completion.text if completion.ids is None else completion.ids):
-            raise GuideError(
-                f"the guide generated nothing for the prompt {request.prompt.text[:60]!r} and reports it as unfinished: "
-                "a guide with nothing to add returns finished=True."
-            )
-    return completions
+    return [_checked_completion(completion, request) for completion, request in zip(completions, requests)]
+
+
+def _checked_completion(completion: Any, request: CompletionRequest) -> Completion:
+    """Return a completion with ids as whole numbers; raise `GuideError` if it cannot be used."""
+    about = f"for the prompt {show_value(request.prompt.text)}"
+    flags = [getattr(completion, name, None) for name in ("finished", "failed")]
+    valid = isinstance(completion, Completion) and isinstance(completion.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not valid or not all(type(flag).__name__ in ("bool", "bool_") for flag in flags):
+        raise GuideError(
+            f"the guide returned {show_value(completion)} {about}: it must return a string or a `Completion`, whose text is a "
+            "string and whose finished and failed are true or false."
+        )
+    ids = None if completion.ids is None else _checked_ids(completion.ids, about)
+    completion = replace(completion, ids=ids, finished=bool(completion.finished), failed=bool(completion.failed))
+    if not completion.failed and not completion.finished and not (completion.text if ids is None else ids):
+        raise GuideError(
+            f"the guide generated nothing {about} and reports it as unfinished: a guide with nothing to add returns "
+            "finished=True."
+        )
+    return completion
+
+
+def _checked_ids(ids: Any, about: str) -> tuple[int, ...]:
+    """Return token ids, also those of a tensor or an array, as whole numbers."""
+    with user_code("the ids of a guide's completion cannot be read", GuideError):
+        listed: Any = ids.tolist() if hasattr(ids, "tolist") else ids
+        is_list = isinstance(listed, Sequence) and not isinstance(listed, str | bytes)
+        found: list[Any] = list(listed) if is_list else [None]
+        if not all(type(token) is int for token in found):
+            found = list(map(_token, found))
+    if any(token is None or token < 0 for token in found):
+        raise GuideError(
+            f"the guide returned the ids {show_value(ids)} {about}: they must be a flat list of token ids of the policy, whole "
+            "numbers from 0."
+        )
+    return tuple(found)
+
+
+def _token(token: Any) -> int | None:
+    """Return a token id as a whole number, or None if it is something else."""
+    token = token.item() if getattr(token, "ndim", None) == 0 and hasattr(token, "item") else token
+    return token if isinstance(token, int) and not isinstance(token, bool) else None

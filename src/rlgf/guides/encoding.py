@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlgf.data.tokenization import decode_continuations, replace_surrogates
+from rlgf.data.tokenization import decode_continuations
 from rlgf.errors import GuideError
 from rlgf.guides.base import Completion, CompletionRequest
 from rlgf.models.language_model import LanguageModel
+from rlgf.untrusted_text import replace_surrogates
 
 
 @dataclass(frozen=True)

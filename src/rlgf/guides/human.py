@@ -5,11 +5,11 @@ Completions are stored as they are entered, so an interrupted run resumes where 
 
 from collections.abc import Callable, Sequence
 
-from rlgf.data.text import escape_control_characters
 from rlgf.data.tokenization import join_with_space
 from rlgf.errors import GuideError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest
+from rlgf.untrusted_text import escape_control_characters
 
 HELP = (
     "Write what comes next (\\n: a new line), then Enter. 'skip': leave it as it is. 'undo': the text before once more. "

@@ -1,7 +1,7 @@
 """Guides in this process: a model, the dataset's references, a Python function."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class FunctionGuide:
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Call the function and return its completions."""
         completions: Any = self.function(requests)
-        if completions is None or isinstance(completions, (str, Completion)):
+        if not isinstance(completions, Iterable) or isinstance(completions, str | bytes | Completion | Mapping | Set):
             raise TypeError(f"it returned {type(completions).__name__} instead of a list of completions")
         return [
             Completion(completion, finished=True) if isinstance(completion, str) else completion for completion in completions

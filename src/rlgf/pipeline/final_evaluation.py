@@ -24,6 +24,7 @@ from rlgf.runs.recorder import rollout_rows
 from rlgf.tasks.base import Task
 from rlgf.trainer import Components, Trainer
 from rlgf.types import Prompt, SamplingParams
+from rlgf.untrusted_text import as_file_name
 
 Evaluated = tuple[dict[str, float], Rollout, list[float]]  # metrics, rollout, scores
 EXAMPLES = 8  # completions of the test split stored in the results
@@ -48,7 +49,7 @@ def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun) -
     splits = final_prompts(trainer.components.task, config.evaluation)
     for split, prompts in splits.items():
         found[split], rollout, scores = trainer.evaluate(prompts, final=True)
-        path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{split}.jsonl")
+        path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{as_file_name(split)}.jsonl")
         path.unlink(missing_ok=True)
         directory.log(path.name, rollout_rows(rollout, scores, config.ppo.iterations, codec))
         shown = shown or examples(rollout, scores)

@@ -22,7 +22,8 @@ from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.evaluation.best_of_n import MAX_SAMPLES
 from rlgf.evaluation.chat_judge import load_template
-from rlgf.generation.openai.client import parse_spec
+from rlgf.evaluation.evaluate import text_metrics_of
+from rlgf.generation.openai.client import parse_spec, require_environment
 from rlgf.guides.base import Capabilities, CompletionRequest, Guide, query_guide
 from rlgf.guides.human import HumanGuide
 from rlgf.guides.local import FunctionGuide
@@ -32,7 +33,7 @@ from rlgf.models.language_model import VALUE_HEAD
 from rlgf.models.loading import load_tokenizer, max_length_of, quantization_config_4bit, require_language_model
 from rlgf.pipeline.resolve import GuidePlan, JudgePlan, PolicyPlan, ResolvedRun, RewardPlan, TaskPlan
 from rlgf.pipeline.reward_model_stage import check_preferences
-from rlgf.rewards.build import check_reward_names, check_reward_sources, missing_rule_error
+from rlgf.rewards.build import check_reward_names, check_reward_options, check_reward_sources, missing_rule_error
 from rlgf.runs.tracking import check_trackers
 from rlgf.tasks.base import Task
 from rlgf.types import GUIDE, POLICY, Prompt
@@ -42,6 +43,9 @@ def check(run: ResolvedRun) -> None:
     """Validate a run without loading data or models; raise `ConfigError` if it is invalid."""
     _check_task(run.task)
     check_trackers(run.trainer.runtime.trackers)
+    check_reward_options(run.reward.config)
+    if run.trainer.evaluation.metrics:
+        text_metrics_of(run.trainer.evaluation)
     if run.reward.uses_preferences or run.judge.uses_preferences:
         check_preferences(run.reward.preferences)
     if run.reward.passed is None and run.reward.config.path.startswith(PASSED):
@@ -65,6 +69,11 @@ def check_to_train(run: ResolvedRun, unwritten: Sequence[str] = ()) -> None:
     if "task" in run.reward.config.names and not run.task.definition.has_builtin_reward:
         raise missing_rule_error(run.task.name)
     guide, policy = run.guide, run.policy
+    if guide.spec.kind == GuideKind.SERVER and guide.is_needed and not guide.config.endpoint.offline:
+        require_environment(guide.spec.text, guide.config.endpoint)
+    judge = run.judge
+    if judge.spec is not None and judge.spec.kind == JudgeKind.SERVER and not judge.config.endpoint.offline:
+        require_environment(judge.spec.text, judge.config.endpoint, "judge")
     asks = guide.spec.kind == GuideKind.HUMAN and run.algorithm.needs_guide and not guide.config.endpoint.offline
     if asks and has_no_terminal():
         raise ConfigError("the guide 'human' needs a terminal, and there is none: run the same command in one.")
@@ -72,7 +81,7 @@ def check_to_train(run: ResolvedRun, unwritten: Sequence[str] = ()) -> None:
     named = [
         ("task.data", run.task.config.data), ("preferences.data", run.reward.preferences.config.data if uses_pairs else None),
         ("policy", policy.path), ("model.path", policy.base.shape.path), ("critic.path", policy.critic.path),
-        ("guide.spec", guide.model_path() if guide.is_needed else None), ("judge.spec", run.judge.reward_name),
+        ("guide.spec", guide.model_path() if guide.is_needed else None), ("judge.spec", judge.reward_name),
         *(("reward.path", name) for name in run.reward.config.names if not name.startswith(("python:", PASSED))),
     ]  # fmt: skip
     for field, name in named:

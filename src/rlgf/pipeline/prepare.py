@@ -28,6 +28,7 @@ from rlgf.runs.failures import as_sentences
 from rlgf.supervised.examples import TargetExamples
 from rlgf.tasks.base import Task
 from rlgf.trainer import Components
+from rlgf.untrusted_text import escape_reports
 
 NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
 
@@ -54,7 +55,7 @@ def prepare(config: Config, stages: Path, report: Report = no_report) -> Compone
     """
     run = resolve(config)
     check_to_train(run)
-    return prepare_run(run, StageCache(stages, report))
+    return prepare_run(run, StageCache(stages, escape_reports(report)))
 
 
 def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | None = None) -> Components:

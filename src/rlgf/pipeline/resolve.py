@@ -321,7 +321,9 @@ def _guide_plan(config: Config, task: TaskPlan, policy: PolicyPlan, algorithm: A
         # its weights and batches must differ from the policy's
         seed = (config.seed if guide.sft.seed is None else guide.sft.seed) + SEPARATE_SEED
         base = _base_plan(guide.model, seed, policy.tokenizer, config.pretrain, config.seed, machine)
-        training = FineTuningPlan("guide", base, TaskPlan(own, task_definition(own)), guide.sft, seed, config.lora)
+        training = FineTuningPlan(
+            "guide", base, TaskPlan(own, task_definition(own, "guide.options.")), guide.sft, seed, config.lora
+        )
     return GuidePlan(
         spec,
         guide,

@@ -46,6 +46,7 @@ from rlgf.runs.machine import describe_threads
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
 from rlgf.types import RewardFunction
+from rlgf.untrusted_text import escape_reports
 
 BASELINES = ("zero_shot", "sft", "guide")
 
@@ -131,6 +132,7 @@ def train(
     if config is not None and not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"config is a {type(config).__name__}, but must be a Config such as rlgf.recipe('quickstart').")
     out = Path(out)
+    report = escape_reports(report)
     cache = StageCache(Path(stages) if stages else out / "stages", report)
     objects: dict[str, Any] = {
         "model": model, "tokenizer": tokenizer, "prompts": prompts, "reward": reward, "guide": guide, "algorithm": algorithm,
@@ -251,7 +253,7 @@ def evaluate(
         raise unknown("baseline", baseline, BASELINES)
     if policy is not None and baseline is not None:
         raise ConfigError("policy and baseline both name what is evaluated: give one of them.")
-    run, cache = resolve(config), StageCache(Path(stages), report)
+    run, cache = resolve(config), StageCache(Path(stages), escape_reports(report))
     dispatch.select(run.trainer.runtime.kernels)
     if baseline == "guide":
         return evaluate_guide_on_test(run, cache)

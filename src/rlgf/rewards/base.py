@@ -1,12 +1,14 @@
 """Rewards as functions of prompts and completions, with checked results."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import suppress
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
-from rlgf.errors import ConfigError, RewardError, TrainingError
+from rlgf.errors import ConfigError, RewardError, TrainingError, user_code
 from rlgf.types import Prompt, RewardFunction
+from rlgf.untrusted_text import show_value
 
 
 def score_full_text(judge: RewardFunction) -> RewardFunction:
@@ -29,24 +31,53 @@ def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str
 
     Every failure raises `TrainingError`.
     """
-    try:
+    with user_code(f"the reward failed on {len(texts)} completions", RewardError, TrainingError):
         returned: Any = reward(prompts, texts)
-        values: list[Any] = list(returned.tolist() if hasattr(returned, "tolist") else returned)
-    except TrainingError:
-        raise
-    except Exception as error:
+        values = _listed(returned)
+    if values is None:
         raise RewardError(
-            f"the reward failed on {len(texts)} completions ({type(error).__name__}: {error}): fix it and run again "
-            "(with --accept-changes if its source changed)."
-        ) from error
+            f"the reward returned {_kind_of(returned)} for {len(texts)} completions: it must return a list of numbers, one for "
+            "each."
+        )
     if len(values) != len(texts):
         raise RewardError(
             f"the reward returned {len(values)} numbers for {len(texts)} completions: it must return one for each."
         )
-    for value, text in zip(values, texts):
-        if type(value) is bool or not isinstance(value, Real) or not math.isfinite(value):
-            raise RewardError(f"the reward of the completion {text[:60]!r} is {value!r}: it must be a finite number.")
-    return [float(value) for value in values]
+    return [_checked_number(value, text) for value, text in zip(values, texts)]
+
+
+def _listed(returned: Any) -> list[Any] | None:
+    """Return what a reward returned as a list, or None if it is none.
+
+    The keys of a mapping and the letters of a text are no rewards.
+    """
+    if hasattr(returned, "tolist"):  # a tensor, an array or a column of a table
+        returned = returned.tolist()
+    if not isinstance(returned, Iterable) or isinstance(returned, str | bytes | bytearray | Mapping | Set):
+        return None
+    return list(cast("Iterable[Any]", returned))
+
+
+def _kind_of(returned: object) -> str:
+    """Return the type of what a reward returned, with its article."""
+    name = type(returned).__name__
+    return "nothing" if returned is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def _checked_number(value: Any, text: str) -> float:
+    """Return the reward of a completion as a number; raise `RewardError` if it is none."""
+    number, found = value, math.nan
+    if not isinstance(value, Real) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        with user_code("the reward of a completion cannot be read", RewardError):
+            number = value.item()  # a tensor's number
+    if type(number) is not bool and isinstance(number, Real):
+        with suppress(OverflowError):  # a whole number of hundreds of digits
+            found = float(number)
+    if not math.isfinite(found):
+        raise RewardError(
+            f"the reward of the completion {show_value(text)} is {show_value(value)}: it must be a finite number."
+        )
+    return found
 
 
 def probe_reward(reward: RewardFunction, prompts: Sequence[Prompt]) -> None:

@@ -19,7 +19,13 @@ from rlgf.rewards.ngram import NgramClassifier
 from rlgf.rewards.reward_model import is_reward_model, load_reward_model, require_reward_model
 from rlgf.rewards.weighted_sum import WeightedSum
 from rlgf.tasks.base import Task
-from rlgf.text_metrics.as_rewards import TEXT_FUNCTIONS, build_text_function, require_columns, strip_reply_prefixes
+from rlgf.text_metrics.as_rewards import (
+    TEXT_FUNCTIONS,
+    build_text_function,
+    read_text_options,
+    require_columns,
+    strip_reply_prefixes,
+)
 from rlgf.types import Prompt, RewardFunction
 
 
@@ -97,6 +103,13 @@ def check_reward_names(names: Sequence[str]) -> None:
         require_reward_model(name)
         if not (folder / "ngram.json").is_file():
             is_reward_model(name)  # raises if there is no such model
+
+
+def check_reward_options(config: RewardConfig) -> None:
+    """Raise `ConfigError` for options of text metrics that cannot be used, before any work."""
+    for name in config.names:
+        if name in TEXT_FUNCTIONS:
+            read_text_options(name, config.options.get(name))
 
 
 def check_reward_sources(config: RewardConfig) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from rlgf.data.files import read_json, write_json
 from rlgf.errors import ConfigError, DataError, unknown
+from rlgf.untrusted_text import escape_control_characters
 
 MODULES = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 RUNS = "runs.json"  # the identity of the run at each tracker that is a service
@@ -82,7 +83,11 @@ class Trackers:
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Log the finite numbers of one iteration."""
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+        numbers = {
+            escape_control_characters(key): value
+            for key, value in values.items()
+            if isinstance(value, (int, float)) and math.isfinite(value)
+        }
         for tracker, first in self.trackers:
             if step >= first:
                 tracker.log(numbers, step=step)

@@ -5,12 +5,14 @@ A new task is one file next to this one and an entry in `tasks.registry.TASKS`.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from rlgf.config.base import read_options
 from rlgf.config.sections import TaskConfig
 from rlgf.data.preferences import Pairs
+from rlgf.errors import DataError
 from rlgf.types import Prompt, RewardFunction
+from rlgf.untrusted_text import show_value
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,28 @@ class TaskDefinition:
     instruction: str | None = None  # prompt of a chat guide, with '{text}'; None: a default
 
 
-def task_options(config: TaskConfig, kind: type) -> Any:
+def task_options(config: TaskConfig, kind: type, prefix: str = "task.options.") -> Any:
     """Return `task.options` as the task's own dataclass.
 
-    Raises `ConfigError` for unknown keys and wrong types.
+    Raises `ConfigError` for unknown keys and wrong types; `prefix` names them.
     """
-    return read_options(config.options, kind, f"task '{config.name}'", "task.options.")
+    return read_options(config.options, kind, f"task '{config.name}'", prefix)
+
+
+def check_task(task: Any, name: str) -> Task:
+    """Return a task that a user's code built; raise `DataError` if it is none."""
+    if not isinstance(task, Task):
+        raise DataError(f"task '{name}' built a {type(task).__name__}, but must build a rlgf.Task.")
+    parts: dict[Any, Any] = {"train": task.train, "validation": task.validation, "test": task.test, **task.extra_test_splits}
+    if task.demonstrations is not None:
+        parts["demonstrations"] = task.demonstrations
+    for part, prompts in parts.items():
+        if not isinstance(prompts, Sequence) or not prompts:
+            raise DataError(f"task '{name}' has no list of prompts as {part}: give at least one `rlgf.Prompt`.")
+        for number, prompt in enumerate(cast("Sequence[Any]", prompts), 1):
+            texts = (prompt.text, *prompt.references, *prompt.sft_targets) if isinstance(prompt, Prompt) else (None,)
+            if not all(isinstance(text, str) for text in texts):
+                raise DataError(
+                    f"task '{name}', prompt {number} of {part} is {show_value(prompt)}: it must be a `rlgf.Prompt` of texts."
+                )
+    return task

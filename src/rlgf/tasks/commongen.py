@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlgf.bounds import NonNegativeInt
 from rlgf.config.sections import TaskConfig
 from rlgf.data.datasets import read_rows
 from rlgf.errors import ConfigError, DataError
@@ -31,7 +32,7 @@ class Options:
 
     concepts_column: str = "concepts"
     references_column: str = "targets"  # a list; on the Hub one text per row, `target`
-    held_out: int = 0  # concept sets; 0: evaluate on the validation split during training
+    held_out: NonNegativeInt = 0  # concept sets; 0: evaluate on the validation split during training
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rlgf.bounds import Length, PositiveInt
 from rlgf.config.sections import TaskConfig
 from rlgf.data.datasets import read_rows
 from rlgf.errors import ConfigError, DataError
@@ -21,10 +22,10 @@ class Options:
     """The prompt's part of a review, and the splits and columns of the data."""
 
     prompt: Literal["half", "first"] = "half"  # end of the first half by words; or first tokens
-    prompt_tokens: int = 64  # tokens; at most ('half') or exactly ('first')
+    prompt_tokens: Length = 64  # tokens; at most ('half') or exactly ('first')
     train_split: str = "train"
     test_split: str = "test"  # validation and test prompts both come from here
-    held_out_prompts: int = 5_000  # of validation and of test each
+    held_out_prompts: PositiveInt = 5_000  # of validation and of test each
     raw_split: str = "unsup"  # unlabeled reviews, for the pretrain stage
     text_column: str = "text"
     label_column: str = "label"  # 1 is positive
@@ -37,8 +38,6 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     target.
     """
     options: Options = task_options(config, Options)
-    if options.prompt_tokens < 1:
-        raise ConfigError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be at least 1.")
     dropped: dict[str, int] = {}
     train = _prompts(config, options, options.train_split, tokenizer, dropped)
     held_out = _prompts(config, options, options.test_split, tokenizer, dropped)

@@ -9,11 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
+from rlgf.bounds import Flag, LengthOrZero
 from rlgf.config.sections import TaskConfig
 from rlgf.data.chat import PromptBuilder, is_conversation, read_template, with_separator
 from rlgf.data.datasets import held_out_keys, read_splits
 from rlgf.data.preferences import Columns, Pairs, parts_of, read_pairs, reply_text
-from rlgf.errors import ConfigError, DataError
+from rlgf.errors import ConfigError, DataError, list_columns
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
@@ -37,13 +38,13 @@ class Options:
     train_split: str | None = None  # None: 'train', or the only one there is
     validation_split: str | None = None  # None: found by name, or half of the held-out rows
     test_split: str | None = None
-    prompt_tokens: int = 0  # maximum tokens of a prompt; 0: no limit
+    prompt_tokens: LengthOrZero = 0  # maximum tokens of a prompt; 0: no limit
     truncation: Literal["right", "left"] = "right"  # end at which longer ones are truncated
     suffix: str = ""  # end of every plain prompt, never truncated
     separator: str = ""  # before responses to plain prompts; " " for most models
     chat_template: str | None = None  # Jinja, or its file; None: the tokenizer's own
     # a classifier as reward scores prompt + completion (a reward model always does)
-    scores_full_text: bool = False
+    scores_full_text: Flag = False
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,6 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
 
 def build_prompt_builder(options: Options, tokenizer: Any) -> PromptBuilder:
     """Return the builder of prompts that these options describe."""
-    if options.prompt_tokens < 0:
-        raise ConfigError(f"task.options.prompt_tokens is {options.prompt_tokens}, but must be 0 (no limit) or more.")
     template = read_template(options.chat_template)
     return PromptBuilder(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator)
 
@@ -205,7 +204,7 @@ def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dic
             return None
         prompt, chosen, _ = parts
     if prompt is None:
-        raise DataError(f"{place}: there is no '{options.prompt_column}'; the row has {', '.join(sorted(row))}.")
+        raise DataError(f"{place}: there is no '{options.prompt_column}'; the row has {list_columns(row)}.")
     completion = row.get(options.completion_column)
     targets = [text for text in (completion, chosen) if text is not None][:1]
     references = _listed(row.get(options.references_column))

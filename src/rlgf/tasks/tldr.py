@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from rlgf.bounds import LengthOrZero, PositiveInt, Probability
 from rlgf.config.sections import TaskConfig
 from rlgf.data.chat import PromptBuilder
 from rlgf.data.datasets import held_out_keys, read_rows, read_splits
@@ -40,10 +41,10 @@ class Options:
     Counts are of posts, and apply to a folder only.
     """
 
-    prompt_tokens: int = 500  # maximum, with `TL;DR:`; longer posts are truncated on the right
-    test_posts: int = 256
-    validation_posts: int = 128
-    sft_share: float = 0.5  # of the other posts with a summary: for SFT; the rest is for RL
+    prompt_tokens: LengthOrZero = 500  # maximum, with `TL;DR:`; longer posts are truncated on the right
+    test_posts: PositiveInt = 256
+    validation_posts: PositiveInt = 128
+    sft_share: Probability = 0.5  # of the other posts with a summary: for SFT; the rest is for RL
     comparisons: str | None = None  # preference pairs for a Hub dataset
 
 

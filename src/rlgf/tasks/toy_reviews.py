@@ -9,12 +9,12 @@ reward.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from rlgf.bounds import Bounds, Probability, Seed, Size
 from rlgf.config.sections import TaskConfig
-from rlgf.errors import ConfigError
 from rlgf.randomness import Purpose, uniforms
 from rlgf.tasks.base import Task, TaskDefinition, task_options
 from rlgf.types import Prompt
@@ -51,21 +51,17 @@ END, UNKNOWN = "<end>", "<unknown>"
 class Options:
     """The difficulty of the task and the noise of its demonstrations."""
 
-    slots: int = 8  # requested aspects per prompt
-    right_aspect: float = 0.8  # probability that a demonstration names the requested aspect
-    positive_adjective: float = 0.4  # probability that its adjective is positive
-    train_prompts: int = 32_768
-    held_out_prompts: int = 512  # of validation and of test each
-    seed: int = 0
+    slots: Annotated[int, Bounds(1, len(ASPECTS))] = 8  # requested aspects per prompt
+    right_aspect: Probability = 0.8  # that a demonstration names the requested aspect
+    positive_adjective: Probability = 0.4  # that its adjective is positive
+    train_prompts: Size = 32_768
+    held_out_prompts: Size = 512  # of validation and of test each
+    seed: Seed = 0
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
     """Build the task; the demonstration of a prompt is its reference and target."""
     options: Options = task_options(config, Options)
-    if min(options.train_prompts, options.held_out_prompts) < 1:
-        raise ConfigError("task.options.train_prompts and task.options.held_out_prompts must be at least 1.")
-    if not 1 <= options.slots <= len(ASPECTS):
-        raise ConfigError(f"task.options.slots is {options.slots}: choose 1 to {len(ASPECTS)}.")
     sizes = (options.train_prompts, options.held_out_prompts, options.held_out_prompts)
     splits = [_prompts(options, split, size) for split, size in enumerate(sizes)]
     return Task(config.name, *splits, reward=reward, pass_threshold=1.0)

@@ -8,19 +8,23 @@ empty text.
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-from pydantic import ConfigDict, ValidationError, validate_call
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from rlgf.bounds import FiniteFloat, Flag, LengthOrZero, Size, SmallInt
+from rlgf.config.base import as_config_error
 from rlgf.errors import ConfigError, unknown
 from rlgf.text_metrics import captions, rouge
 from rlgf.text_metrics.bertscore import BertScore
 from rlgf.text_metrics.concepts import ConceptCoverage, concepts_in
 from rlgf.text_metrics.diversity import repetition
 from rlgf.types import Prompt, RewardFunction
+from rlgf.untrusted_text import shorten
 
 # (texts, the references of each) -> one number per text
 Measure = Callable[[list[str], list[Sequence[str]]], list[float]]
+FIXED_ARGUMENTS = ("train_prompts", "key")  # of the functions below; the others are options
 
 
 def build_text_function(
@@ -34,24 +38,39 @@ def build_text_function(
     Raises `ConfigError` for an unknown name or option, and for missing jars, Java, packages or
     models: these are checked at once, not at the first text.
     """
+    values = read_text_options(name, options)
+    fixed = {"train_prompts": train_prompts, "key": name}
+    wanted = {key: value for key, value in fixed.items() if key in inspect.signature(TEXT_FUNCTIONS[name]).parameters}
+    return TEXT_FUNCTIONS[name](**values, **wanted)
+
+
+def read_text_options(name: str, options: object = None) -> dict[str, Any]:
+    """Return the options of a text function, checked without building it.
+
+    Raises `ConfigError` for an unknown name or option, a missing one, or a value out of bounds.
+    """
     if name not in TEXT_FUNCTIONS:
         raise unknown("text function", name, TEXT_FUNCTIONS)
-    make, given = TEXT_FUNCTIONS[name], dict(options or {})
-    known = [key for key in inspect.signature(make).parameters if key not in ("train_prompts", "key")]
-    for key in given:
-        if key not in known:
-            if not known:
-                raise ConfigError(f"'{name}' takes no options, but was given '{key}': remove it.")
-            raise unknown(f"option of '{name}'", key, known)
-    fixed = {"train_prompts": train_prompts, "key": name}
-    wanted = {key: value for key, value in fixed.items() if key in inspect.signature(make).parameters}
-    try:
-        return validate_call(config=ConfigDict(strict=True, arbitrary_types_allowed=True))(make)(**given, **wanted)
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["type"] == "missing_keyword_only_argument":
-            raise ConfigError(f"'{name}' needs the option '{first['loc'][0]}': set it.") from None
-        raise ConfigError(f"option '{first['loc'][0]}' of '{name}' is {first['input']!r}: {first['msg']}.") from None
+    prefix, given = f"reward.options.{name}", {} if options is None else options
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{prefix} must be a mapping of options to values.")
+    parameters = {
+        key: value for key, value in inspect.signature(TEXT_FUNCTIONS[name]).parameters.items() if key not in FIXED_ARGUMENTS
+    }
+    found: dict[str, Any] = {}
+    for key, value in cast("Mapping[str, Any]", given).items():
+        if key not in parameters:
+            if not parameters:
+                raise ConfigError(f"'{name}' takes no options, but was given '{shorten(str(key), 60)}': remove it.")
+            raise unknown(f"option of '{name}'", str(key), parameters, f"{prefix}.")
+        try:
+            found[key] = TypeAdapter(parameters[key].annotation, config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            raise as_config_error(error, f"metric '{name}'", f"{prefix}.{key}") from None
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in found:
+            raise ConfigError(f"'{name}' needs the option '{key}': set {prefix}.{key}.")
+    return found
 
 
 class TermSum:
@@ -151,7 +170,9 @@ def spice() -> RewardFunction:
     return on_tokens(captions.Spice())
 
 
-def spider(*, train_prompts: Sequence[Any], cider_coefficient: float = 1.0, spice_coefficient: float = 1.0) -> RewardFunction:
+def spider(
+    *, train_prompts: Sequence[Any], cider_coefficient: FiniteFloat = 1.0, spice_coefficient: FiniteFloat = 1.0
+) -> RewardFunction:
     """Compute SPIDEr, the sum of CIDEr-D and SPICE, each times its coefficient."""
     return TermSum(
         {"cider_d": (cider_coefficient, cider_d(train_prompts=train_prompts)), "spice": (spice_coefficient, spice())}
@@ -174,13 +195,15 @@ def rouge_l() -> RewardFunction:
     return on_tokens(captions.rouge_l)
 
 
-def rouge_n(*, key: str, stemming: bool = False) -> RewardFunction:
+def rouge_n(*, key: str, stemming: Flag = False) -> RewardFunction:
     """Compute ROUGE of the summarization tools against the best reference, 0 to 1."""
     scorer = rouge.Rouge(stemming, (key,))
     return on_text(lambda texts, references: scorer(texts, references)[key])
 
 
-def bert_score(*, key: str, model: str = "roberta-large", layers: int | None = None, batch_size: int = 64) -> RewardFunction:
+def bert_score(
+    *, key: str, model: str = "roberta-large", layers: SmallInt | None = None, batch_size: Size = 64
+) -> RewardFunction:
     """Compute BERTScore against the best reference; raise if a text exceeds the model's length."""
     scorer = BertScore(model, layers, batch_size)
 
@@ -209,15 +232,14 @@ def concept_coverage(*, column: str = "concepts") -> RewardFunction:
     return function
 
 
-def length_penalty(*, maximum: int, minimum: int = 0) -> RewardFunction:
+def length_penalty(*, maximum: LengthOrZero, minimum: LengthOrZero = 0) -> RewardFunction:
     """Compute minus the number of words above the maximum or below the minimum.
 
     It is 0 between them.
     """
-    if not 0 <= minimum <= maximum:
+    if minimum > maximum:
         raise ConfigError(
-            f"'length_penalty' has minimum {minimum} and maximum {maximum}: both must be 0 or more, and the "
-            "minimum at most the maximum."
+            f"'length_penalty' has minimum {minimum} and maximum {maximum}: the minimum must be at most the maximum."
         )
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
@@ -227,13 +249,11 @@ def length_penalty(*, maximum: int, minimum: int = 0) -> RewardFunction:
     return function
 
 
-def repetition_penalty(*, order: int = 3) -> RewardFunction:
+def repetition_penalty(*, order: SmallInt = 3) -> RewardFunction:
     """Compute minus the share of a text's word n-grams that are repetitions.
 
     It is 0 for a text without any.
     """
-    if order < 1:
-        raise ConfigError(f"'repetition_penalty' has order {order}, but must have at least 1.")
 
     def function(prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         return [0.0 - repetition(text, order) for text in strip_reply_prefixes(prompts, texts)]

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rlgf.data.files import atomic_write
-from rlgf.data.text import escape_control_characters
 from rlgf.errors import ConfigError
+from rlgf.untrusted_text import escape_control_characters
 
 VARIABLE = "RLGF_CORENLP"
 MAVEN_PLUGIN = "org.apache.maven.plugins:maven-dependency-plugin:3.5.0"

@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlgf.bounds import Flag, SmallInt
 from rlgf.data.files import read_numbered_jsonl
 from rlgf.errors import ConfigError, DataError, unknown
 from rlgf.text_metrics import bertscore, captions, rouge
@@ -65,9 +66,9 @@ class Line:
 class Options:
     """The options of metrics."""
 
-    stemming: bool = False  # rouge1 to rougeLsum
+    stemming: Flag = False  # rouge1 to rougeLsum
     bertscore_model: str = bertscore.DEFAULT_MODEL
-    bertscore_layers: int | None = None
+    bertscore_layers: SmallInt | None = None
 
 
 @dataclass
@@ -112,6 +113,8 @@ def read_lines(source: str, keys: Sequence[str]) -> list[Line]:
                 rows = read_numbered_jsonl(file, where)
     except OSError as error:
         raise DataError(f"{where} cannot be read: {error.strerror or error}.") from None
+    except ValueError as error:  # a name that no file can have
+        raise DataError(f"{where} cannot be read: {error}.") from None
     if not rows:
         raise DataError(f"{where} has no lines: give a file with a JSON object per line, with 'prediction' and 'references'.")
     needs_references = bool(reference_metrics(keys))

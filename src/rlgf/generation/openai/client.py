@@ -5,7 +5,6 @@ Responses are parsed in `responses.py`. Retries, limits and usage are in `pool.p
 
 import json
 import math
-import os
 import re
 import time
 import weakref
@@ -16,9 +15,10 @@ from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from rlgf.config.sections import GuideConfig
+from rlgf.config.sections import EndpointConfig, GuideConfig
 from rlgf.errors import ConfigError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
+from rlgf.generation.openai.environment import Environment
 from rlgf.generation.openai.responses import (
     InvalidError,
     PermanentError,
@@ -29,6 +29,7 @@ from rlgf.generation.openai.responses import (
     read_completion,
     read_ids,
 )
+from rlgf.untrusted_text import shorten
 
 # modes that send text, not token ids
 CONTINUATIONS = ("completion", "assistant", "continue_final_message", "prefix", "instruction", "none")
@@ -61,26 +62,29 @@ class Server:
         self, spec: str, config: GuideConfig, mode: str, report: Callable[[str], None] = lambda line: None,
         end_ids: Sequence[int] = (), exact: bool = False, role: str = "guide",
     ) -> None:  # fmt: skip
-        self.model, self.url = parse_spec(spec, role)
+        self.model, self.url = parse_spec(spec, role)  # with $NAME, as errors and reports show it
         self.config, self.mode, self.eos_token_ids, self.exact, self.role = config, mode, tuple(end_ids), exact, role
         endpoint = config.endpoint
         # _drop_refused_parameter changes the last two when the server refuses a parameter
         self._report, self._omitted_parameters, self._token_limit = report, set[str](), "max_tokens"
-        key = read_secret(endpoint.api_key_env)
-        headers = {name: from_environment(value, role) for name, value in endpoint.extra_headers.items()}
+        self._environment = environment = Environment(role)
+        key = environment.read(endpoint.api_key_env)
+        headers = environment.fill(endpoint.extra_headers, "endpoint.extra_headers")
+        self._extra_body: dict[str, Any] = environment.fill(endpoint.extra_body, "endpoint.extra_body")
+        self._address = environment.fill(self.url, "spec")
         try:
             import openai
         except ImportError:
             raise ConfigError(f"a {role} on a server needs the extra 'server': pip install 'rlgf[server]'.") from None
         self._openai = openai
-        self._client = openai.OpenAI(
-            base_url=self.url, api_key=key or "none", max_retries=0, timeout=endpoint.timeout_seconds,
-            default_headers=headers,
-        )  # fmt: skip
+        try:
+            self._client = openai.OpenAI(
+                base_url=self._address, api_key=key or "none", max_retries=0, timeout=endpoint.timeout_seconds,
+                default_headers=headers,
+            )  # fmt: skip
+        except Exception as error:  # of the transport, for an address that is no URL
+            raise ConfigError(f"the {role}'s address {self.url} is no URL ({type(error).__name__}): fix {role}.spec.") from None
         weakref.finalize(self, self._client.close)
-        # a header may have a scheme before its secret ('Bearer …'), and an error only the secret
-        written = [value for name, value in headers.items() if endpoint.extra_headers[name].startswith("$")]
-        self._secrets = [part for secret in (key or "", *written) for part in (secret, *secret.split()) if len(part) > 3]
 
     def key(self) -> dict[str, Any]:
         """Return the settings that a response depends on: model, mode, template, decoding.
@@ -131,7 +135,7 @@ class Server:
         Uses vLLM's `/tokenize`, which is next to `/v1`. Raises `TransientError` or
         `PermanentError`.
         """
-        place = re.sub(r"/v1/?$", "", self.url) + "/tokenize"
+        place = re.sub(r"/v1/?$", "", self._address) + "/tokenize"
         body = {"model": self.model, "prompt": text, "add_special_tokens": False}
         with self._failures():
             response: Any = self._client.post(place, cast_to=object, body=body)
@@ -161,7 +165,7 @@ class Server:
         else:
             body |= self._messages(request)
         kept = {name: value for name, value in body.items() if name not in self._omitted_parameters}
-        return kept | config.endpoint.extra_body
+        return kept | self._extra_body
 
     def _messages(self, request: ServerRequest) -> dict[str, Any]:
         """Return the fields of a chat request, with the prefix if there is one."""
@@ -205,7 +209,7 @@ class Server:
             raise TransientError("its response is not JSON") from None
         # some servers report errors with status 200
         if isinstance(data, dict) and data.get("error") and not data.get("choices"):
-            raise TransientError(f"it reports an error: {self._hide(str(data['error']))}")
+            raise TransientError(f"it reports an error: {self._environment.hide(str(data['error']))}")
         return data
 
     @contextmanager
@@ -219,7 +223,7 @@ class Server:
         except openai.APIConnectionError as error:
             raise TransientError(f"no connection ({type(error.__cause__ or error).__name__})") from None
         except openai.OpenAIError as error:
-            raise PermanentError(self._hide(str(error))) from None
+            raise PermanentError(self._environment.hide(str(error))) from None
         except (TransientError, PermanentError):
             raise
         except Exception as error:  # any exception of the transport during the body
@@ -228,7 +232,7 @@ class Server:
     def _status_failure(self, error: Any) -> Exception:
         status, detail = int(error.status_code), error.body.get("detail") if isinstance(error.body, dict) else None
         # FastAPI servers put the reason into `detail`, which the client ignores
-        reason = self._hide(f"{error} - {detail}" if isinstance(detail, str) else str(error))
+        reason = self._environment.hide(f"{error} - {detail}" if isinstance(detail, str) else str(error))
         if status == 404 and not re.search(r"/v\d", self.url):
             reason += "; most servers' URLs end in /v1"
         if status in (408, 409, 425, 429) or status >= 500:
@@ -236,12 +240,6 @@ class Server:
                 return PermanentError(reason)
             return TransientError(f"HTTP {status}", retry_after(error.response.headers))
         return RefusedError(reason) if status in (400, 404, 405, 422) else PermanentError(reason)
-
-    def _hide(self, text: str) -> str:
-        """Return the text without secrets, on one line of at most 300 characters."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return " ".join(text.split())[:300]
 
     def _drop_refused_parameter(self, reason: str, body: Mapping[str, Any]) -> bool:
         """Rename or omit the parameter that a refusal names, for all later requests.
@@ -286,42 +284,20 @@ def retry_after(headers: Mapping[str, str]) -> float:
     return 0.0 if math.isnan(seconds) else min(max(0.0, seconds), MAX_PAUSE)
 
 
-def read_secret(variable: str) -> str | None:
-    """Return the secret in an environment variable, or None if it is unset or empty.
-
-    Raises `ConfigError` for characters that a header cannot contain.
-    """
-    secret = os.environ.get(variable, "").strip()
-    if not (secret.isascii() and secret.isprintable()):
-        raise ConfigError(f"the environment variable {variable} contains characters that no key has: set it again.")
-    return secret or None
-
-
-def from_environment(value: str, role: str = "guide") -> str:
-    """Return a value unchanged, or for `$NAME` the environment variable NAME.
-
-    Raises `ConfigError` if the variable is not set.
-    """
-    if not value.startswith("$"):
-        return value
-    found = read_secret(value[1:])
-    if not found:
-        raise ConfigError(
-            f"{role}.endpoint.extra_headers names the environment variable {value[1:]}, which is not set: export it."
-        )
-    return found
-
-
 def parse_spec(spec: str, role: str = "guide") -> tuple[str, str]:
     """Return the model and the address of `server:MODEL@URL`.
 
     Errors name the server by its role, 'guide' or 'judge'.
     """
     model, _, url = spec.removeprefix("server:").partition("@http")
-    parts = urlsplit("http" + url)
+    try:
+        parts = urlsplit("http" + url)
+    except ValueError:  # such as an open bracket
+        parts = urlsplit("")
     if not model or parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
-            f"{role} '{spec.split('@')[0]}…' is not of the form server:MODEL@URL with an http:// or https:// address."
+            f"{role} '{shorten(spec.split('@')[0], 80)}…' is not of the form server:MODEL@URL with an http:// or https:// "
+            "address."
         )
     if parts.username or parts.password:
         raise ConfigError(
@@ -330,6 +306,14 @@ def parse_spec(spec: str, role: str = "guide") -> tuple[str, str]:
     if parts.query or parts.fragment:
         raise ConfigError(f"the {role}'s URL has a part after '?' or '#': remove that part; keys come from the environment.")
     return model, "http" + url
+
+
+def require_environment(spec: str, endpoint: EndpointConfig, role: str = "guide") -> None:
+    """Raise `ConfigError` if an environment variable that a server's settings name is not set."""
+    environment = Environment(role)
+    environment.fill(parse_spec(spec, role)[1], "spec")
+    environment.fill(endpoint.extra_headers, "endpoint.extra_headers")
+    environment.fill(endpoint.extra_body, "endpoint.extra_body")
 
 
 def without_address(spec: str, role: str = "guide") -> str:

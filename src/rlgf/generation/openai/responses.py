@@ -19,6 +19,7 @@ FINISH_REASONS = {  # finish reasons of OpenAI and others: true if the completio
     "stop": True, "eos": True, "eos_token": True, "end_turn": True, "stop_sequence": True,
     "length": False, "max_tokens": False, "model_length": False,
 }  # fmt: skip
+MAX_TOKENS = 10**9  # of one response; a larger count is none
 # a completion that begins with at least this many last words of its prefix repeats them
 REPEATED_WORDS = 3
 
@@ -160,7 +161,7 @@ def _single_choice(data: Any) -> tuple[dict[str, Any], Usage]:
 def _read_usage(usage: Any) -> Usage:
     def count(place: Any, name: str) -> int:
         value = place.get(name) if isinstance(place, dict) else None
-        return value if type(value) is int and value > 0 else 0
+        return value if type(value) is int and 0 < value <= MAX_TOKENS else 0
 
     if not isinstance(usage, dict):
         return Usage()

@@ -1,0 +1,125 @@
+"""Text from outside (data, models, servers, users' code), as it is shown and written.
+
+Every line for a terminal passes `escape_control_characters`, every text in a Markdown page
+`escape_markdown`, every JSON document `escape_json`, every name of a file `as_file_name`.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rlgf.credentials import mask_credentials
+
+MAX_DIGITS = 40  # of a whole number that an error shows
+MAX_FILE_NAME = 100  # characters; file systems allow 255 bytes
+JOINERS = "\u200c\u200d"  # Persian, Hindi and families of emoji are written with them
+NOT_IN_FILE_NAMES = re.compile(r"[^\w.=+-]+")
+MARKDOWN = re.compile(r"[\\`*\[\]<>|#~&$]|(?<![^\W_])_|_(?![^\W_])|:(?=//)")
+MARKS_OF_BLOCKS = re.compile(r"(?<!\S)([-+=]+|\d+[.)])(?!\S)")  # words that begin a list or underline a heading
+
+
+def escape_control_characters(text: str) -> str:
+    r"""Escape control characters of a text, as in `\\x1b`; newlines become `⏎`."""
+    if text.isprintable():
+        return text
+    shown = text.replace("\r\n", "\n").replace("\n", "⏎")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shown)
+
+
+def escape_reports(report: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a reporter whose lines have no control characters and no credentials."""
+    return lambda line: report(escape_control_characters(mask_credentials(line)))
+
+
+def escape_lines(text: str) -> str:
+    """Escape the control characters of each line of a text, and keep its line breaks."""
+    return "\n".join(map(escape_control_characters, text.split("\n")))
+
+
+def escape_json(document: str) -> str:
+    r"""Escape what is not printable in a JSON document, as in `\\u2028`.
+
+    Its values stay the same. Spaces of other languages and joiners of characters stay as they are,
+    as do line breaks, which JSON never has inside a text.
+    """
+    if document.isprintable():
+        return document
+    return "".join(map(_escape_in_json, document))
+
+
+def _escape_in_json(character: str) -> str:
+    is_space = character.isspace() and character > "\x85" and character not in "\u2028\u2029"
+    if character.isprintable() or character in JOINERS or character == "\n" or is_space:
+        return character
+    units = character.encode("utf-16-be", "surrogatepass")
+    return "".join(f"\\u{units[place]:02x}{units[place + 1]:02x}" for place in range(0, len(units), 2))
+
+
+def escape_markdown(text: str) -> str:
+    """Return Markdown that shows a text on one line, without markup, links or HTML."""
+    shown = MARKDOWN.sub(lambda found: "\\" + found[0], escape_control_characters(text))
+    return MARKS_OF_BLOCKS.sub(lambda found: found[0][:-1] + "\\" + found[0][-1], shown)
+
+
+def as_code(text: str) -> str:
+    """Return a text as Markdown's inline code, whatever backticks it has."""
+    shown = escape_control_characters(text)
+    longest = max((len(run) for run in re.findall("`+", shown)), default=0)
+    if not longest:
+        return f"`{shown}`"
+    fence = "`" * (longest + 1)
+    return f"{fence} {shown} {fence}"
+
+
+def as_file_name(text: str) -> str:
+    """Return a text as the name of a visible file: letters, digits and `._=+-`."""
+    return NOT_IN_FILE_NAMES.sub("_", text).lstrip(".")[:MAX_FILE_NAME] or "_"
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace unpaired surrogates by U+FFFD.
+
+    Broken JSON can hold them; files and tokenizers cannot.
+    """
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def shorten(text: str, limit: int, keep_end: bool = False) -> str:
+    """Return at most `limit` characters of a text, with an ellipsis for those that are missing."""
+    if len(text) <= limit:
+        return text
+    return "…" + text[1 - limit :] if keep_end else text[: limit - 1] + "…"
+
+
+def shorten_sentence(text: str, limit: int) -> str:
+    """Return at most `limit` characters of a sentence, which still ends with a full stop."""
+    return text if len(text) <= limit else shorten(text, limit - 1) + "."
+
+
+def show_value(value: Any, limit: int = 60) -> str:
+    """Return a value as an error shows it: short, on one line, without credentials."""
+    if isinstance(value, int) and value.bit_length() > MAX_DIGITS * 3:
+        return f"a number of about {value.bit_length() * 0.30103:,.0f} digits"
+    try:
+        shown = repr(value)
+    except Exception:  # objects of users, and lists of numbers with thousands of digits
+        return f"a {type(value).__name__}"
+    return shorten(escape_control_characters(mask_credentials(shown)), limit)
+
+
+def describe_failure(error: BaseException, limit: int = 200) -> str:
+    """Return the type, message and place of an exception, on one line."""
+    try:
+        message = str(error)
+    except Exception:
+        message = ""
+    name = type(error).__name__
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    place = ""
+    if last is not None:
+        file = last.tb_frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]
+        place = f", {escape_control_characters(shorten(file, 60))} line {last.tb_lineno}"
+    shown = shorten(escape_control_characters(mask_credentials(message)), limit)
+    return f"{name}: {shown}{place}" if shown else f"{name}{place}"
