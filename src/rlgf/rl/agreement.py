@@ -81,7 +81,7 @@ def sample_restarts(rollout_config: RolloutConfig, prompts: Sequence[Prompt]) ->
 
 
 class AgreementCheck:
-    """The check of a run: on completions of its own, and on those of the first rollout."""
+    """The check of a run, on completions of its own and of the first rollout."""
 
     def __init__(self, rollout_config: RolloutConfig, prompts: Sequence[Prompt]) -> None:
         self.rollout_config, self.prompts = rollout_config, prompts
