@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-ALGORITHMS = ("ppo_pp", "d2lols")
+ALGORITHMS: dict[str, tuple[str, ...]] = {"ppo_pp": (), "d2lols": ("algorithm.options.d2lols.switch_iteration=3",)}
 TIMES = ("seconds", "tokens_per_second")
 SIGNALS = ("KILL", "INT", "TERM", "HUP", "USR1")
 MAX_STARTS = 6  # of one trial; only the first start is killed
@@ -30,7 +30,7 @@ CHANGES = (
     "model.layers=1", "model.width=16", "model.heads=2", "guide.model.layers=1", "guide.model.width=16",
     "guide.model.heads=2", "sft.steps=12", "sft.batch_size=8", "guide.sft.steps=12", "guide.sft.batch_size=8",
     "guide.spec=trained", "ppo.iterations=6", "ppo.completions_per_iteration=8", "ppo.minibatch_size=4",
-    "algorithm.options.d2lols.switch_iteration=3", "evaluation.every=2", "evaluation.prompts=4",
+    "evaluation.every=2", "evaluation.prompts=4",
     "evaluation.final_prompts=8", "runtime.trackers=[]", "runtime.checkpoint_every=2", "reward.normalize=true",
     "kl.controller=adaptive",
 )  # fmt: skip
@@ -82,7 +82,15 @@ def main() -> int:
 
 def run_setting(folder: Path, algorithm: str, threads: int, trials: int, draws: random.Random, number: signal.Signals) -> int:
     """Run all trials of one setting; return the number of those that differ."""
-    arguments = ["train", "quickstart", "--algorithm", algorithm, *CHANGES, f"runtime.threads={threads}"]
+    arguments = [
+        "train",
+        "quickstart",
+        "--algorithm",
+        algorithm,
+        *CHANGES,
+        *ALGORITHMS[algorithm],
+        f"runtime.threads={threads}",
+    ]
     began = time.monotonic()
     status = wait(start([*arguments, "--out", str(folder / "whole")], folder / "whole.log"))
     if status:
