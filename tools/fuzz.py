@@ -273,10 +273,10 @@ EXPECTED: list[dict[str, Any]] = []
 def read_run(run: Path) -> dict[str, Any]:
     """Read all that resuming, reusing a stage and evaluating read; return checksums of it."""
     from rlgf.data.checksums import read_checksum
-    from rlgf.data.files import read_complete_lines
     from rlgf.models.loading import load_language_model
     from rlgf.pipeline.stage_cache import StageCache
     from rlgf.runs.directory import RunDirectory, read_results
+    from rlgf.runs.logs import read_rows
 
     WARNINGS.clear()
     directory = RunDirectory(run, override(recipe("quickstart"), TINY), warn=WARNINGS.append)
@@ -285,7 +285,7 @@ def read_run(run: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"checkpoint": None if loaded is None else (loaded[0], state_checksum(loaded[1]))}
     found["results"] = json.dumps(read_results(run / "results.json"), sort_keys=True)
     for name in ("metrics.jsonl", "rollouts.jsonl"):
-        rows = read_complete_lines(run / name)
+        rows = read_rows(run / name, WARNINGS.append) if (run / name).is_file() else []
         known = EXPECTED[0]["rows"][name] if EXPECTED else rows
         if any(row not in known for row in rows):  # a damaged line is left out, and costs no other
             raise FoundError(f"{name} was read with other values")
