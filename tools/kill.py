@@ -141,7 +141,7 @@ def run_trial(
     for _ in range(MAX_STARTS):
         status = wait(start(command, log))
         if status == 0:
-            return was_killed, compare(out.parent / "whole", out)
+            return was_killed, compare(out.parent / "whole", out, keeps_earlier=signal_number == signal.SIGKILL)
     return was_killed, f"it does not end: {log.read_text()[-500:]}"
 
 
@@ -204,8 +204,12 @@ def die_at_call(module: str, name: str, number: int, signal_number: signal.Signa
     setattr(place, name, counted)
 
 
-def compare(whole: Path, parts: Path) -> str:
-    """Return the first difference of two runs, or an empty string."""
+def compare(whole: Path, parts: Path, keeps_earlier: bool) -> str:
+    """Return the first difference of two runs, or an empty string.
+
+    Without `keeps_earlier` the checkpoint before the last may be missing: a run that was signaled
+    writes one more, and the last two are kept.
+    """
     import json
 
     from rlgf.data.files import read_complete_lines
@@ -218,8 +222,8 @@ def compare(whole: Path, parts: Path) -> str:
         if rows[0] != rows[1]:
             return f"{name} differs"
     for name in FILES:
-        if name == FILES[2] and not (parts / name).exists():
-            continue  # after a signal there may be newer ones: the last two are kept
+        if name == FILES[2] and not keeps_earlier and not (parts / name).exists():
+            continue
         if (whole / name).read_bytes() != (parts / name).read_bytes():
             return f"{name} differs"
     results = [json.loads((run / "results.json").read_text())["evaluation"] for run in (whole, parts)]
