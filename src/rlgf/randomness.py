@@ -31,6 +31,7 @@ class Purpose(IntEnum):
     TASK = 12
     INITIALIZATION = 13
     CORRUPTION = 14  # index: the row
+    DROPOUT = 15  # index: the iteration; a seed of torch's generators
     JUDGE_ORDER = 20  # index: the row
     BEST_OF_TOKEN = 21  # index: prompt and sample
 

@@ -648,3 +648,15 @@ def test_recomputed_log_probabilities_follow_the_policy() -> None:
     after, _, _ = RolloutScorer(rollout, trainer.forward_config).recompute(trainer.components.models.policy)
     assert not torch.allclose(before, after, atol=1e-3)
     assert Origin(int(rollout.rollout_by[0])) is POLICY
+
+
+def test_dropout_depends_on_seed_and_iteration_alone() -> None:
+    """A resumed process has another state of torch's generator, which checkpoints do not hold."""
+    ends = list[list[Tensor]]()
+    for before in (1, 2):
+        trainer = tiny_trainer(guided.ppo().build(), config_of(ppo__dropout=True), policy=tiny_model(dropout=0.3))
+        for iteration in range(2):
+            torch.manual_seed(before)
+            trainer.step(iteration)
+        ends.append(parameters(trainer.components.models.policy.model))
+    assert all(torch.equal(one, other) for one, other in zip(*ends))

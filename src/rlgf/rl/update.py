@@ -107,6 +107,8 @@ class Updater:
         """Run the optimizer steps of all epochs until done or stopped by `ppo.target_kl`."""
         ppo = self.forward_config.ppo
         self.models.policy.model.train(ppo.dropout)
+        if ppo.dropout:  # a function of seed and iteration: no generator's state is saved
+            torch.manual_seed(int(uniforms(self.seed, Purpose.DROPOUT, iteration, 1)[0] * 2**53))
         seen: dict[str, list[float]] = {}
         steps = 0
         stopped, skipped = False, 0
