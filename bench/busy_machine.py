@@ -4,10 +4,12 @@
     python -m bench.busy_machine --rounds 2  # only a look; --out keeps it
 
 The iterations are PPO++'s of the recipe quickstart (two models of 0.1 to 0.2M parameters, 128 completions of 16 tokens), in
-which threads meet often. Each side is a process of its own that waits for its turns: `passive` as the command line sets
-OpenMP (waiting threads sleep), `default` as a Python process has it (they spin for some milliseconds first), and `one` thread.
+which threads meet often. Each side is a process of its own that waits for its turns: `passive`, waiting threads sleep, as the
+command line sets it if others run when it starts; `default`, they spin for some milliseconds first, as everywhere else; and
+`one` thread.
 In every round each side does iterations alone and next to a process that keeps one core busy, one right after the other, in
-alternating order. What is reported is the ratio within a round.
+alternating order. What is reported is the ratio within a round; of the command line it is `passive` next to the process over
+`default` alone.
 """
 
 import argparse
@@ -137,6 +139,12 @@ def figures(rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str) -> d
     }
 
 
+def command_line(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Return what a busy process costs a run of the command line, whose waiting threads then sleep."""
+    ratios = [row["passive"]["busy"] / row["default"]["alone"] for row in rounds]
+    return {"median": statistics.median(ratios), "interval": interval(ratios)}
+
+
 def printed(result: Mapping[str, Any]) -> str:
     """Return the result for people."""
     lines = [f"{'':9}{'alone':>9}{'busy':>9}   busy / alone          alone / default alone"]
@@ -147,7 +155,11 @@ def printed(result: Mapping[str, Any]) -> str:
         ]
         seconds = [f"{side[key]['median']:>7.2f} s" for key in ("seconds_alone", "seconds_busy")]
         lines.append(f"{name:9}{''.join(seconds)}   {texts[0]:20}  {texts[1]}")
-    lines.append(f"load before the run {result['machine']['load_before'][0]:.1f}; target of passive: {TARGET}")
+    whole = result["command_line_busy_over_alone"]
+    lines.append(
+        f"command line, busy / alone: {whole['median']:.2f} [{whole['interval'][0]:.2f}, {whole['interval'][1]:.2f}]; "
+        f"target: at most {TARGET}; load before the run {result['machine']['load_before'][0]:.1f}"
+    )
     return "\n".join(lines)
 
 
@@ -187,6 +199,7 @@ def main() -> None:
         "iterations_of_a_half": options.iterations,
         "target": TARGET,
         "sides": {name: {"threads": sides[name].about["threads"], **figures(rounds, name)} for name in SIDES},
+        "command_line_busy_over_alone": command_line(rounds),
         "rounds": rounds,
     }
     print(printed(result))

@@ -48,9 +48,14 @@ def escape_json(document: str) -> str:
     return "".join(map(_escape_in_json, document))
 
 
-def _escape_in_json(character: str) -> str:
+def must_be_escaped(character: str) -> bool:
+    """Return whether a character of a document is escaped: if it has a hidden effect."""
     is_space = character.isspace() and character > "\x85" and character not in "\u2028\u2029"
-    if character.isprintable() or character in JOINERS or character == "\n" or is_space:
+    return not (character.isprintable() or character in JOINERS or character == "\n" or is_space)
+
+
+def _escape_in_json(character: str) -> str:
+    if not must_be_escaped(character):
         return character
     units = character.encode("utf-16-be", "surrogatepass")
     return "".join(f"\\u{units[place]:02x}{units[place + 1]:02x}" for place in range(0, len(units), 2))

@@ -69,6 +69,13 @@ def test_the_first_line_of_a_run_and_its_results_say_the_number(tmp_path: Path) 
     train(small(("ppo.iterations", 1)), tmp_path / "run", tmp_path / "stages", lines.append)
     assert lines[0] == "PPO on toy_reviews, seed 0: 1 thread"
     assert json.loads((tmp_path / "run" / "results.json").read_text())["machine"]["threads"] == 1
+
+
+def test_it_is_said_that_waiting_threads_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert describe_threads(2) == "2 threads, which sleep while they wait"
+    assert describe_threads(1) == "1 thread"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     assert describe_threads(2) == "2 threads"
 
 
@@ -100,28 +107,50 @@ def test_runs_at_a_time_share_the_threads(
     assert commands[0][-1] == f"runtime.threads={each}"
 
 
+@pytest.mark.parametrize(
+    ("runs", "given", "expected"),
+    [
+        ("0.00 0.01 0.05 1/90 77", None, None), ("0.00 0.01 0.05 2/90 77", None, "PASSIVE"), ("7 7 7 1/90 77", None, None),
+        ("0.00 0.01 0.05 2/90 77", "ACTIVE", "ACTIVE"), ("0.00 0.01 0.05 1/90 77", "PASSIVE", "PASSIVE"),
+        ("", None, None), ("no", None, None), (None, None, None),
+    ],
+)  # fmt: skip
+def test_waiting_threads_sleep_if_others_run_unless_the_environment_says_otherwise(
+    runs: str | None, given: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if runs is not None:
+        (tmp_path / "loadavg").write_text(runs)
+    monkeypatch.setattr(app, "LOADAVG", tmp_path / "loadavg")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    app.choose_wait_policy()
+    assert os.environ.get("OMP_WAIT_POLICY") == expected
+
+
+def test_a_busy_process_is_noticed() -> None:
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            assert app.is_machine_busy() or not app.LOADAVG.exists()
+        finally:
+            process.kill()
+
+
 CODE = """
 import os, sys
 from rlgf.cli import app
 app.app = lambda: None  # what main() runs
+app.is_machine_busy = lambda: True
 app.main()
-print(os.environ["OMP_WAIT_POLICY"], "torch" in sys.modules)
+print("torch" in sys.modules)
+import torch
 """
-
-
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_waiting_threads_sleep_unless_the_environment_says_otherwise(given: str | None, expected: str) -> None:
-    ran = subprocess.run([sys.executable, "-c", CODE], env=environment(given), capture_output=True, text=True, check=True)
-    assert ran.stdout.split() == [expected, "False"]  # OpenMP reads it when torch is imported
 
 
 @pytest.mark.slow
 def test_openmp_reads_what_the_command_line_has_set() -> None:
-    told = {**environment(None), "OMP_DISPLAY_ENV": "TRUE"}
-    ran = subprocess.run([sys.executable, "-c", CODE + "import torch"], env=told, capture_output=True, text=True, check=True)
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in ran.stderr
-
-
-def environment(policy: str | None) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
-    return inherited | ({"OMP_WAIT_POLICY": policy} if policy else {})
+    told = {**inherited, "OMP_DISPLAY_ENV": "TRUE"}
+    ran = subprocess.run([sys.executable, "-c", CODE], env=told, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"  # OpenMP reads it when torch is imported
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in ran.stderr

@@ -11,6 +11,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hostile import PRINTABLE, is_clean
 from rlgf.algorithms import guided
 from rlgf.algorithms.guided import ALGORITHMS, Algorithm
 from rlgf.algorithms.switch_position import Phase
@@ -314,6 +315,14 @@ def test_numbers_and_texts_survive_a_dump(rate: float, iterations: int, beta: fl
     ]  # fmt: skip
     config = override(Config(), changes)
     assert from_dict(yaml.safe_load(dump(config)), "a.yaml") == config
+
+
+def test_a_dump_has_no_character_with_a_hidden_effect() -> None:
+    config = override(Config(), [("recipe", PRINTABLE), ("guide.endpoint.extra_body", {PRINTABLE: [f"電影 {PRINTABLE}"]})])
+    text = dump(config)
+    assert is_clean(text)
+    assert "電影" in text
+    assert from_dict(yaml.safe_load(text), "a.yaml") == config
 
 
 def test_a_config_of_another_format_version_is_refused(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from rlgf.config.unread import (
     TypedSetting,
     describe_unread,
     require_read,
+    require_read_by_stage,
     require_read_in_comparison,
     typed_setting,
     unmet_condition,
@@ -276,6 +277,17 @@ def test_the_first_condition_that_fails_is_the_one_that_is_told() -> None:
     assert condition is not None
     assert condition.fix == "name it with model.path instead of policy"
     assert unmet_condition(Config(), "ppo.epochs") is None
+
+
+@pytest.mark.parametrize("setting", ["ppo.epochs=2", "guide.spec=trained", "kl.coefficient=.1", "algorithm.name=lols"])
+def test_a_stage_refuses_settings_of_training_on_its_command_line(setting: str, tmp_path: Path) -> None:
+    key = setting.partition("=")[0]
+    given = read_typed_config("quickstart", [setting, "sft.steps=2"])
+    with pytest.raises(ConfigError, match=rf"command line: {re.escape(key)} has no effect on `rlgf sft`"):
+        require_read_by_stage(given.typed, "sft")
+    require_read_by_stage(read_typed_config("quickstart", ["sft.steps=2", "runtime.threads=1"]).typed, "sft")
+    (tmp_path / "mine.yaml").write_text("recipe: quickstart\nppo:\n  epochs: 2\n")
+    require_read_by_stage(read_typed_config(str(tmp_path / "mine.yaml")).typed, "sft")
 
 
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "Makefile", *sorted((REPOSITORY / "docs").rglob("*.md"))]

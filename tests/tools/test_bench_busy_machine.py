@@ -38,7 +38,9 @@ def test_ratios_are_taken_within_a_round() -> None:
                (("passive", 1.1, 1.4), ("default", 1.0, 2.0), ("one", 1.5, 1.0))} for alone in (1.0, 7.0, 3.0)]  # fmt: skip
     sides = {name: busy_machine.figures(rounds, name) for name in busy_machine.SIDES}
     assert [round(side["busy_over_alone"]["median"], 6) for side in sides.values()] == [1.4, 2.0, 1.0]
+    assert round(busy_machine.command_line(rounds)["median"], 6) == 1.54
     assert [round(side["alone_over_default_alone"]["median"], 6) for side in sides.values()] == [1.1, 1.0, 1.5]
     assert sides["default"]["seconds_busy"] == {"median": 6.0, "min": 2.0, "max": 14.0}
-    text = busy_machine.printed({"sides": sides, "machine": {"load_before": [0.1]}})
+    result = {"sides": sides, "machine": {"load_before": [0.1]}, "command_line_busy_over_alone": busy_machine.command_line(rounds)}
+    text = busy_machine.printed(result)
     assert "passive     3.30 s   4.62 s   1.40 [1.40, 1.40]" in text

@@ -7,8 +7,10 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -20,6 +22,9 @@ from rlgf.errors import Interrupted, RlgfError
 from rlgf.interrupts import handle_signals
 from rlgf.runs.failures import as_sentences
 from rlgf.untrusted_text import escape_control_characters
+
+WAIT_POLICY = "OMP_WAIT_POLICY"
+LOADAVG = Path("/proc/loadavg")  # its fourth field: the entities that run now, and all of them
 
 
 class _InterruptedCommandError(Exception):
@@ -108,16 +113,45 @@ def root(
     """Define the global options."""
 
 
+def choose_wait_policy() -> None:
+    """Let waiting threads sleep instead of spinning, if other processes are running.
+
+    Next to a busy process an iteration of a small model then takes about half as long; on a free
+    machine it would take up to 1.4 times as long (bench/busy_machine.py). GNU's OpenMP, which torch
+    and the C kernels share, reads the variable when torch is imported. One that is set stays.
+    """
+    if WAIT_POLICY not in os.environ and is_machine_busy():
+        os.environ[WAIT_POLICY] = "PASSIVE"
+
+
+def is_machine_busy(samples: int = 5, interval: float = 0.004) -> bool:
+    """Return whether another process or thread than this one runs, in most of the samples.
+
+    Args:
+        samples: the number of samples.
+        interval: the seconds between two of them.
+
+    Returns:
+        False where the system does not say (only Linux has /proc/loadavg).
+    """
+    busy = 0
+    for _ in range(samples):
+        try:
+            running = int(LOADAVG.read_text(encoding="ascii").split()[3].partition("/")[0])
+        except (OSError, ValueError, IndexError):
+            return False
+        busy += running > 1  # this process is one of them
+        time.sleep(interval)
+    return busy > samples / 2
+
+
 def main() -> None:
     """Run the command line.
 
     Errors of rlgf are printed as one sentence, with exit code 2 (invalid use) or 3 (failed while
     running). A signal ends the command with 128 plus its number, a second one at once.
     """
-    # Waiting threads sleep instead of spinning: as fast on a free machine, much faster on a busy
-    # one (bench/busy_machine.py). GNU's OpenMP, which torch and the C kernels share, reads this
-    # when torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    choose_wait_policy()
     for stream in (sys.stdout, sys.stderr):  # of an encoding that may lack characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

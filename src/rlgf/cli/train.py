@@ -22,7 +22,6 @@ from rlgf.cli.options import (
     Recipe,
     Seed,
     Stages,
-    read_config,
     read_typed_config,
 )
 from rlgf.errors import ConfigError
@@ -104,14 +103,17 @@ def train(
 
 def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,
            out: Path | None, stages: Path | None) -> None:  # fmt: skip
-    config = read_config(source, overrides, policy=policy, data=data, seed=seed)
+    given = read_typed_config(source, overrides, policy=policy, data=data, seed=seed)
+    config = given.config
     from rlgf.cli import console
+    from rlgf.config import unread
     from rlgf.pipeline import preflight, reward_model_stage
     from rlgf.pipeline import stages as making
     from rlgf.pipeline.resolve import resolve
     from rlgf.pipeline.stage_cache import StageCache
     from rlgf.runs.directory import require_writable
 
+    unread.require_read_by_stage(given.typed, name)
     run = resolve(config)
     preflight.check(run)
     console.configure_runtime(config)

@@ -15,7 +15,7 @@ from rlgf.config.base import as_config_error, flatten, to_dict
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.types import FORMAT_VERSION
-from rlgf.untrusted_text import shorten, show_value
+from rlgf.untrusted_text import must_be_escaped, shorten, show_value
 
 FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
     "task.options", "algorithm.options", "guide.options", "reward.weights", "reward.options",
@@ -55,9 +55,18 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that quotes every text that `_Loader` or YAML 1.1 takes for something else."""
+    """YAML that quotes every text that `_Loader` or YAML 1.1 takes for something else.
+
+    Texts with characters that are not printable are quoted too: `dump` escapes these.
+    """
+
+    def represent_text(self, text: str) -> yaml.Node:
+        """Return a text as a node, in quotes that allow escapes where it needs them."""
+        quotes = '"' if any(map(must_be_escaped, text)) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
 
 
+_Dumper.add_representer(str, _Dumper.represent_text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 
 
@@ -197,4 +206,5 @@ def _without_format_version(values: Mapping[str, Any], where: str) -> dict[str, 
 def dump(config: Config) -> str:
     """Return the complete config as YAML, with the version of its format."""
     values = _adapter.dump_python(config, mode="json")
-    return f"format_version: {FORMAT_VERSION}\n" + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = f"format_version: {FORMAT_VERSION}\n" + yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return "".join(f"\\U{ord(c):08x}" if must_be_escaped(c) else c for c in text)

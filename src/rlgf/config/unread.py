@@ -16,6 +16,7 @@ from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 
 COMMAND_LINE = "command line"  # source of a value, for error messages
+TRAINING_SECTIONS = ("algorithm", "critic", "distill", "evaluation", "guide", "judge", "kl", "ppo", "sampling")
 OFF = (None, False)  # values that turn something off; 0 equals False
 
 
@@ -299,6 +300,19 @@ def require_read_in_comparison(typed: Sequence[TypedSetting], config: Config, ro
     for setting in typed:
         of_guide = all(key.startswith("guide.") for key in setting.keys)
         require_read([setting], [*rows, *with_guide] if of_guide else rows)
+
+
+def require_read_by_stage(typed: Sequence[TypedSetting], command: str) -> None:
+    """Raise `ConfigError` for a setting on the command line that no stage reads.
+
+    Those of a YAML file may be meant for `rlgf train`, which reads the same file.
+    """
+    for setting in typed:
+        if setting.where == COMMAND_LINE and all(key.partition(".")[0] in TRAINING_SECTIONS for key in setting.keys):
+            raise ConfigError(
+                f"{COMMAND_LINE}: {setting.name} has no effect on `rlgf {command}`, which trains no policy by its reward: leave "
+                f"out {setting.name}, or run `rlgf train`."
+            )
 
 
 def describe_unread(config: Config) -> list[str]:

@@ -54,8 +54,9 @@ def choose_num_threads(configured: int = 0) -> tuple[int, str]:
 
 
 def describe_threads(number: int) -> str:
-    """Return a number of threads in words."""
-    return f"{number} thread{'s' * (number > 1)}"
+    """Return a number of threads in words, and whether they sleep while they wait."""
+    sleeping = number > 1 and os.environ.get("OMP_WAIT_POLICY", "").strip().upper() == "PASSIVE"
+    return f"{number} thread{'s' * (number > 1)}{', which sleep while they wait' * sleeping}"
 
 
 def describe_environment() -> dict[str, Any]:
