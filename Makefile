@@ -10,7 +10,7 @@ NATIVE := native/pyproject.toml native/setup.py $(wildcard native/csrc/*) $(wild
 VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
-.PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-slow test-data test-server test-vllm kill fuzz gpu lint types bench \
+.PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-integration test-slow test-data test-server test-vllm kill fuzz gpu lint types bench \
   bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels bench-busy docs sample soak lock audit clean
 
 setup: $(STAMP)
@@ -52,6 +52,9 @@ results:  ## keep a comparison's small files under docs/results, without example
 
 test: setup  ## the fast suite: no network, under a minute
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-integration: setup  ## whole runs: every fault, signal and algorithm; minutes
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m integration
 
 test-slow: setup
 	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m pytest -m slow

@@ -1,8 +1,10 @@
 """Test helpers: completions spelled by origin, models with known gradients, tiny trainers."""
 
+import ast
 import copy
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +48,17 @@ UNBOUNDED = 10**6  # a token budget that puts everything into one micro-batch
 
 
 ENDPOINT_FIELDS = frozenset(field.name for field in dataclasses.fields(EndpointConfig))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """The syntax tree of a file: read, never changed."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def with_fast(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """Parameters of a test that trains runs: all but `fast` are marked `integration`."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.integration) for value in values]
 
 
 def guide_config(**options: Any) -> GuideConfig:

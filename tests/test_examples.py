@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 import rlgf
+from helpers import with_fast
 
 NAMES = [name for name in rlgf.__all__ if name != "__version__"]
+TRAINS = (
+    "CheckpointError", "Experience", "Guide", "GuideError", "Interrupted", "RewardError", "Rollout", "Trainer", "TrainingError",
+    "prepare", "train",
+)  # fmt: skip
 ROOT = Path(__file__).resolve().parents[1]
 BEGINNING = runpy.run_path(str(ROOT / "docs" / "make.py"))["EXAMPLES_BEGIN_WITH"]
 
@@ -26,7 +31,7 @@ def examples_of(name: str) -> doctest.DocTest:
     return doctest.DocTestFinder(recurse=False).find(getattr(rlgf, name), name, globs=shared)[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", with_fast(NAMES, *(name for name in NAMES if name not in TRAINS)))
 def test_the_examples_of_a_public_name_run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     test, said = examples_of(name), list[str]()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import rlgf
+from helpers import parsed
 
 PACKAGE = Path(rlgf.__file__).parent
 
@@ -66,7 +67,7 @@ MAX_FILES, MAX_LINES = 12, 400
 def imports_of(path: Path) -> list[tuple[str, int]]:
     """The modules of this package that a file imports, anywhere in it, as dotted names after `rlgf.`, with lines."""
     found: list[tuple[str, int]] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers import parsed
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "native" / "src").rglob("*.py")])
 DOCUMENTS = [
@@ -27,7 +29,7 @@ MAX_WORDS = 16  # fifteen, and a name in backticks that counts as one
 def docstrings(path: Path) -> list[tuple[str, ast.AST, str]]:
     """Return place, node and first line of every docstring in a file."""
     found: list[tuple[str, ast.AST, str]] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
             if text:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rlgf
+from helpers import parsed
 from rlgf.algorithms import guided
 from rlgf.algorithms.guided import (
     ALGORITHMS,
@@ -314,7 +315,7 @@ def test_the_family_imports_no_model_no_guide_and_no_task() -> None:
     imported: set[str] = set()
     for name in ("guided", "switch_position"):
         path = Path(guided.__file__).with_name(f"{name}.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):

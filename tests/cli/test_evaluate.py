@@ -20,11 +20,12 @@ def evaluated(arguments: Sequence[str], tmp_path: Path, monkeypatch: pytest.Monk
     return json.loads(out.read_text())
 
 
+@pytest.mark.integration
 def test_a_run_is_evaluated_with_the_best_of_several_texts(
     finished_run: Callable[[str], FinishedRun], stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    run = str(finished_run("ppo").folder)
+    run = str(finished_run("d2lols").folder)
     arguments = [run, "evaluation.sampling={greedy: true}", "--best-of", "3", "--stages", str(stages)]
     found = evaluated(arguments, tmp_path, monkeypatch)
     assert "best of 3" in capsys.readouterr().out
@@ -33,6 +34,7 @@ def test_a_run_is_evaluated_with_the_best_of_several_texts(
     assert found["best_of"]["evaluation"]["completions"] == found["completions"] == 8
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["zero_shot", "sft", "guide"])
 def test_a_baseline_is_a_command_and_says_what_a_comparison_says(
     name: str, comparison: FinishedComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

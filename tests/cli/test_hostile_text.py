@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import rlgf
-from helpers import small
+from helpers import parsed, small
 from hostile import CONCENTRATE, HOSTILE, PRINTABLE, is_clean
 from rlgf.cli import app, console, terminal
 
@@ -22,7 +22,7 @@ PRINTERS = {"print", "echo", "secho", "print_exception", "print_exc", "print_jso
 def printing_calls(path: Path) -> list[str]:
     """The calls in a file that print: by Python, typer or rich, or to a standard stream."""
     found: list[str] = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)

@@ -247,8 +247,8 @@ def test_options_that_hold_themselves_or_too_many_are_refused() -> None:
     circle: list[Any] = []
     circle.append(circle)
     wide: Any = "x"
-    for _ in range(20):
-        wide = [wide] * 20
+    for _ in range(3):
+        wide = [wide] * 30
     deep: Any = "x"
     for _ in range(5_000):
         deep = {"a": deep}

@@ -436,6 +436,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.integration
 def test_a_model_of_any_tokenizer_guides_a_run_and_that_run_another(tmp_path: Path, stages: Path, byte_tokenizer: Any) -> None:
     model_of(byte_tokenizer, seed=3, context=256).save(tmp_path / "model")
     config = override(quickstart(), [*SMALL, ("guide.spec", f"model:{tmp_path / 'model'}")])

@@ -59,6 +59,7 @@ def test_the_twin_imports_nothing_of_the_library(twin: ModuleType) -> None:
     assert len(source.splitlines()) <= 300
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("old_log_probs", ["sampler", "recompute"])
 def test_twin_and_library_agree_on_every_number_and_every_weight(twin: ModuleType, old_log_probs: str) -> None:
     settings = twin.Settings(kl_coefficient=0.05, gamma=0.97, policy_rate=4e-4)

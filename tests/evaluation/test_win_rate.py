@@ -224,6 +224,7 @@ def test_secrets_of_a_judge_come_from_the_environment():
         override(small(), [("judge.endpoint.extra_headers", {"X-Api-Key": "abc"})])
 
 
+@pytest.mark.integration
 def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("rlgf.pipeline.prepare.prepare_judge", lambda *_: RewardJudge(word_reward, "the words' judge"))
     config = small(("evaluation.best_of", 2), ("ppo.iterations", 1))

@@ -13,6 +13,7 @@ from rlgf.experiments.compare import compare
 from rlgf.experiments.tables import markdown, mean_and_spread
 
 
+@pytest.mark.integration
 def test_a_comparison_has_a_row_for_every_baseline_algorithm_and_control(comparison: FinishedComparison):
     trained = [f"{key}{end}" for key in ("ppo_pp", "ppo_pp-kl.coefficient=0.5", "distill") for end in ("", "_best_of")]
     rows = {row["key"]: row for row in comparison.results["rows"]}
@@ -28,6 +29,7 @@ def test_a_comparison_has_a_row_for_every_baseline_algorithm_and_control(compari
     assert "± " in (comparison.folder / "table.md").read_text()
 
 
+@pytest.mark.integration
 def test_a_finished_comparison_is_reused(comparison: FinishedComparison):
     again: list[str] = []
     assert compare(comparison.plan, comparison.folder, report=again.append)["rows"] == comparison.results["rows"]
@@ -36,6 +38,7 @@ def test_a_finished_comparison_is_reused(comparison: FinishedComparison):
     assert any("making" in line for line in comparison.lines)
 
 
+@pytest.mark.integration
 def test_a_varied_setting_runs_each_value_once(comparison: FinishedComparison):
     assert [(row.key, row.title) for row in comparison.plan.rows] == [
         ("ppo_pp", "PPO++"),
@@ -46,6 +49,7 @@ def test_a_varied_setting_runs_each_value_once(comparison: FinishedComparison):
     assert "PPO++, kl.coefficient 0.5" in (comparison.folder / "texts.md").read_text()
 
 
+@pytest.mark.integration
 def test_the_best_of_n_has_a_row_for_each_policy(comparison: FinishedComparison):
     rows = {row["key"]: row for row in comparison.results["rows"]}
     assert [rows[key]["title"] for key in ("sft_best_of", "ppo_pp_best_of")] == ["SFT, best of 2", "PPO++, best of 2"]
@@ -62,6 +66,7 @@ def test_runs_in_processes_of_their_own_give_the_same_numbers(tmp_path: Path):
     assert [row["metrics"] for row in one["rows"]] == [row["metrics"] for row in two["rows"]]
 
 
+@pytest.mark.integration
 def test_a_folder_with_another_run_is_refused_before_anything_runs(comparison: FinishedComparison):
     other = override(comparison.config, [("ppo.epochs", 3)])
     with pytest.raises(ConfigError, match="another run"):

@@ -74,6 +74,7 @@ def test_completions_side_by_side_stay_in_their_block(text: str) -> None:
 ODD_TITLES = [CONCENTRATE, "$\\frac{$", "_hidden", "\ud800\u202e", "電影", "x" * 3_000]
 
 
+@pytest.mark.integration
 def test_figures_are_drawn_whatever_the_titles(tmp_path: Path) -> None:
     odd = results(ODD_TITLES, recipe=CONCENTRATE, varied={"kl.coefficient": 0.1})
     for name, make in figures.FIGURES.items():
@@ -89,6 +90,7 @@ def test_figures_are_drawn_whatever_the_titles(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == set(figures.FIGURES)
 
 
+@pytest.mark.integration
 def test_a_report_is_made_of_hostile_results_in_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -122,6 +124,7 @@ def test_results_of_another_shape_are_refused(
         assert "holds no results of `rlgf compare`" in shown or "has format version None" in shown, value
 
 
+@pytest.mark.integration
 def test_a_report_can_be_written_where_there_was_none(tmp_path: Path) -> None:
     write_report(results(["a|b"]), tmp_path / "new")
     assert "a\\|b" in (tmp_path / "new" / "table.md").read_text()

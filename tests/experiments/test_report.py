@@ -148,6 +148,8 @@ def test_a_setting_that_means_nothing_to_an_algorithm_does_not_train_it_again():
     ]  # fmt: skip
 
 
+@pytest.mark.integration
+@pytest.mark.integration
 def test_a_report_is_written_again_from_results_alone(
     comparison: FinishedComparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
@@ -167,6 +169,7 @@ def test_a_report_is_written_again_from_results_alone(
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_a_file_of_an_earlier_report_that_no_longer_holds_is_removed(tmp_path: Path):
     machine = dict.fromkeys(
         ("processor", "cpu_capability", "threads", "device", "python", "torch", "transformers", "rlgf"), "x"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import config_of, requires_bf16_products, tiny_trainer
+from helpers import config_of, requires_bf16_products, tiny_trainer, with_fast
 from rlgf.algorithms.guided import d2lols, ppo
 from rlgf.kernels import concurrency, linear
 from rlgf.kernels.concurrency import ConcurrentPair, DeferredGradients, deferred_gradients
@@ -67,7 +67,7 @@ def test_an_error_of_either_is_raised_when_both_have_ended(first: bool, second: 
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("algorithm", [ppo().build(), d2lols(0.5, 0.5, 1).build()])
+@pytest.mark.parametrize("algorithm", with_fast([ppo().build(), d2lols(0.5, 0.5, 1).build()], d2lols(0.5, 0.5, 1).build()))
 def test_side_by_side_learns_what_one_after_the_other_does(algorithm: Any):
     together, apart = (tiny_trainer(algorithm, config_of()) for _ in range(2))
     assert together.updater.independent_critics

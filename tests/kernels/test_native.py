@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers import parsed
 from rlgf.kernels.processor import processor
 
 rlgf_native = pytest.importorskip(
@@ -408,7 +409,7 @@ def test_the_kernels_know_nothing_of_rlgf():
     files = [path for path in SOURCES.glob("src/**/*.py") if "build" not in path.parts]
     assert files
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [name for name in names if name.split(".")[0] == "rlgf"]

@@ -44,6 +44,7 @@ def parked(trainer: Trainer) -> Trainer:
     return trainer
 
 
+@pytest.mark.integration
 def test_models_that_rest_are_awake_whenever_they_read_and_nothing_else_changes():
     resting, plain = parked(trainer_of(d2lols(0.5, 0.5, 1).build())), trainer_of(d2lols(0.5, 0.5, 1).build())
     for iteration in range(3):

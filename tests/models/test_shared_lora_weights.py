@@ -82,6 +82,7 @@ def adapted(toy_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
     return AdaptedRun(config, folder, trainer, len(loads.options))
 
 
+@pytest.mark.integration
 def test_with_adapters_all_models_share_their_weights(adapted: AdaptedRun, toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert adapted.num_loads == 4  # to train SFT, reward model and judge, each gone when it is done; and once for the run
     parts, critics = adapted.trainer.components, adapted.trainer.components.models.critics
@@ -109,6 +110,7 @@ def test_with_adapters_all_models_share_their_weights(adapted: AdaptedRun, toy_f
     assert (again.guide.language_model.model, again.guide.language_model.adapter) == (again.models.policy.model, "guide")
 
 
+@pytest.mark.integration
 def test_weights_in_four_bits_are_so_in_every_stage_and_in_evaluations(
     adapted: AdaptedRun, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import rlgf
-from helpers import config_of
+from helpers import config_of, parsed
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind, JudgeKind
@@ -28,7 +28,7 @@ def receivers() -> list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """The functions with a parameter whose annotation names `Config`, by file."""
     found: list[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]] = []
     for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 continue
             parameters = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

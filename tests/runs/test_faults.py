@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import small
+from helpers import small, with_fast
 from rlgf import trainer as trainer_module
 from rlgf.cli import app
 from rlgf.config.loading import dump
@@ -80,7 +80,7 @@ PLACES: dict[str, tuple[Any, str, int, Exception, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", with_fast(PLACES, "disk full while a checkpoint is written"))
 def test_a_fault_is_one_sentence_and_the_run_goes_on_later(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -95,6 +95,7 @@ def test_a_fault_is_one_sentence_and_the_run_goes_on_later(
     assert_goes_on(tmp_path / "run", whole)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("remake", [False, True])
 def test_a_folder_that_is_deleted_under_the_run_ends_it(tmp_path: Path, whole: Path, remake: bool) -> None:
     run = tmp_path / "run"
@@ -155,6 +156,7 @@ def test_a_damaged_log_costs_no_whole_line_and_stops_no_run(tmp_path: Path, whol
     assert bool(told[1:]) == bool(missing)
 
 
+@pytest.mark.integration
 def test_a_second_process_is_refused_by_the_name_of_the_first(tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
     refused = list[str]()
@@ -227,6 +229,7 @@ def test_samples_of_another_form_are_left_out_with_a_warning(
     assert "holds no completions yet" in told
 
 
+@pytest.mark.integration
 def test_the_command_line_has_no_traceback_for_a_full_disk(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,10 +156,11 @@ def test_a_finished_run_with_another_reward_is_refused_by_train_and_compare(tmp_
         train(config, tmp_path / "all" / "runs" / "ppo-seed0", tmp_path / "all" / "stages")
 
 
+@pytest.mark.integration
 def test_a_finished_run_is_trained_longer_bit_for_bit(
     finished_run: Callable[[str], FinishedRun], stages: Path, tmp_path: Path
 ) -> None:
-    whole, parts = finished_run("ppo"), tmp_path / "parts"
+    whole, parts = finished_run("d2lols"), tmp_path / "parts"
     shorter = override(whole.config, [("ppo.iterations", 2)])
     train(shorter, parts, stages)
     first = read_checked_json(parts / "results.json")

@@ -270,10 +270,11 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(TIMES)} for row in read_complete_lines(path)]
 
 
+@pytest.mark.integration
 def test_after_a_training_error_the_same_command_goes_on_bit_for_bit(
     finished_run: Callable[[str], FinishedRun], tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, parts, reward = finished_run("lols"), tmp_path / "parts", toy_reviews.reward
+    run, parts, reward = finished_run("d2lols"), tmp_path / "parts", toy_reviews.reward
     config = override(run.config, [("runtime.checkpoint_every", 100)])
     is_broken, seen = False, list[int]()
 

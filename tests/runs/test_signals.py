@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import SMALL, small
+from helpers import SMALL, small, with_fast
 from rlgf.cli import app
 from rlgf.config.loading import dump
 from rlgf.config.schema import Config
@@ -81,7 +81,7 @@ PLACES = {  # in which call the signal comes, the iterations that are kept, and 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", with_fast(PLACES, "while completions are collected"))
 def test_a_run_keeps_its_iterations_and_ends_as_one_that_was_left_alone(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -103,6 +103,7 @@ def test_a_run_keeps_its_iterations_and_ends_as_one_that_was_left_alone(
     assert_same_run(run, whole / "run")
 
 
+@pytest.mark.integration
 def test_after_the_grace_the_sentence_says_what_is_lost(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, run = small(*CHANGES, ("runtime.checkpoint_every", 2), ("runtime.grace_seconds", 0.05)), tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -117,6 +118,7 @@ def test_after_the_grace_the_sentence_says_what_is_lost(tmp_path: Path, whole: P
     assert_same_run(run, whole / "run")
 
 
+@pytest.mark.integration
 def test_what_is_half_done_when_the_grace_ends_is_not_kept(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,10 +138,12 @@ STAGED = small(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "stage", "step"), [(2, "sft", 2), (3, "sft", 3), (5, "guide", 2), (8, "distill", 2)])
+@pytest.mark.integration
+@pytest.mark.parametrize("place", [(2, "sft", 2), (3, "sft", 3), (5, "guide", 2), (8, "distill", 2)])
 def test_a_stage_goes_on_from_its_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, stage: str, step: int, staged: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: tuple[int, str, int], staged: Path
 ) -> None:
+    call, stage, step = place
     stages = tmp_path / "stages"
     with monkeypatch.context() as patch:
         signal_at(patch, "rlgf.supervised.loop:nll_backward", call, signal.SIGUSR1)
@@ -172,6 +176,7 @@ def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(stopped.value.code or 0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_the_command_line_ends_with_128_and_the_number(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int

@@ -39,6 +39,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_mean_whatever_the_micro_batches(
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.integration
 def test_a_reward_model_learns_what_is_preferred_on_posts_it_has_not_seen(causal_folder: Path):
     reward = new_reward_model(str(causal_folder), PreferenceConfig(), 0)
     before = train_reward_model(reward, PAIRS, PreferenceConfig(training=SupervisedConfig()), 0, 2048)  # no step
@@ -53,6 +54,7 @@ def test_a_reward_model_learns_what_is_preferred_on_posts_it_has_not_seen(causal
     assert measured["completions_truncated"] == measured["held_out_completions_truncated"] == 0
 
 
+@pytest.mark.integration
 def test_adapters_and_head_are_saved_and_loaded_by_peft_and_by_us(causal_folder: Path, tmp_path: Path):
     from peft import AutoPeftModelForSequenceClassification
 

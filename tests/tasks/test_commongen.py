@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from helpers import with_fast
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
@@ -143,11 +144,14 @@ def test_an_encoder_decoder_learns_spans_then_every_target(tmp_path: Path, monke
     assert spans[0].ids[spans[0].start - 1] == spans[0].ids[-1] == model.eos_token_id
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "d2lols"])
-@pytest.mark.parametrize(
-    "critic", [[], [("critic.kind", "value_head")], [("lora.rank", 2), ("critic.kind", "lora")],
-               [("lora.rank", 2), ("critic.kind", "value_head")]],
-)  # fmt: skip
+CRITICS: list[list[tuple[str, Any]]] = [
+    [], [("critic.kind", "value_head")], [("lora.rank", 2), ("critic.kind", "lora")],
+    [("lora.rank", 2), ("critic.kind", "value_head")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("algorithm", with_fast(["ppo", "d2lols"], "d2lols"))
+@pytest.mark.parametrize("critic", with_fast(CRITICS, []))
 def test_an_encoder_decoder_learns_with_every_kind_of_critic(
     algorithm: str, critic: list[tuple[str, Any]], t5_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -115,6 +115,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.integration
 def test_imdb_small_runs_from_raw_text_to_a_table(folder: Path, tmp_path: Path):
     changes = [
         ("task.data", str(folder)), ("task.options.prompt_tokens", 8), ("model.vocabulary", 300), ("model.layers", 1),

@@ -66,6 +66,7 @@ def test_own_rows_and_an_own_task_are_sound(folder: Path, monkeypatch: pytest.Mo
     assert "64 / 8 / 8 train, validation and test prompts" in shown[2]
 
 
+@pytest.mark.integration
 def test_a_policy_is_trained_and_evaluated_as_the_page_says(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

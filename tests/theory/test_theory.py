@@ -309,6 +309,7 @@ def learn_on_tree(seed: int, credit: guided.Credit, iterations: int, rate: float
     return played.value(), float(values(game, guide)[0]), best_of_guide(game, guide)
 
 
+@pytest.mark.integration
 def test_aggrevated_exceeds_its_guide() -> None:
     reached, guide, _ = learn_on_tree(0, "gae", 25)
     assert reached > guide + 0.05
@@ -340,6 +341,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", SOLVERS)
 def test_lock_of_four_is_solved_by_all(name: str) -> None:
     texts, _ = solve_lock(4, SOLVERS[name][0], seed=0, cap=SOLVERS[name][1])

@@ -41,6 +41,7 @@ def test_ratios_are_taken_within_a_round() -> None:
     assert round(busy_machine.command_line(rounds)["median"], 6) == 1.54
     assert [round(side["alone_over_default_alone"]["median"], 6) for side in sides.values()] == [1.1, 1.0, 1.5]
     assert sides["default"]["seconds_busy"] == {"median": 6.0, "min": 2.0, "max": 14.0}
-    result = {"sides": sides, "machine": {"load_before": [0.1]}, "command_line_busy_over_alone": busy_machine.command_line(rounds)}
+    whole = busy_machine.command_line(rounds)
+    result = {"sides": sides, "machine": {"load_before": [0.1]}, "command_line_busy_over_alone": whole}
     text = busy_machine.printed(result)
     assert "passive     3.30 s   4.62 s   1.40 [1.40, 1.40]" in text

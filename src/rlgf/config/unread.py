@@ -310,7 +310,7 @@ def require_read_by_stage(typed: Sequence[TypedSetting], command: str) -> None:
     for setting in typed:
         if setting.where == COMMAND_LINE and all(key.partition(".")[0] in TRAINING_SECTIONS for key in setting.keys):
             raise ConfigError(
-                f"{COMMAND_LINE}: {setting.name} has no effect on `rlgf {command}`, which trains no policy by its reward: leave "
+                f"{COMMAND_LINE}: {setting.name} has no effect on `rlgf {command}`, which trains no policy: leave "
                 f"out {setting.name}, or run `rlgf train`."
             )
 
