@@ -34,6 +34,8 @@ LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost", "0.0.0.0", "")
 gc.disable()  # until all tests are collected: a third of the time of importing torch and transformers went into it
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in jobs of a script: what the tests start shall be interruptible
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("fast", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.load_profile("fast")
 
