@@ -26,9 +26,11 @@ ORDER = {
         "unread objects"
     ),
     "data": (
-        "hub __init__ chat files datasets preferences tokenization checksums source_hash "
+        "hub __init__ conversations chat tables files datasets preferences tokenization checksums source_hash "
         "lock scratch"
     ),
+    "data/conversations": "__init__ messages template",
+    "data/tables": "__init__ text delimited json_file",
     "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
     "experiments": "__init__ tables figures report processes compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",

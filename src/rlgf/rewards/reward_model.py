@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rlgf.data.chat import ChatTemplate
+from rlgf.data.chat import inputs_of
+from rlgf.data.conversations.template import OPENED_THOUGHTS, ChatTemplate
 from rlgf.data.preferences import Pair
 from rlgf.data.tokenization import Codec, encode_continuation
 from rlgf.errors import ConfigError
@@ -124,12 +125,14 @@ class RewardModel:
 
     def _as_conversation(self, chat: ChatTemplate, prompt: Prompt, text: str) -> tuple[list[int], list[int]]:
         assert prompt.messages is not None
-        messages = list(prompt.messages)
-        before = chat.prompt(messages, "the prompt")
+        messages, inputs = list(prompt.messages), inputs_of(prompt)
+        before = chat.prompt(messages, "the prompt", inputs)
         content = chat.strip_opening(messages, prompt.strip_reply_prefix(text))
+        if "</think>" in content and OPENED_THOUGHTS.search(prompt.text):  # the policy's prompt has opened them
+            content = f"<think>\n{content}"
         if messages[-1]["role"] == "assistant":
             messages.pop()
-        whole = chat.render_closed([*messages, {"role": "assistant", "content": content}], "the prompt")
+        whole = chat.render_closed([*messages, {"role": "assistant", "content": content}], "the prompt", inputs)
         start = len(before) if whole.startswith(before) else 0
         return self._encode_plain(whole[:start]), self._encode_plain(whole[start:])
 

@@ -1,0 +1,1 @@
+"""Tables in files: texts of any encoding, delimited cells and JSON, with the lines of their rows."""
