@@ -68,6 +68,8 @@ class Completion:
     finished: bool
     ids: Sequence[int] | None = None
     failed: bool = False  # no completion; the policy continues (guide.on_failure=policy)
+    refused: bool = False  # of a failed one: the server refused this question
+    dropped: bool = False  # of a failed one: its row is left out (guide.on_refusal=drop)
 
 
 class Guide(Protocol):
