@@ -10,7 +10,7 @@ import re
 STATUSES = (400, 403, 413, 422, 451, 500)
 FILTERED = re.compile(
     r"content[ _-]?(?:filter|polic|management|moderation)|ResponsibleAI|moderation|\bflagged\b|safety (?:system|polic|filter|reason)"
-    r"|data_inspection_failed|inappropriate content|ContentPolicyViolation|PROHIBITED_CONTENT|blocked by",
+    r"|data_inspection_failed|inappropriate content|ContentPolicyViolation|PROHIBITED_CONTENT",
     re.IGNORECASE,
 )
 TOO_LONG = re.compile(
