@@ -31,7 +31,7 @@ ORDER = {
     ),
     "data/conversations": "__init__ messages template",
     "data/tables": "__init__ text delimited json_file",
-    "evaluation": "__init__ model_metrics verdicts win_rate chat_judge evaluate best_of_n",
+    "evaluation": "__init__ intervals model_metrics verdicts win_rate chat_judge evaluate best_of_n",
     "experiments": "__init__ tables figures report processes compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
     "generation/openai": (

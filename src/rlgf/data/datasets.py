@@ -121,7 +121,9 @@ def _group_files(folder: Path) -> dict[str, list[Path]]:
         shard = SHARD.match(stem)
         split = shard.group(1) if shard else stem
         if split in groups and not shard:
-            raise DataError(f"{folder} has two files for the split '{split}' ({groups[split][0].name}, {file.name}): remove one.")
+            raise DataError(
+                f"{folder} has two files for the split '{split}' ({groups[split][0].name}, {file.name}): remove one."
+            )
         groups.setdefault(split, []).append(file)
     return groups
 

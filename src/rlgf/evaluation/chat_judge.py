@@ -37,9 +37,12 @@ response should use hte format:
 Comparison: <one-sentence comparison and explanation>
 Preferred: <(A) or (B)>"""
 # The same question, answered as the JSON object of `VERDICT_SCHEMA`: nothing of it has to be guessed.
-JSON_TEMPLATE = TEMPLATE[: TEMPLATE.index("FIRST provide")] + """Compare the two summaries in one sentence, and choose the better one.
+JSON_TEMPLATE = (
+    TEMPLATE[: TEMPLATE.index("FIRST provide")]
+    + """Compare the two summaries in one sentence, and choose the better one.
 Respond with a JSON object and nothing else:
 {"comparison": "<one-sentence comparison and explanation>", "preferred": "<A or B>"}"""
+)
 PLACEHOLDER = re.compile(r"\[(context|summary 1|summary 2)\]")
 SYSTEM = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<<\\SYS>>\s*(.*)", re.DOTALL)
 FEW_QUESTIONS = 16  # before the share of refused ones is measured

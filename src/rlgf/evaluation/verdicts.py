@@ -30,13 +30,17 @@ LABEL = re.compile(
 )
 NOUN = r"(?:(?:the\s+)?(?:summary|option|tl;?dr|response|answer|text|completion|candidate)\s+)?"
 OPENED = r"(?:\\boxed\{|\\text\{|[(\[<{])"
-CHOICE = re.compile(rf"{MARKS}(?i:{NOUN}){MARKS}(?:(?P<open>{OPENED})+{MARKS}(?P<marked>[ABab])|(?P<bare>[AB]))(?![A-Za-z0-9])(?P<rest>.*)$")
+CHOICE = re.compile(
+    rf"{MARKS}(?i:{NOUN}){MARKS}(?:(?P<open>{OPENED})+{MARKS}(?P<marked>[ABab])|(?P<bare>[AB]))(?![A-Za-z0-9])(?P<rest>.*)$"
+)
 # after a bare letter: the end, punctuation or a reason, but not a noun, as in "A good summary"
 REASON = re.compile(
     r"[\s*_\"'`)\]>}]*(?:$|[.,;:!(\[–—-]|(?:because|as|since|for|due|is|was|over|rather|than|given|it|which|thanks|wins)\b)",
     re.IGNORECASE,
 )
-SECOND = re.compile(r"[\s*_\"'`)\]>},.;]*(?:\bor\b|\band\b|\bnor\b|/|&|\bvs\.?|=)[\s*_\"'`(\[<{]*[ABab](?![A-Za-z0-9])", re.IGNORECASE)
+SECOND = re.compile(
+    r"[\s*_\"'`)\]>},.;]*(?:\bor\b|\band\b|\bnor\b|/|&|\bvs\.?|=)[\s*_\"'`(\[<{]*[ABab](?![A-Za-z0-9])", re.IGNORECASE
+)
 TAGS = re.compile(r"</?\w+>")
 STATED = re.compile(
     rf"(?:\bI|\bwe)?\s*\b(?:prefer|choose|pick|select|chose|go with)\s+{MARKS}(?i:{NOUN}){OPENED}([ABab])[)\]>}}]"

@@ -232,7 +232,7 @@ def check_models(run: ResolvedRun, tokenizer: Any, context: int) -> None:
 
 def check_rewards(reward: RewardPlan, judge: JudgePlan) -> None:
     """Raise if a reward or the reward model that judges does not exist."""
-    check_reward_names((*reward.config.names, *((judge.reward_name,) if judge.reward_name else ())))
+    check_reward_names((*reward.config.names, *((judge.reward_name,) if judge.reward_name else ())), reward.config.options)
 
 
 def check_base(policy: PolicyPlan, evaluation: EvaluationConfig, tokenizer: Any) -> None:

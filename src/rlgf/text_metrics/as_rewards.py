@@ -138,6 +138,17 @@ def require_columns(name: str, prompts: Sequence[Prompt], options: Mapping[str, 
             f"'{name}' as a reward needs {what} for every prompt, and {len(lacking):,} of {len(prompts):,} have none, "
             f"{lacking[0].text[:60]!r} among them: give them one, or leave those rows out."
         )
+    if name in rouge.KEYS:
+        _require_letters(name, prompts, str(options.get("tokenizer", "latin")))
+
+
+def _require_letters(name: str, prompts: Sequence[Prompt], tokenizer: str) -> None:
+    """Raise `ConfigError` for references of which ROUGE's own tokenizer keeps next to nothing."""
+    groups = [reference_texts(prompt) for prompt in prompts]
+    lost = rouge.count_lost([""] * len(groups), groups, tokenizer)
+    if lost:
+        fix = f"set reward.options.{name}.tokenizer=unicode, or choose another reward"
+        raise ConfigError(f"'{name}' as a reward: {rouge.lost_sentence(lost, len(groups), fix)}")
 
 
 def _has_concepts(prompt: Prompt, column: str) -> bool:
@@ -195,9 +206,9 @@ def rouge_l() -> RewardFunction:
     return on_tokens(captions.rouge_l)
 
 
-def rouge_n(*, key: str, stemming: Flag = False) -> RewardFunction:
+def rouge_n(*, key: str, stemming: Flag = False, tokenizer: rouge.TokenizerName = "latin") -> RewardFunction:
     """Compute ROUGE of the summarization tools against the best reference, 0 to 1."""
-    scorer = rouge.Rouge(stemming, (key,))
+    scorer = rouge.Rouge(stemming, (key,), tokenizer)
     return on_text(lambda texts, references: scorer(texts, references)[key])
 
 

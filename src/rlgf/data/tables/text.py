@@ -72,7 +72,9 @@ def decode(data: bytes, where: str, encoding: str | None = None) -> str:
             "encoding with task.options.encoding (cp1252, latin-1, …)."
         ) from None
     except LookupError:
-        raise DataError(f"task.options.encoding is '{encoding}', which is no encoding: name one such as utf-16 or cp1252.") from None
+        raise DataError(
+            f"task.options.encoding is '{encoding}', which is no encoding: name one such as utf-16 or cp1252."
+        ) from None
     if "\0" in text[:4096] and not encoding and not marked:
         raise DataError(f"{where}: holds NUL characters, as UTF-16 without a mark does: set task.options.encoding=utf-16-le.")
     return text
