@@ -19,10 +19,10 @@ from rlgf.evaluation.chat_judge import (
     chat_judge,
     fill_template,
     load_template,
-    parse_choice,
     server_settings,
     split_system,
 )
+from rlgf.evaluation.verdicts import parse_choice
 from rlgf.evaluation.win_rate import RewardJudge, summary, win_rate, win_rate_metrics
 from rlgf.experiments.compare import compare
 from rlgf.generation.openai.cache import ResponseCache
@@ -57,7 +57,7 @@ from rlgf.types import Prompt
         ("Preferred: [A] or (B)", None),
         ("Preferred: (A) or (B)", None),
         ("Preferred: neither", None),
-        ("Preferred: (A)\nI hope that this helps.", None),  # the last line counts, whatever stands above it
+        ("Preferred: (A)\nI hope that this helps.", "A"),
         ("A good summary is hard to find.", None),
         ("Preferred: C", None),
         ("Comparison: (A) is better", "A"),
@@ -65,7 +65,7 @@ from rlgf.types import Prompt
         (" \n ", None),
     ],
 )
-def test_a_choice_is_read_from_the_last_line(answer: str, choice: str | None):
+def test_a_choice_is_read_where_it_is_stated(answer: str, choice: str | None):
     assert parse_choice(answer) == choice
 
 

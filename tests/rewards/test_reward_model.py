@@ -24,7 +24,7 @@ from rlgf.config.sections import (
     RewardLoraConfig,
     SupervisedConfig,
 )
-from rlgf.data.chat import ChatTemplate
+from rlgf.data.conversations.template import ChatTemplate
 from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import mean_reward_gain
 from rlgf.models.loading import load_language_model

@@ -99,7 +99,7 @@ def read_splits(
 def _folder_splits(
     folder: Path, subset: str | None, texts: Sequence[str], encoding: str | None
 ) -> dict[str, Callable[[], Rows]]:
-    """Return the splits of a folder: of `save_to_disk`, of files named after them, or of `datasets`."""
+    """Return the splits of a folder: of `save_to_disk`, of files, or as `datasets` finds them."""
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _splits_of(_load_saved(folder), texts)
     groups = _group_files(folder) or _group_files(folder / "data")

@@ -66,8 +66,8 @@ def read_pairs(
 
     Dropped are pairs with identical responses, pairs with a response under `min_words` words,
     pairs whose dialogues have no common prompt, and pairs whose conversation is over the reader's
-    token limit. `post` maps a row to its subject; by default that is the prompt. `inputs_of` returns
-    what else a row gives its chat template.
+    token limit. `post` maps a row to its subject; by default that is the prompt. `inputs_of`
+    returns what else a row gives its chat template.
     """
     dropped: Counter[str] = Counter()
     kept: list[tuple[int, Any, Reply, Reply]] = []

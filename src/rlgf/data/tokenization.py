@@ -46,7 +46,7 @@ class Codec:
         ]
 
     def _open_once(self, ids: Sequence[int]) -> Sequence[int]:
-        """Remove the opening tokens of a text that begins with them itself, as a rendered template does."""
+        """Remove the opening tokens of a text that begins with them itself, as templates do."""
         opening = _opening(self.tokenizer)
         return ids[len(opening) :] if opening and tuple(ids[: 2 * len(opening)]) == opening * 2 else ids
 

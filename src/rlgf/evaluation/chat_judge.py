@@ -36,7 +36,7 @@ state only (A) or (B) to indicate your choice. Your
 response should use hte format:
 Comparison: <one-sentence comparison and explanation>
 Preferred: <(A) or (B)>"""
-# The same question, answered as the JSON object of `VERDICT_SCHEMA`: nothing of it has to be guessed.
+# The same question, answered as the JSON object of `VERDICT_SCHEMA`
 JSON_TEMPLATE = (
     TEMPLATE[: TEMPLATE.index("FIRST provide")]
     + """Compare the two summaries in one sentence, and choose the better one.

@@ -13,10 +13,9 @@ from typing import Literal, Protocol
 from rlgf.rewards.base import score
 from rlgf.types import Prompt, RewardFunction
 
-
 REFUSED: Literal["refused"] = "refused"
 Verdict = float | Literal["refused"] | None
-"""1 if a text is better, 0 if the other is, ½ for a tie; None without a clear choice; or refused."""
+"""1 if a text is better, 0 if the other is, ½ for a tie; None if it is unclear; or refused."""
 
 
 class PairJudge(Protocol):

@@ -119,7 +119,7 @@ class RemoteGuide:
         ]
 
     def _opened(self, request: CompletionRequest, text: str) -> str:
-        """Return the text of a chat reply after what the policy's template puts before every reply."""
+        """Return a chat reply after what the policy's template puts before every reply."""
         prompt = request.prompt
         chats = self.server.mode_of(self.server_request(request, 0)) not in ("completion", "token_ids")
         if not chats or not prompt.reply_prefix.startswith(request.prefix):

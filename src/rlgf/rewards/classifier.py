@@ -68,7 +68,7 @@ class SequenceClassifier:
 
 
 def check_classifier(path: str, label: str | None) -> None:
-    """Raise `ConfigError` if a model is no classifier, or its label is not named; loads its config."""
+    """Raise `ConfigError` if a model is no classifier, or its label is not named."""
     from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig, path, "sequence classifier")
@@ -112,5 +112,6 @@ def choose_label(config: Any, path: str, label: str | None) -> int:
     if len(positive) == 1:
         return positive[0]
     raise ConfigError(
-        f"classifier '{path}' has the labels {shown}, which do not say whose probability is the reward: name one with {setting}."
+        f"classifier '{path}' has the labels {shown}, which do not say whose probability is the reward: name one with "
+        f"{setting}."
     )

@@ -56,7 +56,7 @@ class Options:
     suffix: str = ""  # end of every plain prompt, never truncated
     separator: str = ""  # before responses to plain prompts; " " for most models
     chat_template: str | None = None  # Jinja, or its file; None: the tokenizer's own
-    # variables of the chat template, such as enable_thinking; a column of this name adds a row's own
+    # variables of the chat template, such as enable_thinking; a column of this name adds more
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     encoding: str | None = None  # of CSV and JSON files that are not UTF-8, such as cp1252
     # a classifier as reward scores prompt + completion (a reward model always does)

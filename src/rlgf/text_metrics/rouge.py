@@ -9,7 +9,7 @@ from rlgf.text_metrics.optional import require_extra
 
 KEYS = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 TokenizerName = Literal["latin", "unicode"]
-# scripts without spaces between words, by the first word of their letters' names: each letter is a token
+# scripts without spaces between words, by the first word of their letters' names
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 

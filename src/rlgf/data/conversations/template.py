@@ -242,7 +242,7 @@ class ChatTemplate:
         return fixed
 
     def _as_known(self, message: Message) -> dict[str, Any]:
-        """Return a message with thoughts and arguments of tool calls in the forms that templates read."""
+        """Return a message with thoughts and arguments in the forms that templates read."""
         known, thoughts = dict(message), thoughts_in(message)
         if thoughts:
             known = {"thinking": thoughts, **known, "reasoning_content": thoughts}
@@ -252,7 +252,7 @@ class ChatTemplate:
         return known
 
     def _known_call(self, call: Any) -> Any:
-        """Return a tool call whose arguments are a mapping or JSON, whichever the template reads."""
+        """Return a tool call with its arguments as mapping or JSON, as the template reads them."""
         function = call.get("function") if isinstance(call, Mapping) else None
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
         if arguments is None or arguments in ({"rlgf": 1}, '{"rlgf": 1}'):

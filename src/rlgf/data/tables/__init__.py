@@ -1,1 +1,1 @@
-"""Tables in files: texts of any encoding, delimited cells and JSON, with the lines of their rows."""
+"""Tables in text files of any encoding, with the lines of their rows."""

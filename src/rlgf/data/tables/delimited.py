@@ -38,13 +38,13 @@ def read_delimited(text: str, where: str, delimiter: str | None, texts: Sequence
     lines, table = _read_cells(text, where, delimiter or _delimiter_of(text), skipped)
     if not table:
         return Rows()
-    header = _header(table[0], [row for row in table[1:]], f"{where}, line {lines[0]}")
+    header = _header(table[0], table[1:], f"{where}, line {lines[0]}")
     width = len(header)
     for line, cells in zip(lines[1:], table[1:]):
         if len(cells) < width or any(cell.strip() for cell in cells[width:]):
             raise DataError(
-                f"{where}, line {line}: has {len(cells)} cells, but the header has {width} columns ({', '.join(header)}): quote "
-                "a cell that holds the delimiter or a line break, or fix the row."
+                f"{where}, line {line}: has {len(cells)} cells, but the header has {width} columns ({', '.join(header)}): "
+                "quote a cell that holds the delimiter or a line break, or fix the row."
             )
     columns = [[cells[place] for cells in table[1:]] for place in range(width)]
     values = [column if name in texts else _typed(column) for name, column in zip(header, columns)]
@@ -97,8 +97,8 @@ def _typed(cells: list[str]) -> Sequence[Any]:
         return list(map(int, cells))
     decimals = [DECIMAL_NUMBER.match(cell) for cell in cells]
     if cells and all(decimals):
-        # 1.10 next to 1.9 may be versions: a column of numbers has the same number of decimals, or no
-        # zero at the end of any
+        # 1.10 next to 1.9 may be versions: a column of numbers has the same number of decimals, or
+        # no zero at the end of any
         places = {len(found.group(2)) for found in decimals if found}
         if len(places) == 1 or all(str(float(cell)) == cell for cell in cells):
             return list(map(float, cells))

@@ -177,7 +177,7 @@ def error_in(data: Any) -> tuple[int, str, str] | None:
 
 
 def raise_refusal(status: int, code: str, message: str, shown: str) -> None:
-    """Raise `QuestionRefusedError` if an error is about one question; `shown` is without secrets."""
+    """Raise `QuestionRefusedError` if an error is about one question; `shown` has no secrets."""
     reason = refusal_of(status or 400, code, message)
     if reason is not None:
         raise QuestionRefusedError(f"it refused the question as {reason}: {shown}")

@@ -9,13 +9,15 @@ import re
 # that is too short as a failure of their own
 STATUSES = (400, 403, 413, 422, 451, 500)
 FILTERED = re.compile(
-    r"content[ _-]?(?:filter|polic|management|moderation)|ResponsibleAI|moderation|\bflagged\b|safety (?:system|polic|filter|reason)"
+    r"content[ _-]?(?:filter|polic|management|moderation)|ResponsibleAI|moderation|\bflagged\b"
+    r"|safety (?:system|polic|filter|reason)"
     r"|data_inspection_failed|inappropriate content|ContentPolicyViolation|PROHIBITED_CONTENT",
     re.IGNORECASE,
 )
 TOO_LONG = re.compile(
     r"context[ _-]?(?:length|window|size|limit|overflow)|maximum (?:context|model|sequence|input|prompt) |max_model_len"
-    r"|prompt (?:is|was)? ?too (?:long|large)|too many (?:input )?tokens|(?:input|prompt|request|message)s? (?:is|are|was)? ?too long"
+    r"|prompt (?:is|was)? ?too (?:long|large)|too many (?:input )?tokens"
+    r"|(?:input|prompt|request|message)s? (?:is|are|was)? ?too long"
     r"|longer than the (?:model|maximum)|string_above_max_length|reduce the length|must have less than \d+ tokens"
     r"|`max_new_tokens` must be <=|exceeds? the (?:available|maximum|model|limit|token)|could not finish the message"
     r"|n_keep .* n_ctx|token count exceeds|when context the overflows",
