@@ -77,7 +77,7 @@ def test_a_cell_that_says_na_is_a_word_and_an_empty_one_no_reference(tmp_path: P
     [
         ("", "rows.csv, split train, holds no rows"),
         ("prompt,references\n", "rows.csv, split train, holds no rows"),
-        ('prompt,references\n"a,b\n', r"rows.csv' cannot be loaded \(.*EOF inside string.*\): fix the file"),
+        ('prompt,references\n"a,b\n', r"rows.csv, line 2: the quotation marks of a cell do not match"),
     ],
 )
 def test_a_table_that_holds_nothing_or_is_broken_says_so(content: str, words: str, tmp_path: Path, tokenizer: Any):
@@ -163,7 +163,7 @@ def test_columns_may_have_other_names(tmp_path: Path, tokenizer: Any):
     task = task_of(path, tokenizer, prompt_column="question", completion_column="answer")
     assert {prompt.columns["prompt"] for prompt in task.train} == {"a column like any other"}
     assert all(prompt.sft_targets == (prompt.text.removeprefix("ask"),) for prompt in task.train)
-    with pytest.raises(INPUT_ERRORS, match="row 1: there is no 'asked'; the row has answer, prompt, question"):
+    with pytest.raises(INPUT_ERRORS, match="line 1: there is no 'asked'; the row has answer, prompt, question"):
         task_of(path, tokenizer, prompt_column="asked")
 
 
@@ -189,7 +189,7 @@ def test_conversations_and_texts_may_stand_side_by_side(tmp_path: Path, tokenize
 
 def test_a_completion_of_several_turns_is_refused(tmp_path: Path, tokenizer: Any):
     rows = [{"prompt": "ask", "completion": [said("assistant", "a"), said("user", "b")]}]
-    with pytest.raises(INPUT_ERRORS, match="row 1: a response must be a string or one assistant message"):
+    with pytest.raises(INPUT_ERRORS, match="line 1: a response must be a string or one assistant message"):
         task_of(write(tmp_path / "rows.jsonl", rows), tokenizer)
 
 

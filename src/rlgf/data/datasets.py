@@ -112,7 +112,7 @@ def _folder_splits(
 
 
 def _group_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the data files of a folder by the split they are named after; shards are in order."""
+    """Return the data files of a folder by split, shards in order."""
     groups: dict[str, list[Path]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
         if not file.is_file() or not _file_format(file) or file.name in DESCRIPTIONS or file.name.startswith("."):
@@ -234,7 +234,7 @@ def _load(builder: str, shown: str | None = None, **options: Any) -> Any:
 
 
 def _as_rows(dataset: Iterable[Mapping[str, Any]], texts: Sequence[str]) -> Rows:
-    """Return the rows of an Arrow table, without the nulls that it adds to messages and tools."""
+    """Return the rows of an Arrow table, without the nulls that it added."""
     rows = Rows(list(dataset))
     for row in rows:
         row.update({name: without_nulls(row[name]) for name in texts if isinstance(row.get(name), (list, dict))})

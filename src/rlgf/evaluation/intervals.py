@@ -25,7 +25,7 @@ def mean_interval(mean: float, standard_error: float, count: int) -> tuple[float
 
 
 def share_interval(share: float, count: float) -> tuple[float, float]:
-    """Return the 95 % interval of a share of `count` trials (Wilson 1927), also of 0 and 1."""
+    """Return the 95 % interval of a share of `count` trials (Wilson 1927)."""
     squared = LEVEL**2
     center = (share + squared / (2 * count)) / (1 + squared / count)
     width = LEVEL / (1 + squared / count) * math.sqrt(share * (1 - share) / count + squared / (4 * count**2))

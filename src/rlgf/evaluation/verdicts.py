@@ -82,7 +82,7 @@ def parse_choice(answer: str) -> str | None:
 
 
 def _untagged(line: str) -> str:
-    """Return a line without HTML tags: in <b>A</b> the tag is not a choice of B."""
+    """Return a line without HTML tags: `<b>A</b>` does not name B."""
     return TAGS.sub("", line) if "</" in line else line
 
 

@@ -250,9 +250,11 @@ def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dic
     if empty:
         dropped_rows[EMPTY] = dropped_rows.get(EMPTY, 0) + empty
     targets, references = kept
-    distinct = {json.dumps(reply, sort_keys=True, default=str): reply for reply in reversed([*targets, *references])}
+    distinct: dict[str, Reply] = {}
+    for reply in (*targets, *references):
+        distinct.setdefault(json.dumps(reply, sort_keys=True, default=str), reply)
     inputs = _inputs(options, row, prompt, place)
-    return Row(prompt, list(reversed(distinct.values())), targets or references, columns, place, inputs)
+    return Row(prompt, list(distinct.values()), targets or references, columns, place, inputs)
 
 
 def _inputs(options: Options, row: Mapping[str, Any], prompt: Any, place: str) -> TemplateInputs:

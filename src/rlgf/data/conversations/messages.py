@@ -19,7 +19,7 @@ LIST_OF_MESSAGES = re.compile(r"""\s*\[\s*\{.*['"]role['"]\s*:""", re.DOTALL)
 
 @dataclass(frozen=True)
 class TemplateInputs:
-    """What a row gives its chat template next to the messages."""
+    """The inputs of a chat template that a row has next to its messages."""
 
     tools: tuple[Mapping[str, Any], ...] | None = None
     variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -167,7 +167,7 @@ def transcript(messages: Sequence[Mapping[str, Any]]) -> str:
 
 
 def read_tools(value: Any, column: str, where: str) -> tuple[Mapping[str, Any], ...] | None:
-    """Return the tools that a row offers, a list of JSON schemas or the JSON of one.
+    """Return the tools that a row offers: JSON schemas, or the JSON of their list.
 
     Raises `DataError` for anything else.
     """

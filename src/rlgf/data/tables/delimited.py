@@ -92,7 +92,7 @@ def _header(cells: Sequence[str], rows: Sequence[Sequence[str]], where: str) -> 
 
 
 def _typed(cells: list[str]) -> Sequence[Any]:
-    """Return cells as numbers or truth values if each is written as one, otherwise as they are."""
+    """Return cells as numbers or truth values if each is written as one."""
     if all(map(WHOLE_NUMBER.match, cells)):
         return list(map(int, cells))
     decimals = [DECIMAL_NUMBER.match(cell) for cell in cells]

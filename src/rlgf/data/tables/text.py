@@ -22,7 +22,7 @@ MARKS = (
 
 
 class Rows(list[dict[str, Any]]):
-    """Rows of a file; `lines` has the number of the first line of each, if the file has lines."""
+    """Rows of a file; `lines` are the numbers of their first lines, if known."""
 
     def __init__(self, rows: Sequence[Mapping[str, Any]] = (), lines: Sequence[int] = ()) -> None:
         super().__init__(map(dict, rows))
@@ -55,7 +55,9 @@ def decompress(data: bytes, where: str) -> bytes:
 
 
 def decode(data: bytes, where: str, encoding: str | None = None) -> str:
-    """Return the text of a file's bytes: UTF-8, by its byte order mark, or in a given encoding.
+    """Return the text of a file's bytes.
+
+    It is UTF-8, what its byte order mark says, or in a given encoding.
 
     Raises `DataError` that names the line of a byte that is not in this encoding. No encoding is
     guessed: most single-byte ones decode any text, to other letters.

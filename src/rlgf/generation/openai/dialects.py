@@ -54,7 +54,7 @@ def single_choice(data: Any) -> dict[str, Any]:
 
 
 def chat_text(choice: Mapping[str, Any]) -> Any:
-    """Return the text of a chat choice, wherever the server puts it; None if it is null."""
+    """Return the text of a chat choice, or None if it is null."""
     for name in ("message", "delta"):
         message = choice.get(name)
         if isinstance(message, Mapping):

@@ -26,7 +26,7 @@ TOO_LONG = re.compile(
 
 
 class QuestionRefusedError(Exception):
-    """A question that the server does not answer, and would not answer if it were sent again."""
+    """A question that the server does not answer, however often it is sent."""
 
 
 def refusal_of(status: int, code: object, message: str) -> str | None:
