@@ -84,7 +84,7 @@ class ProgressReporter:
     def __call__(self, step: Step) -> None:
         """Show the progress after one more iteration."""
         metrics = step.metrics
-        scores = step.experience.scores
+        scores = step.experience.score
         shown = show_mean([float(value) for value in scores]) if 1 < len(scores) < FEW else f"{metrics['score']:.3f}"
         line = f"reward {shown} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
         line += guide_progress(metrics, step.guide_usage)
