@@ -24,6 +24,7 @@ from rlgf.types import Message
 from rlgf.untrusted_text import shorten
 
 PROBE, PROBE_THOUGHTS = "rlgf-probe", "rlgf-thoughts"  # placeholders while a template is inspected
+PROBE_ARGUMENTS = {"rlgf_argument": 1}
 # The date of templates that ask for today's: a prompt must not depend on the day of the run.
 DATE = datetime(2024, 7, 26)
 TODAY = re.compile(r"""strftime_now\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""")
@@ -169,15 +170,10 @@ class ChatTemplate:
         return "text" if PROBE_THOUGHTS in (found or "") else "nowhere"
 
     @cached_property
-    def _arguments_as(self) -> tuple[bool, bool]:
-        """Return whether the template takes the arguments of tool calls as mapping, and as JSON."""
-
-        def shown(arguments: Any) -> str:
-            call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": arguments}}
-            return self._shown(content="", tool_calls=[call]) or ""
-
-        as_json = shown('{"rlgf": 1}')
-        return "rlgf" in shown({"rlgf": 1}), '"rlgf"' in as_json and '\\"' not in as_json
+    def _takes_mappings(self) -> bool:
+        """Return whether the template takes arguments of tool calls as mappings, not as JSON."""
+        call = {"id": "call00001", "type": "function", "function": {"name": "look", "arguments": PROBE_ARGUMENTS}}
+        return "rlgf_argument" in (self._shown(content="", tool_calls=[call]) or "")
 
     def _without_closing(self, reply: str) -> str:
         if self._closing and reply.endswith(self._closing):
@@ -255,15 +251,15 @@ class ChatTemplate:
         """Return a tool call with its arguments as mapping or JSON, as the template reads them."""
         function = call.get("function") if isinstance(call, Mapping) else None
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
-        if arguments is None or arguments in ({"rlgf": 1}, '{"rlgf": 1}'):
+        if arguments is None or arguments is PROBE_ARGUMENTS:
             return call
-        as_mapping, as_json = self._arguments_as
-        if isinstance(arguments, str) and as_mapping and not as_json:
+        if isinstance(arguments, str) and self._takes_mappings:
+            # as JSON some templates would quote it twice, or put it into braces of their own
             try:
                 read = json.loads(arguments)
             except ValueError:
                 return call
             arguments = read if isinstance(read, dict) else arguments
-        elif isinstance(arguments, Mapping) and as_json and not as_mapping:
+        elif isinstance(arguments, Mapping) and not self._takes_mappings:
             arguments = json.dumps(arguments, ensure_ascii=False)
         return {**call, "function": {**function, "arguments": arguments}}

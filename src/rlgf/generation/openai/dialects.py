@@ -19,6 +19,7 @@ TRUNCATED = (
     "incomplete",
 )  # fmt: skip
 FILTERED = ("content_filter", "content-filter", "safety", "refusal", "prohibited_content", "blocklist", "recitation", "spii")
+UNTOLD = ("", "none", "null", "generated")  # reasons that say nothing
 TOOL_CALLS = ("tool_calls", "tool_call", "function_call", "tool_use")
 TEXT_PARTS = ("text", "output_text")
 PROMPT_FIELDS = ("prompt_tokens", "input_tokens", "prompt_eval_count", "prompt_n")
@@ -107,6 +108,12 @@ def refusal_text(choice: Mapping[str, Any]) -> bool:
     return isinstance(message, Mapping) and bool(cast("Mapping[str, Any]", message).get("refusal"))
 
 
+def calls_tools(choice: Mapping[str, Any]) -> bool:
+    """Return whether a message calls tools."""
+    message = choice.get("message")
+    return isinstance(message, Mapping) and bool(cast("Mapping[str, Any]", message).get("tool_calls"))
+
+
 def finish_reason(choice: Mapping[str, Any], generated: int | None, max_tokens: int) -> str:
     """Return "stop", "length", "filtered" or "tool", or raise `UnclearError` with the reason.
 
@@ -117,12 +124,16 @@ def finish_reason(choice: Mapping[str, Any], generated: int | None, max_tokens: 
         if isinstance(value, Mapping):  # {"type": "stop"}
             value = cast("Mapping[str, Any]", value).get("type")
         word = str(value).rpartition(".")[2].lower()  # FinishReason.STOP
+        if word in UNTOLD:
+            continue
         kinds = (("stop", COMPLETE), ("length", TRUNCATED), ("filtered", FILTERED), ("tool", TOOL_CALLS))
         kind = next((kind for kind, words in kinds if word in words), None)
         if kind is not None:
             return kind
         if name == "finish_reason":
             raise UnclearError(f"its response was cut off ({name} is {str(value)[:40]!r})")
+    if calls_tools(choice) and not named:
+        return "tool"
     if choice.get("done") is True:  # Ollama's own
         return "stop"
     if generated is None:

@@ -14,6 +14,7 @@ from rlgf.generation.openai.dialects import (
     COMPLETION_FIELDS,
     PROMPT_FIELDS,
     UnclearError,
+    calls_tools,
     chat_text,
     completion_text,
     count_of,
@@ -140,6 +141,8 @@ def read_chat(data: Any, request: ServerRequest, stop: Sequence[str] = (), instr
         if written is None and thoughts_of(choice):
             raise InvalidError(_only_thoughts(finished), usage)
         return _validate(written, written, finished, usage, stop)
+    if not written.strip() and calls_tools(choice):
+        raise InvalidError("it called a tool instead of generating text", usage)
     if not written.strip() and thoughts_of(choice):
         raise InvalidError(_only_thoughts(finished), usage)
     text = _unquoted(PREAMBLE.sub("", _without_thoughts(written, usage)), finished)
