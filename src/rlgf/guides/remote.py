@@ -141,12 +141,12 @@ class RemoteGuide:
         if text is not None:
             self.pool.usage.count("rows_answered" if response.is_new else "rows_cached")
             return text
+        self.pool.usage.count("rows_given_up")
         if last.get("refused"):
             self.pool.usage.count("refused")
             self._reason = str(last["invalid"])
             drop = self.config.on_refusal == "drop"
             return Completion("", finished=True, failed=True, dropped=drop, refused=True)
-        self.pool.usage.count("rows_given_up")
         if self.config.on_failure == "policy":
             return Completion("", finished=True, failed=True)
         if "given_up" in last:

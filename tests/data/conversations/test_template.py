@@ -70,10 +70,9 @@ GLM = (  # the template's marks without line breaks; an empty pair where there a
 )
 OPENED = QWEN3.replace("<|im_start|>assistant\n{% if enable_thinking", "<|im_start|>assistant\n<think>\n{% if enable_thinking")
 FAMILIES = {
-    "ChatML (Qwen 2.5)": CHATML, "Qwen 3": QWEN3, "Qwen 3 that thinks always": OPENED, "DeepSeek R1": DEEPSEEK, "Llama 3": LLAMA3,
-    "Gemma": GEMMA, "Mistral": MISTRAL, "Phi": PHI, "gpt-oss": HARMONY, "GLM 4.5": GLM,
+    "ChatML (Qwen 2.5)": CHATML, "Qwen 3": QWEN3, "Qwen 3 that thinks always": OPENED, "DeepSeek R1": DEEPSEEK,
+    "Llama 3": LLAMA3, "Gemma": GEMMA, "Mistral": MISTRAL, "Phi": PHI, "gpt-oss": HARMONY, "GLM 4.5": GLM,
 }  # fmt: skip
-THINKS = ("Qwen 3", "Qwen 3 that thinks always", "DeepSeek R1", "gpt-oss", "GLM 4.5")
 ASKED = [{"role": "user", "content": "How many?"}]
 TAGGED = "<think>\nI count.\n</think>\n\nTwo."
 FIELD = {"role": "assistant", "content": "Two.", "reasoning_content": "I count."}

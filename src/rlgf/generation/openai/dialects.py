@@ -33,9 +33,9 @@ class UnclearError(Exception):
 
 
 def single_choice(data: Any) -> dict[str, Any]:
-    """Return the first choice of a response; the native forms of TGI and Ollama are one.
+    """Return the choice of a response; the native forms of TGI and Ollama are one.
 
-    Raises `UnclearError` if there is none.
+    Raises `UnclearError` if there is none, or several.
     """
     if isinstance(data, list) and len(cast("list[Any]", data)) == 1:
         data = cast("list[Any]", data)[0]
@@ -46,6 +46,8 @@ def single_choice(data: Any) -> dict[str, Any]:
     if isinstance(choices, Mapping):
         choices = [choices]
     if isinstance(choices, list) and choices and isinstance(choices[0], Mapping):
+        if len(cast("list[Any]", choices)) > 1:
+            raise UnclearError(f"its response has {len(cast('list[Any]', choices))} choices, though one was asked for")
         return dict(cast("Mapping[str, Any]", choices[0]))
     if "generated_text" in found:  # TGI's own
         return {"text": found["generated_text"], **cast("dict[str, Any]", found.get("details") or {})}
