@@ -19,8 +19,13 @@ def mean_interval(mean: float, standard_error: float, count: int) -> tuple[float
     freedom = count - 1
     exact = {1: 12.7062, 2: 4.30265, 3: 3.18245}
     # the expansion of the quantile in 1 / freedom
-    first, second = (LEVEL**3 + LEVEL) / 4, (5 * LEVEL**5 + 16 * LEVEL**3 + 3 * LEVEL) / 96
-    width = exact.get(freedom, LEVEL + first / freedom + second / freedom**2) * standard_error
+    terms = (
+        (LEVEL**3 + LEVEL) / 4,
+        (5 * LEVEL**5 + 16 * LEVEL**3 + 3 * LEVEL) / 96,
+        (3 * LEVEL**7 + 19 * LEVEL**5 + 17 * LEVEL**3 - 15 * LEVEL) / 384,
+    )
+    quantile = LEVEL + sum(term / freedom ** (power + 1) for power, term in enumerate(terms))
+    width = exact.get(freedom, quantile) * standard_error
     return mean - width, mean + width
 
 

@@ -35,12 +35,13 @@ CHOICE = re.compile(
 )
 # after a bare letter: the end, punctuation or a reason, but not a noun, as in "A good summary"
 REASON = re.compile(
-    r"[\s*_\"'`)\]>}]*(?:$|[.,;:!(\[–—-]|(?:because|as|since|for|due|is|was|over|rather|than|given|it|which|thanks|wins)\b)",
+    r"[\s*_\"'`)\]>}”»$]*(?:$|[.,;:!(\[–—-]|(?:because|as|since|for|due|is|was|over|rather|than|given|it|which|thanks|wins)\b)",
     re.IGNORECASE,
 )
 SECOND = re.compile(
     r"[\s*_\"'`)\]>},.;]*(?:\bor\b|\band\b|\bnor\b|/|&|\bvs\.?|=)[\s*_\"'`(\[<{]*[ABab](?![A-Za-z0-9])", re.IGNORECASE
 )
+WORSE = re.compile(r"[\s*_\"'`)\]>}”»]*(?:is|was)\s*(?:n't|not|never|worse|the worse|rejected)\b", re.IGNORECASE)
 TAGS = re.compile(r"</?\w+>")
 STATED = re.compile(
     rf"(?:\bI|\bwe)?\s*\b(?:prefer|choose|pick|select|chose|go with)\s+{MARKS}(?i:{NOUN}){OPENED}([ABab])[)\]>}}]"
@@ -92,7 +93,7 @@ def _choice(text: str) -> str | None:
     if found is None:
         return None
     rest = found.group("rest")
-    if SECOND.match(rest) or (found.group("bare") and not REASON.match(rest)):
+    if SECOND.match(rest) or WORSE.match(rest) or (found.group("bare") and not REASON.match(rest)):
         return None
     return (found.group("marked") or found.group("bare")).upper()
 

@@ -25,6 +25,7 @@ def chat(message: Any, reason: Any = "stop", usage: Any = COUNTED, **choice: Any
 
 
 SAID = {"role": "assistant", "content": " goes out."}
+PARTS = [{"type": "text", "text": " goes out."}]
 UNDERSTOOD = {
     "vLLM, with fields of its own": chat({**SAID, "reasoning_content": None, "tool_calls": []}, stop_reason=None),
     "vLLM's reasoning next to the text": chat({**SAID, "reasoning_content": "A town."}),
@@ -34,9 +35,7 @@ UNDERSTOOD = {
     "TGI's own form": {"generated_text": " goes out.", "details": {"finish_reason": "eos_token", "generated_tokens": 7}},
     "Ollama's own form": {"message": SAID, "done": True, "done_reason": "stop", "prompt_eval_count": 5, "eval_count": 7},
     "LM Studio, content in parts": chat({"role": "assistant", "content": [{"type": "text", "text": " goes out."}]}),
-    "Mistral, thoughts among the parts": chat(
-        {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "A town."}]}, {"type": "text", "text": " goes out."}]}
-    ),
+    "Mistral, thoughts among the parts": chat({"content": [{"type": "thinking", "thinking": []}, *PARTS]}),
     "LiteLLM, a reason as an enumeration": chat(SAID, "FinishReason.STOP"),
     "Azure, with filter results": chat(SAID, content_filter_results={"hate": {"filtered": False}}),
     "OpenRouter, with the provider's reason": chat(SAID, native_finish_reason="end_turn"),
@@ -96,9 +95,9 @@ def test_tools_and_thoughts_without_a_text_are_told_apart() -> None:
     call = {"content": "", "tool_calls": [{"function": {"name": "look"}}]}
     with pytest.raises(InvalidError, match="it called a tool"):
         read_chat(chat(call), QUESTION)  # some say "stop" and call a tool
-    with pytest.raises(InvalidError, match="returned thoughts .* no text"):
+    with pytest.raises(InvalidError, match=r"returned thoughts .* no text"):
         read_chat(chat({"content": None, "reasoning_content": "Hm."}), QUESTION)
-    with pytest.raises(InvalidError, match="raise endpoint.thinking_tokens"):
+    with pytest.raises(InvalidError, match=r"raise endpoint\.thinking_tokens"):
         read_chat(chat({"content": None, "reasoning": "Hm."}, "length"), QUESTION)
 
 

@@ -789,7 +789,10 @@ def test_rows_of_refused_questions_are_the_policys_or_left_out(tmp_path: Path, o
 TALK = (
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "count 3"},
-    {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [{"function": {"name": "n", "arguments": {"a": 1}}}]},
+    {
+        "role": "assistant", "content": "", "reasoning_content": "hm",
+        "tool_calls": [{"function": {"name": "n", "arguments": {"a": 1}}}],
+    },
     {"role": "tool", "content": "3"},
 )  # fmt: skip
 

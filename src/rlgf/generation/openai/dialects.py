@@ -162,10 +162,8 @@ def usage_in(data: Any) -> Mapping[str, Any]:
         return {}
     found = cast("Mapping[str, Any]", data)
     for place in (found.get("usage"), found.get("timings"), found.get("details"), found):
-        if isinstance(place, Mapping):
-            known = cast("Mapping[str, Any]", place)
-            if count_of(known, COMPLETION_FIELDS) is not None:
-                return known
+        if isinstance(place, Mapping) and any(place.get(name) is not None for name in COMPLETION_FIELDS):
+            return cast("Mapping[str, Any]", place)
     return {}
 
 

@@ -215,12 +215,13 @@ def _read_usage(usage: Mapping[str, Any]) -> Usage:
     details = usage.get("completion_tokens_details")
     thoughts = count_of(details, ("reasoning_tokens",)) if isinstance(details, Mapping) else None
     completion = count_of(usage, COMPLETION_FIELDS)
-    return Usage(count_of(usage, PROMPT_FIELDS) or 0, completion or 0, thoughts or 0, known=completion is not None)
+    known = any(usage.get(name) is not None for name in COMPLETION_FIELDS)
+    return Usage(count_of(usage, PROMPT_FIELDS) or 0, completion or 0, thoughts or 0, known)
 
 
 def _is_finished(choice: dict[str, Any], usage: Usage, request: ServerRequest) -> bool:
     with _clear():
-        reason = finish_reason(choice, usage.completion_tokens if usage.known else None, request.max_tokens)
+        reason = finish_reason(choice, usage.completion_tokens or None, request.max_tokens)
     if reason == "filtered":
         raise InvalidError("it refused", usage, refused=True)
     if reason == "tool":
