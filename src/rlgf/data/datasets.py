@@ -96,11 +96,22 @@ def read_splits(
     return _splits_of(_load(source, **({"name": subset} if subset else {})), texts)
 
 
+def describe_source(source: str) -> str:
+    """Return a source's name, with the kind of its folder if `datasets` wrote it."""
+    is_saved = _is_saved(Path(source).expanduser())
+    return f"{source} (a folder of save_to_disk)" if is_saved else source
+
+
+def _is_saved(folder: Path) -> bool:
+    """Return whether `save_to_disk` of `datasets` wrote a folder."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
 def _folder_splits(
     folder: Path, subset: str | None, texts: Sequence[str], encoding: str | None
 ) -> dict[str, Callable[[], Rows]]:
     """Return the splits of a folder: of `save_to_disk`, of files, or as `datasets` finds them."""
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if _is_saved(folder):
         return _splits_of(_load_saved(folder), texts)
     groups = _group_files(folder) or _group_files(folder / "data")
     if groups and not subset:

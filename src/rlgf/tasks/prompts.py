@@ -23,7 +23,7 @@ from rlgf.data.conversations.messages import (
     transcript,
 )
 from rlgf.data.conversations.template import DATE, read_template
-from rlgf.data.datasets import held_out_keys, places_of, read_splits
+from rlgf.data.datasets import describe_source, held_out_keys, places_of, read_splits
 from rlgf.data.preferences import Columns, Pairs, parts_of, read_pairs
 from rlgf.errors import ConfigError, DataError, list_columns
 from rlgf.randomness import Purpose, permutation
@@ -93,7 +93,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     validation, test = held_out
     if not (train and validation and test):
         raise DataError(
-            f"{config.data} leaves {len(train)} training, {len(validation)} validation and {len(test)} test prompts: each "
+            f"{describe_source(_source(config))} leaves {len(train)} training, {len(validation)} validation and {len(test)} test prompts: each "
             "split needs at least one, and no training prompt may be held out."
         )
     if builder.num_too_long:
