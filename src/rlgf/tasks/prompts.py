@@ -93,8 +93,8 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     validation, test = held_out
     if not (train and validation and test):
         raise DataError(
-            f"{describe_source(_source(config))} leaves {len(train)} training, {len(validation)} validation and {len(test)} test "
-            "prompts: each split needs at least one, and no training prompt may be held out."
+            f"{describe_source(_source(config))} leaves {len(train)} training, {len(validation)} validation and {len(test)} "
+            "test prompts: each split needs at least one, and no training prompt may be held out."
         )
     if builder.num_too_long:
         dropped_rows[f"conversations of over {options.prompt_tokens} tokens"] = builder.num_too_long
