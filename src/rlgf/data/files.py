@@ -26,7 +26,7 @@ CHECK = "crc32"
 CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 
 
-def read_jsonl(path: Path, encoding: str | None = None) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, encoding: str | None = None) -> Rows:
     """Load the objects of a JSON-lines file, plain or compressed.
 
     Raises `DataError` that names a broken line, or for a file that cannot be read.

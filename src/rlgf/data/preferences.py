@@ -96,8 +96,8 @@ def read_pairs(
             dropped[f"pairs whose conversation has over {reader.limit} tokens"] += 1
             continue
         about = post(rows[number - 1]) if post else _asked(value)
-        responses = (reader.response(prompt, reply, places[number - 1]) for reply in (chosen, rejected))
-        pairs.append(Pair(prompt, *responses, normalize_whitespace(about)))
+        first, second = (reader.response(prompt, reply, places[number - 1]) for reply in (chosen, rejected))
+        pairs.append(Pair(prompt, first, second, normalize_whitespace(about)))
     return pairs, dropped
 
 

@@ -92,7 +92,9 @@ class ChatJudge:
                 f"the judge refused {len(refused):,} of {len(requests):,} questions ({refused[-1]}), more than "
                 f"judge.max_refused_share={self.max_refused_share:g}: choose another judge, or raise it."
             )
-        values = {request.index: _value(answer, request.index % 2) for request, answer in zip(requests, answers)}
+        values: dict[int, Verdict] = {
+            request.index: _value(answer, request.index % 2) for request, answer in zip(requests, answers)
+        }
         return [_combine_orders([values[2 * row + swapped] for swapped in self._orders(row)]) for row in range(len(prompts))]
 
     def _orders(self, row: int) -> list[int]:

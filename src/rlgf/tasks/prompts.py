@@ -25,6 +25,7 @@ from rlgf.data.conversations.messages import (
 from rlgf.data.conversations.template import DATE, read_template
 from rlgf.data.datasets import describe_source, held_out_keys, places_of, read_splits
 from rlgf.data.preferences import Columns, Pairs, parts_of, read_pairs
+from rlgf.data.tables.text import Rows
 from rlgf.errors import ConfigError, DataError, list_columns
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskDefinition, task_options
@@ -163,7 +164,7 @@ def _source(config: TaskConfig) -> str:
     return config.data
 
 
-def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
+def _splits(config: TaskConfig, options: Options) -> dict[str, Rows]:
     """Load the rows of 'train', and of 'validation' and 'test' if they exist."""
     source = _source(config)
     texts = (options.prompt_column, options.references_column, options.completion_column, options.tools_column, TEMPLATE_KWARGS)

@@ -215,16 +215,16 @@ def rouge_n(*, key: str, stemming: Flag = False, tokenizer: rouge.TokenizerName 
 def bert_score(
     *, key: str, model: str = "roberta-large", layers: SmallInt | None = None, batch_size: Size = 64
 ) -> RewardFunction:
-    """Compute BERTScore against the best reference; raise if a text exceeds the model's length."""
+    """Compute BERTScore against the best reference; texts beyond the model's length are truncated."""
     scorer = BertScore(model, layers, batch_size)
 
     def measure(texts: list[str], references: list[Sequence[str]]) -> list[float]:
-        num_truncated = scorer.count_truncated([*texts, *(reference for group in references for reference in group)])
-        if num_truncated:
-            raise ValueError(f"{num_truncated} of the completions exceed the context of '{model}'")
+        scorer.num_truncated += scorer.count_truncated([*texts, *(reference for group in references for reference in group)])
         return scorer(texts, references)[key]
 
-    return on_text(measure)
+    reward = on_text(measure)
+    reward.scorer = scorer  # pyright: ignore[reportFunctionMemberAccess]
+    return reward
 
 
 def concept_coverage(*, column: str = "concepts") -> RewardFunction:

@@ -171,7 +171,7 @@ def read_tools(value: Any, column: str, where: str) -> tuple[Mapping[str, Any], 
 
     Raises `DataError` for anything else.
     """
-    found = value
+    found: Any = value
     if isinstance(found, str) and found.strip():
         try:
             found = json.loads(found)
@@ -184,7 +184,7 @@ def read_tools(value: Any, column: str, where: str) -> tuple[Mapping[str, Any], 
             f"{where}: '{column}' is {str(value)[:60]!r}, but must be a list of tools (JSON schemas), which the chat template "
             "reads: fix it, or name another column with task.options.tools_column."
         )
-    return tuple(found)
+    return tuple(cast("list[Mapping[str, Any]]", found))
 
 
 def without_nulls(value: Any) -> Any:

@@ -249,8 +249,8 @@ class ChatTemplate:
 
     def _known_call(self, call: Any) -> Any:
         """Return a tool call with its arguments as mapping or JSON, as the template reads them."""
-        function = call.get("function") if isinstance(call, Mapping) else None
-        arguments = function.get("arguments") if isinstance(function, Mapping) else None
+        function: Any = call.get("function") if isinstance(call, Mapping) else None
+        arguments: Any = function.get("arguments") if isinstance(function, Mapping) else None
         if arguments is None or arguments is PROBE_ARGUMENTS:
             return call
         if isinstance(arguments, str) and self._takes_mappings:

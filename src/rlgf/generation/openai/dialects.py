@@ -183,7 +183,7 @@ def error_in(data: Any) -> tuple[int, str, str] | None:
         return None
     known = cast("Mapping[str, Any]", error) if isinstance(error, Mapping) else {"message": error}
     kind = str(known.get("code") or known.get("type") or found.get("error_type") or "")
-    status = next((int(value) for value in (known.get("code"), known.get("status")) if _is_status(value)), 0)
+    status = next((int(str(value)) for value in (known.get("code"), known.get("status")) if _is_status(value)), 0)
     return status, kind, str(known.get("message") or error)
 
 
