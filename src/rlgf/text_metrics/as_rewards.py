@@ -215,7 +215,7 @@ def rouge_n(*, key: str, stemming: Flag = False, tokenizer: rouge.TokenizerName 
 def bert_score(
     *, key: str, model: str = "roberta-large", layers: SmallInt | None = None, batch_size: Size = 64
 ) -> RewardFunction:
-    """Compute BERTScore against the best reference; texts beyond the model's length are truncated."""
+    """Compute BERTScore against the best reference; texts beyond its length are truncated."""
     scorer = BertScore(model, layers, batch_size)
 
     def measure(texts: list[str], references: list[Sequence[str]]) -> list[float]:
