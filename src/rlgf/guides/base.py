@@ -117,6 +117,11 @@ class TracksUsage(Protocol):
         ...
 
 
+def open_reply(prompt: Prompt, prefix: str, text: str) -> str:
+    """Return a chat reply after what the policy's template puts before every reply."""
+    return prompt.reply_prefix[len(prefix) :] + text if prompt.reply_prefix.startswith(prefix) else text
+
+
 def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Completion]:
     """Query a guide and check that it returns one usable completion for each request.
 

@@ -11,7 +11,7 @@ from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server
 from rlgf.generation.openai.pool import EndpointPool, PoolRequest, PoolResponse, request_seed
 from rlgf.generation.openai.responses import ServerRequest
-from rlgf.guides.base import Capabilities, Completion, CompletionRequest
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest, open_reply
 
 COUNTS = (
     "attempts", "answered", "retried", "given_up", "rows_needed", "rows_answered", "rows_cached", "rows_given_up",
@@ -118,14 +118,6 @@ class RemoteGuide:
             PoolRequest(request.index, [self.server_request(request, sample) for sample in samples]) for request in requests
         ]
 
-    def _opened(self, request: CompletionRequest, text: str) -> str:
-        """Return a chat reply after what the policy's template puts before every reply."""
-        prompt = request.prompt
-        chats = self.server.mode_of(self.server_request(request, 0)) not in ("completion", "token_ids")
-        if not chats or not prompt.reply_prefix.startswith(request.prefix):
-            return text
-        return prompt.reply_prefix[len(request.prefix) :] + text
-
     def _completion(self, request: CompletionRequest, response: PoolResponse) -> Completion:
         """Return the completion in a response and count its row.
 
@@ -135,7 +127,9 @@ class RemoteGuide:
         text: Completion | None = None
         if "text" in last:
             ids = last.get("ids")
-            text = Completion(self._opened(request, last["text"]), last["finished"], ids if ids is None else tuple(ids))
+            chats = self.server.mode_of(self.server_request(request, 0)) not in ("completion", "token_ids")
+            written = open_reply(request.prompt, request.prefix, last["text"]) if chats else last["text"]
+            text = Completion(written, last["finished"], ids if ids is None else tuple(ids))
         elif request.prefix and all(stored.get("silent") for stored in response.samples):
             text = Completion("", finished=True)  # every sample was empty: the prefix is complete
         if text is not None:

@@ -23,8 +23,10 @@ from rlgf.algorithms.guided import d2lols, ppo_pp
 from rlgf.cli.options import beta_changes
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
-from rlgf.config.sections import GuideConfig, TaskConfig
+from rlgf.config.sections import EndpointConfig, GuideConfig, JudgeConfig, TaskConfig
 from rlgf.errors import ConfigError, GuideError, Interrupted, TrainingError
+from rlgf.evaluation.chat_judge import chat_judge
+from rlgf.evaluation.win_rate import summary, win_rate
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server, connect, parse_spec
 from rlgf.generation.openai.pool import EndpointPool, PoolRequest
@@ -291,6 +293,8 @@ WRITER = """
 import sys, time
 from contextlib import ExitStack
 from pathlib import Path
+from rlgf.evaluation.chat_judge import chat_judge
+from rlgf.evaluation.win_rate import summary, win_rate
 from rlgf.generation.openai.cache import ResponseCache
 print("ready", flush=True)
 begin = float(sys.stdin.readline())
@@ -816,3 +820,56 @@ def test_a_conversation_is_sent_as_its_messages(healthy: FaultServer, tmp_path: 
     assert len(body["messages"]) == {"none": 4, "auto": 6, "instruction": 6}.get(mode, 5)
     # a reply begins as the policy's template begins it, and what goes on gets the space it needs
     assert completion.text.startswith("<think></think>" if mode == "none" else " ")
+
+
+# --- judges -------------------------------------------------------------------------------------------------------------
+
+
+def judged(server: FaultServer, folder: Path, rows: int = 20, **options: Any) -> dict[str, float]:
+    quick = EndpointConfig(retry_seconds=0.0, timeout_seconds=1.0)
+    config = JudgeConfig(spec=f"server:fault-model@{server.url}", endpoint=quick, **options)
+    judge = chat_judge(config, folder, lambda line: None)
+    prompts = [Prompt(f"post {number}", (f" reference {number}",)) for number in range(rows)]
+    return win_rate(judge, prompts, [f" text {number}" for number in range(rows)])
+
+
+def prefers_references(body: dict[str, Any], form: str) -> tuple[str, str]:
+    first = body["messages"][-1]["content"].split("tldr (A):")[1].split("tldr (B):")[0]
+    it, other = ("A", "B") if "reference" in first else ("B", "A")
+    return form.replace("IT", it).replace("OTHER", other), "stop"
+
+
+@pytest.mark.parametrize("takes_schemas", [True, False])
+def test_a_judge_is_asked_for_json_by_a_schema_if_the_server_takes_one(tmp_path: Path, takes_schemas: bool) -> None:
+    def refuse(body: dict[str, Any]) -> str | None:
+        return "Unknown parameter: response_format" if "response_format" in body and not takes_schemas else None
+
+    form = '{"comparison": "(OTHER) is short", "preferred": "IT"}' if takes_schemas else "Preferred: (IT), (OTHER) is short"
+    with FaultServer(writer=lambda body, text: prefers_references(body, form), complaint=refuse) as server:
+        found = judged(server, tmp_path, 3)
+        last = server.requests[-1]["body"]
+    assert (found["losses"], found["wins"], found["unparseable"]) == (3.0, 0.0, 0)
+    assert ("response_format" in last) == takes_schemas
+    assert "Respond with a JSON object" in last["messages"][-1]["content"]
+
+
+def test_the_papers_question_is_an_option(tmp_path: Path) -> None:
+    with FaultServer(writer=lambda body, text: prefers_references(body, "Preferred: (IT)")) as server:
+        assert judged(server, tmp_path, 2, answer="text")["losses"] == 2.0
+        body = server.requests[-1]["body"]
+    assert body["messages"][-1]["content"].endswith("Preferred: <(A) or (B)>")
+    assert "response_format" not in body
+
+
+def test_questions_that_a_judge_refuses_are_left_out_and_counted(tmp_path: Path) -> None:
+    def complaint(body: dict[str, Any]) -> str | None:
+        asked = body["messages"][-1]["content"]
+        return "content management policy" if re.search(r"post (1|7)\n", asked) else None
+
+    writer: Any = lambda body, text: prefers_references(body, "Preferred: (IT)")  # noqa: E731
+    with FaultServer(writer=writer, complaint=complaint) as server:
+        found = judged(server, tmp_path)
+        assert (found["losses"], found["unparseable"], found["judge_refused"]) == (18.0, 0, 2)
+        assert summary(found).endswith("0 unparseable answers, 2 refused")
+        with pytest.raises(TrainingError, match=r"the judge refused 2 of 20 questions .* judge\.max_refused_share=0\.05"):
+            judged(server, tmp_path, max_refused_share=0.05)
