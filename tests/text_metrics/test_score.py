@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from rlgf.cli.app import app
 from rlgf.errors import INPUT_ERRORS
-from rlgf.rewards.build import truncating_terms
+from rlgf.rewards.build import scorers_in
 from rlgf.text_metrics import captions, score
 from rlgf.text_metrics.as_rewards import TEXT_FUNCTIONS, build_text_function, on_text
 from rlgf.text_metrics.diversity import distinct, repetition, self_bleu
@@ -382,7 +382,7 @@ def test_bertscore_counts_what_its_model_cannot_read_whole(encoder: str, quiet_l
     assert function([PROMPTS[1]], ["a cat"]) == close(found_alone(encoder))
     (value,) = function([PROMPTS[1]], [long])
     assert 0 < value < 1
-    (model,) = truncating_terms(function)
+    (model,) = scorers_in(function)
     assert model.num_truncated == 1
 
 

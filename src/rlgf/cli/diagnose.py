@@ -38,7 +38,8 @@ from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import prepare_tokenizer
 from rlgf.randomness import Purpose, permutation
 from rlgf.rewards.base import score
-from rlgf.rewards.build import check_reward_columns, check_reward_names
+from rlgf.rewards.build import check_reward_columns, check_reward_names, scorers_in
+from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.tasks.base import Task
 from rlgf.tasks.registry import task_definition
 from rlgf.types import Prompt, RewardFunction
@@ -300,6 +301,7 @@ def check_reward(task: Task, reward: RewardFunction) -> list[Finding]:
     except TrainingError as error:
         return [Finding("error", str(error))]
     findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each completion")]
+    findings += [Finding("ok", f"it is {s.describe()}") for s in scorers_in(reward) if isinstance(s, SequenceClassifier)]
     together = scores["targets"]
     if any(abs(a - b) > 1e-6 for a, b in [*zip(together, again), *zip(together, alone)]):
         findings.append(

@@ -23,7 +23,8 @@ from rlgf.pipeline.reward_model_stage import load_pairs
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import distill_stage, starting_model
 from rlgf.rewards.base import probe_reward
-from rlgf.rewards.build import check_reward_columns, truncating_terms
+from rlgf.rewards.build import check_reward_columns, scorers_in
+from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.failures import as_sentences
 from rlgf.supervised.examples import TargetExamples
@@ -114,12 +115,15 @@ def check_reward(reward: RewardFunction, task: Task, codec: Codec, max_new_token
     words = (prompts[0].references[0] if prompts[0].references else prompts[0].text).strip() or "a text"
     repeated = codec.response(" ".join([words] * (max_new_tokens + 1)))[:max_new_tokens]
     probe_reward(reward, prompts, codec.decode([codec.prompt(prompts[0])], [repeated])[0])
-    for model in truncating_terms(reward):
-        name = getattr(model, "path", None) or getattr(model, "name", "the reward")
-        cache.report(
-            f"warning: inputs of '{name}' can exceed its context of {model.max_length} tokens: it scores what fits, and "
-            "nothing of the rest."
-        )
+    for scorer in scorers_in(reward):
+        if isinstance(scorer, SequenceClassifier):
+            cache.report(f"reward: {scorer.describe()}")
+        if getattr(scorer, "num_truncated", 0):
+            name = getattr(scorer, "path", None) or getattr(scorer, "name", "the reward")
+            cache.report(
+                f"warning: inputs of '{name}' can exceed its context of {scorer.max_length} tokens: it scores what fits, and "
+                "nothing of the rest."
+            )
 
 
 def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:

@@ -88,12 +88,11 @@ def score_reply(judge: RewardFunction) -> RewardFunction:
     return reward
 
 
-def truncating_terms(reward: RewardFunction) -> list[Any]:
-    """Return the models in a reward that truncated a text so far."""
+def scorers_in(reward: RewardFunction) -> list[Any]:
+    """Return what computes a reward, without what prepares its texts; of a sum for each term."""
     if isinstance(reward, TermSum):
-        return [model for _, term in reward.terms.values() for model in truncating_terms(term)]
-    model = continuation_only(reward) or getattr(reward, "scorer", reward)
-    return [model] if getattr(model, "num_truncated", 0) else []
+        return [scorer for _, term in reward.terms.values() for scorer in scorers_in(term)]
+    return [continuation_only(reward) or getattr(reward, "scorer", reward)]
 
 
 def missing_rule_error(task: str) -> ConfigError:
