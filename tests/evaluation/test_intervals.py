@@ -30,6 +30,7 @@ def test_only_numbers_over_few_prompts_have_one() -> None:
 def test_means_and_cells_carry_it() -> None:
     assert show_mean([0.0, 1.0] * 32) == "0.500"
     assert show_mean([0.0, 2.0, 0.0, 2.0], ".1f") == "1.0 [-0.8, 2.8]"
+    assert show_mean([0.0] * 4) == "0.000 [0.000, 0.490]"  # a share, whose errors do not show in its spread
     metrics = {"pass_rate": [0.5], "completions": [10.0]}
     assert cell(metrics, "pass_rate") == "0.500 [0.237, 0.763]"
     # two seeds: half the width, over the square root of two

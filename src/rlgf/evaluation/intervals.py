@@ -67,5 +67,7 @@ def show_mean(values: Sequence[float], digits: str = ".3f") -> str:
     count, mean = len(values), sum(values) / len(values)
     if count >= FEW or count < 2:
         return format(mean, digits)
+    if all(value in (0.0, 1.0) for value in values):
+        return format(mean, digits) + show_interval(share_interval(mean, count), digits)
     error = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
     return format(mean, digits) + show_interval(mean_interval(mean, error, count), digits)

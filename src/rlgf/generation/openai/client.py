@@ -230,7 +230,7 @@ class Server:
         reason = self._environment.hide(f"{error} - {detail}" if isinstance(detail, str) else str(error))
         if status == 404 and not re.search(r"/v\d", self.url):
             reason += "; most servers' URLs end in /v1"
-        refusal = refusal_of(status, error.code, f"{error} {detail or ''}")
+        refusal = refusal_of(status, getattr(error, "code", None), f"{error} {detail or ''}")
         if refusal is not None:
             return QuestionRefusedError(f"it refused the question as {refusal}: {reason}")
         if status in (408, 409, 425, 429) or status >= 500:
