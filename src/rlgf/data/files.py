@@ -54,7 +54,8 @@ def parse_json_lines(text: str, where: str) -> list[tuple[int, dict[str, Any]]]:
     rows: list[tuple[int, dict[str, Any]]] = []
     number = 0
     try:
-        for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        # not splitlines(), which also splits at characters that JSON may hold (U+0085, U+2028)
+        for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
             if line.strip():
                 row: Any = json.loads(line, object_pairs_hook=unique_keys)
                 if HALF_CHARACTER.search(line):

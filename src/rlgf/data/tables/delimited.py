@@ -7,9 +7,8 @@ out: a row that does not fit its header is refused with its line.
 """
 
 import csv
-import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rlgf.data.tables.text import Rows
@@ -17,6 +16,7 @@ from rlgf.errors import DataError
 
 DELIMITERS = (",", ";", "\t", "|")
 EXCEL_SEPARATOR = re.compile(r"sep=(.)\r?\n")
+LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+\Z")
 MAX_CELL = 2**31 - 1  # characters; Python's own limit is 131,072
 WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})\Z")
 DECIMAL_NUMBER = re.compile(r"-?(0|[1-9]\d{0,14})\.(\d{1,15})\Z")
@@ -54,7 +54,7 @@ def read_delimited(text: str, where: str, delimiter: str | None, texts: Sequence
 def _read_cells(text: str, where: str, delimiter: str, skipped: int) -> tuple[list[int], list[list[str]]]:
     """Return the rows that hold anything, each with its first line."""
     csv.field_size_limit(MAX_CELL)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_lines(text), delimiter=delimiter, strict=True)
     lines: list[int] = []
     table: list[list[str]] = []
     while True:
@@ -73,9 +73,14 @@ def _read_cells(text: str, where: str, delimiter: str, skipped: int) -> tuple[li
             table.append(cells)
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text with their ends, which a quoted cell may hold."""
+    return (found.group() for found in LINE.finditer(text))
+
+
 def _delimiter_of(text: str) -> str:
     """Return the first delimiter that parts the header line; a comma if none does."""
-    header = next((line for line in io.StringIO(text) if line.strip()), "")
+    header = next((line for line in _lines(text) if line.strip()), "")
     return next((mark for mark in DELIMITERS if len(next(csv.reader([header], delimiter=mark))) > 1), ",")
 
 
