@@ -26,13 +26,18 @@ ORDER = {
         "unread objects"
     ),
     "data": (
-        "hub __init__ chat files datasets preferences tokenization checksums source_hash "
+        "hub __init__ conversations chat tables files datasets preferences tokenization checksums source_hash "
         "lock scratch"
     ),
-    "evaluation": "__init__ chat_judge model_metrics win_rate evaluate best_of_n",
+    "data/conversations": "__init__ messages template",
+    "data/tables": "__init__ text delimited json_file",
+    "evaluation": "__init__ intervals model_metrics verdicts win_rate chat_judge evaluate best_of_n",
     "experiments": "__init__ tables figures report processes compare",
     "generation": "__init__ base beam_search kv_cache openai sampling decoder",
-    "generation/openai": "__init__ cache responses usage retries environment client token_ids pool",
+    "generation/openai": (
+        "__init__ cache refusals dialects responses usage retries environment messages "
+        "client token_ids pool"
+    ),
     "guides": "__init__ base human local remote prefetch encoding",
     "kernels": "__init__ concurrency processor native attention linear modules dispatch",
     "models": (

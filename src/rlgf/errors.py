@@ -66,7 +66,7 @@ class DataError(RlgfError):
         >>> config = rlgf.override(rlgf.recipe("prompts"), changes)
         >>> rlgf.prepare(config, Path("runs/stages"))
         Traceback (most recent call last):
-        rlgf.errors.DataError: rows.jsonl, split train, row 1: there is no 'prompt'; ...
+        rlgf.errors.DataError: rows.jsonl, split train, line 1: there is no 'prompt'; ...
     """
 
     exit_code = 2

@@ -42,6 +42,8 @@ class Prompt:
     - `ids`: the prompt's tokens, if a task fixes them; otherwise `text` is encoded.
     - `columns`: other columns of the row, for rewards and metrics.
     - `messages`: the messages of a conversation.
+    - `tools`: the tools that a conversation offers, as JSON schemas.
+    - `template_variables`: the row's own variables of the chat template.
     - `reply_prefix`: the text that the chat template starts every reply with (for example
       `<think></think>`); it is part of the completion, so the policy generates it.
 
@@ -61,6 +63,8 @@ class Prompt:
     messages: tuple[Message, ...] | None = None
     reply_prefix: str = ""
     reply_prefix_plain: str = ""  # reply_prefix decoded without special tokens
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def strip_reply_prefix(self, text: str) -> str:
         """Return a completion without the reply prefix of the chat template."""

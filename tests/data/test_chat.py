@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlgf.data.chat import ChatTemplate, PromptBuilder, is_conversation, messages_of, normalize_whitespace, read_template
+from rlgf.data.chat import PromptBuilder, normalize_whitespace
+from rlgf.data.conversations.messages import is_conversation, messages_of
+from rlgf.data.conversations.template import ChatTemplate, read_template
 from rlgf.errors import INPUT_ERRORS, DataError
 from rlgf.evaluation.chat_judge import fill_template
 from rlgf.pipeline.stages import train_tokenizer

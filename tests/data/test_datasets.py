@@ -53,7 +53,7 @@ def test_a_home_folder_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_missing_column_is_named_with_its_row_and_those_there_are(tmp_path: Path) -> None:
     path = file_with(tmp_path / "a.jsonl", LINES + '{"text": "no label"}\n')
-    with pytest.raises(INPUT_ERRORS, match=r"a\.jsonl, row 3: there is no column 'label'; it has text\."):
+    with pytest.raises(INPUT_ERRORS, match=r"a\.jsonl, line 3: there is no column 'label'; it has text\."):
         read_rows(str(path), "train", ["text", "label"])
 
 

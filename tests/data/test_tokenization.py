@@ -176,3 +176,42 @@ def test_every_text_that_a_tokenizer_changes_is_counted_and_kept(shared_data: Pa
     changed = sum(text != wrote for text, wrote in zip(rollout.completions, rollout.guide_completions))
     assert rollout.counters["guide_completions_changed"] == changed
     assert (changed > 0) == (load is t5)
+
+
+def byte_level(**options: Any) -> Any:
+    """A byte-level tokenizer; with `opens` it puts <bos> before every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made: Any = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=options.get("spaces", False))
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<eos>", "<bos>"]
+    options_of: dict[str, Any] = {"vocab_size": 290, "special_tokens": special, "show_progress": False}
+    trainer: Any = trainers.BpeTrainer(initial_alphabet=alphabet, **options_of)
+    made.train_from_iterator(["boats sail over the row of boats"] * 3, trainer)
+    if options.get("opens"):
+        made.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", 1)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", bos_token="<bos>")
+
+
+@pytest.mark.parametrize("spaces", [False, True])
+@pytest.mark.parametrize("text", ["boats", " boats", "\nboats", "(boats)", "", "  two"])
+def test_a_byte_level_tokenizer_puts_no_space_before_a_continuation(spaces: bool, text: str):
+    tokenizer = byte_level(spaces=spaces)
+    ids = encode_continuation(tokenizer, text)
+    before = Codec(tokenizer).prompt(Prompt("row"))
+    assert decode_continuations(tokenizer, [before], [ids]) == [text]
+
+
+def test_a_prompt_that_opens_itself_gets_no_second_opening_token():
+    codec = Codec(byte_level(opens=True))
+    bare, opened, twice = codec.prompts([Prompt("boats"), Prompt("<bos>boats"), Prompt("<bos><bos>boats")])
+    assert bare == opened
+    assert bare[0] == 1
+    assert 1 not in bare[1:]
+    assert twice == [1, *bare]  # what the text itself says twice stays
+    assert Codec(byte_level()).prompt(Prompt("<bos>boats"))[0] == 1

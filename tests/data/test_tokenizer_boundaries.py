@@ -361,6 +361,20 @@ def test_a_model_of_another_tokenizer_reads_and_writes_text(text_guide: TextMode
     assert decode_continuations(tokenizer, [ids], [list(spoken.ids or ())])[0].startswith(answer.text)
 
 
+def test_a_conversation_is_read_by_its_own_template(byte_tokenizer: Any) -> None:
+    import copy
+
+    own = copy.deepcopy(byte_tokenizer)
+    own.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    guide = TextModelGuide(model_of(own, seed=3), SamplingParams(top_k=20))
+    prompt = Prompt("<|im_start|>hi", messages=({"role": "user", "content": "hi"},), reply_prefix="<t></t>")
+    for prefix, read in (("", "[hi]:"), ("<t></t> so", "[hi]: so")):
+        request = CompletionRequest(prompt, [1], prefix, [], 8, 0, 0, 0)
+        assert own.decode(guide._contexts([request])[0][0]) == read  # pyright: ignore[reportPrivateUsage]
+        (completion,) = guide.complete([request])
+        assert completion.text.startswith("<t></t>") == (not prefix)
+
+
 def test_its_text_depends_on_seed_trajectory_and_position_alone(text_guide: TextModelGuide) -> None:
     together = text_guide.complete([request(index=index, prefix=" a" * (index % 3)) for index in range(6)])
     assert len({answer.text for answer in together}) == 6

@@ -19,10 +19,10 @@ from rlgf.evaluation.chat_judge import (
     chat_judge,
     fill_template,
     load_template,
-    parse_choice,
     server_settings,
     split_system,
 )
+from rlgf.evaluation.verdicts import parse_choice
 from rlgf.evaluation.win_rate import RewardJudge, summary, win_rate, win_rate_metrics
 from rlgf.experiments.compare import compare
 from rlgf.generation.openai.cache import ResponseCache
@@ -57,7 +57,7 @@ from rlgf.types import Prompt
         ("Preferred: [A] or (B)", None),
         ("Preferred: (A) or (B)", None),
         ("Preferred: neither", None),
-        ("Preferred: (A)\nI hope that this helps.", None),  # the last line counts, whatever stands above it
+        ("Preferred: (A)\nI hope that this helps.", "A"),
         ("A good summary is hard to find.", None),
         ("Preferred: C", None),
         ("Comparison: (A) is better", "A"),
@@ -65,7 +65,7 @@ from rlgf.types import Prompt
         (" \n ", None),
     ],
 )
-def test_a_choice_is_read_from_the_last_line(answer: str, choice: str | None):
+def test_a_choice_is_read_where_it_is_stated(answer: str, choice: str | None):
     assert parse_choice(answer) == choice
 
 
@@ -199,7 +199,7 @@ def test_responses_of_an_earlier_version_are_found(tmp_path: Path):
     cache.put("8d4fb326e3bff252998dc69671a4f795425515b1a4eeb726bfbbebdef9b8250b", {"text": "(A)", "finished": True})
     cache.put("8aa571d3602f8cde8f1f148a0bd42b8a96dbf617b43a57fe3d73a6a6017b0da0", {"text": "(B)", "finished": True})
     endpoint = EndpointConfig(thinking_tokens=3, offline=True)
-    config = JudgeConfig(spec="server:m@http://127.0.0.1:9/v1", order="both", seed=1, endpoint=endpoint)
+    config = JudgeConfig(spec="server:m@http://127.0.0.1:9/v1", order="both", seed=1, answer="text", endpoint=endpoint)
     judge = chat_judge(config, tmp_path, lambda line: None)
     assert judge.compare([Prompt("post")], [" text"], [" other"]) == [1.0]
     with pytest.raises(TrainingError, match="the judge is offline"):

@@ -24,7 +24,7 @@ from rlgf.config.sections import (
     RewardLoraConfig,
     SupervisedConfig,
 )
-from rlgf.data.chat import ChatTemplate
+from rlgf.data.conversations.template import ChatTemplate
 from rlgf.errors import ConfigError
 from rlgf.evaluation.evaluate import mean_reward_gain
 from rlgf.models.loading import load_language_model
@@ -94,10 +94,14 @@ def test_a_long_text_loses_part_of_its_prompt_but_not_what_ends_it_and_is_counte
     assert ids[:room] == whole[-room:] or reward.max_length > 10**6
 
 
-def test_a_response_that_is_too_long_by_itself_is_an_error(causal_folder: Path):
+def test_a_response_that_is_too_long_by_itself_is_an_error_in_pairs_and_scored_by_its_beginning(causal_folder: Path):
     reward = new_reward_model(str(causal_folder), PreferenceConfig(), 0)
+    texts = [" ".join(["plot"] * count) for count in (80, 90)]
     with pytest.raises(Exception, match=r"a response has \d+ tokens, but the context of the reward model .* is 48"):
-        score(reward, [Prompt("about:")], [" ".join(["plot"] * 80)])
+        reward.encode([Prompt("about:")], texts[:1])
+    first, second = score(reward, [Prompt("about:")] * 2, texts)
+    assert first == pytest.approx(second, abs=1e-6)
+    assert reward.num_truncated == 2
 
 
 def test_a_classifier_of_two_texts_reads_prompt_and_response_as_a_pair(tmp_path: Path):

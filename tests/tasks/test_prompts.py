@@ -77,7 +77,7 @@ def test_a_cell_that_says_na_is_a_word_and_an_empty_one_no_reference(tmp_path: P
     [
         ("", "rows.csv, split train, holds no rows"),
         ("prompt,references\n", "rows.csv, split train, holds no rows"),
-        ('prompt,references\n"a,b\n', r"rows.csv' cannot be loaded \(.*EOF inside string.*\): fix the file"),
+        ('prompt,references\n"a,b\n', r"rows.csv, line 2: the quotation marks of a cell do not match"),
     ],
 )
 def test_a_table_that_holds_nothing_or_is_broken_says_so(content: str, words: str, tmp_path: Path, tokenizer: Any):
@@ -163,7 +163,7 @@ def test_columns_may_have_other_names(tmp_path: Path, tokenizer: Any):
     task = task_of(path, tokenizer, prompt_column="question", completion_column="answer")
     assert {prompt.columns["prompt"] for prompt in task.train} == {"a column like any other"}
     assert all(prompt.sft_targets == (prompt.text.removeprefix("ask"),) for prompt in task.train)
-    with pytest.raises(INPUT_ERRORS, match="row 1: there is no 'asked'; the row has answer, prompt, question"):
+    with pytest.raises(INPUT_ERRORS, match="line 1: there is no 'asked'; the row has answer, prompt, question"):
         task_of(path, tokenizer, prompt_column="asked")
 
 
@@ -189,7 +189,7 @@ def test_conversations_and_texts_may_stand_side_by_side(tmp_path: Path, tokenize
 
 def test_a_completion_of_several_turns_is_refused(tmp_path: Path, tokenizer: Any):
     rows = [{"prompt": "ask", "completion": [said("assistant", "a"), said("user", "b")]}]
-    with pytest.raises(INPUT_ERRORS, match="row 1: a response must be a string or one assistant message"):
+    with pytest.raises(INPUT_ERRORS, match="line 1: a response must be a string or one assistant message"):
         task_of(write(tmp_path / "rows.jsonl", rows), tokenizer)
 
 
@@ -374,3 +374,61 @@ def test_what_a_template_opens_replies_with_is_known_of_every_prompt(tmp_path: P
         assert prompt.reply_prefix == "<think></think>"
         assert prompt.references[0].startswith("<think></think>say ")
         assert prompt.strip_reply_prefix(prompt.references[0]).startswith("say ")
+
+
+TALKS = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>{{ m.reasoning_content or '' }}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def calling(number: int) -> dict[str, Any]:
+    name = ("city", "zone")[number % 2]
+    function = {"name": f"look_{name}", "arguments": {name: f"{number}"}}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": function}]}
+    target = {"role": "assistant", "content": "yes", "reasoning_content": "why"} if number % 2 else said("assistant", "no")
+    tools = [{"name": function["name"], "parameters": {"properties": {name: {"type": "string"}}}}]
+    return {"prompt": [said("user", f"{number}?"), call, said("tool", "rain")], "completion": [target], "tools": tools}
+
+
+def test_rows_with_tools_and_thoughts_are_the_same_from_json_lines_and_parquet(tmp_path: Path, tokenizer: Any):
+    import datasets
+
+    rows = [calling(number) for number in range(8)]
+    write(tmp_path / "rows.jsonl", rows)
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    csv = "prompt,completion,tools\n"
+    for row in rows:
+        cells = [json.dumps(row[name]).replace('"', '""') for name in ("prompt", "completion", "tools")]
+        csv += ",".join(f'"{cell}"' for cell in cells) + "\n"
+    (tmp_path / "rows.csv").write_text(csv)
+    found: list[list[Any]] = []
+    for name in ("rows.jsonl", "rows.parquet", "rows.csv"):
+        task = task_of(tmp_path / name, tokenizer, chat_template=TALKS)
+        found.append(sorted((prompt.text, prompt.sft_targets) for prompt in all_prompts(task)))
+    assert found[0] == found[1] == found[2]
+    expected = (
+        '[{"name": "look_zone", "parameters": {"properties": {"zone": {"type": "string"}}}}]'
+        '<user>1?</><assistant>{"name": "look_zone", "arguments": {"zone": "1"}}</><tool>rain</><assistant>'
+    )
+    assert (expected, ("whyyes",)) in found[0]
+
+
+def test_what_a_template_ignores_or_asks_for_is_said(tmp_path: Path, tokenizer: Any):
+    rows = [{"prompt": [said("user", f"ask {n}")], "tools": [{"name": "look"}]} for n in range(8)]
+    task = task_of(write(tmp_path / "rows.jsonl", rows), tokenizer, chat_template=CHAT + "{{ strftime_now('%Y') }}")
+    assert task.warnings == {
+        "conversations whose tools (column 'tools') the chat template ignores": 8,
+        "conversations with the date 2024-07-26 in place of today's": 8,
+    }
+    assert all(prompt.text.endswith("<assistant>2024") for prompt in all_prompts(task))
+    with pytest.raises(INPUT_ERRORS, match=r"rows\.jsonl, split train, line 1: 'tools' is .* must be a list of tools"):
+        task_of(write(tmp_path / "rows.jsonl", [{**rows[0], "tools": "hammer"}]), tokenizer, chat_template=CHAT)
+
+
+def test_thoughts_after_a_plain_prompt_are_refused(tmp_path: Path, tokenizer: Any):
+    rows = [{"prompt": "ask", "completion": {"role": "assistant", "content": "a", "reasoning": "b"}}] * 8
+    with pytest.raises(INPUT_ERRORS, match="line 1: a response with thoughts or tool calls of their own needs a prompt"):
+        task_of(write(tmp_path / "rows.jsonl", rows), tokenizer)

@@ -20,6 +20,7 @@ from rlgf.cli.terminal import Part, escape_log_lines, log, out, print_table, rep
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
 from rlgf.errors import INPUT_ERRORS
+from rlgf.evaluation.intervals import FEW, interval_in, show_interval, show_mean
 from rlgf.experiments.tables import table_rows
 from rlgf.interrupts import set_grace
 from rlgf.kernels import dispatch
@@ -83,7 +84,9 @@ class ProgressReporter:
     def __call__(self, step: Step) -> None:
         """Show the progress after one more iteration."""
         metrics = step.metrics
-        line = f"reward {metrics['score']:.3f} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
+        scores = step.experience.score
+        shown = show_mean([float(value) for value in scores]) if 1 < len(scores) < FEW else f"{metrics['score']:.3f}"
+        line = f"reward {shown} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
         line += guide_progress(metrics, step.guide_usage)
         if "profile" in metrics:
             report(profile_summary(metrics))
@@ -144,6 +147,8 @@ def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> st
         shown += f", {metrics['guide_rows_cached']:,.0f} completions from the cache"
     if failed := metrics["guide_retried"] + metrics["guide_given_up"]:
         shown += f", {failed:,.0f} failed"
+    if metrics.get("guide_refused"):
+        shown += f", {metrics['guide_refused']:,.0f} refused"
     return shown + (f", cost {spent['cost']:.4g} so far" if "cost" in spent else "")
 
 
@@ -155,7 +160,12 @@ def print_comparison(results: Mapping[str, Any]) -> None:
 
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """Print names and values of metrics."""
-    print_table(["metric", "value"], [[name, f"{value:.4g}"] for name, value in metrics.items()])
+    print_table(["metric", "value"], [[name, with_interval(name, metrics)] for name in metrics])
+
+
+def with_interval(name: str, metrics: Mapping[str, float]) -> str:
+    """Return a metric as text, over few prompts with its interval."""
+    return f"{metrics[name]:.4g}{show_interval(interval_in(name, metrics))}"
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:
@@ -164,10 +174,12 @@ def print_evaluation(found: Mapping[str, Any]) -> None:
     if "best_of" in found:
         columns[f"best of {found['best_of']['samples']}"] = found["best_of"]["evaluation"]
     names = dict.fromkeys(name for column in columns.values() for name in column)
-    rows = [[name, *(f"{column[name]:.4g}" if name in column else "–" for column in columns.values())] for name in names]
+    rows = [[name, *(with_interval(name, column) if name in column else "–" for column in columns.values())] for name in names]
     print_table(["metric", *columns], rows)
     if "judge" in found:
-        report(f"win rate against the references, by {found['judge']}")
+        refused = sum(column.get("judge_refused", 0) for column in columns.values())
+        left_out = f"; {refused:,.0f} questions refused and left out" if refused else ""
+        report(f"win rate against the references, by {found['judge']}{left_out}")
 
 
 def print_rollout(row: Mapping[str, Any], to: Console = out, soft_wrap: bool = True) -> None:

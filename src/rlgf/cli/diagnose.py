@@ -20,7 +20,9 @@ from rlgf.config.specs import GuideKind
 from rlgf.data.preferences import Pairs, length_baseline
 from rlgf.data.tokenization import Codec, decode
 from rlgf.errors import INPUT_ERRORS, TrainingError
+from rlgf.evaluation.intervals import show_mean
 from rlgf.generation.openai.client import CONTINUATIONS, Server
+from rlgf.generation.openai.refusals import QuestionRefusedError
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import CompletionRequest, Guide, query_guide
@@ -36,7 +38,8 @@ from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import prepare_tokenizer
 from rlgf.randomness import Purpose, permutation
 from rlgf.rewards.base import score
-from rlgf.rewards.build import check_reward_columns, check_reward_names
+from rlgf.rewards.build import check_reward_columns, check_reward_names, scorers_in
+from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.tasks.base import Task
 from rlgf.tasks.registry import task_definition
 from rlgf.types import Prompt, RewardFunction
@@ -65,7 +68,7 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     findings += [Finding("ok", f"{count:,} {reason}, dropped") for reason, count in task.dropped_rows.items()]
     findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.warnings.items()]
     findings += check_prompts(task, tokenizer)
-    check_reward_names(config.reward.names)
+    check_reward_names(config.reward.names, config.reward.options)
     for split, prompts in (
         ("training", task.train),
         ("validation", task.validation),
@@ -201,7 +204,7 @@ def _send(server: Server, request: ServerRequest) -> tuple[ServerResponse, float
     start = time.monotonic()
     try:
         return server.send(request), time.monotonic() - start
-    except (TransientError, InvalidError, PermanentError) as error:
+    except (TransientError, InvalidError, PermanentError, QuestionRefusedError) as error:
         return str(error)
 
 
@@ -298,6 +301,7 @@ def check_reward(task: Task, reward: RewardFunction) -> list[Finding]:
     except TrainingError as error:
         return [Finding("error", str(error))]
     findings = [Finding("ok", f"{sum(map(len, kinds.values()))} rewards, one finite number for each completion")]
+    findings += [Finding("ok", f"it is {s.describe()}") for s in scorers_in(reward) if isinstance(s, SequenceClassifier)]
     together = scores["targets"]
     if any(abs(a - b) > 1e-6 for a, b in [*zip(together, again), *zip(together, alone)]):
         findings.append(
@@ -307,13 +311,14 @@ def check_reward(task: Task, reward: RewardFunction) -> list[Finding]:
         findings.append(Finding("ok", "the reward is pure: the same completion gets the same number, alone or among others"))
     findings.append(_constant(task, reward, [value for values in scores.values() for value in values]))
     means = {name: statistics.fmean(values) for name, values in scores.items()}
+    shown = show_mean(scores["targets"])
     for name in ("empty texts", "shuffled targets"):
-        compared = f"{name} ({means[name]:.3f})"
+        compared = f"{name} ({show_mean(scores[name])})"
         if means["targets"] > means[name]:
-            findings.append(Finding("ok", f"targets ({means['targets']:.3f}) outscore {compared}"))
+            findings.append(Finding("ok", f"targets ({shown}) outscore {compared}"))
         else:
             reason = "expected of noisy demonstrations, otherwise a sign that targets and reward disagree"
-            findings.append(Finding("warning", f"targets ({means['targets']:.3f}) do not outscore {compared}: {reason}"))
+            findings.append(Finding("warning", f"targets ({shown}) do not outscore {compared}: {reason}"))
     return findings
 
 

@@ -19,6 +19,8 @@ from rlgf.cli.options import (
 )
 from rlgf.errors import ConfigError, unknown
 
+ROUGE_TOKENIZERS = ("latin", "unicode")
+
 
 def evaluate(
     run_or_recipe: Annotated[str, typer.Argument(help="A run's folder, or a recipe or YAML file with --policy.")],
@@ -99,6 +101,9 @@ def score(
         typer.Option("--json", help="Also write all values to this file; -: print them instead.", metavar="FILE"),
     ] = None,
     stem: Annotated[bool, typer.Option("--stem", help="Porter stems for rouge1, rouge2, rougeL, rougeLsum.")] = False,
+    rouge_tokenizer: Annotated[
+        str, typer.Option(help="Words of rouge1 to rougeLsum: latin (a to z and digits, as published) or unicode.")
+    ] = "latin",
     bertscore_model: Annotated[str, typer.Option(help="Encoder, a Hub name or a folder.")] = "roberta-large",
     bertscore_layers: Annotated[int | None, typer.Option(help="Layer to compare; common models have a default.", min=1)] = None,
 ) -> None:
@@ -113,7 +118,9 @@ def score(
     if json_out:
         check_writable(json_out)
     lines = scoring.read_lines(file, keys)
-    options = scoring.Options(stem, bertscore_model, bertscore_layers)
+    if rouge_tokenizer not in ROUGE_TOKENIZERS:
+        raise unknown("tokenizer of ROUGE", rouge_tokenizer, ROUGE_TOKENIZERS)
+    options = scoring.Options(stem, "unicode" if rouge_tokenizer == "unicode" else "latin", bertscore_model, bertscore_layers)
     scores = scoring.score(lines, keys, options, terminal.report)
     for warning in scores.warnings:
         terminal.report(f"warning: {warning}")

@@ -204,7 +204,7 @@ CONNECTION_FIELDS = (
     "price_output", "max_requests", "max_tokens", "max_cost", "cache", "offline",
 )  # fmt: skip
 JUDGE_CONNECTION_FIELDS = tuple(f"endpoint.{name}" for name in CONNECTION_FIELDS)
-GUIDE_CONNECTION_FIELDS = (*JUDGE_CONNECTION_FIELDS, "on_failure", "prefetch")
+GUIDE_CONNECTION_FIELDS = (*JUDGE_CONNECTION_FIELDS, "on_failure", "on_refusal", "max_refused_share", "prefetch")
 
 
 @section
@@ -219,8 +219,12 @@ class JudgeConfig:
 
     spec: str | None = None
     order: Literal["random", "both"] = "random"  # random per row, or each row in both orders
-    template: str | None = None  # prompt template file; None: the paper's, appendix C.2
+    # json: the choice as a JSON object, by its schema if the server takes one; text: the paper's
+    # question, appendix C.2
+    answer: Literal["json", "text"] = "json"
+    template: str | None = None  # file with a question of one's own, answered in text
     answer_tokens: Length = 256
+    max_refused_share: Probability = 0.5  # of an evaluation's questions; it stops beyond it
     seed: Seed = 0  # of the random order
     endpoint: EndpointConfig = EndpointConfig()
 
@@ -250,6 +254,9 @@ class GuideConfig:
     tokens_per_policy_token: PositiveFloat = 1.5  # guide tokens allowed per policy token
     invalid_retries: SmallIntOrZero = 2  # new requests after an invalid response
     on_failure: Literal["stop", "wait", "policy"] = "stop"  # after all retries; policy: it samples
+    # after a question that the server refuses: the policy samples alone, or the row is left out
+    on_refusal: Literal["policy", "drop"] = "policy"
+    max_refused_share: Probability = 0.5  # of a run's questions; the run stops beyond it
     prefetch: SmallIntOrZero = 2  # iterations of rollins requested ahead, during training; 0: none
     endpoint: EndpointConfig = EndpointConfig()
 

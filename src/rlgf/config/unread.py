@@ -142,7 +142,8 @@ def _condition_of_options(name: str) -> Condition:
 
 SHAPE = ("architecture", "layers", "width", "heads", "max_length", "vocabulary", "init_std")
 OF_SERVERS = (
-    "continuation", "instruction", "system", "stop", "tokens_per_policy_token", "invalid_retries", "on_failure", "prefetch",
+    "continuation", "instruction", "system", "stop", "tokens_per_policy_token", "invalid_retries", "on_failure",
+    "on_refusal", "max_refused_share", "prefetch",
 )  # fmt: skip
 
 CONDITIONS = (

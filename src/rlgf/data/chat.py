@@ -5,158 +5,12 @@ The prompt of a row, plain text or a conversation, becomes the input text of a m
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from rlgf.data.conversations.messages import Reply, TemplateInputs, is_conversation, messages_of, text_of, thoughts_in
+from rlgf.data.conversations.template import NO_INPUTS, ChatTemplate
 from rlgf.errors import DataError
-from rlgf.types import Message, Prompt
-from rlgf.untrusted_text import shorten
-
-PROBE = "rlgf-probe"  # placeholder for a reply while a template is inspected
-
-
-def is_conversation(value: object) -> bool:
-    """Return whether a value is a nonempty list of messages (mappings with role and content)."""
-    return isinstance(value, list) and bool(value) and all(isinstance(item, Mapping) for item in cast("list[Any]", value))
-
-
-def messages_of(value: Any, where: str) -> tuple[Message, ...]:
-    """Return the messages of a conversation, each validated to have a role and a text.
-
-    Raises `ConfigError` for a message without them; `where` names the conversation in the error.
-    """
-    messages: list[Message] = []
-    for number, message in enumerate(value, 1):
-        role, content = message.get("role"), content_of(message)
-        if not isinstance(role, str) or not isinstance(content, str):
-            raise DataError(
-                f"{where}: message {number} must have a 'role' and a 'content' that are strings, but is {str(message)[:80]!r}."
-            )
-        # other fields stay, such as a name or tool calls
-        known = {name: part for name, part in message.items() if part is not None}
-        messages.append({**known, "content": content})
-    return tuple(messages)
-
-
-def content_of(message: Mapping[str, Any]) -> Any:
-    """Return the text of a message, its text parts joined.
-
-    A message that only calls tools has the empty text. Content of other kinds is returned as it is.
-    """
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return ""
-    if isinstance(content, list):
-        parts = cast("list[Any]", content)
-        if all(
-            isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
-        ):
-            return "".join(part["text"] for part in parts)
-    return content
-
-
-def read_template(value: str | None) -> str | None:
-    """Load a chat template from a file, or return the Jinja text itself.
-
-    None stays None. Raises `ConfigError` for a value that is neither.
-    """
-    if value is None:
-        return None
-    path = Path(value).expanduser()
-    if "{" in value:
-        return value
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise DataError(f"chat template '{shorten(value, 80)}' cannot be read ({error}): give a UTF-8 file.") from None
-    raise DataError(f"chat template '{shorten(value, 80)}' is neither a file nor a Jinja template: name a file that holds one.")
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A chat template that renders conversations: the tokenizer's own, or another one."""
-
-    tokenizer: Any
-    template: str | None = None  # Jinja; None: the tokenizer's own
-    option: str = "task.options.chat_template"  # setting that replaces it, for error messages
-
-    @property
-    def available(self) -> bool:
-        """Return whether there is a template at all."""
-        return bool(self.template or getattr(self.tokenizer, "chat_template", None))
-
-    def prompt(self, messages: Sequence[Message], where: str) -> str:
-        """Render a conversation as a prompt, with the assistant's turn opened.
-
-        If the last turn is the assistant's, it is left open and continued.
-        """
-        continues = messages[-1]["role"] == "assistant"
-        return self._render(messages, where, add_generation_prompt=not continues, continue_final_message=continues)
-
-    def render_closed(self, messages: Sequence[Message], where: str) -> str:
-        """Render a conversation with its last turn closed."""
-        return self._render(messages, where)
-
-    def reply(self, messages: Sequence[Message], text: str) -> str:
-        """Render an assistant's reply as it follows `prompt(messages)`.
-
-        The text that closes the turn is omitted.
-        """
-        if messages[-1]["role"] == "assistant":
-            return text
-        opening, strips = self._replies
-        return opening + (text.strip() if strips else text)
-
-    def opening(self, messages: Sequence[Message]) -> str:
-        """Return the prefix that `reply` puts before every text."""
-        return "" if messages[-1]["role"] == "assistant" else self._replies[0]
-
-    def strip_opening(self, messages: Sequence[Message], reply: str) -> str:
-        """Return the content of the assistant's message for a rendered reply.
-
-        The template's prefix is removed; a reply without it loses its leading newlines. If the
-        last turn is the assistant's, its content comes first.
-        """
-        if messages[-1]["role"] == "assistant":
-            return messages[-1]["content"] + reply
-        opening = self.opening(messages)
-        return reply.removeprefix(opening) if opening and reply.startswith(opening) else reply.lstrip("\n")
-
-    @cached_property
-    def _replies(self) -> tuple[str, bool]:
-        """Return the template's prefix of replies, and whether it strips their white space."""
-        user_messages: list[Message] = [{"role": "user", "content": "?"}]
-        where = "a trial of the chat template"
-        try:
-            self.prompt(user_messages, where)
-        except DataError:  # some templates require a system message
-            user_messages = [{"role": "system", "content": "?"}, *user_messages]
-        before, found = self.prompt(user_messages, where), list[str]()
-        for text in (PROBE, f"  {PROBE}"):
-            whole = self.render_closed([*user_messages, {"role": "assistant", "content": text}], where)
-            if not whole.startswith(before) or PROBE not in whole:
-                # the closed conversation does not begin with the prompt: leave replies unchanged
-                return "", False
-            found.append(whole[len(before) :].partition(PROBE)[0])
-        return found[0], found[0] == found[1]
-
-    def _render(self, messages: Sequence[Message], where: str, **options: bool) -> str:
-        if not self.available:
-            raise DataError(
-                f"{where} is a conversation, but the tokenizer has no chat template: give one with {self.option}=FILE "
-                "(a Jinja template), choose a model that has one, or write prompts as plain text."
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], chat_template=self.template, tokenize=False, **options
-            )
-        # templates raise errors of any type, about the roles, their order or their number
-        except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(f"{where}: the chat template rejects the conversation ({reason}): fix the row.") from None
-        return str(text)
+from rlgf.types import Prompt
 
 
 @dataclass
@@ -175,25 +29,32 @@ class PromptBuilder:
     template: str | None = None
     separator: str = ""  # before responses to plain prompts, unless white space is there
     num_truncated: int = 0
+    template_variables: Mapping[str, Any] = field(default_factory=dict[str, Any])  # of every conversation
     num_too_long: int = 0
+    num_tools_ignored: int = 0  # conversations whose tools the template does not show
     chat: ChatTemplate = field(init=False)
 
     def __post_init__(self) -> None:
-        self.chat = ChatTemplate(self.tokenizer, self.template)
+        self.chat = ChatTemplate(self.tokenizer, self.template, variables=self.template_variables)
         if self.limit and self.limit <= self.count(self.suffix):
             raise DataError(
                 f"the suffix {self.suffix!r} alone has {self.count(self.suffix)} tokens, but prompts may have {self.limit}: "
                 "allow more tokens or choose a shorter suffix."
             )
 
-    def __call__(self, values: Sequence[Any], places: Sequence[str]) -> list[Prompt | None]:
+    def __call__(
+        self, values: Sequence[Any], places: Sequence[str], inputs: Sequence[TemplateInputs] = ()
+    ) -> list[Prompt | None]:
         """Return a prompt for each text or conversation; None for a conversation over `limit`.
 
-        `places` name the values in errors. Raises `ConfigError` for an empty prompt.
+        `places` name the values in errors; `inputs` are what else their chat template reads. Raises
+        `DataError` for an empty prompt.
         """
         found: list[Prompt | None] = []
-        for value, place in zip(values, places):
-            found.append(self._conversation(value, place) if is_conversation(value) else Prompt(self._text(value, place)))
+        for value, place, extra in zip(values, places, inputs or [NO_INPUTS] * len(values)):
+            found.append(
+                self._conversation(value, place, extra) if is_conversation(value) else Prompt(self._text(value, place))
+            )
         if not self.limit:
             return found
         texts = list(dict.fromkeys(prompt.text for prompt in found if prompt is not None and prompt.messages is None))
@@ -205,10 +66,20 @@ class PromptBuilder:
                 self.num_truncated += 1
         return found
 
-    def response(self, prompt: Prompt, text: str) -> str:
-        """Return a response as it follows its prompt."""
+    def response(self, prompt: Prompt, reply: Reply, place: str = "a response") -> str:
+        """Return a response as it follows its prompt.
+
+        Raises `DataError` for thoughts and tool calls after a plain prompt, which has no form for
+        them.
+        """
         if prompt.messages:
-            return self.chat.reply(prompt.messages, text)
+            return self.chat.reply(prompt.messages, reply, inputs_of(prompt), place)
+        if not isinstance(reply, str) and (thoughts_in(reply) or reply.get("tool_calls")):
+            raise DataError(
+                f"{place}: a response with thoughts or tool calls of their own needs a prompt that is a conversation: write "
+                "the prompt as messages, or the response as a text."
+            )
+        text = text_of(reply)
         return text if prompt.text[-1:].isspace() else with_separator(self.separator, text)
 
     def count(self, text: str) -> int:
@@ -223,18 +94,23 @@ class PromptBuilder:
             raise DataError(f"{place}: the prompt is empty: remove the row.")
         return value if value.endswith(self.suffix) else value + self.suffix
 
-    def _conversation(self, value: Any, place: str) -> Prompt | None:
+    def _conversation(self, value: Any, place: str, inputs: TemplateInputs) -> Prompt | None:
         messages = messages_of(value, place)
-        text = self.chat.prompt(messages, place)
+        text = self.chat.prompt(messages, place, inputs)
+        if inputs.tools and text == self.chat.prompt(messages, place, TemplateInputs(variables=inputs.variables)):
+            self.num_tools_ignored += 1
         # the template has added the special tokens already
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         if self.limit and len(ids) > self.limit:
             self.num_too_long += 1
             return None
-        opening = self.chat.opening(messages)
+        opening = self.chat.opening(messages, inputs)
         opening_ids = self.tokenizer(opening, add_special_tokens=False)["input_ids"] if opening else []
         bare = str(self.tokenizer.decode(opening_ids, skip_special_tokens=True)) if opening else ""
-        return Prompt(text, ids=ids, messages=messages, reply_prefix=opening, reply_prefix_plain=bare)
+        return Prompt(
+            text, ids=ids, messages=messages, reply_prefix=opening, reply_prefix_plain=bare, tools=inputs.tools,
+            template_variables=inputs.variables,
+        )  # fmt: skip
 
     def _shortened(self, text: str) -> str:
         """Return the longest beginning (or end) of a text that fits together with the suffix."""
@@ -267,6 +143,11 @@ class PromptBuilder:
             return list(range(len(body) + 1))
         offsets = self.tokenizer(body, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         return sorted({0, len(body), *((end if self.truncation == "right" else start) for start, end in offsets)})
+
+
+def inputs_of(prompt: Prompt) -> TemplateInputs:
+    """Return what a prompt's row gave the chat template next to the messages."""
+    return TemplateInputs(prompt.tools, prompt.template_variables)
 
 
 def with_separator(separator: str, text: str) -> str:

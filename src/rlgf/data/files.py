@@ -1,7 +1,6 @@
 """Files: atomic writes, JSON and JSON lines."""
 
 import errno
-import gzip
 import io
 import json
 import math
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from rlgf.data.tables.json_file import DuplicateKeyError, unique_keys
+from rlgf.data.tables.text import Rows, decode
 from rlgf.errors import DataError
 from rlgf.types import FORMAT_VERSION
 from rlgf.untrusted_text import escape_json, replace_surrogates
@@ -25,33 +26,38 @@ CHECK = "crc32"
 CHECKED = re.compile(rb', "crc32": "([0-9a-f]{8})"\}$')
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Load the objects of a JSON-lines file, plain or gzip.
+def read_jsonl(path: Path, encoding: str | None = None) -> Rows:
+    """Load the objects of a JSON-lines file, plain or compressed.
 
-    Raises `ConfigError` that names a broken line, or for a file that cannot be read.
+    Raises `DataError` that names a broken line, or for a file that cannot be read.
     """
     try:
         with path.open("rb") as file:
-            return [row for _, row in read_numbered_jsonl(file, str(path))]
+            numbered = read_numbered_jsonl(file, str(path), encoding)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}.") from None
+    return Rows([row for _, row in numbered], [number for number, _ in numbered])
 
 
-def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, dict[str, Any]]]:
+def read_numbered_jsonl(file: io.BufferedReader, where: str, encoding: str | None = None) -> list[tuple[int, dict[str, Any]]]:
     """Load the objects of an open JSON-lines file, each with its line number.
 
-    Gzip is recognized by its first bytes. Empty lines are skipped; `where` names the file in
-    errors. Halves of characters (unpaired surrogates) become U+FFFD, as tokenizers and files cannot
-    hold them. Raises `ConfigError` for a line that is not a JSON object.
+    Compression and byte order marks are recognized. Empty lines are skipped; `where` names the file
+    in errors. Halves of characters (unpaired surrogates) become U+FFFD, as tokenizers and files
+    cannot hold them. Raises `DataError` for a line that is not a JSON object.
     """
+    return parse_json_lines(decode(file.read(), where, encoding), where)
+
+
+def parse_json_lines(text: str, where: str) -> list[tuple[int, dict[str, Any]]]:
+    """Return the objects in the lines of a text, each with its line number."""
     rows: list[tuple[int, dict[str, Any]]] = []
     number = 0
-    content = gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file
-    lines = io.TextIOWrapper(content, encoding="utf-8-sig")
     try:
-        for number, line in enumerate(lines, 1):
+        # not splitlines(), which also splits at characters that JSON may hold (U+0085, U+2028)
+        for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
             if line.strip():
-                row: Any = json.loads(line)
+                row: Any = json.loads(line, object_pairs_hook=unique_keys)
                 if HALF_CHARACTER.search(line):
                     row = replace_halves(row)
                 if not isinstance(row, dict):
@@ -59,14 +65,12 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str) -> list[tuple[int, 
                 rows.append((number, cast("dict[str, Any]", row)))
     except json.JSONDecodeError as error:
         raise DataError(f"{where}, line {number}: not valid JSON ({error.msg}): fix or remove the line.") from None
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{where}, after line {number}: cannot be decoded ({error}).") from None
+    except DuplicateKeyError as error:
+        raise DataError(f"{where}, line {number}: {error} in one object: rename one.") from None
     except ValueError:  # of a whole number
         raise DataError(f"{where}, line {number}: has a number of thousands of digits: fix or remove the line.") from None
     except RecursionError:
         raise DataError(f"{where}, line {number}: nested too deeply to be read: fix or remove the line.") from None
-    finally:
-        lines.detach()  # the caller closes the file
     return rows
 
 

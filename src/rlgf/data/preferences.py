@@ -8,10 +8,20 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-from rlgf.data.chat import PromptBuilder, content_of, is_conversation, normalize_whitespace
-from rlgf.data.datasets import held_out_keys
+from rlgf.data.chat import PromptBuilder, normalize_whitespace
+from rlgf.data.conversations.messages import (
+    Reply,
+    TemplateInputs,
+    content_of,
+    is_conversation,
+    read_conversation,
+    reply_of,
+    text_of,
+    transcript,
+)
+from rlgf.data.datasets import held_out_keys, places_of
 from rlgf.errors import DataError, list_columns
 from rlgf.randomness import Purpose, permutation
 from rlgf.types import Prompt
@@ -50,42 +60,48 @@ class Columns:
 def read_pairs(
     rows: Sequence[Mapping[str, Any]], where: str, reader: PromptBuilder, min_words: int, columns: Columns,
     post: Callable[[Mapping[str, Any]], str] | None = None,
+    inputs_of: Callable[[Mapping[str, Any], str], TemplateInputs] = lambda row, place: TemplateInputs(),
 ) -> tuple[list[Pair], Counter[str]]:  # fmt: skip
     """Return the pairs of rows, and the counts of dropped rows by reason.
 
     Dropped are pairs with identical responses, pairs with a response under `min_words` words,
     pairs whose dialogues have no common prompt, and pairs whose conversation is over the reader's
-    token limit. `post` maps a row to its subject; by default that is the prompt.
+    token limit. `post` maps a row to its subject; by default that is the prompt. `inputs_of`
+    returns what else a row gives its chat template.
     """
     dropped: Counter[str] = Counter()
-    kept: list[tuple[int, Any, str, str]] = []
-    for number, row in enumerate(rows, 1):
-        place = f"{where}, row {number}"
+    kept: list[tuple[int, Any, Reply, Reply]] = []
+    places = [f"{where}, {place}" for place in places_of(rows)]
+    for number, (row, place) in enumerate(zip(rows, places), 1):
         parts = parts_of(row, columns, place)
         if parts is None:
             dropped["pairs with no common prompt"] += 1
             continue
         prompt, chosen, rejected = parts
-        if chosen.strip() == rejected.strip():
+        texts = text_of(chosen), text_of(rejected)
+        if texts[0].strip() == texts[1].strip():
             dropped["pairs with identical responses"] += 1
-        elif min(len(chosen.split()), len(rejected.split())) < min_words:
+        elif min(len(text.split()) for text in texts) < min_words:
             dropped[f"pairs with a response under {min_words} words"] += 1
         else:
             kept.append((number, prompt, chosen, rejected))
-    prompts = reader([prompt for _, prompt, _, _ in kept], [f"{where}, row {number}" for number, *_ in kept])
+    prompts = reader(
+        [prompt for _, prompt, _, _ in kept],
+        [places[number - 1] for number, *_ in kept],
+        [inputs_of(rows[number - 1], places[number - 1]) for number, *_ in kept],
+    )
     pairs: list[Pair] = []
     for (number, value, chosen, rejected), prompt in zip(kept, prompts):
         if prompt is None:
             dropped[f"pairs whose conversation has over {reader.limit} tokens"] += 1
             continue
         about = post(rows[number - 1]) if post else _asked(value)
-        pairs.append(
-            Pair(prompt, reader.response(prompt, chosen), reader.response(prompt, rejected), normalize_whitespace(about))
-        )
+        first, second = (reader.response(prompt, reply, places[number - 1]) for reply in (chosen, rejected))
+        pairs.append(Pair(prompt, first, second, normalize_whitespace(about)))
     return pairs, dropped
 
 
-def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any, str, str] | None:
+def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any, Reply, Reply] | None:
     """Return prompt, chosen and rejected response of a row.
 
     Returns None if the two dialogues have no common prompt. Raises `ConfigError` for a missing
@@ -94,13 +110,14 @@ def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any,
     for name in (columns.chosen, columns.rejected):
         if name not in row:
             raise DataError(f"{place}: there is no column '{name}'; it has {list_columns(row)}.")
-    chosen, rejected = row[columns.chosen], row[columns.rejected]
-    prompt = row.get(columns.prompt)
+    chosen, rejected, prompt = (
+        read_conversation(row.get(name), place) for name in (columns.chosen, columns.rejected, columns.prompt)
+    )
     dialogues = is_conversation(chosen) and is_conversation(rejected) and min(len(chosen), len(rejected)) > 1
     if prompt is not None and not dialogues:
-        return prompt, reply_text(chosen, place), reply_text(rejected, place)
+        return prompt, reply_of(chosen, place), reply_of(rejected, place)
     if dialogues:
-        return _from_conversations(chosen, rejected)
+        return _from_conversations(chosen, rejected, place)
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise DataError(
             f"{place}: '{columns.chosen}' and '{columns.rejected}' must be two strings or two conversations; "
@@ -114,32 +131,20 @@ def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any,
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _from_conversations(chosen: Sequence[Any], rejected: Sequence[Any]) -> tuple[Any, str, str] | None:
+def _from_conversations(chosen: Sequence[Any], rejected: Sequence[Any], place: str) -> tuple[Any, Reply, Reply] | None:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     ends = chosen[shared:], rejected[shared:]
     if not shared or any(len(end) != 1 or end[0].get("role") != "assistant" for end in ends):
         return None
-    texts = [content_of(end[0]) for end in ends]
-    return (list(chosen[:shared]), *texts) if all(isinstance(text, str) for text in texts) else None
-
-
-def reply_text(value: Any, place: str) -> str:
-    """Return the text of a response: a text, or one message by the assistant."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        value = [value]
-    if is_conversation(value):
-        turns = cast("list[Mapping[str, Any]]", value)
-        if len(turns) == 1 and turns[0].get("role") == "assistant" and isinstance(text := content_of(turns[0]), str):
-            return text
-    raise DataError(f"{place}: a response must be a string or one assistant message, but is {str(value)[:80]!r}.")
+    if not all(isinstance(content_of(end[0]), str) for end in ends):
+        return None
+    return list(chosen[:shared]), reply_of(ends[0][0], place), reply_of(ends[1][0], place)
 
 
 def _asked(prompt: Any) -> str:
-    return "\n".join(str(message.get("content")) for message in prompt) if is_conversation(prompt) else str(prompt)
+    return transcript(prompt) if is_conversation(prompt) else str(prompt)
 
 
 def split_for_role(pairs: Pairs, parts: int, part: int) -> Pairs:

@@ -39,11 +39,16 @@ class Codec:
     def prompts(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Return the ids of each prompt; one call is faster than one per prompt."""
         texts = [replace_surrogates(prompt.text) for prompt in prompts if prompt.ids is None and prompt.text]
-        encoded = iter(self.tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
+        encoded = map(self._open_once, self.tokenizer(texts, add_special_tokens=True)["input_ids"] if texts else [])
         close = (lambda ids: list(ids)) if self.is_encoder_decoder else (lambda ids: _without_closing(self.tokenizer, ids))
         return [
             list(prompt.ids) if prompt.ids is not None else close(next(encoded)) if prompt.text else [] for prompt in prompts
         ]
+
+    def _open_once(self, ids: Sequence[int]) -> Sequence[int]:
+        """Remove the opening tokens of a text that begins with them itself, as templates do."""
+        opening = _opening(self.tokenizer)
+        return ids[len(opening) :] if opening and tuple(ids[: 2 * len(opening)]) == opening * 2 else ids
 
     def response(self, text: str, has_prefix: bool = False) -> list[int]:
         """Return the ids of a response, without opening and EOS tokens.
@@ -78,6 +83,14 @@ def _without_closing(tokenizer: Any, ids: Sequence[int]) -> list[int]:
 
 
 @lru_cache(maxsize=32)
+def _opening(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that a tokenizer puts before every text."""
+    bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+    starts = [place for place in range(len(whole)) if bare and whole[place : place + len(bare)] == bare]
+    return tuple(whole[: starts[0]]) if starts else ()
+
+
+@lru_cache(maxsize=32)
 def _num_closing(tokenizer: Any) -> int:
     bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     ends = [place + len(bare) for place in range(len(whole)) if whole[place : place + len(bare)] == bare]
@@ -87,9 +100,9 @@ def _num_closing(tokenizer: Any) -> int:
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     """Encode a text that follows another, without opening tokens or an added space.
 
-    SentencePiece tokenizers put a space before every text or word, but not inside one. So the text
-    is encoded after an anchor, whose tokens are then removed. Unpaired surrogates, which no
-    tokenizer accepts, become U+FFFD.
+    SentencePiece tokenizers, and byte-level ones with `add_prefix_space`, put a space before every
+    text or word, but not inside one. So the text is encoded after an anchor, whose tokens are then
+    removed. Unpaired surrogates, which no tokenizer accepts, become U+FFFD.
     """
     text = replace_surrogates(text)
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -106,7 +119,8 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
 @lru_cache(maxsize=32)
 def _opens_with_space(tokenizer: Any) -> bool:
     ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("\u2581")
+    # the space of SentencePiece, and that of byte-level tokenizers (U+0120)
+    return str(tokenizer.convert_ids_to_tokens(ids[0])).startswith(("\u2581", "\u0120"))
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

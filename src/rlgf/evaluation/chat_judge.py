@@ -1,13 +1,15 @@
 """Chat models on a server as judges of pairs of completions."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlgf.config.sections import GuideConfig, JudgeConfig
 from rlgf.errors import ConfigError, TrainingError
+from rlgf.evaluation.verdicts import VERDICT_SCHEMA, read_verdict
+from rlgf.evaluation.win_rate import REFUSED, Verdict
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server
 from rlgf.generation.openai.pool import EndpointPool, PoolRequest, request_seed
@@ -34,18 +36,23 @@ state only (A) or (B) to indicate your choice. Your
 response should use hte format:
 Comparison: <one-sentence comparison and explanation>
 Preferred: <(A) or (B)>"""
+# The same question, answered as the JSON object of `VERDICT_SCHEMA`
+JSON_TEMPLATE = (
+    TEMPLATE[: TEMPLATE.index("FIRST provide")]
+    + """Compare the two summaries in one sentence, and choose the better one.
+Respond with a JSON object and nothing else:
+{"comparison": "<one-sentence comparison and explanation>", "preferred": "<A or B>"}"""
+)
 PLACEHOLDER = re.compile(r"\[(context|summary 1|summary 2)\]")
 SYSTEM = re.compile(r"\s*<<SYS>>\s*(.*?)\s*<<\\SYS>>\s*(.*)", re.DOTALL)
-MARKED_CHOICE = re.compile(r"[(\[]([ABab])[)\]]|<([AB])>")
-TAGS = re.compile(r"</?\w+>")
-BARE_CHOICE = re.compile(r"(?:[\w *_]*:)?[\s*_\"'`]*(?i:(?:summary|option|tl;?dr)\s+)?([AB])[\s*_\"'`.)]*")
+FEW_QUESTIONS = 16  # before the share of refused ones is measured
 
 
 @dataclass(frozen=True)
 class ChatJudge:
     """A judge that queries a chat model with both texts as (A) and (B).
 
-    The choice is parsed from the last line of the response.
+    The choice is what the response states; refused questions and unclear answers have none.
     """
 
     pool: EndpointPool
@@ -54,8 +61,9 @@ class ChatJudge:
     order: Literal["random", "both"] = "random"
     answer_tokens: int = 256
     seed: int = 0
+    max_refused_share: float = 0.5
 
-    def compare(self, prompts: Sequence[Prompt], texts: Sequence[str], others: Sequence[str]) -> list[float | None]:
+    def compare(self, prompts: Sequence[Prompt], texts: Sequence[str], others: Sequence[str]) -> list[Verdict]:
         """Return the chat model's preferences, as in `PairJudge.compare`.
 
         With order 'both', a row with two different choices is a tie.
@@ -78,8 +86,14 @@ class ChatJudge:
                 f"the judge at {self.pool.server.url} failed {failed} of {len(requests)} requests after all retries: "
                 "run the same command again when it is back; its responses are cached."
             )
-        values = {
-            request.index: _value(answer.get("text", ""), request.index % 2) for request, answer in zip(requests, answers)
+        refused = [str(answer["invalid"]) for answer in answers if answer.get("refused")]
+        if len(refused) > self.max_refused_share * max(len(requests), FEW_QUESTIONS):
+            raise TrainingError(
+                f"the judge refused {len(refused):,} of {len(requests):,} questions ({refused[-1]}), more than "
+                f"judge.max_refused_share={self.max_refused_share:g}: choose another judge, or raise it."
+            )
+        values: dict[int, Verdict] = {
+            request.index: _value(answer, request.index % 2) for request, answer in zip(requests, answers)
         }
         return [_combine_orders([values[2 * row + swapped] for swapped in self._orders(row)]) for row in range(len(prompts))]
 
@@ -88,31 +102,18 @@ class ChatJudge:
         return [0, 1] if self.order == "both" else [int(uniforms(self.seed, Purpose.JUDGE_ORDER, row, 1)[0] < 0.5)]
 
 
-def _value(answer: str, swapped: int) -> float | None:
-    choice = parse_choice(answer)
+def _value(answer: Mapping[str, Any], swapped: int) -> Verdict:
+    if answer.get("refused"):
+        return REFUSED
+    choice = read_verdict(answer.get("text", ""))
     return None if choice is None else float((choice == "A") != bool(swapped))
 
 
-def _combine_orders(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if len(known) == len(values) else None
-
-
-def parse_choice(answer: str) -> str | None:
-    """Parse 'A' or 'B' from the last line of a response.
-
-    Returns None unless the line names exactly one.
-    """
-    lines = [line.strip() for line in answer.splitlines() if line.strip()]
-    if not lines:
-        return None
-    # in <b>A</b> the tag is not a choice of B
-    last = TAGS.sub("", lines[-1]) if "</" in lines[-1] else lines[-1]
-    marked = {(round_one or angled).upper() for round_one, angled in MARKED_CHOICE.findall(last)}
-    if marked:
-        return marked.pop() if len(marked) == 1 else None
-    bare = BARE_CHOICE.fullmatch(last)
-    return bare.group(1) if bare else None
+def _combine_orders(values: Sequence[Verdict]) -> Verdict:
+    known = [value for value in values if isinstance(value, float)]
+    if len(known) == len(values):
+        return sum(known) / len(known)
+    return REFUSED if REFUSED in values else None
 
 
 def fill_template(template: str, prompt: Prompt, first: str, second: str) -> tuple[str | None, str]:
@@ -138,10 +139,10 @@ def split_system(template: str) -> tuple[str | None, str]:
     return (found.group(1), found.group(2)) if found else (None, template)
 
 
-def load_template(path: str | None) -> str:
-    """Load the template in a file; None: return the template of the paper."""
+def load_template(path: str | None, answer: str = "text") -> str:
+    """Load the template in a file; None: the paper's, or that for answers as JSON."""
     if path is None:
-        return TEMPLATE
+        return JSON_TEMPLATE if answer == "json" else TEMPLATE
     try:
         template = Path(path).expanduser().read_text(encoding="utf-8").strip()
     except OSError as error:
@@ -170,12 +171,14 @@ def chat_judge(config: JudgeConfig, stages: Path, report: Callable[[str], None])
 
     Its responses are cached next to the stages, or in the file `judge.endpoint.cache`.
     """
-    template = load_template(config.template)
+    template = load_template(config.template, config.answer)
     path = Path(config.endpoint.cache) if config.endpoint.cache else stages / "judge-answers.sqlite"
-    server = Server(config.spec or "", server_settings(config, template), "none", report, role="judge")
+    form = VERDICT_SCHEMA if config.answer == "json" and config.template is None else None
+    settings = server_settings(config, template)
+    server = Server(config.spec or "", settings, "none", report, role="judge", response_format=form)
     pool = EndpointPool(server, ResponseCache(path, "judge", report), report)
     name = f"chat model {server.model}, order {config.order}"
-    return ChatJudge(pool, name, template, config.order, config.answer_tokens, config.seed)
+    return ChatJudge(pool, name, template, config.order, config.answer_tokens, config.seed, config.max_refused_share)
 
 
 def probe_judge(config: JudgeConfig, prompts: Sequence[Prompt], stages: Path, report: Callable[[str], None]) -> None:

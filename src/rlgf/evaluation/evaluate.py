@@ -16,6 +16,7 @@ from rlgf.algorithms.guided import PPO, Algorithm, guide_only
 from rlgf.config.base import read_options
 from rlgf.config.sections import EvaluationConfig
 from rlgf.errors import ConfigError, TrainingError, user_code
+from rlgf.evaluation.intervals import FEW
 from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_perplexity
 from rlgf.evaluation.win_rate import PairJudge, win_rate
 from rlgf.models.language_model import LanguageModel
@@ -29,6 +30,8 @@ from rlgf.tasks.base import Task
 from rlgf.text_metrics.as_rewards import reference_texts, strip_reply_prefixes
 from rlgf.text_metrics.concepts import concepts_in
 from rlgf.text_metrics.diversity import distinct
+from rlgf.text_metrics.rouge import KEYS as ROUGE
+from rlgf.text_metrics.rouge import count_lost, lost_sentence
 from rlgf.text_metrics.score import Line, Options, build_scorers, reference_metrics, resolve_metric_names
 from rlgf.text_metrics.score import score as score_lines
 from rlgf.types import Prompt, RewardFunction
@@ -148,9 +151,12 @@ def check_text_metrics(config: EvaluationConfig, prompts: Sequence[Prompt]) -> N
     if not config.metrics:
         return
     keys, options = text_metrics_of(config)
-    for prompt in prompts:
-        _line(prompt, "", keys)
+    groups = [_line(prompt, "", keys).references for prompt in prompts]
     build_scorers(keys, options)
+    lost = count_lost([""] * len(groups), groups, options.rouge_tokenizer) if set(keys).intersection(ROUGE) else 0
+    if lost:
+        fix = "set evaluation.metric_options.rouge_tokenizer=unicode, or leave ROUGE out of evaluation.metrics"
+        raise ConfigError(lost_sentence(lost, len(groups), fix))
 
 
 def _line(prompt: Prompt, text: str, keys: Sequence[str]) -> Line:
@@ -185,6 +191,9 @@ def text_metrics(context: EvaluationContext, prompts: Sequence[Prompt], texts: S
     keys, options = text_metrics_of(context.final)
     line_scores = score_lines([_line(prompt, text, keys) for prompt, text in zip(prompts, texts)], keys, options)
     metrics = {key: float("nan") if value is None else value for key, value in line_scores.corpus.items()}
+    if 1 < len(prompts) < FEW:
+        errors = {key: standard_error(torch.tensor(v, dtype=torch.float64)) for key, v in line_scores.per_line.items()}
+        metrics |= {f"{key}_standard_error": error for key, error in errors.items()}
     if context.task.group is not None:
         with user_code("the task's grouping of prompts failed", TrainingError):
             groups = [str(context.task.group(prompt)) for prompt in prompts]

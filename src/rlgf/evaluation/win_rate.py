@@ -8,10 +8,14 @@ every row is queried in both orders.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rlgf.rewards.base import score
 from rlgf.types import Prompt, RewardFunction
+
+REFUSED: Literal["refused"] = "refused"
+Verdict = float | Literal["refused"] | None
+"""1 if a text is better, 0 if the other is, ½ for a tie; None if it is unclear; or refused."""
 
 
 class PairJudge(Protocol):
@@ -22,12 +26,8 @@ class PairJudge(Protocol):
         """Return the name of the judge, for results."""
         ...
 
-    def compare(self, prompts: Sequence[Prompt], texts: Sequence[str], others: Sequence[str]) -> list[float | None]:
-        """Compare each text with the other one for the same prompt.
-
-        Returns per prompt 1 if the text is better, 0 if the other is, ½ for a tie, None without a
-        choice.
-        """
+    def compare(self, prompts: Sequence[Prompt], texts: Sequence[str], others: Sequence[str]) -> list[Verdict]:
+        """Compare each text with the other one for the same prompt."""
         ...
 
 
@@ -38,7 +38,7 @@ class RewardJudge:
     reward: RewardFunction
     name: str
 
-    def compare(self, prompts: Sequence[Prompt], texts: Sequence[str], others: Sequence[str]) -> list[float | None]:
+    def compare(self, prompts: Sequence[Prompt], texts: Sequence[str], others: Sequence[str]) -> list[Verdict]:
         """Compare the scores of the texts."""
         pairs = zip(score(self.reward, prompts, texts), score(self.reward, prompts, others))
         return [0.5 + 0.5 * (first > second) - 0.5 * (first < second) for first, second in pairs]
@@ -47,13 +47,17 @@ class RewardJudge:
 def win_rate(judge: PairJudge, prompts: Sequence[Prompt], texts: Sequence[str]) -> dict[str, float]:
     """Compute how often a judge prefers a completion to its prompt's first reference.
 
-    Ties count half. Rows with an unparseable response are counted, but excluded from the rate.
-    Prompts without a reference are excluded.
+    Ties count half. Rows with an unparseable response, and those whose question was refused, are
+    counted, but excluded from the rate. Prompts without a reference are excluded.
     """
     rows = [(prompt, text) for prompt, text in zip(prompts, texts) if prompt.references]
     answers = judge.compare([p for p, _ in rows], [text for _, text in rows], [p.references[0] for p, _ in rows])
-    values = [answer for answer in answers if answer is not None]
-    return {**win_rate_metrics(values), "unparseable": len(answers) - len(values)}
+    values = [answer for answer in answers if isinstance(answer, float)]
+    refused = sum(answer == REFUSED for answer in answers)
+    return {
+        **win_rate_metrics(values), "unparseable": len(answers) - len(values) - refused,
+        **({"judge_refused": refused} if refused else {}),
+    }  # fmt: skip
 
 
 def win_rate_metrics(values: Sequence[float]) -> dict[str, float]:
@@ -73,7 +77,9 @@ def win_rate_metrics(values: Sequence[float]) -> dict[str, float]:
 
 def summary(result: Mapping[str, float]) -> str:
     """Return a win rate as a line of text."""
+    refused = f", {result['judge_refused']:.0f} refused" if result.get("judge_refused") else ""
     return (
         f"{100 * result['win_rate']:.1f} % ± {100 * result['win_rate_standard_error']:.1f}: {result['wins']:.0f} wins, "
         f"{result['ties']:.0f} ties, {result['losses']:.0f} losses, {result['unparseable']:.0f} unparseable answers"
+        f"{refused}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlgf.evaluation.intervals import FEW, interval_in, show_interval
 from rlgf.untrusted_text import as_code, escape_markdown
 
 
@@ -56,6 +57,29 @@ def mean_and_spread(values: Sequence[float | None], digits: int, scale: float = 
     return f"{mean} ± {statistics.pstdev(known):.{digits}f}" if len(known) > 1 else mean
 
 
+def cell(metrics: Mapping[str, list[float | None]], name: str) -> str:
+    """Return a metric as a cell of the table, over few prompts with its interval.
+
+    That is the interval of the mean over all seeds, whose errors are independent.
+    """
+    column = COLUMNS[name]
+    shown = mean_and_spread(metrics.get(name, []), column.digits, column.scale)
+    seeds = [
+        {key: values[seed] for key, values in metrics.items() if seed < len(values) and values[seed] is not None}
+        for seed in range(len(metrics.get(name, [])))
+    ]
+    found = [interval_in(name, {key: float(value or 0) for key, value in seed.items()}) for seed in seeds]
+    known = [interval for interval in found if interval is not None]
+    if not known or len(known) < len(found):
+        return shown
+    mean = statistics.fmean(float(seed[name] or 0) for seed in seeds)
+    below, above = (
+        sum((float(seed[name] or 0) - interval[side]) ** 2 for seed, interval in zip(seeds, known)) ** 0.5 / len(known)
+        for side in (0, 1)
+    )
+    return shown + show_interval((mean - below, mean + above), f".{column.digits}f", column.scale)
+
+
 def metrics_of(row: Mapping[str, Any], split: str) -> Mapping[str, list[float | None]]:
     """Return a row's metrics on a split, one value per seed."""
     return row["metrics"] if split == "test" else row.get("splits", {}).get(split, {})
@@ -84,7 +108,7 @@ def table_rows(results: Mapping[str, Any], split: str = "test") -> tuple[list[st
     rows: list[list[str]] = []
     for row in results["rows"]:
         metrics = metrics_of(row, split)
-        cells = [mean_and_spread(metrics.get(name, []), COLUMNS[name].digits, COLUMNS[name].scale) for name in names]
+        cells = [cell(metrics, name) for name in names]
         rows.append([row["title"], *cells, f"{row['completions_used']:,}"])
     return headings, rows
 
@@ -102,11 +126,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     spread = f"mean ± population sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     decodings = sorted({escape_markdown(f"{row['title']}: {row['sampling']}") for row in results["rows"]})
     texts = {split: next(iter(metrics_of(results["rows"][0], split).get("completions", [None]))) for split in splits}
+    few = any(count and count < FEW for count in texts.values())
     counted = [f"{count:,.0f} prompts of {escape_markdown(split)}" for split, count in texts.items() if count]
     notes = [
         f"Recipe {as_code(results['recipe'])}; {spread}; {' and '.join(counted)} for each figure. "
         "KL is exact: summed over every state of a completion and the whole vocabulary, averaged over completions. "
-        "Completions used: those of training, and those of a distillation.",
+        + (f"In brackets: the 95 % interval over prompts, as there are fewer than {FEW}. " if few else "")
+        + "Completions used: those of training, and those of a distillation.",
         f"Sampling: {'; '.join(decodings)}." + judge_note(results),
         escape_markdown(
             f"Machine: {machine['processor']}, {machine['cpu_capability']}, {machine['threads']} threads, {machine['device']}; "
@@ -129,7 +155,9 @@ def judge_note(results: Mapping[str, Any]) -> str:
     if "judge" not in results:
         return under
     values = [value or 0 for row in results["rows"] for value in row["metrics"].get("unparseable", [])]
+    refused = sum(value or 0 for row in results["rows"] for value in row["metrics"].get("judge_refused", []))
     return under + (
         f" Win rate: against the dataset's references, ties half, by {escape_markdown(results['judge'])}; "
-        f"{sum(values):.0f} unparseable responses are dropped."
+        f"{sum(values):.0f} unparseable responses are dropped"
+        + (f", and {refused:.0f} questions that the judge refused." if refused else ".")
     )

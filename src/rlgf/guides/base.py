@@ -68,6 +68,8 @@ class Completion:
     finished: bool
     ids: Sequence[int] | None = None
     failed: bool = False  # no completion; the policy continues (guide.on_failure=policy)
+    refused: bool = False  # of a failed one: the server refused this question
+    dropped: bool = False  # of a failed one: its row is left out (guide.on_refusal=drop)
 
 
 class Guide(Protocol):
@@ -113,6 +115,11 @@ class TracksUsage(Protocol):
     def load_state(self, state: Mapping[str, float]) -> None:
         """Add the usage of an earlier part of the run; a second call has no effect."""
         ...
+
+
+def open_reply(prompt: Prompt, prefix: str, text: str) -> str:
+    """Return a chat reply after what the policy's template puts before every reply."""
+    return prompt.reply_prefix[len(prefix) :] + text if prompt.reply_prefix.startswith(prefix) else text
 
 
 def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Completion]:

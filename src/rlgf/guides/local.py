@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from rlgf.config.specs import GuideKind, GuideSpec
+from rlgf.data.chat import inputs_of
+from rlgf.data.conversations.template import ChatTemplate
 from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations
 from rlgf.errors import ConfigError, GuideError
 from rlgf.generation.base import SampledCompletions, Sampler, SampleRequest
 from rlgf.generation.decoder import LocalSampler
-from rlgf.guides.base import Capabilities, Completion, CompletionRequest
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest, open_reply
 from rlgf.models.language_model import LanguageModel
 from rlgf.randomness import Purpose, uniforms
-from rlgf.types import SamplingParams
+from rlgf.types import Prompt, SamplingParams
 
 # limit on guide tokens: margin × estimated guide tokens per policy token × max_new_tokens + spare
 TOKEN_MARGIN = 1.5
@@ -75,12 +77,14 @@ class TextModelGuide(ModelGuide):
 
     Its limit in its own tokens is a generous estimate from the lengths of the prompt in both
     tokenizers; a completion longer than max_new_tokens is truncated when it is encoded in policy
-    tokens. So its lengths in policy tokens are not exact.
+    tokens. So its lengths in policy tokens are not exact. A conversation is rendered with its own
+    chat template, if it has one: the policy's control tokens mean nothing to it.
     """
 
     def __init__(self, language_model: LanguageModel, sampling: SamplingParams, precision: str = "fp32") -> None:
         super().__init__(language_model, sampling, precision)
         self.capabilities = Capabilities(can_continue=True, exact_length=False)
+        self._chat = ChatTemplate(language_model.tokenizer, option="the guide's own chat_template")
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
         """Sample a completion for each request, with the random numbers of `ModelGuide`.
@@ -113,6 +117,11 @@ class TextModelGuide(ModelGuide):
         rows = [ids[:-1] if ended else self._drop_incomplete_character(ids) for ids, ended in zip(rows, finished)]
         before = [start_ids if codec.is_encoder_decoder else [*prompt, *start_ids] for prompt, start_ids in contexts]
         texts = decode_continuations(codec.tokenizer, before, rows)
+        chats = self._chat.available and not codec.is_encoder_decoder
+        texts = [
+            open_reply(request.prompt, request.prefix, text) if text and chats and request.prompt.messages else text
+            for request, text in zip(requests, texts)
+        ]
         # tokens that decode to no text count as an empty, finished completion
         return [Completion(text, ended or not text) for text, ended in zip(texts, finished)]
 
@@ -126,8 +135,17 @@ class TextModelGuide(ModelGuide):
             prompts = codec.prompts([replace(request.prompt, ids=None) for request in requests])
             return [(prompt, codec.response(request.prefix)) for prompt, request in zip(prompts, requests)]
         opening = self.language_model.eos_token_id if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-        whole = [replace(request.prompt, text=request.prompt.text + request.prefix, ids=None) for request in requests]
+        whole = [self._as_read(request) for request in requests]
         return [(ids or [opening], []) for ids in codec.prompts(whole)]
+
+    def _as_read(self, request: CompletionRequest) -> Prompt:
+        """Return prompt and prefix as the guide reads them."""
+        prompt = request.prompt
+        if prompt.messages is None or not self._chat.available:
+            return replace(prompt, text=prompt.text + request.prefix, ids=None)
+        begun = prompt.strip_reply_prefix(request.prefix)
+        text = self._chat.prompt(prompt.messages, "the prompt", inputs_of(prompt)) + begun
+        return Prompt(text, ids=tuple(self.language_model.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def _drop_incomplete_character(self, ids: list[int]) -> list[int]:
         """Return the ids without an incomplete last character, if any remain."""

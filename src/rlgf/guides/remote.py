@@ -11,12 +11,13 @@ from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server
 from rlgf.generation.openai.pool import EndpointPool, PoolRequest, PoolResponse, request_seed
 from rlgf.generation.openai.responses import ServerRequest
-from rlgf.guides.base import Capabilities, Completion, CompletionRequest
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest, open_reply
 
 COUNTS = (
     "attempts", "answered", "retried", "given_up", "rows_needed", "rows_answered", "rows_cached", "rows_given_up",
-    "responses_invalid", "responses_stripped", "prompt_tokens", "completion_tokens", "thinking_tokens",
+    "refused", "responses_invalid", "responses_stripped", "prompt_tokens", "completion_tokens", "thinking_tokens",
 )  # fmt: skip
+FEW_ROWS = 16  # questions before the share of refused ones is measured
 
 
 class RemoteGuide:
@@ -32,14 +33,28 @@ class RemoteGuide:
     ) -> None:  # fmt: skip
         self.server, self.config = server, config
         self.pool = EndpointPool(server, cache, report, run, sleep, GuideError, retry_forever=config.on_failure == "wait")
+        self._num_rows = self._num_refused = 0  # of the whole run
+        self._reason, self._continues = "", False  # of the last refusal; true after load_state
         self.capabilities = Capabilities(server.can_continue, server.exact, takes_token_ids=server.mode == "token_ids")
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
-        """Return one completion for each request; raise `GuideError` if one fails."""
+        """Return one completion for each request; raise `GuideError` if one fails.
+
+        A question that the server refuses fails alone, up to guide.max_refused_share of the run's.
+        """
         self.pool.usage.count("rows_needed", len(requests))
-        return self.pool.complete(
+        completions = self.pool.complete(
             self._pool_requests(requests), lambda row, response: self._completion(requests[row], response)
         )
+        self._num_rows += len(requests)
+        self._num_refused += sum(completion.failed and completion.refused for completion in completions)
+        limit = self.config.max_refused_share
+        if self._num_refused > limit * max(self._num_rows, FEW_ROWS):
+            raise GuideError(
+                f"the guide refused {self._num_refused:,} of {self._num_rows:,} questions ({self._reason}), more than "
+                f"guide.max_refused_share={limit:g}: change the data or the guide, or raise it."
+            )
+        return completions
 
     def prefetch(self, requests: Sequence[CompletionRequest]) -> None:
         """Send future requests, so that their responses are cached; failures are ignored."""
@@ -66,11 +81,16 @@ class RemoteGuide:
         After an interrupt it waits for the requests in flight, which count.
         """
         self.pool.wait()
-        return self.pool.usage.state()
+        asked = {"rows": self._num_rows, "refused": self._num_refused} if self._num_refused else {}
+        return {**self.pool.usage.state(), **asked}
 
     def load_state(self, state: Mapping[str, float]) -> None:
         """Add the usage of an earlier part of the run; a second call has no effect."""
-        self.pool.usage.load_state(state)
+        if not self._continues:
+            self._continues = True
+            self._num_rows += int(state.get("rows", 0))
+            self._num_refused += int(state.get("refused", 0))
+        self.pool.usage.load_state({name: value for name, value in state.items() if name not in ("rows", "refused")})
 
     def server_request(self, request: CompletionRequest, sample: int) -> ServerRequest:
         """Return the server request of a completion request.
@@ -84,7 +104,13 @@ class RemoteGuide:
             minimum = min(request.min_new_tokens, request.max_new_tokens) if self.server.exact else 0
             return ServerRequest("", "", request.max_new_tokens, seed, (*request.prompt_ids, *request.prefix_ids), minimum)
         tokens = max(1, round(request.max_new_tokens * self.config.tokens_per_policy_token))
-        return ServerRequest(request.prompt.text, request.prefix, tokens, seed)
+        prompt, prefix = request.prompt, request.prefix
+        if prompt.messages is None:
+            return ServerRequest(prompt.text, prefix, tokens, seed)
+        messages, begun = prompt.messages, prompt.strip_reply_prefix(prefix)
+        if messages[-1]["role"] == "assistant":  # the reply continues a message of the data
+            messages, begun = messages[:-1], str(messages[-1]["content"]) + begun
+        return ServerRequest(prompt.text, prefix, tokens, seed, messages=messages, begun=begun, tools=prompt.tools)
 
     def _pool_requests(self, requests: Sequence[CompletionRequest]) -> list[PoolRequest]:
         samples = range(self.config.invalid_retries + 1)
@@ -101,13 +127,20 @@ class RemoteGuide:
         text: Completion | None = None
         if "text" in last:
             ids = last.get("ids")
-            text = Completion(last["text"], last["finished"], ids if ids is None else tuple(ids))
+            chats = self.server.mode_of(self.server_request(request, 0)) not in ("completion", "token_ids")
+            written = open_reply(request.prompt, request.prefix, last["text"]) if chats else last["text"]
+            text = Completion(written, last["finished"], ids if ids is None else tuple(ids))
         elif request.prefix and all(stored.get("silent") for stored in response.samples):
             text = Completion("", finished=True)  # every sample was empty: the prefix is complete
         if text is not None:
             self.pool.usage.count("rows_answered" if response.is_new else "rows_cached")
             return text
         self.pool.usage.count("rows_given_up")
+        if last.get("refused"):
+            self.pool.usage.count("refused")
+            self._reason = str(last["invalid"])
+            drop = self.config.on_refusal == "drop"
+            return Completion("", finished=True, failed=True, dropped=drop, refused=True)
         if self.config.on_failure == "policy":
             return Completion("", finished=True, failed=True)
         if "given_up" in last:

@@ -105,7 +105,7 @@ def _check_judge(judge: JudgePlan) -> None:
     """Raise if the server of a judge or its template cannot be used."""
     if judge.spec is not None and judge.spec.kind == JudgeKind.SERVER:
         parse_spec(judge.spec.text, "judge")
-        load_template(judge.config.template)
+        load_template(judge.config.template, judge.config.answer)
 
 
 def _check_guide(guide: GuidePlan, algorithm: Algorithm) -> None:
@@ -232,7 +232,7 @@ def check_models(run: ResolvedRun, tokenizer: Any, context: int) -> None:
 
 def check_rewards(reward: RewardPlan, judge: JudgePlan) -> None:
     """Raise if a reward or the reward model that judges does not exist."""
-    check_reward_names((*reward.config.names, *((judge.reward_name,) if judge.reward_name else ())))
+    check_reward_names((*reward.config.names, *((judge.reward_name,) if judge.reward_name else ())), reward.config.options)
 
 
 def check_base(policy: PolicyPlan, evaluation: EvaluationConfig, tokenizer: Any) -> None:

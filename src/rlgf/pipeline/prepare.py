@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rlgf.config.schema import Config
+from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.guides.base import Guide, TracksUsage
@@ -22,12 +23,14 @@ from rlgf.pipeline.reward_model_stage import load_pairs
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import distill_stage, starting_model
 from rlgf.rewards.base import probe_reward
-from rlgf.rewards.build import check_reward_columns
+from rlgf.rewards.build import check_reward_columns, scorers_in
+from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.failures import as_sentences
 from rlgf.supervised.examples import TargetExamples
 from rlgf.tasks.base import Task
 from rlgf.trainer import Components
+from rlgf.types import RewardFunction
 from rlgf.untrusted_text import escape_reports
 
 NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
@@ -78,7 +81,7 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
     reward = None if run.reward.shares_policy_weights else prepare_reward(run.reward, task, folders)
     judge = None if run.judge.shares_policy_weights else prepare_judge(run.judge, folders, cache)
     if reward is not None:
-        probe_reward(reward, task.validation[:NUM_PROBE_PROMPTS])
+        check_reward(reward, task, codec, config.task.max_new_tokens, cache)
     guide: Guide | None = None
     if run.guide.is_needed:
         guide = build_external_guide(run.guide, algorithm, run.policy.tokenizer, codec.tokenizer, longest, cache)
@@ -96,7 +99,7 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
     models = build_models(run.policy, algorithm, reference, start, policy_path)
     if reward is None:
         reward = prepare_reward(run.reward, task, folders, models.policy)
-        probe_reward(reward, task.validation[:NUM_PROBE_PROMPTS])
+        check_reward(reward, task, codec, config.task.max_new_tokens, cache)
     judge = judge or prepare_judge(run.judge, folders, cache, models.policy)
     targets = TargetExamples(task, models.policy, config.task.max_new_tokens) if config.ppo.mle_coefficient else []
     if isinstance(guide, TracksUsage):
@@ -104,6 +107,23 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
     return Components(
         config, algorithm, task, reward, models, guide, targets, output_perplexity_model(run, reference, cache), judge
     )
+
+
+def check_reward(reward: RewardFunction, task: Task, codec: Codec, max_new_tokens: int, cache: StageCache) -> None:
+    """Raise if a reward fails on an empty or a long completion; report what it truncates."""
+    prompts = task.validation[:NUM_PROBE_PROMPTS]
+    words = (prompts[0].references[0] if prompts[0].references else prompts[0].text).strip() or "a text"
+    repeated = codec.response(" ".join([words] * (max_new_tokens + 1)))[:max_new_tokens]
+    probe_reward(reward, prompts, codec.decode([codec.prompt(prompts[0])], [repeated])[0])
+    for scorer in scorers_in(reward):
+        if isinstance(scorer, SequenceClassifier):
+            cache.report(f"reward: {scorer.describe()}")
+        if getattr(scorer, "num_truncated", 0):
+            name = getattr(scorer, "path", None) or getattr(scorer, "name", "the reward")
+            cache.report(
+                f"warning: inputs of '{name}' can exceed its context of {scorer.max_length} tokens: it scores what fits, and "
+                "nothing of the rest."
+            )
 
 
 def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:

@@ -12,6 +12,7 @@ from rlgf.config.sections import TaskConfig
 from rlgf.data.checksums import content_identity
 from rlgf.data.preferences import Pairs, split_for_role
 from rlgf.errors import ConfigError
+from rlgf.evaluation.intervals import interval_in, show_interval
 from rlgf.models import lora
 from rlgf.models.loading import has_encoder, load_tokenizer
 from rlgf.pipeline.resolve import SEPARATE_SEED, PreferencePlan
@@ -92,9 +93,11 @@ def preference_stage(plan: PreferencePlan, cache: StageCache, role: Role = "rewa
             metrics = train_reward_model(reward, pairs, settings, seed, plan.machine.micro_batch_tokens, cache.report, store)
             reward.save(folder)
         accuracy = metrics["accuracy"]
+        shown = show_interval(interval_in("accuracy", metrics), ".2f")
         if accuracy - 2 * metrics["accuracy_standard_error"] < 0.5:
             cache.report(
-                f"warning: {role}: an accuracy of {accuracy:.2f} on held-out pairs may be chance: give more pairs, or train "
+                f"warning: {role}: an accuracy of {accuracy:.2f}{shown} on held-out pairs may be chance: give more pairs, "
+                "or train "
                 "longer (preferences.training.epochs, preferences.training.learning_rate)."
             )
         return metrics | {f"dropped: {reason}": count for reason, count in pairs.dropped.items()}

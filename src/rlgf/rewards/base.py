@@ -80,10 +80,14 @@ def _checked_number(value: Any, text: str) -> float:
     return found
 
 
-def probe_reward(reward: RewardFunction, prompts: Sequence[Prompt]) -> None:
-    """Call a reward on a few texts before training; raise `ConfigError` if it fails."""
+def probe_reward(reward: RewardFunction, prompts: Sequence[Prompt], longest: str = "") -> None:
+    """Call a reward on a few texts before training; raise `ConfigError` if it fails.
+
+    Among them are the empty text and `longest`, as long as a completion can be.
+    """
     texts = [prompt.references[0] if prompt.references else "a text" for prompt in prompts]
+    extremes = ["", longest] if longest else [""]
     try:
-        score(reward, [*prompts, prompts[0]], [*texts, ""])
+        score(reward, [*prompts, *[prompts[0]] * len(extremes)], [*texts, *extremes])
     except TrainingError as error:
         raise ConfigError(f"probe: {error}") from error.__cause__

@@ -13,14 +13,15 @@ from rlgf.config.specs import load_object
 from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
 from rlgf.models import lora
 from rlgf.models.language_model import LanguageModel
-from rlgf.rewards.base import score_full_text
-from rlgf.rewards.classifier import SequenceClassifier
+from rlgf.rewards.base import continuation_only, score_full_text
+from rlgf.rewards.classifier import SequenceClassifier, check_classifier, read_label
 from rlgf.rewards.ngram import NgramClassifier
 from rlgf.rewards.reward_model import is_reward_model, load_reward_model, require_reward_model
 from rlgf.rewards.weighted_sum import WeightedSum
 from rlgf.tasks.base import Task
 from rlgf.text_metrics.as_rewards import (
     TEXT_FUNCTIONS,
+    TermSum,
     build_text_function,
     read_text_options,
     require_columns,
@@ -42,7 +43,7 @@ def build_reward(
     reward model that is an adapter is loaded onto the weights of `backbone` if it was trained for
     them.
     """
-    check_reward_names(config.names)
+    check_reward_names(config.names, config.options)
     load = partial(load_reward_model, device=device, backbone=backbone)
     if config.weights:
         parts = {name: (weight, _build(name, config, task, stage_folders, load)) for name, weight in config.weights.items()}
@@ -73,12 +74,25 @@ def _build(
     elif lora.is_adapter_folder(place) or is_reward_model(place):
         return load(place)
     else:
-        judge = SequenceClassifier(place)
-    return (
-        score_full_text(judge)
-        if task.scores_full_text
-        else lambda prompts, texts: judge(prompts, strip_reply_prefixes(prompts, texts))
-    )
+        judge = SequenceClassifier(place, read_label(path, config.options.get(path)))
+    return score_full_text(judge) if task.scores_full_text else score_reply(judge)
+
+
+def score_reply(judge: RewardFunction) -> RewardFunction:
+    """Return a reward that scores completions without the prefix of a chat template's replies."""
+
+    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
+        return judge(prompts, strip_reply_prefixes(prompts, texts))
+
+    reward.scorer = judge  # pyright: ignore[reportFunctionMemberAccess]
+    return reward
+
+
+def scorers_in(reward: RewardFunction) -> list[Any]:
+    """Return what computes a reward, without what prepares its texts; of a sum for each term."""
+    if isinstance(reward, TermSum):
+        return [scorer for _, term in reward.terms.values() for scorer in scorers_in(term)]
+    return [continuation_only(reward) or getattr(reward, "scorer", reward)]
 
 
 def missing_rule_error(task: str) -> ConfigError:
@@ -89,10 +103,10 @@ def missing_rule_error(task: str) -> ConfigError:
     )
 
 
-def check_reward_names(names: Sequence[str]) -> None:
+def check_reward_names(names: Sequence[str], options: Mapping[str, Any] | None = None) -> None:
     """Raise if a reward does not exist, from the configs of the models alone.
 
-    Rewards that this run trains are skipped.
+    Rewards that this run trains are skipped. `options` are those of the rewards, by name.
     """
     for name in names:
         if name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS or name.startswith(("python:", PASSED)):
@@ -101,8 +115,9 @@ def check_reward_names(names: Sequence[str]) -> None:
         if not folder.exists() and difflib.get_close_matches(name, TEXT_FUNCTIONS, n=1, cutoff=0.8):
             raise unknown("reward", name, TEXT_FUNCTIONS)
         require_reward_model(name)
-        if not (folder / "ngram.json").is_file():
-            is_reward_model(name)  # raises if there is no such model
+        # raises if there is no such model
+        if not (folder / "ngram.json").is_file() and not is_reward_model(name) and not lora.is_adapter_folder(name):
+            check_classifier(name, read_label(name, (options or {}).get(name)))
 
 
 def check_reward_options(config: RewardConfig) -> None:

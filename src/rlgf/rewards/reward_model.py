@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rlgf.data.chat import ChatTemplate
+from rlgf.data.chat import inputs_of
+from rlgf.data.conversations.template import OPENED_THOUGHTS, ChatTemplate
 from rlgf.data.preferences import Pair
 from rlgf.data.tokenization import Codec, encode_continuation
 from rlgf.errors import ConfigError
@@ -63,7 +64,7 @@ class RewardModel:
     completion as a pair of texts. If the prompt is a conversation and the tokenizer of this model
     has a chat template, the conversation is rendered with it. If a text is too long, the tokens
     before the last ones of its prompt are removed, none of its completion, and it is counted in
-    `num_truncated`.
+    `num_truncated`. A completion that is too long alone is scored by its beginning, and counted.
     """
 
     model: Any  # a sequence classifier of one label, with or without LoRA, or AdapterRewardModel
@@ -92,31 +93,33 @@ class RewardModel:
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Return the score of each completion given its prompt."""
-        rows = self.encode(prompts, texts)
+        rows = self.encode(prompts, texts, shortens=True)
         scores = torch.zeros(len(rows))
         with torch.no_grad():
             for members, values in self._batches(rows):
                 scores[members] = values.float().cpu()
         return scores.tolist()
 
-    def encode(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[list[int]]:
+    def encode(self, prompts: Sequence[Prompt], texts: Sequence[str], shortens: bool = False) -> list[list[int]]:
         """Return the tokens of prompt, completion and closing tokens.
 
-        Raises `TooLongError` if a completion alone is longer than `max_length`.
+        A completion that alone is longer than `max_length` is truncated if `shortens` is set, and
+        raises `TooLongError` otherwise.
         """
         if not self.scores_last_state:
-            return [self._as_pair(prompt.text, text) for prompt, text in zip(prompts, texts)]
+            return [self._as_pair(prompt.text, text, shortens) for prompt, text in zip(prompts, texts)]
         chat, end = ChatTemplate(self.tokenizer), [int(self.tokenizer.eos_token_id)]
         plain = [Prompt(prompt.text) for prompt in prompts if prompt.messages is None]
         before = iter(Codec(self.tokenizer).prompts(plain))
         rows: list[list[int]] = []
         for prompt, text in zip(prompts, texts):
             if prompt.messages is None:
-                rows.append(self._truncate_prompt(next(before), [*encode_continuation(self.tokenizer, text), *end]))
+                parts = next(before), [*encode_continuation(self.tokenizer, text), *end]
             elif chat.available:
-                rows.append(self._truncate_prompt(*self._as_conversation(chat, prompt, text)))
+                parts = self._as_conversation(chat, prompt, text)
             else:
-                rows.append(self._truncate_prompt(self._encode_plain(prompt.text), [*self._encode_plain(text), *end]))
+                parts = self._encode_plain(prompt.text), [*self._encode_plain(text), *end]
+            rows.append(self._truncate(*parts, shortens))
         return rows
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -124,29 +127,37 @@ class RewardModel:
 
     def _as_conversation(self, chat: ChatTemplate, prompt: Prompt, text: str) -> tuple[list[int], list[int]]:
         assert prompt.messages is not None
-        messages = list(prompt.messages)
-        before = chat.prompt(messages, "the prompt")
+        messages, inputs = list(prompt.messages), inputs_of(prompt)
+        before = chat.prompt(messages, "the prompt", inputs)
         content = chat.strip_opening(messages, prompt.strip_reply_prefix(text))
+        if "</think>" in content and OPENED_THOUGHTS.search(prompt.text):  # the policy's prompt has opened them
+            content = f"<think>\n{content}"
         if messages[-1]["role"] == "assistant":
             messages.pop()
-        whole = chat.render_closed([*messages, {"role": "assistant", "content": content}], "the prompt")
+        whole = chat.render_closed([*messages, {"role": "assistant", "content": content}], "the prompt", inputs)
         start = len(before) if whole.startswith(before) else 0
         return self._encode_plain(whole[:start]), self._encode_plain(whole[start:])
 
-    def _as_pair(self, prompt: str, text: str) -> list[int]:
+    def _as_pair(self, prompt: str, text: str, shortens: bool) -> list[int]:
         """Return the tokens of prompt and completion as the tokenizer encodes a pair of texts."""
         ids = list(self.tokenizer(prompt, text)["input_ids"])
         if len(ids) <= self.max_length:
             return ids
         if len(ids) - len(self._encode_plain(prompt)) > self.max_length:
-            raise self._too_long(len(ids) - len(self._encode_plain(prompt)))
+            if not shortens:
+                raise self._too_long(len(ids) - len(self._encode_plain(prompt)))
+            self.num_truncated += 1
+            return list(self.tokenizer(prompt, text, truncation=True, max_length=self.max_length)["input_ids"])
         self.num_truncated += 1
         return list(self.tokenizer(prompt, text, truncation="only_first", max_length=self.max_length)["input_ids"])
 
-    def _truncate_prompt(self, prompt: list[int], rest: list[int]) -> list[int]:
+    def _truncate(self, prompt: list[int], rest: list[int], shortens: bool) -> list[int]:
         room = self.max_length - len(rest)
-        if room < 0:
+        if room < 0 and not shortens:
             raise self._too_long(len(rest))
+        if room < 0:
+            self.num_truncated += 1
+            return [*rest[: self.max_length - 1], rest[-1]]
         if len(prompt) > room:
             self.num_truncated += 1
             end = min(room, KEPT_PROMPT_TOKENS)

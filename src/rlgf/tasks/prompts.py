@@ -6,14 +6,26 @@ conversations. See docs/own-data.md.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from rlgf.bounds import Flag, LengthOrZero
 from rlgf.config.sections import TaskConfig
-from rlgf.data.chat import PromptBuilder, is_conversation, read_template, with_separator
-from rlgf.data.datasets import held_out_keys, read_splits
-from rlgf.data.preferences import Columns, Pairs, parts_of, read_pairs, reply_text
+from rlgf.data.chat import PromptBuilder, with_separator
+from rlgf.data.conversations.messages import (
+    Reply,
+    TemplateInputs,
+    is_conversation,
+    read_conversation,
+    read_tools,
+    reply_of,
+    text_of,
+    transcript,
+)
+from rlgf.data.conversations.template import DATE, read_template
+from rlgf.data.datasets import describe_source, held_out_keys, places_of, read_splits
+from rlgf.data.preferences import Columns, Pairs, parts_of, read_pairs
+from rlgf.data.tables.text import Rows
 from rlgf.errors import ConfigError, DataError, list_columns
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskDefinition, task_options
@@ -22,6 +34,7 @@ from rlgf.types import Prompt
 # usual names of the held-out splits
 HELD_OUT_SPLITS = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 EMPTY = "references that are empty"
+TEMPLATE_KWARGS = "chat_template_kwargs"  # column with a row's own variables of the template, as TRL names it
 IN_TRAINING = "held-out prompts that are training prompts too"
 
 
@@ -34,6 +47,7 @@ class Options:
     completion_column: str = "completion"  # a text, or one message by the assistant
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
+    tools_column: str = "tools"  # of conversations: a list of JSON schemas, for the chat template
     subset: str | None = None  # of a Hub dataset with several
     train_split: str | None = None  # None: 'train', or the only one there is
     validation_split: str | None = None  # None: found by name, or half of the held-out rows
@@ -43,6 +57,9 @@ class Options:
     suffix: str = ""  # end of every plain prompt, never truncated
     separator: str = ""  # before responses to plain prompts; " " for most models
     chat_template: str | None = None  # Jinja, or its file; None: the tokenizer's own
+    # variables of the chat template, such as enable_thinking; a column of this name adds more
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
+    encoding: str | None = None  # of CSV and JSON files that are not UTF-8, such as cp1252
     # a classifier as reward scores prompt + completion (a reward model always does)
     scores_full_text: Flag = False
 
@@ -52,10 +69,11 @@ class Row:
     """A row of the data whose prompt is still a text or a conversation."""
 
     prompt: Any
-    references: list[str]
-    targets: list[str]
+    references: list[Reply]
+    targets: list[Reply]
     columns: Mapping[str, Any]
-    place: str  # file, split and row, for error messages
+    place: str  # file, split and line, for error messages
+    inputs: TemplateInputs
 
 
 def build(config: TaskConfig, tokenizer: Any) -> Task:
@@ -76,12 +94,11 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     validation, test = held_out
     if not (train and validation and test):
         raise DataError(
-            f"{config.data} leaves {len(train)} training, {len(validation)} validation and {len(test)} test prompts: each "
-            "split needs at least one, and no training prompt may be held out."
+            f"{describe_source(_source(config))} leaves {len(train)} training, {len(validation)} validation and {len(test)} "
+            "test prompts: each split needs at least one, and no training prompt may be held out."
         )
     if builder.num_too_long:
         dropped_rows[f"conversations of over {options.prompt_tokens} tokens"] = builder.num_too_long
-    warnings = {f"prompts truncated to {options.prompt_tokens} tokens": builder.num_truncated} if builder.num_truncated else {}
     return Task(
         config.name,
         train,
@@ -89,14 +106,28 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
         test,
         scores_full_text=options.scores_full_text,
         dropped_rows=dropped_rows,
-        warnings=warnings,
+        warnings=_warnings(options, builder, [*train, *validation, *test]),
     )
+
+
+def _warnings(options: Options, builder: PromptBuilder, prompts: Sequence[Prompt]) -> dict[str, int]:
+    """Return what was changed in prompts or left out of them, with their number."""
+    talks = sum(prompt.messages is not None for prompt in prompts)
+    found = {
+        f"prompts truncated to {options.prompt_tokens} tokens": builder.num_truncated,
+        f"conversations whose tools (column '{options.tools_column}') the chat template ignores": builder.num_tools_ignored,
+        f"conversations with the date {DATE:%Y-%m-%d} in place of today's": talks if builder.chat.asks_for_date else 0,
+    }
+    return {change: count for change, count in found.items() if count}
 
 
 def build_prompt_builder(options: Options, tokenizer: Any) -> PromptBuilder:
     """Return the builder of prompts that these options describe."""
     template = read_template(options.chat_template)
-    return PromptBuilder(tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator)
+    return PromptBuilder(
+        tokenizer, options.prompt_tokens, options.truncation, options.suffix, template, options.separator,
+        template_variables=options.chat_template_kwargs,
+    )  # fmt: skip
 
 
 def preference_pairs(config: TaskConfig, tokenizer: Any, min_words: int) -> Pairs:
@@ -110,8 +141,12 @@ def load_pairs(config: TaskConfig, options: Options, builder: PromptBuilder, min
     columns = Columns(options.prompt_column, options.chosen_column, options.rejected_column)
     splits = _splits(config, options)
     found = {
-        name: read_pairs(rows, f"{config.data}, split {name}", builder, min_words, columns) for name, rows in splits.items()
-    }
+        name: read_pairs(
+            rows, f"{config.data}, split {name}", builder, min_words, columns,
+            inputs_of=lambda row, place: _inputs(options, row, row.get(columns.prompt), place),
+        )
+        for name, rows in splits.items()
+    }  # fmt: skip
     train, dropped = found["train"]
     if not train:
         why = "; ".join(f"{count:,} {reason}" for reason, count in dropped.items())
@@ -129,11 +164,12 @@ def _source(config: TaskConfig) -> str:
     return config.data
 
 
-def _splits(config: TaskConfig, options: Options) -> dict[str, list[dict[str, Any]]]:
+def _splits(config: TaskConfig, options: Options) -> dict[str, Rows]:
     """Load the rows of 'train', and of 'validation' and 'test' if they exist."""
     source = _source(config)
-    texts = (options.prompt_column, options.references_column, options.completion_column)
-    found = read_splits(source, options.subset, (*texts, options.chosen_column, options.rejected_column))
+    texts = (options.prompt_column, options.references_column, options.completion_column, options.tools_column, TEMPLATE_KWARGS)
+    texts = (*texts, options.chosen_column, options.rejected_column)
+    found = read_splits(source, options.subset, texts, options.encoding)
     chosen = {"train": options.train_split, "validation": options.validation_split, "test": options.test_split}
     for name, wanted in chosen.items():
         if wanted is not None and wanted not in found:
@@ -165,7 +201,8 @@ def split_rows(config: TaskConfig, options: Options, dropped_rows: dict[str, int
     """
     found = {
         name: [
-            _row(options, row, f"{config.data}, split {name}, row {number}", dropped_rows) for number, row in enumerate(rows, 1)
+            _row(options, row, f"{config.data}, split {name}, {place}", dropped_rows)
+            for place, row in zip(places_of(rows), rows)
         ]
         for name, rows in _splits(config, options).items()
     }
@@ -196,7 +233,7 @@ def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dic
     """Parse a row; count it in `dropped_rows` and return None if its dialogues share no prompt."""
     own = {options.prompt_column, options.references_column, options.completion_column, options.chosen_column}
     columns = {name: value for name, value in row.items() if name not in own}
-    prompt, chosen = row.get(options.prompt_column), None
+    prompt, chosen = read_conversation(row.get(options.prompt_column), place), None
     if row.get(options.chosen_column) is not None:
         parts = parts_of(row, Columns(options.prompt_column, options.chosen_column, options.rejected_column), place)
         if parts is None:
@@ -208,13 +245,28 @@ def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dic
     completion = row.get(options.completion_column)
     targets = [text for text in (completion, chosen) if text is not None][:1]
     references = _listed(row.get(options.references_column))
-    texts = [[reply_text(text, place) for text in part] for part in (targets, references)]
-    kept = [[text for text in part if text.strip()] for part in texts]
-    empty = sum(map(len, texts)) - sum(map(len, kept))
+    replies = [[reply_of(reply, place) for reply in part] for part in (targets, references)]
+    kept = [[reply for reply in part if text_of(reply).strip()] for part in replies]
+    empty = sum(map(len, replies)) - sum(map(len, kept))
     if empty:
         dropped_rows[EMPTY] = dropped_rows.get(EMPTY, 0) + empty
     targets, references = kept
-    return Row(prompt, list(dict.fromkeys([*targets, *references])), targets or references, columns, place)
+    distinct: dict[str, Reply] = {}
+    for reply in (*targets, *references):
+        distinct.setdefault(json.dumps(reply, sort_keys=True, default=str), reply)
+    inputs = _inputs(options, row, prompt, place)
+    return Row(prompt, list(distinct.values()), targets or references, columns, place, inputs)
+
+
+def _inputs(options: Options, row: Mapping[str, Any], prompt: Any, place: str) -> TemplateInputs:
+    """Return what a row gives the chat template next to the messages of its prompt."""
+    if prompt is not None and not is_conversation(prompt):
+        return TemplateInputs()
+    variables = row.get(TEMPLATE_KWARGS) or {}
+    if not isinstance(variables, Mapping):
+        raise DataError(f"{place}: '{TEMPLATE_KWARGS}' must be a mapping of the chat template's variables to values.")
+    tools = read_tools(row.get(options.tools_column), options.tools_column, place)
+    return TemplateInputs(tools, cast("Mapping[str, Any]", variables))
 
 
 def _listed(value: Any) -> list[Any]:
@@ -228,12 +280,14 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _prompts(rows: Sequence[Row], builder: PromptBuilder) -> list[Prompt]:
-    built = builder([row.prompt for row in rows], [row.place for row in rows])
+    built = builder([row.prompt for row in rows], [row.place for row in rows], [row.inputs for row in rows])
     return [_with_texts(prompt, row, builder) for prompt, row in zip(built, rows) if prompt is not None]
 
 
 def _with_texts(prompt: Prompt, row: Row, builder: PromptBuilder) -> Prompt:
-    references, targets = (tuple(builder.response(prompt, text) for text in texts) for texts in (row.references, row.targets))
+    references, targets = (
+        tuple(builder.response(prompt, reply, row.place) for reply in replies) for replies in (row.references, row.targets)
+    )
     return replace(prompt, references=references, sft_targets=targets, columns=row.columns)
 
 
@@ -246,9 +300,9 @@ def raw_texts(config: TaskConfig, max_texts: int) -> list[str]:
 
 
 def _raw(row: Row, options: Options) -> str:
-    target = row.targets[0] if row.targets else ""
+    target = text_of(row.targets[0]) if row.targets else ""
     if is_conversation(row.prompt):
-        return "\n".join([*(str(message.get("content")) for message in row.prompt), target])
+        return f"{transcript(row.prompt)}\n{target}"
     return str(row.prompt).removesuffix(options.suffix) + options.suffix + with_separator(options.separator, target)
 
 

@@ -138,6 +138,17 @@ def require_columns(name: str, prompts: Sequence[Prompt], options: Mapping[str, 
             f"'{name}' as a reward needs {what} for every prompt, and {len(lacking):,} of {len(prompts):,} have none, "
             f"{lacking[0].text[:60]!r} among them: give them one, or leave those rows out."
         )
+    if name in rouge.KEYS:
+        _require_letters(name, prompts, str(options.get("tokenizer", "latin")))
+
+
+def _require_letters(name: str, prompts: Sequence[Prompt], tokenizer: str) -> None:
+    """Raise `ConfigError` for references of which ROUGE's own tokenizer keeps next to nothing."""
+    groups = [reference_texts(prompt) for prompt in prompts]
+    lost = rouge.count_lost([""] * len(groups), groups, tokenizer)
+    if lost:
+        fix = f"set reward.options.{name}.tokenizer=unicode, or choose another reward"
+        raise ConfigError(f"'{name}' as a reward: {rouge.lost_sentence(lost, len(groups), fix)}")
 
 
 def _has_concepts(prompt: Prompt, column: str) -> bool:
@@ -195,25 +206,25 @@ def rouge_l() -> RewardFunction:
     return on_tokens(captions.rouge_l)
 
 
-def rouge_n(*, key: str, stemming: Flag = False) -> RewardFunction:
+def rouge_n(*, key: str, stemming: Flag = False, tokenizer: rouge.TokenizerName = "latin") -> RewardFunction:
     """Compute ROUGE of the summarization tools against the best reference, 0 to 1."""
-    scorer = rouge.Rouge(stemming, (key,))
+    scorer = rouge.Rouge(stemming, (key,), tokenizer)
     return on_text(lambda texts, references: scorer(texts, references)[key])
 
 
 def bert_score(
     *, key: str, model: str = "roberta-large", layers: SmallInt | None = None, batch_size: Size = 64
 ) -> RewardFunction:
-    """Compute BERTScore against the best reference; raise if a text exceeds the model's length."""
+    """Compute BERTScore against the best reference; texts beyond its length are truncated."""
     scorer = BertScore(model, layers, batch_size)
 
     def measure(texts: list[str], references: list[Sequence[str]]) -> list[float]:
-        num_truncated = scorer.count_truncated([*texts, *(reference for group in references for reference in group)])
-        if num_truncated:
-            raise ValueError(f"{num_truncated} of the completions exceed the context of '{model}'")
+        scorer.num_truncated += scorer.count_truncated([*texts, *(reference for group in references for reference in group)])
         return scorer(texts, references)[key]
 
-    return on_text(measure)
+    reward = on_text(measure)
+    reward.scorer = scorer  # pyright: ignore[reportFunctionMemberAccess]
+    return reward
 
 
 def concept_coverage(*, column: str = "concepts") -> RewardFunction:

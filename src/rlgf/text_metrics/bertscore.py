@@ -49,7 +49,8 @@ class BertScore:
         max_length = getattr(config, "max_position_embeddings", None) or 1 << 20
         offset = 2 if "roberta" in config.model_type else 0  # the first positions are for padding
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_length - offset)
-        self.model, self.batch_size = model, batch_size
+        self.path, self.max_length = model, int(tokenizer.model_max_length)
+        self.model, self.batch_size, self.num_truncated = model, batch_size, 0
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """Return the number of texts over the model's length: the package truncates them."""

@@ -50,6 +50,7 @@ SCALES = {"bleu_1": 100, "bleu_2": 100, "bleu_3": 100, "bleu_4": 100, "spice": 1
 WITHOUT_REFERENCES = {*GROUPS["distinct"], *GROUPS["self_bleu"], *GROUPS["coverage"]}
 ON_TOKENS = {*GROUPS["bleu"], "rouge_l", "meteor", "cider_d", "spice"}
 PACKAGES = ("rlgf", "pycocoevalcap", "rouge-score", "bert-score")
+ROUGE_OPTION = "--rouge-tokenizer unicode (evaluation.metric_options.rouge_tokenizer)"
 FEW_DOCUMENTS = 100  # lines; with fewer, CIDEr-D's document frequencies mean little
 
 
@@ -67,6 +68,7 @@ class Options:
     """The options of metrics."""
 
     stemming: Flag = False  # rouge1 to rougeLsum
+    rouge_tokenizer: rouge.TokenizerName = "latin"  # unicode: words of any script
     bertscore_model: str = bertscore.DEFAULT_MODEL
     bertscore_layers: SmallInt | None = None
 
@@ -182,7 +184,7 @@ def build_scorers(keys: Sequence[str], options: Options) -> Scorers:
     return Scorers(
         captions.shared_tokenizer() if requested & (ON_TOKENS | {"concept_coverage"}) else None,
         captions.Spice() if "spice" in requested else None,
-        rouge.Rouge(options.stemming, rouge_keys) if rouge_keys else None,
+        rouge.Rouge(options.stemming, rouge_keys, options.rouge_tokenizer) if rouge_keys else None,
         bertscore.BertScore(options.bertscore_model, options.bertscore_layers) if embeddings else None,
     )
 
@@ -214,6 +216,9 @@ def score(
             "is unreliable."
         )
     if needed.rouge is not None:
+        lost = rouge.count_lost(texts, references, options.rouge_tokenizer)
+        if lost:
+            scores.warnings.append(rouge.lost_sentence(lost, len(lines), f"set {ROUGE_OPTION}"))
         for key, values in needed.rouge(texts, references).items():
             keep(key, values)
     if bert_score is not None:

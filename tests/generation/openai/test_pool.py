@@ -23,8 +23,10 @@ from rlgf.algorithms.guided import d2lols, ppo_pp
 from rlgf.cli.options import beta_changes
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
-from rlgf.config.sections import GuideConfig, TaskConfig
+from rlgf.config.sections import EndpointConfig, GuideConfig, JudgeConfig, TaskConfig
 from rlgf.errors import ConfigError, GuideError, Interrupted, TrainingError
+from rlgf.evaluation.chat_judge import chat_judge
+from rlgf.evaluation.win_rate import summary, win_rate
 from rlgf.generation.openai.cache import ResponseCache
 from rlgf.generation.openai.client import Server, connect, parse_spec
 from rlgf.generation.openai.pool import EndpointPool, PoolRequest
@@ -103,7 +105,7 @@ def test_a_transient_failure_is_asked_again_and_leaves_no_trace_in_the_text(tmp_
     assert sums_hold(counts)
 
 
-@pytest.mark.parametrize("kind", ["empty", "refusal", "surrogate"])
+@pytest.mark.parametrize("kind", ["empty", "surrogate"])
 @pytest.mark.parametrize("mode", ["completion", "instruction"])
 def test_an_unusable_answer_is_drawn_anew(tmp_path: Path, kind: str, mode: str) -> None:
     with FaultServer(first(1, kind)) as server:  # each draw is another question, and its first attempt fails
@@ -291,6 +293,8 @@ WRITER = """
 import sys, time
 from contextlib import ExitStack
 from pathlib import Path
+from rlgf.evaluation.chat_judge import chat_judge
+from rlgf.evaluation.win_rate import summary, win_rate
 from rlgf.generation.openai.cache import ResponseCache
 print("ready", flush=True)
 begin = float(sys.stdin.readline())
@@ -723,3 +727,149 @@ def test_the_next_iterations_are_asked_for_while_this_one_is_written(tmp_path: P
         assert trainer.prefetcher is not None
         trainer.prefetcher._pool.shutdown(wait=True)  # pyright: ignore[reportPrivateUsage]
         assert len(server.requests) == 36  # this iteration's and two more
+
+
+# --- refused questions --------------------------------------------------------------------------------------------------
+
+
+def stormy(body: dict[str, Any]) -> str | None:
+    """A third of the prompts are never answered, whatever is asked about them."""
+    asked = str(body.get("prompt") or body.get("messages"))
+    number = int(re.findall(r"\d+", asked)[-1]) if re.search(r"\d", asked) else 1
+    return "content_filter: the content management policy" if number % 3 == 0 else None
+
+
+@pytest.mark.parametrize("on_refusal", ["policy", "drop"])
+def test_a_refused_question_costs_its_completion_and_not_the_run(tmp_path: Path, on_refusal: str) -> None:
+    found: list[dict[str, float]] = []
+    with FaultServer(complaint=stormy) as server:
+        for options in ({}, {"offline": True}):
+            guide = remote(server, tmp_path, on_refusal=on_refusal, **options)
+            completions = query_guide(guide, requests(9))
+            assert [completion.refused for completion in completions] == [True, False, False] * 3
+            assert [completion.dropped for completion in completions] == [on_refusal == "drop", False, False] * 3
+            found.append(guide.pop_metrics())
+        assert server.asked == 9  # a refused question is not asked again, with no other seed either
+    assert found[0]["guide_refused"] == found[1]["guide_refused"] == found[0]["guide_rows_given_up"] == 3
+    assert all(map(sums_hold, found))
+    assert guide.state()["refused"] == 3
+
+
+def test_a_refusal_by_the_answer_is_drawn_anew_before_it_counts(tmp_path: Path) -> None:
+    with FaultServer(always("refusal")) as server:
+        guide = remote(server, tmp_path, "instruction", invalid_retries=1)
+        assert query_guide(guide, requests(1)) == [Completion("", finished=True, failed=True, refused=True)]
+        assert server.asked == 2
+
+
+def test_too_many_refusals_stop_the_run_also_across_its_parts(tmp_path: Path) -> None:
+    with FaultServer(complaint=stormy) as server:
+        guide = remote(server, tmp_path, max_refused_share=0.3)
+        query_guide(guide, requests(12))  # 4 of 12, but of 16 at least are counted
+        again = remote(server, tmp_path, max_refused_share=0.3)
+        again.load_state(guide.state())
+        with pytest.raises(GuideError, match=r"refused 6 of 18 questions \(it refused the question as filtered: .*0\.3"):
+            query_guide(again, requests(6))
+
+
+@pytest.mark.parametrize("on_refusal", ["policy", "drop"])
+def test_rows_of_refused_questions_are_the_policys_or_left_out(tmp_path: Path, on_refusal: str) -> None:
+    algorithm = override(Config(), [("algorithm.name", "ppo_pp"), *beta_changes(1.0)]).algorithm.build()
+
+    def half(body: dict[str, Any]) -> str | None:
+        return "maximum context length is 12 tokens" if body["seed"] % 2 else None
+
+    with FaultServer(complaint=half) as server:
+        guide = remote(server, tmp_path, on_refusal=on_refusal, max_refused_share=1.0)
+        config = config_of(ppo__completions_per_iteration=16, ppo__minibatch_size=16, ppo__iterations=1)
+        metrics, experience = tiny_trainer(algorithm, config, guide).step(0)
+    refused = metrics["guide_refused"]
+    assert 0 < refused < 16
+    assert metrics["guide_rows_dropped"] == (refused if on_refusal == "drop" else 0)
+    assert metrics["guide_rows_substituted"] == (0 if on_refusal == "drop" else refused)
+    assert len(experience.rollout.completions) == 16 - metrics["guide_rows_dropped"]
+
+
+TALK = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "count 3"},
+    {
+        "role": "assistant", "content": "", "reasoning_content": "hm",
+        "tool_calls": [{"function": {"name": "n", "arguments": {"a": 1}}}],
+    },
+    {"role": "tool", "content": "3"},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["auto", "none", *CHAT])
+def test_a_conversation_is_sent_as_its_messages(healthy: FaultServer, tmp_path: Path, mode: str) -> None:
+    prompt = Prompt("<|im_start|>…", messages=TALK, reply_prefix="<think></think>", tools=({"type": "function"},))
+    prefix = "" if mode == "none" else "<think></think>one two"
+    guide = remote(healthy, tmp_path, "completion" if mode == "auto" else mode, continuation=mode)
+    (completion,) = query_guide(guide, [CompletionRequest(prompt, [1], prefix, [2] if prefix else [], 12, 0, 0, 0)])
+    body = healthy.requests[-1]["body"]
+    assert "<|im_start|>" not in json.dumps(body)
+    call = {"id": "call00001", "type": "function", "function": {"name": "n", "arguments": '{"a": 1}'}}
+    assert body["messages"][:4] == [
+        TALK[0], TALK[1], {"role": "assistant", "content": "", "tool_calls": [call]}, {**TALK[3], "tool_call_id": "call00001"}
+    ]  # fmt: skip
+    assert body["tools"] == [{"type": "function"}]
+    assert body["tool_choice"] == "none"
+    begun = [message["content"] for message in body["messages"][4:5]]
+    assert begun == ([] if mode == "none" else ["one two"])
+    assert len(body["messages"]) == {"none": 4, "auto": 6, "instruction": 6}.get(mode, 5)
+    # a reply begins as the policy's template begins it, and what goes on gets the space it needs
+    assert completion.text.startswith("<think></think>" if mode == "none" else " ")
+
+
+# --- judges -------------------------------------------------------------------------------------------------------------
+
+
+def judged(server: FaultServer, folder: Path, rows: int = 20, **options: Any) -> dict[str, float]:
+    quick = EndpointConfig(retry_seconds=0.0, timeout_seconds=1.0)
+    config = JudgeConfig(spec=f"server:fault-model@{server.url}", endpoint=quick, **options)
+    judge = chat_judge(config, folder, lambda line: None)
+    prompts = [Prompt(f"post {number}", (f" reference {number}",)) for number in range(rows)]
+    return win_rate(judge, prompts, [f" text {number}" for number in range(rows)])
+
+
+def prefers_references(body: dict[str, Any], form: str) -> tuple[str, str]:
+    first = body["messages"][-1]["content"].split("tldr (A):")[1].split("tldr (B):")[0]
+    it, other = ("A", "B") if "reference" in first else ("B", "A")
+    return form.replace("IT", it).replace("OTHER", other), "stop"
+
+
+@pytest.mark.parametrize("takes_schemas", [True, False])
+def test_a_judge_is_asked_for_json_by_a_schema_if_the_server_takes_one(tmp_path: Path, takes_schemas: bool) -> None:
+    def refuse(body: dict[str, Any]) -> str | None:
+        return "Unknown parameter: response_format" if "response_format" in body and not takes_schemas else None
+
+    form = '{"comparison": "(OTHER) is short", "preferred": "IT"}' if takes_schemas else "Preferred: (IT), (OTHER) is short"
+    with FaultServer(writer=lambda body, text: prefers_references(body, form), complaint=refuse) as server:
+        found = judged(server, tmp_path, 3)
+        last = server.requests[-1]["body"]
+    assert (found["losses"], found["wins"], found["unparseable"]) == (3.0, 0.0, 0)
+    assert ("response_format" in last) == takes_schemas
+    assert "Respond with a JSON object" in last["messages"][-1]["content"]
+
+
+def test_the_papers_question_is_an_option(tmp_path: Path) -> None:
+    with FaultServer(writer=lambda body, text: prefers_references(body, "Preferred: (IT)")) as server:
+        assert judged(server, tmp_path, 2, answer="text")["losses"] == 2.0
+        body = server.requests[-1]["body"]
+    assert body["messages"][-1]["content"].endswith("Preferred: <(A) or (B)>")
+    assert "response_format" not in body
+
+
+def test_questions_that_a_judge_refuses_are_left_out_and_counted(tmp_path: Path) -> None:
+    def complaint(body: dict[str, Any]) -> str | None:
+        asked = body["messages"][-1]["content"]
+        return "content management policy" if re.search(r"post (1|7)\n", asked) else None
+
+    writer: Any = lambda body, text: prefers_references(body, "Preferred: (IT)")  # noqa: E731
+    with FaultServer(writer=writer, complaint=complaint) as server:
+        found = judged(server, tmp_path)
+        assert (found["losses"], found["unparseable"], found["judge_refused"]) == (18.0, 0, 2)
+        assert summary(found).endswith("0 unparseable answers, 2 refused")
+        with pytest.raises(TrainingError, match=r"the judge refused 2 of 20 questions .* judge\.max_refused_share=0\.05"):
+            judged(server, tmp_path, max_refused_share=0.05)

@@ -116,7 +116,7 @@ def test_having_nothing_to_add_is_told_from_having_had_no_room() -> None:
     "data",
     [
         None, [], {}, {"choices": None}, {"choices": []}, {"choices": ["a"]}, {"choices": [{}, {}]},
-        written(42), written("fine", None), written("fine", 3), written(["a"]),
+        written(42), written("fine", 3),
         written("fine", "error"), written("fine", "insufficient_system_resource"),
     ],
 )  # fmt: skip

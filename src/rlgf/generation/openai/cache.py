@@ -23,7 +23,7 @@ SCHEMA = "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT 
 ADD_CHECKSUM = "ALTER TABLE answers ADD COLUMN crc32 INTEGER"
 TYPES: Mapping[str, type | tuple[type, ...]] = {
     "text": str, "finished": bool, "ids": list, "invalid": str, "silent": bool, "given_up": str, "took": dict, "mode": str,
-    "exact": bool,
+    "exact": bool, "refused": bool, "final": bool,
 }  # fmt: skip
 """The entries of stored responses and of records of a run, and their types."""
 COMPLETE = ({"text", "finished"}, {"invalid", "silent"}, {"given_up"}, {"took"}, {"mode"}, {"exact"})

@@ -18,7 +18,10 @@ from urllib.parse import urlsplit
 from rlgf.config.sections import EndpointConfig, GuideConfig
 from rlgf.errors import ConfigError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
+from rlgf.generation.openai.dialects import describe_body, error_in, raise_refusal
 from rlgf.generation.openai.environment import Environment
+from rlgf.generation.openai.messages import INSTRUCTION, chat_fields
+from rlgf.generation.openai.refusals import QuestionRefusedError, refusal_of
 from rlgf.generation.openai.responses import (
     InvalidError,
     PermanentError,
@@ -33,12 +36,8 @@ from rlgf.untrusted_text import shorten
 
 # modes that send text, not token ids
 CONTINUATIONS = ("completion", "assistant", "continue_final_message", "prefix", "instruction", "none")
-INSTRUCTION = (
-    "Continue the text below. Write only what comes next, beginning exactly where it breaks off: no introduction, no quotation "
-    "marks, and repeat nothing of it.\n\n{text}"
-)
 # parameters that are omitted once a server refuses them
-OPTIONAL_PARAMETERS = ("top_p", "temperature", "seed", "n")
+OPTIONAL_PARAMETERS = ("top_p", "temperature", "seed", "response_format", "tool_choice", "tools", "n")
 MAX_PAUSE = 3600.0  # seconds; bounds the pause that a server requests
 MAX_RESPONSE_BYTES = 2**26  # of one response
 # error codes sent with status 429 that a retry cannot resolve
@@ -55,16 +54,17 @@ class Server:
     `mode` is one of CONTINUATIONS or 'token_ids'. With token ids the server must share the policy's
     tokenizer (checked in `token_ids.py`): `end_ids` are the policy's EOS tokens, and `exact` is
     true if the server respects `min_tokens`. `role` names the server in errors and reports, 'guide'
-    or 'judge'.
+    or 'judge'. `response_format` is the form of chat responses, a JSON schema.
     """
 
     def __init__(
         self, spec: str, config: GuideConfig, mode: str, report: Callable[[str], None] = lambda line: None,
         end_ids: Sequence[int] = (), exact: bool = False, role: str = "guide",
+        response_format: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.url = parse_spec(spec, role)  # with $NAME, as errors and reports show it
         self.config, self.mode, self.eos_token_ids, self.exact, self.role = config, mode, tuple(end_ids), exact, role
-        endpoint = config.endpoint
+        endpoint, self.response_format = config.endpoint, response_format
         # _drop_refused_parameter changes the last two when the server refuses a parameter
         self._report, self._omitted_parameters, self._token_limit = report, set[str](), "max_tokens"
         self._environment = environment = Environment(role)
@@ -102,7 +102,8 @@ class Server:
         if self.mode == "completion":
             return found
         system = {"system": config.system} if config.system else {}
-        return {**found, "instruction": self.instruction, **system}
+        form = {"response_format": self.response_format} if self.response_format else {}
+        return {**found, "instruction": self.instruction, **system, **form}
 
     @property
     def instruction(self) -> str:
@@ -114,11 +115,21 @@ class Server:
         """Return whether the server can continue a prefix."""
         return self.mode != "none"
 
+    def mode_of(self, request: ServerRequest) -> str:
+        """Return the mode of a request.
+
+        The mode 'auto' sends conversations as messages, also to a server that completes texts: the
+        policy's control tokens mean nothing to another model.
+        """
+        as_text = self.mode == "completion" and self.config.continuation == "auto" and request.messages is not None
+        return "instruction" if as_text else self.mode
+
     def send(self, request: ServerRequest, again: Callable[[], None] = lambda: None) -> ServerResponse:
         """Send a request and return the response.
 
-        Raises `TransientError`, `InvalidError` or `PermanentError`. A parameter that the server
-        refuses by name is omitted from then on; `again` is called before each such repetition.
+        Raises `TransientError`, `InvalidError`, `QuestionRefusedError` or `PermanentError`. A
+        parameter that the server refuses by name is omitted from then on; `again` is called before
+        each such repetition.
         """
         while True:
             body = self._body(request)
@@ -147,7 +158,7 @@ class Server:
         return tokens, context
 
     def _body(self, request: ServerRequest) -> dict[str, Any]:
-        config, sampling = self.config, self.config.sampling
+        config, sampling, mode = self.config, self.config.sampling, self.mode_of(request)
         body: dict[str, Any] = {"model": self.model, "seed": request.seed, "n": 1}
         body[self._token_limit] = request.max_tokens + config.endpoint.thinking_tokens
         body["temperature"] = 0.0 if sampling.greedy else sampling.temperature
@@ -155,36 +166,18 @@ class Server:
             body["top_p"] = sampling.top_p
         if config.stop:
             body["stop"] = list(config.stop)
-        if self.mode == "token_ids":
+        if mode == "token_ids":
             body |= {
                 "prompt": list(request.ids), "min_tokens": request.min_tokens, "top_p": sampling.top_p,
                 "top_k": sampling.top_k, "stop_token_ids": list(self.eos_token_ids), "return_token_ids": True,
             }  # fmt: skip
-        elif self.mode == "completion":
+        elif mode == "completion":
             body["prompt"] = request.prompt + request.prefix
         else:
-            body |= self._messages(request)
+            body |= chat_fields(mode, request, config.instruction, config.system)
+            body |= {"response_format": dict(self.response_format)} if self.response_format else {}
         kept = {name: value for name, value in body.items() if name not in self._omitted_parameters}
         return kept | self._extra_body
-
-    def _messages(self, request: ServerRequest) -> dict[str, Any]:
-        """Return the fields of a chat request, with the prefix if there is one."""
-        messages: list[dict[str, Any]] = []
-        if self.config.system:
-            messages.append({"role": "system", "content": self.config.system})
-        if self.mode == "instruction":
-            instruction = self.instruction.replace("{text}", request.prompt + request.prefix)
-            return {"messages": [*messages, {"role": "user", "content": instruction}]}
-        messages.append({"role": "user", "content": self.instruction.replace("{text}", request.prompt)})
-        if not request.prefix:
-            return {"messages": messages}
-        last: dict[str, Any] = {"role": "assistant", "content": request.prefix}
-        if self.mode == "prefix":
-            last["prefix"] = True
-        fields: dict[str, Any] = {"messages": [*messages, last]}
-        if self.mode == "continue_final_message":
-            fields |= {"continue_final_message": True, "add_generation_prompt": False}
-        return fields
 
     def _exchange(self, body: Mapping[str, Any]) -> Any:
         """Send a request body and return the parsed JSON of a complete response."""
@@ -206,10 +199,12 @@ class Server:
         try:
             data: Any = json.loads(content)
         except (ValueError, RecursionError):
-            raise TransientError("its response is not JSON") from None
-        # some servers report errors with status 200
-        if isinstance(data, dict) and data.get("error") and not data.get("choices"):
-            raise TransientError(f"it reports an error: {self._environment.hide(str(data['error']))}")
+            raise TransientError(describe_body(bytes(content))) from None
+        error = error_in(data)  # some servers report errors with status 200
+        if error is not None:
+            shown = self._environment.hide(error[2])
+            raise_refusal(*error, shown)
+            raise TransientError(f"it reports an error: {shown}")
         return data
 
     @contextmanager
@@ -224,7 +219,7 @@ class Server:
             raise TransientError(f"no connection ({type(error.__cause__ or error).__name__})") from None
         except openai.OpenAIError as error:
             raise PermanentError(self._environment.hide(str(error))) from None
-        except (TransientError, PermanentError):
+        except (TransientError, PermanentError, QuestionRefusedError):
             raise
         except Exception as error:  # any exception of the transport during the body
             raise TransientError(f"interrupted ({type(error).__name__})") from None
@@ -235,6 +230,9 @@ class Server:
         reason = self._environment.hide(f"{error} - {detail}" if isinstance(detail, str) else str(error))
         if status == 404 and not re.search(r"/v\d", self.url):
             reason += "; most servers' URLs end in /v1"
+        refusal = refusal_of(status, getattr(error, "code", None), f"{error} {detail or ''}")
+        if refusal is not None:
+            return QuestionRefusedError(f"it refused the question as {refusal}: {reason}")
         if status in (408, 409, 425, 429) or status >= 500:
             if error.code in QUOTA_ERRORS:
                 return PermanentError(reason)
@@ -259,11 +257,12 @@ class Server:
         return True
 
     def _read(self, data: Any, request: ServerRequest) -> ServerResponse:
-        if self.mode == "token_ids":
+        mode = self.mode_of(request)
+        if mode == "token_ids":
             return read_ids(data, request, self.eos_token_ids, self.exact)
-        if self.mode == "completion":
+        if mode == "completion":
             return read_completion(data, request, self.config.stop)
-        return read_chat(data, request, self.config.stop, instructed=self.mode == "instruction")
+        return read_chat(data, request, self.config.stop, instructed=mode == "instruction")
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
@@ -350,11 +349,11 @@ def _probe_mode(spec: str, config: GuideConfig, report: Callable[[str], None]) -
     """Return 'completion' if the server accepts it, otherwise 'instruction'."""
     request = ServerRequest("Once upon a time", " there was", 8, 0)
     try:
-        with suppress(InvalidError):
+        with suppress(InvalidError, QuestionRefusedError):
             Server(spec, config, "completion").send(request)
         return "completion"
     except RefusedError as error:
-        with suppress(InvalidError):
+        with suppress(InvalidError, QuestionRefusedError):
             Server(spec, config, "instruction").send(request)
         report(f"guide: no text completion endpoint ({error}); completions are requested by a chat instruction instead")
         return "instruction"

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from rlgf.errors import TrainingError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.generation.openai.client import Server
+from rlgf.generation.openai.refusals import QuestionRefusedError
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
 from rlgf.generation.openai.retries import call_with_retries
 from rlgf.generation.openai.usage import UsageCounter
@@ -52,8 +53,9 @@ class PoolRequest:
 class PoolResponse:
     """The stored responses to the samples of a request, up to the first valid one.
 
-    Each has 'text', 'finished' and perhaps 'ids'; or 'invalid' (the reason) and 'silent'; or
-    'given_up' (the failure). `is_new` is true if this run, or the run that it replays, sent the
+    Each has 'text', 'finished' and perhaps 'ids'; or 'invalid' (the reason), 'silent', 'refused' if
+    the question was refused, and 'final' if no other sample would be answered; or 'given_up' (the
+    failure). `is_new` is true if this run, or the run that it replays, sent the
     last one.
     """
 
@@ -172,14 +174,14 @@ class EndpointPool:
         """
         keyed_responses: list[KeyedResponse] = []
         for server_request in request.samples:
-            key = cache_key({**self._server_key, **asdict(server_request), "index": request.index})
+            key = cache_key({**self._server_key, **server_request.key(), "index": request.index})
             stored = self._replay(key, request.index) if self.config.offline else self.cache.get(key)
             if stored is None:
                 if stop is None:
                     return []
                 stored = self._fetch(key, server_request, stop)
             keyed_responses.append((key, stored))
-            if "invalid" not in stored:
+            if "invalid" not in stored or stored.get("final"):
                 break
         return keyed_responses
 
@@ -274,6 +276,10 @@ class EndpointPool:
             except InvalidError as error:
                 response = ServerResponse("", False, error.usage)
                 stored = {"invalid": str(error), "silent": error.is_empty}
+                stored |= {"refused": True} if error.refused else {}
+            except QuestionRefusedError as error:
+                self._count_attempt(key, "answered")
+                return {"invalid": str(error), "silent": False, "refused": True, "final": True}
         usage = response.usage
         self._count_attempt(key, "answered")
         self.usage.add(key, {

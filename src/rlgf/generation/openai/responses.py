@@ -4,22 +4,33 @@ Requests are sent in `client.py`.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlgf.data.tokenization import join_with_space
+from rlgf.generation.openai.dialects import (
+    COMPLETION_FIELDS,
+    PROMPT_FIELDS,
+    UnclearError,
+    calls_tools,
+    chat_text,
+    completion_text,
+    count_of,
+    finish_reason,
+    refusal_text,
+    single_choice,
+    thoughts_of,
+    usage_in,
+)
+from rlgf.types import Message
 
 TAGS = r"(?:think|thinking|thought|reasoning)"
 THOUGHTS = re.compile(rf"<({TAGS})>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL)
 THOUGHTS_BEGIN, THOUGHTS_END = re.compile(rf"<{TAGS}>|\[THINK\]"), re.compile(rf"</{TAGS}>|\[/THINK\]")
 PREAMBLE = re.compile(r"^\s*(sure|certainly|of course|okay|ok|here is|here's|here are)\b[^\n]{0,120}:\s*\n+", re.IGNORECASE)
 QUOTES = (('"', '"'), ("“", "”"), ("«", "»"))
-FINISH_REASONS = {  # finish reasons of OpenAI and others: true if the completion is complete
-    "stop": True, "eos": True, "eos_token": True, "end_turn": True, "stop_sequence": True,
-    "length": False, "max_tokens": False, "model_length": False,
-}  # fmt: skip
-MAX_TOKENS = 10**9  # of one response; a larger count is none
 # a completion that begins with at least this many last words of its prefix repeats them
 REPEATED_WORDS = 3
 
@@ -35,8 +46,9 @@ class TransientError(Exception):
 class InvalidError(Exception):
     """A response without a usable completion; another seed may give one."""
 
-    def __init__(self, reason: str, usage: "Usage", is_empty: bool = False) -> None:
+    def __init__(self, reason: str, usage: "Usage", is_empty: bool = False, refused: bool = False) -> None:
         super().__init__(reason)
+        self.refused = refused  # true if a filter, or the model by its own word, refused
         self.usage = usage
         self.is_empty = is_empty  # true if the completion ended immediately, without text
 
@@ -59,7 +71,8 @@ class Usage:
 class ServerRequest:
     """A request to complete a prompt and a prefix, which may be empty.
 
-    With token ids, `ids` replace prompt and prefix.
+    With token ids, `ids` replace prompt and prefix. Of a conversation, chat requests send
+    `messages` and `begun` in their place.
     """
 
     prompt: str
@@ -68,6 +81,24 @@ class ServerRequest:
     seed: int
     ids: tuple[int, ...] = ()  # prompt and prefix in the policy's tokens
     min_tokens: int = 0  # no EOS token before; only with token ids
+    messages: tuple[Message, ...] | None = None  # the turns of a conversation before the reply
+    begun: str = ""  # the reply so far, without what the policy's chat template puts before it
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+    def key(self) -> dict[str, Any]:
+        """Return the fields that a response depends on."""
+        found = asdict(self)
+        return found if self.messages is not None else {
+            name: value for name, value in found.items() if name not in ("messages", "begun", "tools")
+        }  # fmt: skip
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """Return prompt and prefix as a chat model reads them, to find an echo of them."""
+        if self.messages is None:
+            return self.prompt, self.prefix
+        asked = [str(message["content"]) for message in self.messages if message["role"] == "user"]
+        return (asked[-1] if asked else ""), self.begun
 
 
 @dataclass(frozen=True)
@@ -87,7 +118,9 @@ def read_completion(data: Any, request: ServerRequest, stop: Sequence[str] = ())
     The completion continues exactly at the end of the prefix.
     """
     choice, usage = _single_choice(data)
-    text, finished = choice.get("text"), _is_finished(choice, usage)
+    with _clear():
+        text = completion_text(choice)
+    finished = _is_finished(choice, usage, request)
     return _validate(text, text, finished, usage, stop)
 
 
@@ -99,22 +132,34 @@ def read_chat(data: Any, request: ServerRequest, stop: Sequence[str] = (), instr
     may repeat the last words of the prefix.
     """
     choice, usage = _single_choice(data)
-    message = choice.get("message")
-    if not isinstance(message, dict):
-        raise TransientError("its response has no message")
-    if message.get("refusal"):
-        raise InvalidError("it refused", usage)
-    written, finished = _message_text(message.get("content")), _is_finished(choice, usage)
+    if refusal_text(choice):
+        raise InvalidError("it refused", usage, refused=True)
+    with _clear():
+        written = chat_text(choice)
+    finished = _is_finished(choice, usage, request)
     if not isinstance(written, str):
+        if written is None and thoughts_of(choice):
+            raise InvalidError(_only_thoughts(finished), usage)
         return _validate(written, written, finished, usage, stop)
+    if not written.strip() and calls_tools(choice):
+        raise InvalidError("it called a tool instead of generating text", usage)
+    if not written.strip() and thoughts_of(choice):
+        raise InvalidError(_only_thoughts(finished), usage)
     text = _unquoted(PREAMBLE.sub("", _without_thoughts(written, usage)), finished)
-    before = request.prompt + request.prefix
-    rest = _without_echo(text, request, usage)
+    prompt, prefix = request.shown
+    rest = _without_echo(text, prompt, prefix, usage)
+    before = prompt + prefix if request.messages is None else prefix  # a reply is a text of its own
     if instructed and rest == text:
         rest = _without_last_words(text, before)
     # a completion that echoes the prefix shows whether a space separates the two
     joined = join_with_space(before, rest) if rest == text else rest
     return _validate(joined, written, finished, usage, stop, stripped=rest.strip() != written.strip())
+
+
+def _only_thoughts(finished: bool) -> str:
+    if finished:
+        return "it returned thoughts (reasoning_content) and no text: is the server's reasoning parser that of the model?"
+    return "its tokens ran out before it generated anything: raise endpoint.thinking_tokens"
 
 
 def read_ids(data: Any, request: ServerRequest, end_ids: Sequence[int], exact: bool) -> ServerResponse:
@@ -126,7 +171,7 @@ def read_ids(data: Any, request: ServerRequest, end_ids: Sequence[int], exact: b
     `PermanentError`.
     """
     choice, usage = _single_choice(data)
-    finished, token_ids = _is_finished(choice, usage), choice.get("token_ids")
+    finished, token_ids = _is_finished(choice, usage, request), choice.get("token_ids")
     if token_ids is None:
         raise PermanentError("it returns no token ids, as vLLM does with return_token_ids: choose another guide.continuation")
     if not isinstance(token_ids, list) or any(type(token) is not int or token < 0 for token in token_ids):
@@ -150,34 +195,38 @@ def read_ids(data: Any, request: ServerRequest, end_ids: Sequence[int], exact: b
     return ServerResponse(text if isinstance(text, str) else "", finished, usage, ids=tuple(ids))
 
 
-def _single_choice(data: Any) -> tuple[dict[str, Any], Usage]:
-    """Return the only choice of a response, and its usage."""
-    choices = data.get("choices") if isinstance(data, dict) else None
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise TransientError("its response does not have exactly one choice")
-    return choices[0], _read_usage(data.get("usage"))
+@contextmanager
+def _clear() -> Generator[None]:
+    """Convert a response whose meaning is not clear to `TransientError`."""
+    try:
+        yield
+    except UnclearError as error:
+        raise TransientError(str(error)) from None
 
 
-def _read_usage(usage: Any) -> Usage:
-    def count(place: Any, name: str) -> int:
-        value = place.get(name) if isinstance(place, dict) else None
-        return value if type(value) is int and 0 < value <= MAX_TOKENS else 0
-
-    if not isinstance(usage, dict):
-        return Usage()
-    thoughts = count(usage.get("completion_tokens_details"), "reasoning_tokens")
-    return Usage(count(usage, "prompt_tokens"), count(usage, "completion_tokens"), thoughts, known="completion_tokens" in usage)
+def _single_choice(data: Any) -> tuple[dict[str, Any], "Usage"]:
+    """Return the choice of a response, and its usage."""
+    with _clear():
+        choice = single_choice(data)
+    return choice, _read_usage(usage_in(data))
 
 
-def _is_finished(choice: dict[str, Any], usage: Usage) -> bool:
-    why = choice.get("finish_reason")
-    if why == "content_filter":
-        raise InvalidError("it refused", usage)
-    if why in ("tool_calls", "function_call"):
+def _read_usage(usage: Mapping[str, Any]) -> Usage:
+    details = usage.get("completion_tokens_details")
+    thoughts = count_of(details, ("reasoning_tokens",)) if isinstance(details, Mapping) else None
+    completion = count_of(usage, COMPLETION_FIELDS)
+    known = any(usage.get(name) is not None for name in COMPLETION_FIELDS)
+    return Usage(count_of(usage, PROMPT_FIELDS) or 0, completion or 0, thoughts or 0, known)
+
+
+def _is_finished(choice: dict[str, Any], usage: Usage, request: ServerRequest) -> bool:
+    with _clear():
+        reason = finish_reason(choice, usage.completion_tokens or None, request.max_tokens)
+    if reason == "filtered":
+        raise InvalidError("it refused", usage, refused=True)
+    if reason == "tool":
         raise InvalidError("it called a tool instead of generating text", usage)
-    if why not in FINISH_REASONS:
-        raise TransientError("its response has the wrong types" if why is None else "its response was cut off")
-    return FINISH_REASONS[why]
+    return reason == "stop"
 
 
 def _validate(
@@ -201,14 +250,6 @@ def _validate(
         )
         raise InvalidError(reason, usage, is_empty=finished and not (written or "").strip())
     return ServerResponse(text, finished, usage, stripped)
-
-
-def _message_text(content: Any) -> Any:
-    """Return the text of a message; of its parts, which may include thoughts, only text parts."""
-    if not isinstance(content, list):
-        return content
-    texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _without_thoughts(text: str, usage: Usage) -> str:
@@ -237,13 +278,13 @@ def _unquoted(text: str, finished: bool) -> str:
     return text
 
 
-def _without_echo(text: str, request: ServerRequest, usage: Usage) -> str:
+def _without_echo(text: str, prompt: str, prefix: str, usage: Usage) -> str:
     """Return the text without an echo at its start.
 
     The echo is prompt and prefix, the prefix, or the prompt. Raises `InvalidError` if the text
     repeats only the beginning of the prefix or of the prompt.
     """
-    for whole in (request.prompt + request.prefix, request.prefix, request.prompt):
+    for whole in (prompt + prefix, prefix, prompt):
         words = whole.split()
         if len(words) < 2:
             continue
@@ -251,7 +292,7 @@ def _without_echo(text: str, request: ServerRequest, usage: Usage) -> str:
         found = head.match(text)
         if found:
             return text[found.end() :]
-    for whole in (request.prefix, request.prompt):
+    for whole in (prefix, prompt):
         opening = whole.split()[:5]
         if len(opening) == 5 and text.split()[:5] == opening:
             raise InvalidError("it started over instead of continuing", usage)
