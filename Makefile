@@ -32,7 +32,7 @@ quickstart: setup  ## every algorithm on the embedded task, one table, minutes o
 quickstart-seeds: setup  ## the same over five seeds; the committed table comes from this
 	$(BIN)/rlgf compare quickstart --seeds 0,1,2,3,4 --jobs 2 --out runs/quickstart-seeds
 
-quickstart-sensitivity: setup  ## how PPO++ and D2LOLS mind the KL and the MLE coefficient (the paper's figure 5), three seeds, 7 minutes on two cores
+quickstart-sensitivity: setup  ## sensitivity of PPO++ and D2LOLS to the KL and the MLE coefficient (the paper's figure 5), three seeds, 7 minutes on two cores
 	$(BIN)/rlgf compare quickstart --algorithms ppo_pp,d2lols --no-controls --vary kl.coefficient=0,0.01,0.1 \
 	  --vary ppo.mle_coefficient=0.1,1 --seeds 0,1,2 --jobs 2 --out runs/quickstart-sensitivity
 
@@ -99,7 +99,7 @@ types: setup
 bench: setup
 	$(BIN)/python -m bench.iteration
 
-bench-long: setup  ## all workloads, beside TRL and TRIL
+bench-long: setup  ## all workloads, against TRL and TRIL
 	$(BIN)/python -m bench.iteration --long
 
 bench-guided: setup  ## what a guide adds to an iteration of PPO
@@ -111,13 +111,13 @@ bench-floor: setup  ## operations and bytes of an iteration, at this machine's r
 bench-growth: setup  ## time and memory against batch, lengths, vocabulary, width
 	$(BIN)/python -m bench.growth
 
-bench-prefetch: setup  ## a slow guide asked ahead, beside cached rollins
+bench-prefetch: setup  ## a slow guide with prefetching, against cached rollins
 	PYTHONPATH=tests $(BIN)/python -m bench.prefetch
 
 sample: setup  ## the sample of two tokenizers in docs/guides.md, minutes
 	$(BIN)/python docs/sample.py --model $(DATA)/stories260k/hf
 
-bench-generate: setup  ## the decoder beside model.generate
+bench-generate: setup  ## the decoder against model.generate
 	$(BIN)/python -m bench.generate
 
 bench-adapters: setup  ## weights, optimizers and peak memory with adapters and with whole models

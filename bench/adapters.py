@@ -1,4 +1,4 @@
-"""What training with adapters holds in memory, beside training whole models: bytes of weights, of optimizers, and the peak.
+"""Memory of training with adapters and with whole models: bytes of weights, of optimizers, and the peak.
 
 One iteration of AggreVaTeD on a GPT-2-shaped model and an evaluation: policy, critics, reference, guide, a reward model of
 preferences, a second one that judges, and the model before SFT for output-perplexity. With whole models each is a copy of its
@@ -55,7 +55,7 @@ RANK = 8
 
 
 def megabytes(tensors: Iterable[Any]) -> float:
-    """Of distinct storages: what is shared counts once."""
+    """Return the size of distinct storages; shared ones count once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values()) / 1e6
 
@@ -78,23 +78,24 @@ def trainer_of(folder: Path, shared: bool) -> Trainer:
     models = build_models.build_models(plan, algorithm, reference, start, start)
     backbone = models.policy if shared else None
     reward, judge = (load_reward_model(str(folder / name), backbone=backbone) for name in ("reward", "judge"))
-    general = build_models.load_pre_sft_model(plan, reference, StageCache(folder, no_report))
+    pre_sft_model = build_models.load_pre_sft_model(plan, reference, StageCache(folder, no_report))
     prompts = [Prompt(text="", ids=tuple(ids), references=("one two three",)) for ids in read_prompts(folder)]
     task = Task("S", prompts, prompts, prompts, reward)
     guide = ModelGuide(reference, SamplingParams(top_p=0.92))
     return Trainer(
-        Components(config.trainer, algorithm, task, reward, models, guide, [], general, RewardJudge(judge, "another one"))
+        Components(config.trainer, algorithm, task, reward, models, guide, [], pre_sft_model, RewardJudge(judge, "another one"))
     )
 
 
 def measure(folder: Path, shared: bool) -> dict[str, Any]:
-    """What one iteration holds."""
+    """Measure the memory that one iteration holds."""
     loaded = peak_rss_mb()
     trainer = trainer_of(folder, shared)
-    models, reward, judge, general = (getattr(trainer.components, name) for name in ("models", "reward", "judge", "general"))
-    scorers = [scorer.model.trunk.model if shared else scorer.model for scorer in (reward, judge.reward)]
-    trunks = [critic.trunk.model for critic in models.critics.values() if critic.trunk]
-    all_models = [models.policy.model, models.reference.model, general.model, *scorers, *trunks]
+    components = trainer.components
+    models, reward, judge, pre_sft_model = components.models, components.reward, components.judge, components.pre_sft_model
+    scorers = [scorer.model.backbone.model if shared else scorer.model for scorer in (reward, judge.reward)]
+    backbones = [critic.backbone.model for critic in models.critics.values() if critic.backbone]
+    all_models = [models.policy.model, models.reference.model, pre_sft_model.model, *scorers, *backbones]
     weights = megabytes(itertools.chain.from_iterable(model.parameters() for model in all_models))
     metrics, _ = trainer.step(0)
     trainer.evaluate(trainer.components.task.test, final=True)

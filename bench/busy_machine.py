@@ -1,4 +1,4 @@
-"""What a busy process costs an iteration next to it: alone, next to it, alone, … in pairs.
+"""The cost of a busy process for an iteration next to it: alone, next to it, alone, … in pairs.
 
     make bench-busy                          # about three minutes: bench/results/busy_machine.json
     python -m bench.busy_machine --rounds 2  # only a look; --out keeps it

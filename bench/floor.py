@@ -1,4 +1,4 @@
-"""How far an iteration is from what the machine could do: operations and bytes by stage, at measured rates (bench/README.md).
+"""The distance of an iteration from the machine's limits: operations and bytes by stage, at measured rates (bench/README.md).
 
     make bench-floor             # or: python -m bench.floor --workload S
 
@@ -161,7 +161,7 @@ def alone(product: Product) -> float:
 
 
 def rates(dtype: torch.dtype) -> dict[str, float]:
-    """What the machine does: GFLOP/s of a large product, GB/s of adding two tensors of 4 MB and of 128 MB."""
+    """Measure GFLOP/s of a large product, and GB/s of adding two tensors of 4 MB and of 128 MB."""
     width = 2048
     x, y = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
     found = {"gflops": 2 * width**3 / best(lambda: linear.linear(x, y), 0.5) / 1e9}
@@ -199,7 +199,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def counted(trainer: Trainer, iteration: int) -> dict[str, Ledger]:
-    """What each stage of an iteration does."""
+    """Record the operations of each stage of an iteration."""
     ledgers = {stage: Ledger() for stage in STAGES}
     dispatch.select("torch", ["concurrency"])  # a ledger sees its own thread
     with ledgers["rollout"]:

@@ -52,7 +52,7 @@ ROWS = (
 
 
 def contexts(row: Row, prompts: list[list[int]]) -> tuple[list[list[int]], list[int]]:
-    """What stands already, and how many tokens are left to write."""
+    """Return the prefixes and the number of tokens to generate after each."""
     if not row.restart:
         return prompts, [row.new_tokens] * len(prompts)
     draws = np.random.default_rng(0)

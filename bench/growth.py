@@ -1,4 +1,4 @@
-"""How time and memory grow: workload S, one epoch of it, with one of its numbers changed at a time (bench/README.md).
+"""Growth of time and memory: one epoch of workload S, with one number changed at a time (bench/README.md).
 
     make bench-growth            # or: python -m bench.growth
 
@@ -84,7 +84,7 @@ def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, A
 
 
 class Prefills:
-    """What reading prompts takes, and, once there is a ledger, what it does."""
+    """The time of prefills and, with a ledger, their operations."""
 
     seconds = 0.0
     ledger: Any = None
@@ -112,7 +112,7 @@ def prefills() -> Generator[Prefills]:
 
 
 def exponent(first: Mapping[str, Any], last: Mapping[str, Any], stage: str, work: str) -> float:
-    """How often the seconds of a stage double for each doubling of its work, from one point to another."""
+    """Return the exponent with which the seconds of a stage grow with its work, between two points."""
     return math.log(last["seconds"][stage] / first["seconds"][stage]) / math.log(last[work][stage] / first[work][stage])
 
 

@@ -1,4 +1,4 @@
-"""What guidance costs: PPO, PPO++ and AggreVaTeD on workload S with a guide of the policy's size (bench/README.md).
+"""The cost of guidance: PPO, PPO++ and AggreVaTeD on workload S with a guide of the policy's size (bench/README.md).
 
     make bench-guided            # or: python -m bench.guided --rounds 5
 
@@ -52,7 +52,7 @@ class Clocked:
 
     @property
     def capabilities(self) -> Capabilities:
-        """Those of the guide."""
+        """Return the capabilities of the guide."""
         return self.guide.capabilities
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:

@@ -117,7 +117,7 @@ def summary(about: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], expect
 
 
 def ratios(turns: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """How many times as long each peer takes as each of rlgf's sides, round by round."""
+    """Return the ratio of each peer's time to that of each of rlgf's sides, per round."""
     found: dict[str, dict[str, Any]] = {}
     for theirs in (name for name in turns if SIDES[name].code != "rlgf"):
         for ours in (name for name in turns if SIDES[name].code == "rlgf"):
@@ -163,7 +163,7 @@ def compare(name: str, sides: Sequence[str], arguments: argparse.Namespace) -> d
 
 
 def sides_of(names: Sequence[str]) -> set[str]:
-    """Whose code the sides of these names are."""
+    """Return the libraries whose code the named sides run."""
     return {SIDES[name].code for name in names}
 
 

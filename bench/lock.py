@@ -98,7 +98,7 @@ def main() -> None:
     began, clock = time.process_time(), time.monotonic()
     rows = measure(arguments.lengths, arguments.seeds, arguments.longest_ppo, arguments.cap, arguments.guided_cap, ppo)
     packages = ("rlgf", "torch", "transformers", "numpy")
-    settings = ("texts_per_iteration", "epochs", "learning_rate", "lam", "clip", "whiten_advantages")
+    settings = ("completions_per_iteration", "epochs", "learning_rate", "gae_lambda", "clip_range", "whiten_advantages")
     result = {
         "what": "texts until the policy's exact value is at least .9; null: not within the cap",
         "machine": f"{platform.machine()}, {platform.system()}, 1 thread",

@@ -1,4 +1,4 @@
-"""What text metrics cost as rewards: milliseconds for a batch of 128 texts (docs/scoring.md).
+"""The cost of text metrics as rewards: milliseconds for a batch of 128 texts (docs/scoring.md).
 
 CommonGen: document frequencies from the whole training split, prompts and references of the validation split, the texts of one
 system. Every batch has new texts, as in training; references are new in the first passage and known in the second, in which

@@ -1,4 +1,4 @@
-"""What a worker process does on either side: wait for its turn, do one iteration, report what it took."""
+"""The worker process of each side: wait for a turn, run one iteration, report its time."""
 
 import argparse
 import contextlib
@@ -72,7 +72,7 @@ class Turns:
 
 
 def arguments(description: str | None, **choices: tuple[str, ...]) -> argparse.Namespace:
-    """What a worker is told: its workload, turns and threads, and a side's own `choices` (the default first)."""
+    """Parse the worker's options: workload, turns, threads and the side's `choices` (the default first)."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--workload", type=WORKLOADS.__getitem__, required=True)
     parser.add_argument("--folder", type=Path, required=True)
@@ -90,7 +90,7 @@ def peak_rss_mb() -> float:
 
 
 def machine(*packages: str) -> dict[str, Any]:
-    """What the worker runs on, and the versions of what it runs."""
+    """Describe the machine and the versions of the software."""
     from importlib.metadata import version
 
     return {
@@ -103,7 +103,7 @@ def machine(*packages: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, wrapper: Any) -> Any:
-    """Within it `owner.name` is `wrapper(original)`: how work is counted inside code that does not count it."""
+    """Replace `owner.name` by `wrapper(original)` within the block, to count work inside it."""
     original = getattr(owner, name)
     setattr(owner, name, wrapper(original))
     try:

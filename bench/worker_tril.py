@@ -98,7 +98,7 @@ def no_gauge() -> Any:
 
 
 def settings(workload: Workload, folder: Path, iterations: int, beta: str) -> dict[str, Any]:
-    """What TRIL reads from its YAML files, none of which are in the wheel."""
+    """Return the settings that TRIL reads from YAML files, which its wheel lacks."""
     model, own = str(folder / "model"), str(folder / "tril")
     lengths = {"max_prompt_len": workload.longest_prompt, "max_gen_len": workload.new_tokens}
     policy = {

@@ -38,7 +38,7 @@ class Workload:
 
     @property
     def expected(self) -> dict[str, int]:
-        """What one iteration must count, on either side."""
+        """Return the counts that one iteration must have, on every side."""
         return {
             "tokens_generated": self.texts * self.new_tokens,
             "tokens_trained": self.texts * self.new_tokens * self.epochs,
@@ -69,7 +69,7 @@ WORKLOADS = {
 
 
 def reward(texts: Sequence[str]) -> list[float]:
-    """The cheap Python function that both sides maximise: the share of words with an even number."""
+    """The cheap Python function that both sides maximize: the share of words with an even number."""
     return [sum(word[-1] in "02468" for word in text.split()) / max(1, len(text.split())) for text in texts]
 
 

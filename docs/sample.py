@@ -1,4 +1,4 @@
-"""Make the sample in docs/guides.md: a run whose guide has another tokenizer than the policy, in the authors' colours.
+"""Make the sample in docs/guides.md: a run whose guide has another tokenizer than the policy, in the authors' colors.
 
     make sample        # minutes; needs ../shared/data/stories260k, a model of 260,032 parameters that writes little stories
 
@@ -70,7 +70,7 @@ def draw(rows: list[dict[str, object]]) -> None:
     for row in rows:
         print_rollout(row, picture, soft_wrap=False)
         print_rollout(row, Console(file=plain, width=110), soft_wrap=False)
-    made = picture.export_svg(title="rlgf write build/sample/run", theme=WHITE, unique_id="sample")
+    made = picture.export_svg(title="rlgf samples build/sample/run", theme=WHITE, unique_id="sample")
     made = re.sub(r"@font-face \{.*?\}\s*", "", made, flags=re.DOTALL)  # no fonts from elsewhere
     PICTURE.write_text(made.replace("Fira Code", "monospace"))
     PICTURE.with_name(TEXT).write_text(plain.getvalue())

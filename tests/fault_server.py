@@ -51,7 +51,7 @@ ERRORS = {  # status: message, type, code
 
 @dataclass(frozen=True)
 class Tokens:
-    """What makes the server a vLLM: it reads and writes token ids, with the field names of vLLM 0.32."""
+    """The vLLM part of the server: token ids in and out, with the field names of vLLM 0.32."""
 
     encode: Callable[[str], list[int]]
     size: int  # of the vocabulary
@@ -228,12 +228,12 @@ class FaultServer:
 
     @property
     def url(self) -> str:
-        """What a client takes as its base URL; it stays the same when the server is started again."""
+        """Return the base URL for a client; it stays the same when the server is restarted."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     @property
     def asked(self) -> int:
-        """How many texts were asked for, well or badly: every POST but those that ask for tokens."""
+        """Return the number of requests for completions, valid or not: every POST but those for tokens."""
         with self.lock:
             return sum(request["method"] == "POST" and request["path"] != TOKENIZE for request in self.requests)
 
@@ -265,7 +265,7 @@ class FaultServer:
         self.stop()
 
     def attempt(self, key: str) -> int:
-        """How many times this was asked before; asking counts."""
+        """Return how often this request was sent before, and count it."""
         with self.lock:
             self._attempts[key] += 1
             return self._attempts[key] - 1
@@ -492,7 +492,7 @@ def _is_ids(prompt: Any) -> bool:
 
 
 def _prompts(path: str, body: dict[str, Any]) -> list[Any]:
-    """What is to be answered: the messages, a text, token ids, or each one of a list of texts or lists."""
+    """Return what to complete: the messages, a text, token ids, or each of a list of them."""
     asked = body["messages"] if path == CHAT else body["prompt"]
     return asked if path == COMPLETIONS and isinstance(asked, list) and not _is_ids(asked) else [asked]
 
@@ -507,7 +507,7 @@ def _plain(content: Any) -> str:
 
 
 def _complaint(path: str, body: Any, tokens: Tokens | None = None) -> str | None:
-    """What is wrong with a request, as far as this server cares."""
+    """Return the error in a request, of those that this server checks, or None."""
     if not isinstance(body, dict):
         return "The body is not a JSON object."
     for name in ("model", "messages" if path == CHAT else "prompt"):

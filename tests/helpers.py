@@ -329,7 +329,7 @@ def known_word(requests: Sequence[CompletionRequest]) -> list[Completion]:
 def tiny_parts(
     algorithm: Algorithm, config: Config, guide: Guide | None = None, policy: LanguageModel | None = None
 ) -> Components:
-    """What a trainer is made of, equal for equal arguments."""
+    """Return the components of a trainer, equal for equal arguments."""
     policy = policy or tiny_model()
     task = toy_reviews.build(config.task, policy.tokenizer)
     shared = config.critic.kind == "value_head"

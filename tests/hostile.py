@@ -38,11 +38,11 @@ PRINTABLE = "".join(letter for letter in CONCENTRATE if not "\ud800" <= letter <
 
 
 def is_dangerous(character: str) -> bool:
-    """Whether a character controls a terminal or the direction of text, ends a line or is half of one; joiners do not."""
+    """Return whether a character controls a terminal or text direction, ends a line or is a surrogate; joiners are not."""
     return character not in "\n\u200c\u200d" and (unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"))
 
 
 def is_clean(text: str) -> bool:
-    """Whether a text can be sent to a terminal as it is."""
+    """Return whether a text can be sent to a terminal as it is."""
     text.encode()
     return not any(map(is_dangerous, text))

@@ -46,6 +46,20 @@ def test_links_in_the_documents_lead_somewhere():
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
+def test_the_layers_of_the_architecture_name_every_file():
+    package, text = ROOT / "src" / "rlgf", (ROOT / "docs" / "architecture.md").read_text()
+    named: dict[str, set[str]] = {}
+    for folder, files in re.findall(
+        r"^\| `([\w/]+?)/?` \| (.*) \|$", text.partition("## Layers")[2].partition("\n## ")[0], re.MULTILINE
+    ):
+        named.setdefault("" if folder == "rlgf" else folder, set()).update(re.findall(r"`(\w+\.py)`", files))
+    present: dict[str, set[str]] = {}
+    for path in package.rglob("*.py"):
+        if path.name not in ("__init__.py", "__main__.py"):
+            present.setdefault(path.parent.relative_to(package).as_posix().removeprefix("."), set()).add(path.name)
+    assert named == present
+
+
 def test_the_prose_of_the_documents_is_at_most_100_columns_wide():
     wide = {str(path.relative_to(ROOT)): lines for path in PROSE if (lines := wide_lines(path.read_text()))}
     assert wide == {}

@@ -59,13 +59,13 @@ def imports_in(source: str) -> list[tuple[int, str]]:
 
 
 def is_past_the_door(name: str) -> bool:
-    """Whether an import reaches into the fast paths otherwise than by their door."""
+    """Return whether an import reaches into the fast paths past their door."""
     inside = name == "rlgf.kernels" or name.startswith(("rlgf.kernels.", "."))  # a relative import could lead anywhere
     return inside and name != DOOR and not name.startswith(f"{DOOR}.")
 
 
 def is_native(name: str) -> bool:
-    """Whether an import is one of the C kernels."""
+    """Return whether an import is one of the C kernels."""
     return name.split(".")[0] == NATIVE
 
 

@@ -11,8 +11,9 @@ from helpers import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "native" / "src").rglob("*.py")])
+SCRIPTS = sorted(path for folder in ("bench", "tools", "docs", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
 DOCUMENTS = [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / "bench" / "README.md",
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "Makefile", ROOT / "bench" / "README.md",
     ROOT / "native" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "docs" / "results").rglob("README.md")),
 ]  # fmt: skip
@@ -60,6 +61,16 @@ def test_every_docstring_begins_as_a_sentence() -> None:
     assert wrong == []
 
 
+def test_no_docstring_of_the_scripts_and_tests_begins_as_a_clause() -> None:
+    wrong = [
+        f"{place}: {line!r}"
+        for path in SCRIPTS
+        for place, _, line in docstrings(path)
+        if re.sub(r"\W+$", "", line.split()[0]) in FORBIDDEN
+    ]
+    assert wrong == []
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -98,7 +109,7 @@ def old_names() -> list[tuple[str, re.Pattern[str]]]:
 
 def test_no_old_name_is_left() -> None:
     found, names = list[str](), old_names()
-    for path in [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "bench").glob("*.py")), *DOCUMENTS]:
+    for path in [*SOURCES, *SCRIPTS, *DOCUMENTS]:
         text = path.read_text(encoding="utf-8")
         found += [f"{path.relative_to(ROOT)}: {name}" for name, pattern in names if name in text and pattern.search(text)]
     assert found == []

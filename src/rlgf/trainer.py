@@ -85,7 +85,7 @@ class Progress:
     metrics: Mapping[str, Any]  # of this iteration, see docs/metrics.md
     experience: Experience
     guide_usage: Mapping[str, float]  # of the whole run; empty without counts
-    warnings: Sequence[str] = ()  # each is said once
+    warnings: Sequence[str] = ()  # each is reported once
 
 
 StepResult = tuple[dict[str, Any], Experience]
@@ -323,7 +323,7 @@ class Trainer:
                     try:
                         with immediate():
                             metrics |= self.evaluate_if_due()
-                    except BaseException as error:  # the caller keeps the iteration first
+                    except BaseException as error:  # the caller records the iteration first
                         failure = error
                     usage, warnings = self.guide_usage(), self.signs.warnings(metrics)
                     yield Progress(self.iteration, self.num_iterations, metrics, experience, usage, warnings)
@@ -332,7 +332,7 @@ class Trainer:
         finally:
             if self.prefetcher is not None:
                 self.prefetcher.close()
-                self.prefetcher = None  # a loop that was left may go on
+                self.prefetcher = None  # an abandoned loop may be resumed
 
     def evaluate_if_due(self) -> dict[str, dict[str, float]]:
         """Return 'evaluation' on the validation split if one follows the iteration just done."""

@@ -50,7 +50,7 @@ def equal_chances(first: int, last: int) -> dict[int, float]:
 
 
 def pieces(algorithm: Algorithm, iteration: int, coin: float) -> list[tuple[Phase, float, float, float]]:
-    """What an iteration does, said without phase numbers."""
+    """Describe an iteration without phase numbers."""
     return [
         (algorithm.phases[share.phase], share.fraction, share.policy_weight, share.guide_weight)
         for share in algorithm.schedule(iteration, coin)

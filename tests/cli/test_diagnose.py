@@ -1,4 +1,4 @@
-"""What `rlgf check` finds in a task and its reward."""
+"""Findings of `rlgf check` in a task and its reward."""
 
 from rlgf.cli.diagnose import check_reward
 from rlgf.tasks.base import Task

@@ -79,7 +79,7 @@ ALL = [*FIELDS, *OPTIONS, *METRICS]
 
 
 def nonsense(number: Number) -> list[Any]:
-    """What no number may be."""
+    """Values that no number may have."""
     found: list[Any] = [math.nan, math.inf, -math.inf, 1e308, -1e308, 2**63, 10**400, -(10**400), "3", "1e-4", "x" * 5_000,
                         "\x1b[31m3", [1], {"a": 1}, b"1"]  # fmt: skip
     if number.base is bool:

@@ -22,8 +22,8 @@ from rlgf.types import Prompt
 ROOT = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a film?\n\nAssistant:"
 
 
-def pairs_of(rows: list[dict[str, Any]], tokenizer: Any, least_words: int = 2) -> tuple[list[Pair], dict[str, int]]:
-    pairs, dropped = read_pairs(rows, "pairs.jsonl", PromptBuilder(tokenizer), least_words, Columns())
+def pairs_of(rows: list[dict[str, Any]], tokenizer: Any, min_words: int = 2) -> tuple[list[Pair], dict[str, int]]:
+    pairs, dropped = read_pairs(rows, "pairs.jsonl", PromptBuilder(tokenizer), min_words, Columns())
     return pairs, dict(dropped)
 
 

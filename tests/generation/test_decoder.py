@@ -59,7 +59,7 @@ def rows_of(written: SampledCompletions) -> list[list[int]]:
 
 
 def generated(language_model: LanguageModel, prefixes: Sequence[Sequence[int]], most: int, minimum: int) -> list[list[int]]:
-    """What transformers' own greedy search writes after each prefix, the batch padded on the left; up to the end token."""
+    """Return what transformers' greedy search generates after each prefix (batch padded on the left), up to EOS."""
     width = max(map(len, prefixes))
     pad = language_model.eos_token_id
     output = language_model.model.generate(

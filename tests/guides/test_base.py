@@ -1,4 +1,4 @@
-"""What a guide may return, and how everything else is refused."""
+"""Valid results of a guide, and the refusal of all others."""
 
 from collections.abc import Sequence
 from typing import Any

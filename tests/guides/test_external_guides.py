@@ -61,7 +61,7 @@ def kept(tmp_path: Path, name: str = "answers") -> tuple[str, str]:
 
 
 def learnt(run: Path) -> list[str]:
-    """What a run learnt: its metrics without how answers came, and its texts."""
+    """Return the metrics of a run without those of requests, and its completions."""
     rows = [{k: v for k, v in row.items() if not re.search("^guide_(attempts|answered|retried|rows_|prompt|comp|answers)", k)}
             for row in guided_rows(run)]  # fmt: skip
     return [json.dumps(row) for row in [*rows, *read_complete_lines(run / "rollouts.jsonl")]]

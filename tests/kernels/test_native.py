@@ -71,14 +71,14 @@ def upstream_of(result: Tensor) -> Tensor:
 
 
 def exact(function: Callable[..., Tensor], *given: Tensor) -> list[Tensor]:
-    """What a function of torch returns in float64, and its gradients."""
+    """Return the result of a torch function in float64, and its gradients."""
     inputs = [t.detach().double().requires_grad_() for t in given]
     result = function(*inputs)
     return [result.detach(), *torch.autograd.grad((result * upstream_of(result)).sum(), inputs)]
 
 
 def same(found: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float = 2e-6) -> None:
-    """Within `tolerance` of the largest value."""
+    """Assert that values agree within `tolerance` of the largest."""
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert one.shape == other.shape

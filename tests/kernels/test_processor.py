@@ -1,4 +1,4 @@
-"""What the system says of the processor, and the library that is chosen for it."""
+"""The description of the processor, and the library chosen for it."""
 
 from types import SimpleNamespace
 

@@ -116,7 +116,7 @@ def test_log_probs_are_those_of_a_full_forward(model: LanguageModel):
 
 
 def whole(model: Any, source: Sequence[int], response: Sequence[int]) -> Any:
-    """What transformers itself says of one text."""
+    """Run transformers' own forward pass on one text."""
     decoder = torch.tensor([[0, *response[:-1]]])
     return model(input_ids=torch.tensor([source]), decoder_input_ids=decoder)
 

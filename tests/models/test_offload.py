@@ -78,7 +78,7 @@ def test_an_optimizer_moves_with_its_model(monkeypatch: pytest.MonkeyPatch):
 
 
 class Moves:
-    """Where models were moved."""
+    """Record the devices that models were moved to."""
 
     def __init__(self) -> None:
         self.seen: list[torch.device] = []

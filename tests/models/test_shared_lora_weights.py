@@ -42,7 +42,7 @@ def on_adapters(base: Path, folder: Path, *changes: tuple[str, object]) -> Confi
 
 
 class Loads:
-    """How often the base weights of a folder are read, and whether in 4 bits."""
+    """Record each load of a folder's base weights, and whether in 4 bits."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
         self.options: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""What cannot be trained is refused before any work."""
+"""Runs that cannot be trained are refused before any work."""
 
 import os
 from collections import namedtuple

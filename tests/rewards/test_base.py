@@ -1,4 +1,4 @@
-"""What a reward may return, and how everything else is refused."""
+"""Valid results of a reward, and the refusal of all others."""
 
 from collections.abc import Callable
 from decimal import Decimal

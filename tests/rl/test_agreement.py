@@ -47,7 +47,7 @@ class Engine:
         return replace(right, log_probs=right.log_probs + self.error, lengths=lengths)
 
     def sync(self, policy: object) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 def trainer_with(error: float, own_engine: bool = False, tokens: bool = True, **settings: object) -> Trainer:

@@ -61,7 +61,7 @@ def moved_rows(before: Tensor, after: Tensor) -> set[int]:
 
 
 def tokens_before(selected: Tensor) -> set[int]:
-    """Where every token's id is its place: the ids of the tokens before the selected ones."""
+    """Return the ids of the tokens before the selected ones, if every token's id is its position."""
     return set((selected.flatten().nonzero().squeeze(1) - 1).tolist())
 
 
@@ -494,7 +494,7 @@ def test_a_head_on_the_policys_trunk_has_one_optimizer_with_it() -> None:
 
 
 def trunk_changes(config: Config, critic_weight: float = 0.3) -> tuple[list[Tensor], list[Tensor], dict[str, float]]:
-    """What a step with advantages of zero does to the policy and to the head, and its metrics."""
+    """Return the changes of policy and head by a step with zero advantages, and its metrics."""
     trainer = tiny_trainer(guided.ppo().build(), config)
     models = trainer.components.models
     nn.init.constant_(models.critics[POLICY].head.weight, critic_weight)

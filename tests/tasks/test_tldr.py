@@ -61,7 +61,7 @@ def config(tmp_path: Path) -> TaskConfig:
 
 
 def named(prompts: Sequence[Prompt]) -> set[str]:
-    """Whose boats prompts are about."""
+    """Return the owners of the boats that prompts are about."""
     return {prompt.text.partition("The boat of ")[2].partition("\n")[0] for prompt in prompts}
 
 

@@ -70,11 +70,11 @@ class Game:
         return "".join(LETTERS[token] for token in tokens if token < self.letters)
 
     def payoff(self, tokens: Sequence[int]) -> float:
-        """What the reward function says of finished tokens."""
+        """Return the reward of finished tokens."""
         return self.reward(self.text(tokens))
 
     def is_over(self, tokens: Sequence[int]) -> bool:
-        """Whether nothing can follow these tokens."""
+        """Return whether these tokens are a complete sequence."""
         return len(tokens) == self.horizon or (bool(tokens) and tokens[-1] == self.end_id)
 
     def state(self, tokens: Sequence[int]) -> State:
@@ -244,7 +244,7 @@ class Play:
         return self.trainer.components.models.policy.model.head.table.detach()
 
     def value(self) -> float:
-        """What the policy is worth, exactly."""
+        """Return the exact value of the policy."""
         return float(values(self.game, self.table)[0])
 
 

@@ -49,7 +49,7 @@ class Setting:
     kl: float
 
     def penalty(self) -> Tensor:
-        """What each token costs at each state: the full log-ratio to the reference."""
+        """Return the cost of each token at each state: the full log-ratio to the reference."""
         ratio = self.policy.double().log_softmax(1) - self.reference.double().log_softmax(1)
         return self.kl * ratio
 
@@ -147,7 +147,7 @@ class Measured:
     gradients: Tensor
 
     def standard_errors(self, expected: Tensor) -> Tensor:
-        """How far the mean is from what is expected, coordinate by coordinate; 0 where both never differ."""
+        """Return the distance of the mean from the expectation per coordinate; 0 where both never differ."""
         mean = self.gradients.mean(0)
         error = self.gradients.std(0) / len(self.gradients) ** 0.5
         # float32 leaves something like 1e-7 where there is nothing to vary

@@ -125,26 +125,26 @@ class ConcurrentPair:
         threads = torch.get_num_threads()
         if threads < 2 or is_distributed():
             return first(), second()
-        lent = DeferredGradients()
+        queue = DeferredGradients()
 
         def run_second() -> T:
             torch.set_num_threads(threads // 2)
             result = second()
-            lent.work_until_closed()
+            queue.work_until_closed()
             return result
 
         waiting = self._executor.submit(run_second)
         try:
             torch.set_num_threads(threads - threads // 2)
             # with an odd thread count, results would depend on which task computes a gradient
-            _mine.deferred = lent if threads % 2 == 0 else None
+            _mine.deferred = queue if threads % 2 == 0 else None
             result = first()
-            lent.work()
+            queue.work()
         finally:
             _mine.deferred = None
-            lent.close()
+            queue.close()
             waiting.exception()  # wait for the second task, even after an error
             torch.set_num_threads(threads)
         second_result = waiting.result()
-        lent.accumulate()
+        queue.accumulate()
         return result, second_result

@@ -115,10 +115,10 @@ def _weight_grad(layer: Any, gradient: Tensor, states: Tensor) -> Tensor | None:
     """
     # the optimizer changes the weight next, and a fused one does not increment its version
     layer.in_bf16 = None
-    lent = deferred_gradients() if _multiplications(states, layer.weight) >= MIN_DEFERRED else None
-    if lent is None:
+    queue = deferred_gradients() if _multiplications(states, layer.weight) >= MIN_DEFERRED else None
+    if queue is None:
         return _compute_weight_grad(gradient, states, layer.CONV)
-    lent.defer(layer.weight, partial(_compute_weight_grad, gradient, states, layer.CONV))
+    queue.defer(layer.weight, partial(_compute_weight_grad, gradient, states, layer.CONV))
     return None
 
 

@@ -94,7 +94,7 @@ def is_encoder_decoder(model: Any) -> bool:
 def group_by_length(lengths: Tensor, token_budget: int, packed: bool) -> list[Tensor]:
     """Return row indices in groups of similar length, the longest first.
 
-    Each group has at most `token_budget` tokens, or a single row. Packed rows (`in_line`) cost
+    Each group has at most `token_budget` tokens, or a single row. Packed rows (`packed`) cost
     their own tokens, padded rows as many as the longest.
     """
     min_fill = MIN_PACKED_FILL if packed else MIN_ROW_FILL

@@ -12,7 +12,7 @@ from rlgf.errors import TrainingError
 from rlgf.rl.tensors import Experience, Rollout
 
 LARGEST_REWARD = math.sqrt(torch.finfo(torch.float32).max)  # losses square it in fp32
-DIVERGED_ITERATIONS = 5  # in a row, before a critic is said to diverge
+DIVERGED_ITERATIONS = 5  # in a row, before a critic is reported as diverging
 SHOWN_ROWS = 3
 LOWER = "lower ppo.learning_rate and critic.learning_rate, raise kl.coefficient, or set ppo.max_grad_norm lower"
 HINTS = {
@@ -130,10 +130,10 @@ def find_signs(rollout: Rollout, scores: Sequence[float], stats: Mapping[str, fl
 
 
 class Signs:
-    """The warnings about signs, each said once."""
+    """The warnings about signs, each reported once."""
 
     def __init__(self) -> None:
-        self.said: set[str] = set()
+        self.reported: set[str] = set()
         self.diverged = 0  # iterations in a row
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
@@ -148,6 +148,6 @@ class Signs:
             ),
         }
         shows = {name: bool(metrics.get(name)) for name in texts} | {"critic_diverges": self.diverged >= DIVERGED_ITERATIONS}
-        new = [name for name, shown in shows.items() if shown and name not in self.said]
-        self.said.update(new)
-        return [f"iteration {metrics['iteration']}: {texts[name]} (said once; metric {name})" for name in new]
+        new = [name for name, shown in shows.items() if shown and name not in self.reported]
+        self.reported.update(new)
+        return [f"iteration {metrics['iteration']}: {texts[name]} (reported once; metric {name})" for name in new]

@@ -122,7 +122,7 @@ def _split_posts(config: TaskConfig, options: Options) -> dict[str, list[dict[st
 
 
 def post_key(post: str) -> str:
-    """Return the first `MARK` letters and digits of a post, which identify it.
+    """Return the first `POST_KEY_LENGTH` letters and digits of a post, which identify it.
 
     Some posts are in the data twice, edited at the end.
     """

@@ -112,9 +112,9 @@ def tokenizer(config: TaskConfig) -> Any:
 
 
 INSTRUCTION = (
-    "The text below names aspects of a film and then praises them one by one, in the same order: behind '=>' each aspect is "
+    "The text below names aspects of a film and then praises them one by one, in the same order: after '=>' each aspect is "
     f"written once more, with one of these words before it: {', '.join(POSITIVE)}. Example: 'review of : plot cast => superb "
-    "plot witty cast'. Write what is missing behind the text, words with single spaces between them, without commas or "
+    "plot witty cast'. Write what is missing after the text, words with single spaces between them, without commas or "
     "quotation marks, and nothing else.\n\n{text}"
 )
 

@@ -405,7 +405,7 @@ def test_white_space_around_a_key_is_not_part_of_it(tmp_path: Path, monkeypatch:
 
 
 def particular(body: dict[str, Any]) -> str | None:
-    """What a reasoning model's server says of the parameters that it refuses."""
+    """Return the error of a reasoning model's server for the parameters that it refuses."""
     if "max_tokens" in body:
         return "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
     if "temperature" in body:
@@ -620,7 +620,7 @@ def test_a_run_replays_offline_to_the_same_metrics(tmp_path: Path) -> None:
 
 
 def answering(*lines: str) -> tuple[list[str], Any]:
-    """What was shown, and a keyboard that types these lines."""
+    """Return the shown text, and a keyboard that types these lines."""
     typed, shown = list(lines), list[str]()
 
     def read(mark: str) -> str:

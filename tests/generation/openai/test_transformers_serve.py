@@ -104,7 +104,7 @@ def requests(count: int = 3, seed: int = 0) -> list[CompletionRequest]:
 
 
 class RefusalError(Exception):
-    """What the client raises, as far as it is read."""
+    """An exception as the client raises it, with the attributes that are read."""
 
     def __init__(self, body: Any) -> None:
         super().__init__("Error code: 422")
