@@ -83,7 +83,7 @@ $(VLLM)/.installed:
 kill: setup  ## kill runs in every phase and compare what they become: make kill KILLS=50, of each of four settings
 	$(BIN)/python tools/kill.py --trials $(or $(KILLS),50)
 
-fuzz: setup  ## random nonsense on everything that is read: make fuzz COUNT=2000, of each sort
+fuzz: setup  ## fuzz all inputs: make fuzz COUNT=2000, of each sort
 	$(BIN)/python tools/fuzz.py --count $(or $(COUNT),2000)
 
 gpu: setup

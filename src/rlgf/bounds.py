@@ -1,7 +1,7 @@
 """The bounds of numbers, declared on the fields that hold them.
 
 In a config pydantic checks them; other dataclasses call `check_bounds` when they are made. No value
-is converted: a whole number is no text, no fraction and not true or false.
+is converted: texts, fractions and booleans are not accepted as whole numbers.
 """
 
 import functools
@@ -50,7 +50,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Exactly:
-    """True or false, and no number or text that stands for one of them."""
+    """A strict boolean: numbers and texts are not accepted for it."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
         """Return pydantic's schema of a field with this annotation."""

@@ -1,4 +1,4 @@
-"""Signals that end a run: when they take effect, and what is done until then.
+"""Deferred handling of the signals that end a run.
 
 `handle_signals` is entered by `rlgf.train` and by the command line. Code that must not be left in
 the middle, such as an optimizer step, runs in a `deferred` block, whether or not there are

@@ -39,7 +39,7 @@ from rlgf.rl.experience import (
     make_experience,
     warm_start_critic,
 )
-from rlgf.rl.guards import Guard, Signs, check_kl, find_signs
+from rlgf.rl.guards import Guard, TrainingWarnings, check_kl, find_warning_flags
 from rlgf.rl.kl_controller import KLController
 from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, select_prompts
 from rlgf.rl.shaping import RewardShaper
@@ -128,7 +128,7 @@ class Trainer:
             config.task.min_new_tokens, config.seed,
         )  # fmt: skip
         self.agreement = AgreementCheck(self.rollout_config, components.task.train)
-        self.guard, self.signs = Guard(config.runtime.on_nonfinite, config.runtime.max_skipped), Signs()
+        self.guard, self.warnings = Guard(config.runtime.on_nonfinite, config.runtime.max_skipped), TrainingWarnings()
         self.updater = Updater(
             components.models, self.forward_config, config.kl, config.critic, components.sft_targets, config.seed, self.guard
         )
@@ -221,7 +221,7 @@ class Trainer:
                 rollout, shares, parts.algorithm.credit, scores, rewards, measured, self.config.ppo, self.kl.coefficient
             )
             means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
-            stats = {**experience.stats, **means, **find_signs(rollout, scores, experience.stats)}
+            stats = {**experience.stats, **means, **find_warning_flags(rollout, scores, experience.stats)}
             is_finite = self.guard.check_experience(experience, rewards, iteration, self.updater.steps_per_iteration)
             check_kl(stats["kl_k1"], self.config.kl.stop_above, iteration)
         except BaseException:  # in the checkpoint that follows, the iteration is not done
@@ -325,7 +325,7 @@ class Trainer:
                             metrics |= self.evaluate_if_due()
                     except BaseException as error:  # the caller records the iteration first
                         failure = error
-                    usage, warnings = self.guide_usage(), self.signs.warnings(metrics)
+                    usage, warnings = self.guide_usage(), self.warnings.new_warnings(metrics)
                     yield Progress(self.iteration, self.num_iterations, metrics, experience, usage, warnings)
                 if failure is not None:
                     raise failure

@@ -19,7 +19,7 @@ from rlgf.guides.local import FunctionGuide
 from rlgf.models import memory
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.run import train
-from rlgf.rl.guards import DIVERGED_ITERATIONS, Guard, NonFiniteError, Signs, check_kl
+from rlgf.rl.guards import DIVERGED_ITERATIONS, Guard, NonFiniteError, TrainingWarnings, check_kl
 from rlgf.rl.update import Updater
 from rlgf.trainer import Trainer
 
@@ -181,9 +181,9 @@ def test_an_iteration_without_tokens_of_the_policy_is_said_once() -> None:
 
 
 def test_a_critic_that_diverges_for_long_is_said_once() -> None:
-    signs, said = Signs(), []
+    warnings, said = TrainingWarnings(), []
     for iteration in range(3 * DIVERGED_ITERATIONS):
-        said += signs.warnings({"iteration": iteration, "critic_diverges": float(iteration != 2)})
+        said += warnings.new_warnings({"iteration": iteration, "critic_diverges": float(iteration != 2)})
     assert len(said) == 1
     assert said[0].startswith(f"iteration {2 + DIVERGED_ITERATIONS}: the critic")
 

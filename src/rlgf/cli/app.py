@@ -28,7 +28,7 @@ LOADAVG = Path("/proc/loadavg")  # its fourth field: the entities that run now, 
 
 
 class _InterruptedCommandError(Exception):
-    """An interruption, in a form that passes through typer."""
+    """A wrapper of `Interrupted` that typer does not handle."""
 
     def __init__(self, interruption: Interrupted) -> None:
         super().__init__(str(interruption))

@@ -100,7 +100,7 @@ class EscapingFormatter(logging.Formatter):
 
 
 def escape_log_lines() -> None:
-    """Let what libraries log pass the function that every line passes."""
+    """Escape the log lines of libraries."""
     loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
     for handler in [logging.lastResort, *(handler for logger in loggers for handler in logger.handlers)]:
         if handler is not None and not isinstance(handler.formatter, EscapingFormatter):

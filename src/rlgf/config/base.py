@@ -86,7 +86,7 @@ def as_config_error(error: ValidationError, where: str, prefix: str = "", positi
         return ConfigError(shorten_sentence(f"{key} is {show_value(value)}, but must be {choices}.", MAX_LENGTH))
     if parts[-1:] == ["[key]"]:
         return ConfigError(
-            f"{shorten(where, MAX_SOURCE, keep_end=True)}: {'.'.join(parts[:-2])} has a key that is no text: quote it."
+            f"{shorten(where, MAX_SOURCE, keep_end=True)}: {'.'.join(parts[:-2])} has a key that is not a text: quote it."
         )
     for beginning, words in TEXTS.items():
         if kind.startswith(beginning):

@@ -45,7 +45,7 @@ def walk(value: Any, names: tuple[str, ...] = ()) -> Generator[tuple[tuple[str, 
     """Yield every single value of a config, with the names that lead to it.
 
     Sections, mappings and lists are entered. Raises `ConfigError` for options that are nested too
-    deeply, too many, or have keys that are no text.
+    deeply, too many, or have keys that are not texts.
     """
     stack, count = [(names, value)], 0
     while stack:
@@ -64,7 +64,7 @@ def walk(value: Any, names: tuple[str, ...] = ()) -> Generator[tuple[tuple[str, 
             continue
         for name, part in reversed(inner):
             if not isinstance(name, str):
-                raise ConfigError(f"{_field(path)} has a key that is no text: quote it.")
+                raise ConfigError(f"{_field(path)} has a key that is not a text: quote it.")
             stack.append(((*path, name), part))
 
 

@@ -30,7 +30,7 @@ def hub_is_reachable() -> bool:
 
 
 def is_local_name(name: str) -> bool:
-    """Return whether a name can only be that of a local file or folder.
+    """Return whether a name cannot be a Hub name.
 
     Names on the Hub are NAME or OWNER/NAME; a name with `://` is a URL.
     """

@@ -1,7 +1,7 @@
 """Locks of folders: one process at a time trains a run, or builds a stage.
 
 A lock is a file that is locked by `flock`. The system releases it when the process ends in any way,
-so a file that a killed process left is no hindrance. On one machine this always holds. On a network
+so the file of a killed process does not block. On one machine this always holds. On a network
 file system it holds between machines where the server keeps `flock` locks: NFS of Linux does,
 unless mounted with `nolock` or `local_lock`; Lustre with the option `flock`; others see only the
 processes of their own machine. A file system that has no locks is used without, with a warning.

@@ -1,4 +1,4 @@
-"""Verdicts: the choice that a judge's answer states, or none where it states none clearly."""
+"""Verdicts: the choice that a judge's answer states, or None if it is unclear."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""A guide on a server: requests made from trajectories, samples and what their failures lead to.
+"""A guide on a server: requests, repeated samples and the handling of failures.
 
 Concurrency, retries, limits and cached responses are in `generation/openai/pool.py`.
 """

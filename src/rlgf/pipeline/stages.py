@@ -215,7 +215,7 @@ def guide_identity(guide: GuideConfig) -> dict[str, Any]:
 
     default = settings(GuideConfig())
     chosen = {name: v for name, v in settings(guide).items() if v != default[name] and name not in GUIDE_CONNECTION_FIELDS}
-    # without the section, as before there was one: stages made then are found
+    # without the section's name, so that fingerprints of existing stages stay valid
     return {name.removeprefix("endpoint."): value for name, value in chosen.items()}
 
 

@@ -132,9 +132,9 @@ class AgreementCheck:
 
 
 def _longest_and_shortest(rollout: Rollout) -> Rollout:
-    """Return a rollout in which the policy has the longest and the shortest `MAX_ROWS` rows alone.
+    """Keep the policy's tokens in the longest and the shortest `MAX_ROWS` rows only.
 
-    The tokens of the other rows count as the guide's, so they are not compared.
+    Tokens of the other rows count as the guide's, so they are not compared.
     """
     order, half = rollout.lengths.argsort(stable=True), MAX_ROWS // 2
     kept = torch.zeros(len(order), dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Guards of training: numbers that are not finite, and iterations that teach nothing."""
+"""Guards of training: numbers that are not finite, and iterations without a learning signal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ HINTS = {
 
 
 class NonFiniteError(TrainingError):
-    """A number that is not finite, found before an optimizer moved by it.
+    """A number that is not finite, found before an optimizer step used it.
 
     `experience` and `rows` are the completions that it belongs to.
     """
@@ -117,8 +117,8 @@ def check_kl(kl: float, bound: float | None, iteration: int) -> None:
         )
 
 
-def find_signs(rollout: Rollout, scores: Sequence[float], stats: Mapping[str, float]) -> dict[str, float]:
-    """Return the signs of an iteration that teaches nothing, 1 or 0 by name.
+def find_warning_flags(rollout: Rollout, scores: Sequence[float], stats: Mapping[str, float]) -> dict[str, float]:
+    """Return the flags of an iteration without a learning signal, 1 or 0 by name.
 
     See docs/metrics.md.
     """
@@ -129,14 +129,14 @@ def find_signs(rollout: Rollout, scores: Sequence[float], stats: Mapping[str, fl
     }
 
 
-class Signs:
-    """The warnings about signs, each reported once."""
+class TrainingWarnings:
+    """Warnings about metrics of an iteration, each reported once."""
 
     def __init__(self) -> None:
         self.reported: set[str] = set()
         self.diverged = 0  # iterations in a row
 
-    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
+    def new_warnings(self, metrics: Mapping[str, float]) -> list[str]:
         """Return the warnings that the metrics of an iteration give for the first time."""
         self.diverged = self.diverged + 1 if metrics.get("critic_diverges") else 0
         texts = {

@@ -1,4 +1,4 @@
-"""The one place where errors of files and of memory become a sentence."""
+"""Conversion of errors of files and of memory into sentences."""
 
 import errno
 import os

@@ -169,7 +169,7 @@ class RunRecorder:
             self._save_checkpoint()
 
     def _keep_best(self, metrics: Mapping[str, Any]) -> None:
-        """Write the policy to `best-policy` if no evaluation before had a score as high."""
+        """Write the policy to `best-policy` if its score is the best so far."""
         score = metrics.get("evaluation", {}).get("score")
         if not self.loop.is_evaluation_due():  # the last iteration alone has others, and a run may be made longer
             return

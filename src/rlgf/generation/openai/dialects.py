@@ -19,12 +19,12 @@ TRUNCATED = (
     "incomplete",
 )  # fmt: skip
 FILTERED = ("content_filter", "content-filter", "safety", "refusal", "prohibited_content", "blocklist", "recitation", "spii")
-UNTOLD = ("", "none", "null", "generated")  # reasons that say nothing
+UNSPECIFIED = ("", "none", "null", "generated")  # reasons that say nothing
 TOOL_CALLS = ("tool_calls", "tool_call", "function_call", "tool_use")
 TEXT_PARTS = ("text", "output_text")
 PROMPT_FIELDS = ("prompt_tokens", "input_tokens", "prompt_eval_count", "prompt_n")
 COMPLETION_FIELDS = ("completion_tokens", "output_tokens", "eval_count", "generated_tokens", "predicted_n")
-MAX_TOKENS = 10**9  # of one response; a larger count is none
+MAX_TOKENS = 10**9  # of one response; larger counts are ignored
 MAX_SHOWN = 200  # characters of a response in an error
 
 
@@ -126,7 +126,7 @@ def finish_reason(choice: Mapping[str, Any], generated: int | None, max_tokens: 
         if isinstance(value, Mapping):  # {"type": "stop"}
             value = cast("Mapping[str, Any]", value).get("type")
         word = str(value).rpartition(".")[2].lower()  # FinishReason.STOP
-        if word in UNTOLD:
+        if word in UNSPECIFIED:
             continue
         kinds = (("stop", COMPLETE), ("length", TRUNCATED), ("filtered", FILTERED), ("tool", TOOL_CALLS))
         kind = next((kind for kind, words in kinds if word in words), None)
