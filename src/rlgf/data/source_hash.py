@@ -41,37 +41,57 @@ def spec_hash(spec: str) -> str | None:
         return None
     if found is None or not found.origin or not Path(found.origin).is_file():
         return None
-    return _files_hash(Path(found.origin))
+    return _files_hash(Path(found.origin), name)
 
 
-def _files_hash(path: Path) -> str:
-    """Return a short hash of a source file and its imports from its folder."""
-    digest = hashlib.sha256()
-    for file in sorted(_imported_files(path, path.parent, {path})):
+def _files_hash(path: Path, module: str) -> str:
+    """Return a short hash of a module and its imports from its folder."""
+    digest, names = hashlib.sha256(), tuple(module.split("."))
+    package = names if path.name == "__init__.py" else names[:-1]
+    seen = {path}
+    if package:  # imported before the module
+        _add_file(path.parent / "__init__.py", path.parent, package, seen)
+    for file in sorted(_imported_files(path, path.parent, package, seen)):
         digest.update(file.relative_to(path.parent).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:DIGITS]
 
 
-def _imported_files(path: Path, folder: Path, seen: set[Path]) -> set[Path]:
-    """Add the files that `path` imports from `folder` to `seen`, and those they import."""
+def _imported_files(path: Path, folder: Path, package: tuple[str, ...], seen: set[Path]) -> set[Path]:
+    """Add the files that `path` imports from `folder` to `seen`, and those they import.
+
+    `package` names the package that `folder` is, or is empty.
+    """
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return seen
     for node in ast.walk(tree):
-        names: list[str] = []
+        places: list[Path] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            places = [_place(alias.name, folder, package) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else []
-            names += [f"{node.module}.{alias.name}" if node.module else alias.name for alias in node.names]
-        for name in names:
-            place = folder.joinpath(*name.split("."))
-            for file in (place.with_suffix(".py"), place / "__init__.py"):
-                if file not in seen and file.is_file():
-                    seen.add(file)
-                    _imported_files(file, folder, seen)
+            base = _place(node.module or "", folder, package)
+            if node.level:
+                base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            places = [base, *(base / alias.name for alias in node.names)]
+        for place in places:
+            inner = [place, *place.parents]  # packages on the way are imported too
+            for file in (place.with_suffix(".py"), *(outer / "__init__.py" for outer in inner if outer != folder)):
+                _add_file(file, folder, package, seen)
     return seen
+
+
+def _place(name: str, folder: Path, package: tuple[str, ...]) -> Path:
+    """Return where a module of that name is in a folder, which may be its package."""
+    names = tuple(name.split("."))
+    return folder.joinpath(*(names[len(package) :] if names[: len(package)] == package else names))
+
+
+def _add_file(file: Path, folder: Path, package: tuple[str, ...], seen: set[Path]) -> None:
+    """Add a file in `folder`, if there is one, and what it imports from there."""
+    if file.is_relative_to(folder) and file not in seen and file.is_file():
+        seen.add(file)
+        _imported_files(file, folder, package, seen)
 
 
 def _sources(value: Any, seen: set[int]) -> Iterator[str]:
@@ -100,7 +120,7 @@ def _named_sources(function: FunctionType, seen: set[int]) -> Iterator[str]:
         elif isinstance(used, ModuleType):
             file = getattr(used, "__file__", None)
             if file and Path(file).parent == own:
-                yield f"{name} = {_files_hash(Path(file))}"
+                yield f"{name} = {_files_hash(Path(file), used.__name__)}"
         elif inspect.isfunction(used) or inspect.isclass(used):
             file = inspect.getsourcefile(used) if used.__module__ != "builtins" else None
             if file and Path(file).parent == own:
