@@ -84,6 +84,35 @@ def test_constants_of_another_module_and_of_a_closure_count(load: Callable[..., 
     assert source_hash(make(1.0)) != source_hash(make(2.0))
 
 
+DECORATED = """
+import functools
+import re
+
+PATTERN = re.compile("a")
+
+def scaled(function):
+    @functools.wraps(function)
+    def inner(prompts, texts):
+        return [2 * number for number in function(prompts, texts)]
+    return inner
+
+@functools.cache
+def helper():
+    return 1.0
+
+@scaled
+def reward(prompts, texts):
+    return [helper() * len(PATTERN.findall(text)) for text in texts]
+"""
+
+
+@pytest.mark.parametrize(("old", "new"), [("2 * number", "3 * number"), ("return 1.0", "return 4.0"), ('"a"', '"b"')])
+def test_decorators_cached_functions_and_patterns_count(load: Callable[..., ModuleType], old: str, new: str) -> None:
+    before = source_hash(load(DECORATED).reward)
+    assert before == source_hash(load(DECORATED).reward)
+    assert before != source_hash(load(DECORATED.replace(old, new)).reward)
+
+
 def test_a_lambda_and_an_object_have_no_source() -> None:
     assert source_hash(lambda prompts, texts: [1.0]) is None
     assert source_hash(Path()) is None

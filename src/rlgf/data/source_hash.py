@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,6 +101,9 @@ def _sources(value: Any, seen: set[int]) -> Iterator[str]:
         return
     seen.add(id(value))
     yield inspect.getsource(value)
+    if inspect.isfunction(value) and inspect.unwrap(value) is not value:  # the source above is that of the inner function
+        yield inspect.getsource(value.__code__)
+        yield from _named_sources(inspect.unwrap(value), seen)
     functions = [value] if inspect.isfunction(value) else [item for item in vars(value).values() if inspect.isfunction(item)]
     for function in functions:
         yield from _named_sources(function, seen)
@@ -115,7 +119,11 @@ def _named_sources(function: FunctionType, seen: set[int]) -> Iterator[str]:
             continue
     own = Path(inspect.getsourcefile(function) or "").parent
     for name, used in values.items():
-        if _is_constant(used):
+        if not inspect.isfunction(used) and inspect.isfunction(inner := getattr(used, "__wrapped__", None)):
+            used = inner  # of functools.cache
+        if isinstance(used, re.Pattern):
+            yield f"{name} = {used.pattern!r} {used.flags}"  # pyright: ignore[reportUnknownMemberType]
+        elif _is_constant(used):
             yield f"{name} = {sorted(map(repr, used)) if isinstance(used, set | frozenset) else repr(used)}"
         elif isinstance(used, ModuleType):
             file = getattr(used, "__file__", None)
