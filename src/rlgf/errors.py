@@ -174,9 +174,9 @@ def user_code(what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfE
     """
     try:
         yield
-    except passed:
+    except (passed, KeyboardInterrupt, GeneratorExit):
         raise
-    except USER_FAILURES as failure:
+    except BaseException as failure:  # also those that are no Exception: sys.exit, a cancelled task, a panic in Rust
         raise error(
             f"{what} ({describe_failure(failure)}): fix it and run again (with --accept-changes if its source changed)."
         ) from failure

@@ -39,10 +39,10 @@ def test_threads_are_the_configs_else_the_environments_else_all_cores(
     assert choose_num_threads(configured) == expected
 
 
-@pytest.mark.parametrize("variable", ["0", "-1", "many", "1.5", "²", "3 4"])
+@pytest.mark.parametrize("variable", ["0", "-1", "many", "1.5", "²", "3 4", "1025", "9" * 20, "9" * 5000])
 def test_a_number_of_threads_that_is_none_is_refused(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", variable)
-    with pytest.raises(ConfigError, match=r"OMP_NUM_THREADS is .* but must be a whole number of at least 1: fix or unset it"):
+    with pytest.raises(ConfigError, match=r"OMP_NUM_THREADS is .* but must be a whole number from 1 to 1,024: fix or unset it"):
         choose_num_threads()
 
 

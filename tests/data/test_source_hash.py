@@ -84,6 +84,35 @@ def test_constants_of_another_module_and_of_a_closure_count(load: Callable[..., 
     assert source_hash(make(1.0)) != source_hash(make(2.0))
 
 
+DECORATED = """
+import functools
+import re
+
+PATTERN = re.compile("a")
+
+def scaled(function):
+    @functools.wraps(function)
+    def inner(prompts, texts):
+        return [2 * number for number in function(prompts, texts)]
+    return inner
+
+@functools.cache
+def helper():
+    return 1.0
+
+@scaled
+def reward(prompts, texts):
+    return [helper() * len(PATTERN.findall(text)) for text in texts]
+"""
+
+
+@pytest.mark.parametrize(("old", "new"), [("2 * number", "3 * number"), ("return 1.0", "return 4.0"), ('"a"', '"b"')])
+def test_decorators_cached_functions_and_patterns_count(load: Callable[..., ModuleType], old: str, new: str) -> None:
+    before = source_hash(load(DECORATED).reward)
+    assert before == source_hash(load(DECORATED).reward)
+    assert before != source_hash(load(DECORATED.replace(old, new)).reward)
+
+
 def test_a_lambda_and_an_object_have_no_source() -> None:
     assert source_hash(lambda prompts, texts: [1.0]) is None
     assert source_hash(Path()) is None
@@ -101,3 +130,29 @@ def test_a_spec_counts_its_module_and_its_imports_from_the_same_folder(load: Cal
     file.write_text(MODULE + "\n# a comment\n")
     assert spec_hash(f"python:{module.__name__}:reward") not in (before, changed)
     assert spec_hash("python:no_such_module_at_all:reward") is None
+
+
+@pytest.mark.parametrize("is_namespace", [False, True])
+@pytest.mark.parametrize("file", ["helper.py", "__init__.py", "inner/__init__.py", "inner/deep.py", "inner/beside.py"])
+def test_a_spec_in_a_package_counts_what_it_imports_by_the_packages_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, is_namespace: bool
+) -> None:
+    folder = tmp_path / "own_package"
+    sources = {
+        "rule.py": "from own_package.helper import SCALE\nimport own_package.inner.deep\n",
+        "helper.py": "SCALE = 1\n", "__init__.py": "", "inner/__init__.py": "", "inner/deep.py": "from .beside import X\n",
+        "inner/beside.py": "X = 1\n",
+    }  # fmt: skip
+    if is_namespace:
+        del sources["__init__.py"]
+    for name, text in sources.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    before = spec_hash("python:own_package.rule:reward")
+    assert before is not None
+    if file in sources:
+        (folder / file).write_text(sources[file] + "CHANGED = 1\n")
+        assert spec_hash("python:own_package.rule:reward") != before
+    sys.modules.pop("own_package", None)

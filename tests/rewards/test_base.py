@@ -1,5 +1,6 @@
 """Valid results of a reward, and the refusal of all others."""
 
+from asyncio import CancelledError
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
@@ -78,7 +79,11 @@ def fails(error: BaseException) -> Callable[..., Any]:
     return reward
 
 
-@pytest.mark.parametrize("error", [SystemExit(0), SystemExit(), SystemExit("done"), ValueError("no")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [SystemExit(0), SystemExit(), SystemExit("done"), ValueError("no"), CancelledError()],
+    ids=repr,
+)
 def test_a_reward_that_ends_the_program_or_fails_is_an_error(error: BaseException) -> None:
     for reward in (fails(error), lambda *_: (fails(error)(1, 2) for _ in TEXTS)):  # at once, and while it is read
         with pytest.raises(RewardError, match=rf"the reward failed on 2 completions \({type(error).__name__}") as caught:
@@ -86,6 +91,18 @@ def test_a_reward_that_ends_the_program_or_fails_is_an_error(error: BaseExceptio
         assert caught.value.exit_code == 3
     with pytest.raises(ConfigError, match="probe: the reward failed"):
         probe_reward(fails(error), PROMPTS)
+
+
+def test_a_reward_that_changes_its_arguments_changes_nothing_else() -> None:
+    def reward(prompts: Any, texts: Any) -> list[float]:
+        numbers = [float(len(text)) for text in texts]
+        prompts.clear()
+        texts[:] = ["another"]
+        return numbers
+
+    prompts, texts = list(PROMPTS), list(TEXTS)
+    assert score(reward, prompts, texts) == [float(len(text)) for text in TEXTS]
+    assert (prompts, texts) == (list(PROMPTS), list(TEXTS))
 
 
 def test_ctrl_c_and_errors_of_ours_pass() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlgf.data.checksums import read_checked_json, write_checked_json
+from rlgf.data.checksums import MANIFEST, read_checked_json, write_checked_json
 from rlgf.errors import CheckpointError
 from rlgf.runs.checkpoints import Checkpoints, load_state, save_state
+from rlgf.types import FORMAT_VERSION
 
 SHARED = torch.randn(3, 2)
 STATE: dict[str, Any] = {
@@ -70,11 +71,13 @@ def test_stray_names_are_ignored_with_a_warning(tmp_path: Path) -> None:
     checkpoints, warnings = checkpoints_in(tmp_path)
     checkpoints.save(3, {"n": 3})
     folder = tmp_path / "checkpoints"
-    for name in ("iteration-9", "iteration-abc", "iteration-000007.bak", "notes"):
+    # the last two are other names of numbers, which would count as checkpoints that are kept
+    for name in ("iteration-9", "iteration-abc", "iteration-000007.bak", "notes", "iteration-0000009", "iteration-00000٣"):
         (folder / name).mkdir()
     (folder / "iteration-000008").write_text("")
     assert checkpoints.load() == (3, {"n": 3})
-    assert len(warnings) == 5
+    assert checkpoints.iterations() == [3]
+    assert len(warnings) == 7
     assert all("is not a checkpoint: ignored" in line for line in warnings)
 
 
@@ -169,3 +172,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Pa
         checkpoints.save(1, {"n": 2})
     assert checkpoints.load() == (1, {"n": 1})
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["iteration-000001"]
+
+
+@pytest.mark.parametrize("files", [None, [1], {"a": 1}, {"a": {"size": 0}}], ids=repr)
+def test_a_manifest_of_another_shape_leads_to_the_checkpoint_before(tmp_path: Path, files: object) -> None:
+    checkpoints, warnings = checkpoints_in(tmp_path)
+    checkpoints.save(1, {"n": 1})
+    checkpoints.save(2, {"n": 2})
+    manifest = tmp_path / "checkpoints" / "iteration-000002" / MANIFEST
+    write_checked_json(manifest, {"format_version": FORMAT_VERSION, "files": files})
+    assert checkpoints.load() == (1, {"n": 1})
+    assert "is no manifest" in warnings[0]

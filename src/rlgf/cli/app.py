@@ -158,6 +158,8 @@ def main() -> None:
     with handle_signals(report=_report, leave=_leave):
         from rlgf.cli import terminal
 
+        if isinstance(sys.stderr, io.TextIOWrapper):
+            sys.stderr = terminal.StatusStream(sys.stderr)
         try:
             with terminal.escape_warnings(), as_sentences():
                 app()
@@ -197,7 +199,8 @@ def _end(interruption: Interrupted) -> NoReturn:
 def _leave(number: int) -> None:
     """Leave the process at once; a handler may not write to a stream."""
     name = signal.Signals(number).name
-    os.write(2, f"error: interrupted by {name}, left at once; the same command resumes from what was saved.\n".encode())
+    with suppress(OSError):  # a terminal that hung up
+        os.write(2, f"error: interrupted by {name}, left at once; the same command resumes from what was saved.\n".encode())
     os._exit(128 + number)
 
 

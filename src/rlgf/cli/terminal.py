@@ -6,12 +6,14 @@ character in it. Imports are fast here, so that commands without a model, and er
 once.
 """
 
+import io
 import logging
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.table import Table
@@ -24,6 +26,52 @@ out = Console(highlight=False)
 log = Console(stderr=True, highlight=False)
 Part = str | tuple[str, str]
 """A text, or a text and its style."""
+
+
+class StatusStream(io.TextIOBase):
+    """A stream of status lines that drops them when its terminal has gone away.
+
+    Work must not end because nobody reads its progress.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__()
+        self.stream = stream
+
+    def write(self, text: str, /) -> int:
+        """Write a text, or drop it."""
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, if it is still there."""
+        try:
+            self.stream.flush()
+        except OSError:
+            self._drop()
+
+    def fileno(self) -> int:
+        """Return the stream's file descriptor."""
+        return self.stream.fileno()
+
+    def isatty(self) -> bool:
+        """Return whether the stream is a terminal."""
+        return self.stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Return the stream's encoding."""
+        return self.stream.encoding
+
+    def _drop(self) -> None:
+        """Point the descriptor to nothing, so that Python's flush at exit succeeds."""
+        with suppress(OSError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, self.stream.fileno())
+            os.close(nothing)
 
 
 def as_text(*parts: Part) -> Text:

@@ -100,7 +100,10 @@ def verify_manifest(folder: Path, checksum: Callable[[Path], str] = read_checksu
     if not (folder / MANIFEST).is_file():
         raise DamagedError(f"{folder / MANIFEST} is missing")
     manifest = read_checked_json(folder / MANIFEST)
-    for name, expected in manifest["files"].items():
+    files: Any = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, cast("dict[str, Any]", files).values())):
+        raise DamagedError(f"{folder / MANIFEST} is no manifest of this rlgf")
+    for name, expected in cast("dict[str, Any]", files).items():
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{file} is missing")
@@ -109,6 +112,11 @@ def verify_manifest(folder: Path, checksum: Callable[[Path], str] = read_checksu
         if checksum(file) != expected["sha256"]:
             raise DamagedError(f"the checksum of {file} differs from that in {MANIFEST}")
     return manifest
+
+
+def _is_entry(entry: Any) -> bool:
+    """Return whether a value is the entry of a file in a manifest."""
+    return isinstance(entry, dict) and {"size", "sha256"} <= cast("dict[str, Any]", entry).keys()
 
 
 def verify_folder(folder: str) -> None:

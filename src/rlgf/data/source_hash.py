@@ -4,6 +4,7 @@ import ast
 import hashlib
 import importlib.util
 import inspect
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,37 +42,57 @@ def spec_hash(spec: str) -> str | None:
         return None
     if found is None or not found.origin or not Path(found.origin).is_file():
         return None
-    return _files_hash(Path(found.origin))
+    return _files_hash(Path(found.origin), name)
 
 
-def _files_hash(path: Path) -> str:
-    """Return a short hash of a source file and its imports from its folder."""
-    digest = hashlib.sha256()
-    for file in sorted(_imported_files(path, path.parent, {path})):
+def _files_hash(path: Path, module: str) -> str:
+    """Return a short hash of a module and its imports from its folder."""
+    digest, names = hashlib.sha256(), tuple(module.split("."))
+    package = names if path.name == "__init__.py" else names[:-1]
+    seen = {path}
+    if package:  # imported before the module
+        _add_file(path.parent / "__init__.py", path.parent, package, seen)
+    for file in sorted(_imported_files(path, path.parent, package, seen)):
         digest.update(file.relative_to(path.parent).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:DIGITS]
 
 
-def _imported_files(path: Path, folder: Path, seen: set[Path]) -> set[Path]:
-    """Add the files that `path` imports from `folder` to `seen`, and those they import."""
+def _imported_files(path: Path, folder: Path, package: tuple[str, ...], seen: set[Path]) -> set[Path]:
+    """Add the files that `path` imports from `folder` to `seen`, and those they import.
+
+    `package` names the package that `folder` is, or is empty.
+    """
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return seen
     for node in ast.walk(tree):
-        names: list[str] = []
+        places: list[Path] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            places = [_place(alias.name, folder, package) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else []
-            names += [f"{node.module}.{alias.name}" if node.module else alias.name for alias in node.names]
-        for name in names:
-            place = folder.joinpath(*name.split("."))
-            for file in (place.with_suffix(".py"), place / "__init__.py"):
-                if file not in seen and file.is_file():
-                    seen.add(file)
-                    _imported_files(file, folder, seen)
+            base = _place(node.module or "", folder, package)
+            if node.level:
+                base = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            places = [base, *(base / alias.name for alias in node.names)]
+        for place in places:
+            inner = [place, *place.parents]  # packages on the way are imported too
+            for file in (place.with_suffix(".py"), *(outer / "__init__.py" for outer in inner if outer != folder)):
+                _add_file(file, folder, package, seen)
     return seen
+
+
+def _place(name: str, folder: Path, package: tuple[str, ...]) -> Path:
+    """Return where a module of that name is in a folder, which may be its package."""
+    names = tuple(name.split("."))
+    return folder.joinpath(*(names[len(package) :] if names[: len(package)] == package else names))
+
+
+def _add_file(file: Path, folder: Path, package: tuple[str, ...], seen: set[Path]) -> None:
+    """Add a file in `folder`, if there is one, and what it imports from there."""
+    if file.is_relative_to(folder) and file not in seen and file.is_file():
+        seen.add(file)
+        _imported_files(file, folder, package, seen)
 
 
 def _sources(value: Any, seen: set[int]) -> Iterator[str]:
@@ -80,6 +101,9 @@ def _sources(value: Any, seen: set[int]) -> Iterator[str]:
         return
     seen.add(id(value))
     yield inspect.getsource(value)
+    if inspect.isfunction(value) and inspect.unwrap(value) is not value:  # the source above is that of the inner function
+        yield inspect.getsource(value.__code__)
+        yield from _named_sources(inspect.unwrap(value), seen)
     functions = [value] if inspect.isfunction(value) else [item for item in vars(value).values() if inspect.isfunction(item)]
     for function in functions:
         yield from _named_sources(function, seen)
@@ -95,12 +119,16 @@ def _named_sources(function: FunctionType, seen: set[int]) -> Iterator[str]:
             continue
     own = Path(inspect.getsourcefile(function) or "").parent
     for name, used in values.items():
-        if _is_constant(used):
+        if not inspect.isfunction(used) and inspect.isfunction(inner := getattr(used, "__wrapped__", None)):
+            used = inner  # of functools.cache
+        if isinstance(used, re.Pattern):
+            yield f"{name} = {used.pattern!r} {used.flags}"  # pyright: ignore[reportUnknownMemberType]
+        elif _is_constant(used):
             yield f"{name} = {sorted(map(repr, used)) if isinstance(used, set | frozenset) else repr(used)}"
         elif isinstance(used, ModuleType):
             file = getattr(used, "__file__", None)
             if file and Path(file).parent == own:
-                yield f"{name} = {_files_hash(Path(file))}"
+                yield f"{name} = {_files_hash(Path(file), used.__name__)}"
         elif inspect.isfunction(used) or inspect.isclass(used):
             file = inspect.getsourcefile(used) if used.__module__ != "builtins" else None
             if file and Path(file).parent == own:

@@ -29,10 +29,11 @@ def continuation_only(reward: RewardFunction) -> RewardFunction | None:
 def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
     """Call a reward and check that it returns one finite number for each completion.
 
-    Every failure raises `TrainingError`.
+    It gets lists of its own, so that one that changes them changes nothing else. Every failure
+    raises `TrainingError`.
     """
     with user_code(f"the reward failed on {len(texts)} completions", RewardError, TrainingError):
-        returned: Any = reward(prompts, texts)
+        returned: Any = reward(list(prompts), list(texts))
         values = _listed(returned)
     if values is None:
         raise RewardError(

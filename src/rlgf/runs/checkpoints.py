@@ -18,7 +18,7 @@ from rlgf.data.files import write_json
 from rlgf.errors import CheckpointError
 from rlgf.types import FORMAT_VERSION
 
-NAME = re.compile(r"iteration-(\d{6,})")
+NAME = re.compile(r"iteration-([0-9]{6}|[1-9][0-9]{6,})")  # one name for each number
 STATE, TENSORS = "state.json", "tensors.safetensors"
 IGNORED = (".", "damaged-")  # begin the names of scratch folders and of damaged checkpoints
 
@@ -99,10 +99,10 @@ class Checkpoints:
             raise DamagedError(
                 f"{path} has format version {manifest.get('format_version')}, and this rlgf reads version {FORMAT_VERSION}"
             )
-        if manifest["run"] not in self.accepted:
+        if manifest.get("run") not in self.accepted:
             raise DamagedError(f"{path} belongs to another run")
-        if manifest["iteration"] != iteration:
-            raise DamagedError(f"{path} holds the state after {manifest['iteration']} iterations")
+        if manifest.get("iteration") != iteration:
+            raise DamagedError(f"{path} holds the state after {manifest.get('iteration')} iterations")
         return load_state(path)
 
     def _path(self, iteration: int) -> Path:

@@ -16,6 +16,7 @@ from rlgf.text_metrics.java import JAVA
 
 OPTIONAL = ("datasets", "peft", "bitsandbytes", "openai", "rlgf_native")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
+MAX_THREADS = 1024  # as of runtime.threads
 OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 FOLDERS = re.compile(r"(?<![\w:/])~?/(?:[^\s/'\"]+/)+")  # of an absolute path: a user's name may be in it
 
@@ -39,15 +40,16 @@ def choose_num_threads(configured: int = 0) -> tuple[int, str]:
     It is `configured` (runtime.threads), else OMP_NUM_THREADS, else the number of cores.
 
     Raises:
-        ConfigError: OMP_NUM_THREADS is not a whole number of at least 1.
+        ConfigError: OMP_NUM_THREADS is not a whole number from 1 to 1,024.
     """
     if configured:
         return configured, "runtime.threads"
     if requested := os.environ.get(THREADS_VARIABLE, "").strip():
         outermost = requested.split(",")[0].strip()  # the others are of nested regions
-        if not outermost.isascii() or not outermost.isdigit() or int(outermost) < 1:
+        if not outermost.isascii() or not outermost.isdigit() or not 1 <= int(outermost[:20]) <= MAX_THREADS:
             raise ConfigError(
-                f"{THREADS_VARIABLE} is {requested[:40]!r}, but must be a whole number of at least 1: fix or unset it."
+                f"{THREADS_VARIABLE} is {requested[:40]!r}, but must be a whole number from 1 to {MAX_THREADS:,}: fix or "
+                "unset it."
             )
         return int(outermost), THREADS_VARIABLE
     return len(os.sched_getaffinity(0)), "all cores"
