@@ -1,4 +1,7 @@
-"""Verdicts: the choice that an answer states, never the opposite."""
+"""Verdicts: the choice that an answer states, never the opposite.
+
+Reports: FastChat#3921 and taosmd#176 (a label taken out of the reasoning).
+"""
 
 import pytest
 

@@ -1,4 +1,7 @@
-"""ROUGE of texts in other scripts."""
+"""ROUGE of texts in other scripts.
+
+Reports: evaluate#465, adk-python#4122, opencompass#459.
+"""
 
 import pytest
 

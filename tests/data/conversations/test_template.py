@@ -1,6 +1,8 @@
 """Chat templates: prompt and reply together are the whole conversation, in ten families of templates.
 
-The templates are short re-creations of what each family does, in our own words.
+The templates are short re-creations of what each family does, in our own words. Reports: LlamaFactory#9218 and
+ms-swift#6894 (thoughts twice), ms-swift#6467 (nulls of Arrow), OpenRLHF#1079 (tools), Qwen3-Coder#444 and sglang#12123
+(arguments as JSON, quoted twice).
 """
 
 from typing import Any

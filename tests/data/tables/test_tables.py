@@ -1,4 +1,8 @@
-"""Tables in text files: nothing is shifted, re-typed or left out, and faults are named with their line."""
+"""Tables in text files: nothing is shifted, re-typed or left out, and faults are named with their line.
+
+Reports: pandas#14124 and #15203 (delimiters at the end), arrow#46853 (leading zeros), datasets#4467 ('null') and #3700
+(save_to_disk).
+"""
 
 import bz2
 import gzip

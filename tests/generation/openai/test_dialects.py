@@ -1,4 +1,7 @@
-"""Dialects of servers that call themselves OpenAI-compatible: answers in their manner, written anew."""
+"""Dialects of servers that call themselves OpenAI-compatible: answers in their manner, written anew.
+
+Reports: alpaca_eval#227 and helm#3327 (a filter's 400 for one prompt), tabbyAPI#83 and #289 (finish reasons).
+"""
 
 from typing import Any
 
