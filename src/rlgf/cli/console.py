@@ -27,22 +27,26 @@ from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import training_warnings
-from rlgf.runs.machine import choose_num_threads
+from rlgf.runs.machine import choose_device, choose_num_threads, describe_runtime
 from rlgf.trainer import Progress as Step
 from rlgf.types import POLICY
 
 STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
 
 
-def configure_runtime(config: Config) -> None:
+def configure_runtime(config: Config, announce: bool = True) -> None:
     """Set up threads, kernels, memory allocation and library logging.
 
-    `runtime.threads` = 0 uses OMP_NUM_THREADS, or all cores.
+    `runtime.threads` = 0 uses OMP_NUM_THREADS, or all cores. `announce` prints the device,
+    precision and threads, for commands that do not print them themselves.
     """
     set_grace(config.runtime.grace_seconds)
     torch.set_num_threads(choose_num_threads(config.runtime.threads)[0])
     dispatch.select(config.runtime.kernels)
-    if config.runtime.kernels == "auto" and config.runtime.device == "cpu" and (reason := dispatch.unavailable_reason()):
+    device = choose_device(config.runtime.device)
+    if announce:
+        report(f"runs on {describe_runtime(device, config.runtime.precision)}")
+    if config.runtime.kernels == "auto" and device == "cpu" and (reason := dispatch.unavailable_reason()):
         report(f"no C kernels ({reason}): torch computes the same, a little slower")
     keep_freed_memory()
     quiet()
@@ -229,6 +233,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         if config.distill.num_completions
         else "",
         "in all": f"{ppo.iterations * ppo.completions_per_iteration + config.distill.num_completions:,} completions",
+        "device": f"{choose_device(config.runtime.device)}, {config.runtime.precision}",
         "threads": "{} ({})".format(*choose_num_threads(config.runtime.threads)),
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }

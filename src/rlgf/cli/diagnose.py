@@ -115,7 +115,7 @@ def check_guide(config: Config, prompt: str, prefix: str, stages: Path, report: 
         return _query_local_guide(FunctionGuide(plan.load_function()), question)
     path = plan.model_path()
     if path is not None:
-        model = load_language_model(path, config.runtime.device).freeze()
+        model = load_language_model(path, plan.machine.device).freeze()
         # The sample's length is counted in the model's own tokens.
         ids = model.codec.prompt(Prompt(prompt + prefix))
         found = Finding("ok", f"a model with a context of {max_length_of(path):,} tokens")

@@ -72,7 +72,7 @@ def train(
     from rlgf.pipeline.stage_cache import StageCache
     from rlgf.runs.directory import RunDirectory, read_results
 
-    console.configure_runtime(config)
+    console.configure_runtime(config, announce=dry_run)
     if dry_run:
         run = resolve(config)
         preflight.check_to_train(run)

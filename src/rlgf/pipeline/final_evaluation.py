@@ -65,7 +65,7 @@ def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun) -
         **extra_results(config, run.policy.base, trainer.rollout_config, splits["test"], context),
         "token_budget": trainer.forward_config.token_budget,
         "training_seconds": sum(row["seconds"] for row in directory.read_metrics()),
-        "machine": describe_machine(),
+        "machine": describe_machine(config.runtime.device),
     }
 
 

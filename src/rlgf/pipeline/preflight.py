@@ -135,11 +135,8 @@ def _check_guide_object(guide: GuidePlan, algorithm: Algorithm) -> None:
 
 
 def _check_device(runtime: RuntimeConfig, policy: PolicyPlan) -> None:
-    """Raise for an unknown device, and for settings that do not suit it."""
-    try:
-        on_cpu = torch.device(runtime.device).type == "cpu"
-    except RuntimeError:
-        raise ConfigError(f"runtime.device is '{runtime.device}': choose cpu, cuda or cuda:0.") from None
+    """Raise for settings that do not suit the device, which `resolve` has found."""
+    on_cpu = torch.device(runtime.device).type == "cpu"
     offload, critic = runtime.offload, policy.critic
     if offload and on_cpu:
         raise ConfigError("runtime.offload frees a GPU's memory, and runtime.device is the CPU: leave it out.")

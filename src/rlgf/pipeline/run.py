@@ -6,8 +6,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rlgf.algorithms.guided import ALGORITHMS
 from rlgf.config.base import to_dict
 from rlgf.config.objects import PassedObjects, config_of_objects
@@ -42,7 +40,7 @@ from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.runs.directory import RunDirectory, require_space, require_writable
 from rlgf.runs.failures import as_sentences
-from rlgf.runs.machine import describe_threads
+from rlgf.runs.machine import describe_runtime
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
 from rlgf.types import RewardFunction
@@ -163,8 +161,9 @@ def train_run(
 
     Raises `ConfigError` if another process trains it, and `Interrupted` after a signal.
     """
-    threads = describe_threads(torch.get_num_threads())
-    cache.report(f"{run.algorithm.title} on {run.task.name}, seed {run.trainer.seed}: {threads}")
+    runtime = run.trainer.runtime
+    where = describe_runtime(runtime.device, runtime.precision)
+    cache.report(f"{run.algorithm.title} on {run.task.name}, seed {run.trainer.seed}: {where}")
     directory.check_identity()
     require_writable(directory.folder)
     with handle_signals(run.trainer.runtime.grace_seconds, cache.report), directory.locked():
