@@ -18,7 +18,7 @@ ORDER = {
     ),
     "algorithms": "__init__ advantages losses schedules switch_position guided",
     "cli": (
-        "__init__ diagnose terminal options schedule console check compare evaluate "
+        "__init__ task_checks diagnose terminal options console check compare evaluate "
         "inspect train app"
     ),
     "config": (

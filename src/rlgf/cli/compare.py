@@ -47,26 +47,35 @@ def compare(
         raise ConfigError(f"--seeds is '{shorten(seeds, 60)}', but must be whole numbers separated by commas.") from None
     from rlgf.cli import console, terminal
     from rlgf.config import unread, variants
+    from rlgf.config.base import to_dict
     from rlgf.config.loading import override
     from rlgf.config.recipes import controls as recipe_controls
     from rlgf.experiments import compare as comparing
     from rlgf.experiments.report import report_files
     from rlgf.pipeline.preflight import check_to_train
+    from rlgf.pipeline.prepare import try_run
     from rlgf.pipeline.resolve import resolve
 
+    target = out or Path("runs") / as_file_name(config.recipe)
+    comparing.check_target(target)
     check_to_train(resolve(config))
     console.configure_runtime(config)
-    target = out or Path("runs") / as_file_name(config.recipe)
     varied = variants.parse_vary(config, vary or [])
     rows = variants.build_variants(config, names, recipe_controls(config) if controls else {}, varied)
     settings = [*given.typed, *(unread.TypedSetting(key, (key,), "--vary") for key in varied)]
     unread.require_read_in_comparison(settings, config, [override(config, [*row.changes.items()]) for row in rows])
     if dry_run:
+        tried: set[str] = set()
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
             run = resolve(planned)
             check_to_train(run)
             console.print_plan(planned, run.algorithm, row.title)
+            parts = [to_dict(planned)[part] for part in ("policy", "task", "model", "reward", "preferences", "judge", "guide")]
+            key = repr((*parts, run.guide.is_needed, run.algorithm.needs_guide_rollout))
+            if key not in tried:  # most rows have the same data, reward and guide
+                console.print_trial(try_run(run, terminal.report))
+            tried.add(key)
         console.report(f"{len(rows)} rows, each with seeds {seeds} (runs at a time: {jobs}), and the baselines, in {target}")
         return
     plan = variants.plan_comparison(config, rows, numbers)

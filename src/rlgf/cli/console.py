@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlgf.algorithms.guided import Algorithm
-from rlgf.cli.schedule import describe_phases
-from rlgf.cli.terminal import Part, escape_log_lines, log, out, print_table, report, write
+from rlgf.cli.terminal import Part, describe_phases, escape_log_lines, log, out, print_table, report, write
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
 from rlgf.errors import INPUT_ERRORS
@@ -27,6 +26,7 @@ from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import training_warnings
+from rlgf.pipeline.prepare import Trial
 from rlgf.runs.machine import choose_device, choose_num_threads, describe_runtime
 from rlgf.trainer import Progress as Step
 from rlgf.types import POLICY
@@ -242,6 +242,14 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
             write(f"  {name:12}{value}")
     for caution in training_warnings(algorithm):
         write(f"  warning: {caution}")
+
+
+def print_trial(trial: Trial) -> None:
+    """Print the checks that a dry run made, and those that it left out."""
+    for words in trial.done:
+        write(f"  checked     {words}")
+    for words in trial.left_out:
+        write(f"  not tried   {words}")
 
 
 def print_unread(config: Config) -> None:

@@ -81,7 +81,7 @@ def show(
     if what not in guided.ALGORITHMS:
         _show_config(what)
         return
-    from rlgf.cli.schedule import print_algorithm
+    from rlgf.cli.terminal import print_algorithm
     from rlgf.randomness import Purpose, uniforms
 
     uniform_numbers = [float(uniforms(seed, Purpose.PHASE, number, 1)[0]) for number in range(iterations)]

@@ -40,7 +40,7 @@ GuideSpec = Annotated[
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only cached responses of a guide outside this process.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, make the checks that take under a minute, and exit.")]
 Iterations = Annotated[int | None, typer.Option(help="Number of training iterations.")]
 Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
 Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")]

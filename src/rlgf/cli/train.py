@@ -67,21 +67,25 @@ def train(
     from rlgf.cli import console, terminal
     from rlgf.config import unread
     from rlgf.pipeline import preflight
+    from rlgf.pipeline.prepare import try_run
     from rlgf.pipeline.resolve import resolve
     from rlgf.pipeline.run import train_run
     from rlgf.pipeline.stage_cache import StageCache
     from rlgf.runs.directory import RunDirectory, read_results
 
-    console.configure_runtime(config, announce=dry_run)
+    console.configure_runtime(config, announce=False)
+    target = out or Path("runs") / as_file_name(f"{config.recipe}-{config.algorithm.name}-seed{config.seed}")
+    directory = RunDirectory(target, config, accept_changes, lambda line: console.report(f"warning: {line}"))
     if dry_run:
         run = resolve(config)
         preflight.check_to_train(run)
         unread.require_read(given.typed, [config])
         console.print_plan(config, run.algorithm)
         console.print_unread(config)
+        directory.check_identity()
+        directory.check_available()
+        console.print_trial(try_run(run, console.report))
         return
-    target = out or Path("runs") / as_file_name(f"{config.recipe}-{config.algorithm.name}-seed{config.seed}")
-    directory = RunDirectory(target, config, accept_changes, lambda line: console.report(f"warning: {line}"))
     directory.check_identity()
     if directory.results is not None:
         console.report(f"{target} is finished: these are its results. For a new run choose another --out.")

@@ -1,11 +1,15 @@
 """Preparation of a run's components: all checks, stages and models."""
 
+import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlgf.config.schema import Config
+from rlgf.config.specs import GuideKind
+from rlgf.data.hub import path_exists
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
@@ -23,7 +27,7 @@ from rlgf.pipeline.reward_model_stage import load_pairs
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import distill_stage, starting_model
 from rlgf.rewards.base import probe_reward
-from rlgf.rewards.build import check_reward_columns, scorers_in
+from rlgf.rewards.build import check_reward_columns, is_model, scorers_in
 from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.failures import as_sentences
@@ -34,6 +38,15 @@ from rlgf.types import RewardFunction
 from rlgf.untrusted_text import escape_reports
 
 NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
+QUICK_BYTES = 1_500_000_000  # of a reward model that a trial loads
+
+
+@dataclass
+class Trial:
+    """The result of a trial: the checks that were made, and those that only a run makes."""
+
+    done: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
 
 
 @as_sentences()
@@ -124,6 +137,73 @@ def check_reward(reward: RewardFunction, task: Task, codec: Codec, max_new_token
                 f"warning: inputs of '{name}' can exceed its context of {scorer.max_length} tokens: it scores what fits, and "
                 "nothing of the rest."
             )
+
+
+def report_warnings(report: Report) -> Report:
+    """Return a reporter of warnings alone."""
+    return lambda line: report(line) if line.startswith("warning") else None
+
+
+def try_run(run: ResolvedRun, report: Report) -> Trial:
+    """Make the checks of a run that take under a minute; nothing is kept.
+
+    The data is read, the reward and an external guide are called on a few prompts. Raises
+    `ConfigError` or `DataError` if the run cannot be trained.
+    """
+    config, trial = run.trainer, Trial()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = StageCache(Path(folder), report_warnings(report))
+        codec, context = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
+        check_models(run, codec.tokenizer, context)
+        task = prepare_prompts(run.task, codec.tokenizer, report)
+        longest = check_lengths(codec, context, task, config.task.max_new_tokens)
+        check_data(run, task, cache)
+        sizes = " / ".join(f"{len(prompts):,}" for prompts in (task.train, task.validation, task.test))
+        trial.done.append(f"{sizes} train, validation and test prompts, with completions of at most {longest:,} tokens")
+        _try_reward(run, codec, task, cache, trial)
+        _try_guide(run, codec, task, longest, cache, trial)
+    judge = run.judge.spec
+    if judge is not None:
+        trial.left_out.append("the judge") if run.judge.reward_name else trial.done.append(f"the judge {judge.text} answers")
+    trial.left_out.append("loading the models, their memory, and training")
+    return trial
+
+
+def _try_reward(run: ResolvedRun, codec: Codec, task: Task, cache: StageCache, trial: Trial) -> None:
+    """Call the reward on a few prompts if it needs no training and little loading."""
+    names = run.reward.config.names
+    trained = [name for name in names if name in ("ngram", "preferences")]
+    large = [name for name in names if is_model(name) and not _is_quick(name)]
+    if trained or run.reward.shares_policy_weights:
+        trial.left_out.append(f"the reward {', '.join(trained or names)}, which is made when the run begins")
+    elif large:
+        trial.left_out.append(f"the reward {', '.join(large)}, which takes long to load")
+    else:
+        check_reward(prepare_reward(run.reward, task, {}), task, codec, run.trainer.task.max_new_tokens, cache)
+        trial.done.append(f"the reward {', '.join(names)} scores completions")
+
+
+def _is_quick(name: str) -> bool:
+    """Return whether a model is in a folder, and small."""
+    folder = Path(name).expanduser()
+    return path_exists(name) and sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < QUICK_BYTES
+
+
+def _try_guide(run: ResolvedRun, codec: Codec, task: Task, longest: int, cache: StageCache, trial: Trial) -> None:
+    """Query a guide that is no model in this process on a few prompts."""
+    plan, config = run.guide, run.trainer
+    if not plan.is_needed:
+        return
+    offline = plan.config.endpoint.offline
+    if plan.spec.kind == GuideKind.HUMAN or (plan.spec.kind == GuideKind.SERVER and offline):
+        trial.left_out.append(f"the guide {plan.spec.text}")
+        return
+    guide = build_external_guide(plan, run.algorithm, run.policy.tokenizer, codec.tokenizer, longest, cache)
+    if guide is None:
+        trial.left_out.append(f"completions of the guide {plan.spec.text}")
+        return
+    probe_guide(guide, run.algorithm, codec, task, config.task, config.seed)
+    trial.done.append(f"the guide {plan.spec.text} completes prompts")
 
 
 def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:

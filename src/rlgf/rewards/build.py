@@ -103,13 +103,19 @@ def missing_rule_error(task: str) -> ConfigError:
     )
 
 
+def is_model(name: str) -> bool:
+    """Return whether a reward is a model that is loaded: a Hub name or a folder."""
+    functions = name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS
+    return not functions and not name.startswith(("python:", PASSED))
+
+
 def check_reward_names(names: Sequence[str], options: Mapping[str, Any] | None = None) -> None:
     """Raise if a reward does not exist, from the configs of the models alone.
 
     Rewards that this run trains are skipped. `options` are those of the rewards, by name.
     """
     for name in names:
-        if name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS or name.startswith(("python:", PASSED)):
+        if not is_model(name):
             continue
         folder = Path(name).expanduser()
         if not folder.exists() and difflib.get_close_matches(name, TEXT_FUNCTIONS, n=1, cutoff=0.8):

@@ -100,6 +100,21 @@ class RunDirectory:
                 raise ConfigError(f"{self.checkpoints.folder} is not a folder, and checkpoints belong there: move it away.")
             yield
 
+    def check_available(self) -> None:
+        """Raise `ConfigError` if another process trains the run, or the folder cannot be written to.
+
+        Nothing is made.
+        """
+        if self.folder.is_dir():
+            require_writable(self.folder)
+            with self.lock.held():
+                return
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"{self.folder} cannot be made in {place}: choose another --out.")
+
     def check_identity(self) -> None:
         """Compare all that decides the run's numbers with what the run began with.
 
