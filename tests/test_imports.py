@@ -22,7 +22,7 @@ ORDER = {
         "inspect train app"
     ),
     "config": (
-        "__init__ base runtime sections specs validation schema loading recipes variants "
+        "__init__ base runtime specs sections validation schema loading recipes variants "
         "unread objects"
     ),
     "data": (
@@ -48,7 +48,7 @@ ORDER = {
         "__init__ stage_cache resolve stages build_models final_evaluation "
         "reward_model_stage build_rewards preflight build_guide prepare run"
     ),
-    "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
+    "rewards": "__init__ base signatures classifier ngram reward_model weighted_sum build",
     "rl": (
         "__init__ shaping tensors experience rollout kl_controller guards optimizers "
         "update agreement"

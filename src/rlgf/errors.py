@@ -167,18 +167,24 @@ USER_FAILURES = (Exception, SystemExit)
 
 
 @contextmanager
-def user_code(what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfError) -> Generator[None]:
+def user_code(
+    what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfError, columns: Mapping[str, object] | None = None
+) -> Generator[None]:
     """Turn a failure of a user's code within the block into `error`; those of `passed` stay.
 
-    `what` begins the message, as in 'the task failed'. `sys.exit` is a failure too, Ctrl-C is not.
+    `what` begins the message, as in 'the task failed'; `columns` are those that the code may read
+    as `prompt.columns`. `sys.exit` is a failure too, Ctrl-C is not.
     """
     try:
         yield
     except (passed, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as failure:  # also those that are no Exception: sys.exit, a cancelled task, a panic in Rust
+        known = f"; prompt.columns has {list_columns(columns)}" if columns else ""
+        if isinstance(failure, AttributeError | TypeError) and "Prompt" in str(failure):
+            known += "; a prompt is a rlgf.Prompt, its text is prompt.text"
         raise error(
-            f"{what} ({describe_failure(failure)}): fix it and run again (with --accept-changes if its source changed)."
+            f"{what} ({describe_failure(failure)}{known}): fix it and run again (with --accept-changes if its source changed)."
         ) from failure
 
 

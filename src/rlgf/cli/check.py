@@ -62,7 +62,9 @@ def check_task(
     """
     from rlgf.config.loading import override
     from rlgf.config.recipes import RECIPES
+    from rlgf.config.specs import complete_spec
 
+    name = complete_spec(name)
     homes = {"toy_reviews": "quickstart"}  # a task name selects the recipe with its settings
     source = "prompts" if name.startswith("python:") else homes.get(name, name)
     if source not in RECIPES and not Path(source).is_file():

@@ -18,7 +18,7 @@ from rlgf.generation.openai.refusals import QuestionRefusedError
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import CompletionRequest, Guide, query_guide
-from rlgf.guides.local import FunctionGuide, ReferenceGuide, TextModelGuide
+from rlgf.guides.local import ReferenceGuide, TextModelGuide, as_guide
 from rlgf.models.loading import load_eos_token_ids, load_language_model, load_tokenizer, max_length_of
 from rlgf.pipeline import build_guide
 from rlgf.pipeline.build_models import starting_codec
@@ -69,7 +69,7 @@ def check_guide(
     path = plan.model_path()
     if plan.spec.kind == GuideKind.PYTHON or (plan.spec.kind == GuideKind.REFERENCES and asked.references):
         is_function = plan.spec.kind == GuideKind.PYTHON
-        guide = FunctionGuide(plan.load_function()) if is_function else ReferenceGuide()
+        guide = as_guide(plan.load(), plan.spec.text) if is_function else ReferenceGuide()
         return [*found, *_query_local_guide(guide, asked, question, codec=codec, is_function=is_function)]
     if path is not None:
         model = load_language_model(path, plan.machine.device).freeze()

@@ -138,7 +138,7 @@ def list_() -> None:
             "server:MODEL@URL": "any OpenAI-compatible server; the key from $OPENAI_API_KEY (docs/guides.md)",
             "human": "you, at the terminal",
             "references": "the dataset's references; can start completions (ppo_pp), not continue them",
-            "python:module:name": "a function from requests to completions",
+            "FILE.py:name": "a function from requests to completions; also python:module:name",
         },
         "metrics as rewards": {name: (make.__doc__ or "").split("\n")[0] for name, make in TEXT_FUNCTIONS.items()},
         "metrics of rlgf score": DESCRIPTIONS,

@@ -35,7 +35,7 @@ Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub nam
 GuideSpec = Annotated[
     str | None,
     typer.Option(
-        "--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references or python:module:name."
+        "--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references, FILE.py:name or python:module:name."
     ),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only cached responses of a guide outside this process.")]

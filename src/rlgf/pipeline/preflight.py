@@ -24,9 +24,9 @@ from rlgf.evaluation.best_of_n import MAX_SAMPLES
 from rlgf.evaluation.chat_judge import load_template
 from rlgf.evaluation.evaluate import text_metrics_of
 from rlgf.generation.openai.client import parse_spec, require_environment
-from rlgf.guides.base import Capabilities, CompletionRequest, Guide, query_guide
+from rlgf.guides.base import CompletionRequest, Guide, query_guide
 from rlgf.guides.human import HumanGuide
-from rlgf.guides.local import FunctionGuide
+from rlgf.guides.local import as_guide
 from rlgf.models import lora
 from rlgf.models.critic import require_lora_critic
 from rlgf.models.language_model import VALUE_HEAD
@@ -125,13 +125,8 @@ def _check_guide_object(guide: GuidePlan, algorithm: Algorithm) -> None:
     kind, spec = guide.spec.kind, guide.spec.text
     if kind == GuideKind.PASSED and guide.passed is None and guide.is_needed:
         raise passed_error("guide.spec", spec)
-    if guide.passed is not None and hasattr(guide.passed, "complete"):
-        capabilities = getattr(guide.passed, "capabilities", None)
-        if not isinstance(capabilities, Capabilities):
-            raise ConfigError(f"guide '{spec}' has no capabilities: give it an attribute of that name, a rlgf.Capabilities.")
-        require_continuation(algorithm, capabilities.can_continue, spec)
-    elif kind == GuideKind.PYTHON or guide.passed is not None:
-        require_continuation(algorithm, FunctionGuide(guide.load_function()).capabilities.can_continue, spec)
+    if kind == GuideKind.PYTHON or guide.passed is not None:
+        require_continuation(algorithm, as_guide(guide.load(), spec).capabilities.can_continue, spec)
 
 
 def _check_device(runtime: RuntimeConfig, policy: PolicyPlan) -> None:

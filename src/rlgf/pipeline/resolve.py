@@ -146,11 +146,11 @@ class GuidePlan:
     run_key: str  # identifies the run among those that share a response cache
     machine: Machine
 
-    def load_function(self) -> Callable[..., Any]:
-        """Return the function of the kind 'python'; raise `ConfigError` if it has changed."""
-        function = load_object(self.spec.text, "guide") if self.passed is None else self.passed
-        require_same_source(function, self.config.source, f"guide '{self.spec.text}'")
-        return function
+    def load(self) -> Any:
+        """Return the function or object of the kind 'python' or 'passed'; raise if it has changed."""
+        found = load_object(self.spec.text, "guide") if self.passed is None else self.passed
+        require_same_source(found, self.config.source, f"guide '{self.spec.text}'")
+        return found
 
     def content_identity(self) -> Any:
         """Return the identity of what generates the completions, for the fingerprint of a stage.
