@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_typed_config
+from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, SftFrom, read_typed_config
 from rlgf.errors import ConfigError, DataError, unknown
 from rlgf.untrusted_text import as_file_name, describe_failure, shorten
 
@@ -27,6 +27,7 @@ def compare(
     dry_run: DryRun = False,
     guide: GuideSpec = None,
     policy: Policy = None,
+    sft_from: SftFrom = None,
     data: Data = None,
     iterations: Iterations = None,
     out: Out = None,
@@ -35,7 +36,9 @@ def compare(
 
     Finished runs are reused.
     """
-    given = read_typed_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
+    given = read_typed_config(
+        recipe_or_yaml, overrides, guide=guide, policy=policy, sft_from=sft_from, data=data, iterations=iterations
+    )
     config = given.config
     names = list(dict.fromkeys(name.strip() for name in algorithms_.split(",") if name.strip())) or list(guided.ALGORITHMS)
     for name in names:

@@ -220,7 +220,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     memory = _bytes_per_parameter(config, algorithm) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
     lines = {
         "data": task.data or "built by the task",
-        "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",
+        "start": _start(config),
         "parameters": f"{size:,}" if known else "unknown until it is loaded",
         "adapters": _adapters(config),
         "critics": f"{critics} ({config.critic.kind})",
@@ -256,6 +256,14 @@ def print_unread(config: Config) -> None:
     """Print the settings of a config that its run does not read, and why."""
     for line in describe_unread(config):
         write(f"  not read    {line}")
+
+
+def _start(config: Config) -> str:
+    """Return the model that a run starts from, and whether it is fine-tuned first."""
+    if config.policy:
+        return f"{config.policy}, as it is"
+    fine_tuned = "fine-tuned on the data's completions" if config.sft.is_enabled else "as it is"
+    return f"{config.model.path}, {fine_tuned}" if config.model.path else f"new {config.model.architecture}, trained here"
 
 
 def _adapters(config: Config) -> str:

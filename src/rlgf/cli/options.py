@@ -31,7 +31,14 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The folder to write to.", metavar="DIR")]
 Stages = Annotated[Path | None, typer.Option(help="Folder of finished stages. Default: OUT/stages.", metavar="DIR")]
 Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
-Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub name or folder), skipping pretrain and sft.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="Start from this model (Hub name or folder) as it is: completions in the data are not learned first."),
+]
+SftFrom = Annotated[
+    str | None,
+    typer.Option(help="Fine-tune this model (Hub name or folder) on the completions in the data, and start from the result."),
+]
 GuideSpec = Annotated[
     str | None,
     typer.Option(
@@ -68,6 +75,7 @@ def read_typed_config(
     alpha: float | None = None,
     guide: str | None = None,
     policy: str | None = None,
+    sft_from: str | None = None,
     data: str | None = None,
     iterations: int | None = None,
     seed: int | None = None,
@@ -90,6 +98,8 @@ def read_typed_config(
         raise unknown("recipe", source, RECIPES)
     if algorithm is not None and algorithm not in guided.ALGORITHMS:
         raise unknown("algorithm", algorithm, guided.ALGORITHMS)
+    if policy is not None and sft_from is not None:
+        raise ConfigError("--policy starts from a model as it is, --sft-from fine-tunes it first: give one of them.")
     name = algorithm or config.algorithm.name
     changes: list[tuple[str, Any]] = [
         (key, value)
@@ -104,10 +114,13 @@ def read_typed_config(
         }.items()
         if value is not None
     ]
+    changes += [("policy", None), ("model.path", sft_from)] if sft_from is not None else []
     changes += [alpha_change(name, alpha)] if alpha is not None else []
     changes += [parse_assignment(text) for text in overrides or []]
     betas = beta_changes(beta) if beta is not None else []
     config = override(config, [*betas, *changes], COMMAND_LINE)
+    if sft_from is not None and not config.sft.is_enabled:
+        raise ConfigError("--sft-from fine-tunes a model, and sft.steps and sft.epochs are 0: set one of them, as in sft.epochs=3.")
     typed += [setting for key, value in changes for setting in typed_setting(key, value)]
     typed += [TypedSetting("--beta", tuple(key for key, _ in betas))] if betas else []
     return TypedConfig(config, typed)

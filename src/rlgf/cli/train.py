@@ -21,6 +21,7 @@ from rlgf.cli.options import (
     Policy,
     Recipe,
     Seed,
+    SftFrom,
     Stages,
     read_typed_config,
 )
@@ -36,6 +37,7 @@ def train(
     alpha: Alpha = None,
     guide: GuideSpec = None,
     policy: Policy = None,
+    sft_from: SftFrom = None,
     data: Data = None,
     iterations: Iterations = None,
     seed: Seed = None,
@@ -56,8 +58,8 @@ def train(
     Re-running the same command resumes from the last checkpoint.
     """
     given = read_typed_config(
-        recipe_or_yaml, overrides, algorithm=algorithm, beta=beta, alpha=alpha, guide=guide, policy=policy, data=data,
-        iterations=iterations, seed=seed, offline=offline,
+        recipe_or_yaml, overrides, algorithm=algorithm, beta=beta, alpha=alpha, guide=guide, policy=policy,
+        sft_from=sft_from, data=data, iterations=iterations, seed=seed, offline=offline,
     )  # fmt: skip
     config = given.config
     if profile:
@@ -105,9 +107,11 @@ def train(
     )
 
 
-def _stage(name: str, source: str, overrides: list[str] | None, policy: str | None, data: str | None, seed: int | None,
-           out: Path | None, stages: Path | None) -> None:  # fmt: skip
-    given = read_typed_config(source, overrides, policy=policy, data=data, seed=seed)
+def _stage(
+    name: str, source: str, overrides: list[str] | None, data: str | None, seed: int | None, out: Path | None,
+    stages: Path | None, sft_from: str | None = None, policy: str | None = None,
+) -> None:  # fmt: skip
+    given = read_typed_config(source, overrides, policy=policy, sft_from=sft_from, data=data, seed=seed)
     config = given.config
     from rlgf.cli import console
     from rlgf.config import unread
@@ -129,8 +133,8 @@ def _stage(name: str, source: str, overrides: list[str] | None, policy: str | No
     elif name == "sft":
         if not run.policy.sft.training.is_enabled:
             raise ConfigError("sft.steps and sft.epochs are 0: nothing would be trained. Set one of them.")
-        if policy:
-            raise ConfigError("--policy skips the sft stage: give model.path=... to fine-tune that model.")
+        if run.policy.path:
+            raise ConfigError(f"policy={run.policy.path} skips the sft stage: give --sft-from {run.policy.path}.")
         folder = making.fine_tune_stage(run.policy.sft, cache, target)
     elif run.reward.uses_preferences:
         reward_model_stage.load_pairs(run.reward.preferences, cache)
@@ -147,26 +151,26 @@ def pretrain(
     stages: Stages = None,
 ) -> None:  # fmt: skip
     """Train a small language model on the task's raw text."""
-    _stage("pretrain", recipe_or_yaml, overrides, None, data, seed, out, stages)
+    _stage("pretrain", recipe_or_yaml, overrides, data, seed, out, stages)
 
 
 def sft(
-    recipe_or_yaml: Recipe, overrides: Overrides = None, data: Data = None, seed: Seed = None, out: Out = None,
-    stages: Stages = None,
+    recipe_or_yaml: Recipe, overrides: Overrides = None, sft_from: SftFrom = None, data: Data = None, seed: Seed = None,
+    out: Out = None, stages: Stages = None,
 ) -> None:  # fmt: skip
     """Fine-tune a model on the task's targets; give the result as `--policy`."""
-    _stage("sft", recipe_or_yaml, overrides, None, data, seed, out, stages)
+    _stage("sft", recipe_or_yaml, overrides, data, seed, out, stages, sft_from)
 
 
 def reward(
-    recipe_or_yaml: Recipe, overrides: Overrides = None, data: Data = None, seed: Seed = None, out: Out = None,
-    stages: Stages = None,
+    recipe_or_yaml: Recipe, overrides: Overrides = None, policy: Policy = None, sft_from: SftFrom = None, data: Data = None,
+    seed: Seed = None, out: Out = None, stages: Stages = None,
 ) -> None:  # fmt: skip
     """Train the reward: an n-gram classifier, or a reward model on preference pairs.
 
     Give the result as reward.path.
     """
-    _stage("reward", recipe_or_yaml, overrides, None, data, seed, out, stages)
+    _stage("reward", recipe_or_yaml, overrides, data, seed, out, stages, sft_from, policy)
 
 
 def merge(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.experiments.tables import COLUMNS, columns_of, metrics_of, splits_of
+from rlgf.experiments.tables import COLUMNS, columns_of, metrics_of, splits_of, start_of, title_of
 from rlgf.untrusted_text import escape_control_characters, shorten
 
 # Okabe and Ito's palette, distinguishable with color vision deficiency
@@ -86,11 +86,12 @@ def tradeoff(results: Results) -> Any | None:
             axes.axhline(statistics.fmean(levels["sft"][quantity]), color=GRAY, linestyle="--", lw=1)
             axes.axvline(statistics.fmean(levels["sft"][cost]), color=GRAY, linestyle="--", lw=1)
         axes.invert_xaxis()
-        axes.set_xlabel(f"{COLUMNS[cost].title} (lower is further right)")
+        axes.set_xlabel(f"{title_of(results, cost)} (lower is further right)")
         axes.set_ylabel(COLUMNS[quantity].title)
     _legend_below(figure, panels[0])
     figure.suptitle(
-        f"{_label(results['recipe'])}: validation prompts, a point for each evaluation; dashes: SFT on test", fontsize=11
+        f"{_label(results['recipe'])}: validation prompts, a point for each evaluation; dashes: {start_of(results)} on test",
+        fontsize=11,
     )
     return figure
 

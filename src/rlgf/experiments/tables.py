@@ -48,6 +48,16 @@ COLUMNS = {
 }
 
 
+def title_of(results: Mapping[str, Any], name: str) -> str:
+    """Return the heading of a metric; the KL is to the starting model, which need not be one of SFT."""
+    return COLUMNS[name].title if name != "kl" else f"KL to {start_of(results)}"
+
+
+def start_of(results: Mapping[str, Any]) -> str:
+    """Return the title of the model that the runs start from: 'SFT', or 'start' without SFT."""
+    return next((row["title"] for row in results["rows"] if row.get("key") == "sft"), "SFT")
+
+
 def mean_and_spread(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
     """Return 'mean ± population sd' of the known values, or a dash."""
     known = [value * scale for value in values if value is not None]
@@ -104,7 +114,7 @@ def columns_of(results: Mapping[str, Any], split: str = "test") -> list[str]:
 def table_rows(results: Mapping[str, Any], split: str = "test") -> tuple[list[str], list[list[str]]]:
     """Return the headings and cells of the comparison's table for a split."""
     names = columns_of(results, split)
-    headings = ["", *(COLUMNS[name].title for name in names), "completions used"]
+    headings = ["", *(title_of(results, name) for name in names), "completions used"]
     rows: list[list[str]] = []
     for row in results["rows"]:
         metrics = metrics_of(row, split)

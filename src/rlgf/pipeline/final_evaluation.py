@@ -27,6 +27,7 @@ from rlgf.types import Prompt, SamplingParams
 from rlgf.untrusted_text import as_file_name
 
 Evaluated = tuple[dict[str, float], Rollout, list[float]]  # metrics, rollout, scores
+START = "start"  # the row of the starting model where this run did no SFT
 EXAMPLES = 8  # completions of the test split stored in the results
 
 
@@ -158,7 +159,7 @@ def evaluate_baselines(parts: Components, policy: PolicyPlan, cache: StageCache)
         before = dataclasses.replace(rollout_config, policy=base, sampler=LocalSampler(base, precision))
         found["zero_shot"] = row("zero-shot", sampling.describe(), lambda p: evaluate_policy(before, p, context, seed))
     if "sft" in config.evaluation.baselines:
-        found["sft"] = row("SFT", sampling.describe(), lambda p: evaluate_policy(rollout_config, p, context, seed))
+        found["sft"] = row("SFT" if policy.has_sft else START, sampling.describe(), lambda p: evaluate_policy(rollout_config, p, context, seed))
         found["sft"] |= extra_results(
             config, policy.base, rollout_config, final_prompts(parts.task, config.evaluation)["test"], context
         )

@@ -90,6 +90,8 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
     task = prepare_prompts(run.task, codec.tokenizer, cache.report)
     longest = check_lengths(codec, context, task, config.task.max_new_tokens)
     check_data(run, task, cache)
+    if note := unlearned_targets(run, task):
+        cache.report(note)
     folders = train_rewards(run.reward, run.judge, cache)  # before other models need memory
     reward = None if run.reward.shares_policy_weights else prepare_reward(run.reward, task, folders)
     judge = None if run.judge.shares_policy_weights else prepare_judge(run.judge, folders, cache)
@@ -158,6 +160,8 @@ def try_run(run: ResolvedRun, report: Report) -> Trial:
         task = prepare_prompts(run.task, codec.tokenizer, report)
         longest = check_lengths(codec, context, task, config.task.max_new_tokens)
         check_data(run, task, cache)
+        if note := unlearned_targets(run, task):
+            report(note)
         sizes = " / ".join(f"{len(prompts):,}" for prompts in (task.train, task.validation, task.test))
         trial.done.append(f"{sizes} train, validation and test prompts, with completions of at most {longest:,} tokens")
         _try_reward(run, codec, task, cache, trial)
@@ -219,6 +223,20 @@ def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:
         raise ConfigError(
             f"reward.subtract_reference needs a reference for every prompt, and task '{task.name}' has none: set it to false."
         )
+
+
+def unlearned_targets(run: ResolvedRun, task: Task) -> str | None:
+    """Return a note on completions in the data that no stage of a run learns, or None."""
+    policy = run.policy
+    targets = sum(bool(prompt.sft_targets) for prompt in (task.demonstrations or task.train))
+    if policy.has_sft or not targets or run.trainer.ppo.mle_coefficient or run.distill.config.num_completions:
+        return None
+    if policy.path is None:
+        return f"note: sft.epochs and sft.steps are 0, so the {targets:,} completions in the data are not learned"
+    return (
+        f"note: the run starts from {policy.path} as it is, and the {targets:,} completions in the data are not learned: "
+        f"--sft-from {policy.path} fine-tunes on them first"
+    )
 
 
 def output_perplexity_model(run: ResolvedRun, reference: LanguageModel, cache: StageCache) -> LanguageModel | None:

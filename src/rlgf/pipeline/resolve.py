@@ -128,6 +128,11 @@ class PolicyPlan:
         return self.path is not None and lora.is_adapter_folder(self.path)
 
     @property
+    def has_sft(self) -> bool:
+        """Return whether this run fine-tunes the policy on targets before it starts."""
+        return self.path is None and self.sft.training.is_enabled
+
+    @property
     def base_is_known(self) -> bool:
         """Return whether the model before SFT is known."""
         return self.path is None or self.base.shape.path is not None
