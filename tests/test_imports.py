@@ -12,7 +12,7 @@ PACKAGE = Path(rlgf.__file__).parent
 
 ORDER = {
     "": (
-        "randomness distributed credentials untrusted_text errors kernels interrupts "
+        "randomness distributed credentials untrusted_text hints errors kernels interrupts "
         "bounds types algorithms data config models tasks text_metrics generation guides "
         "rewards supervised rl evaluation runs trainer pipeline experiments cli"
     ),
@@ -142,7 +142,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_the_errors_load_nothing_else() -> None:
     code = (
         "import sys, rlgf; rlgf.ConfigError, rlgf.CheckpointError; "
-        "own = {'rlgf', 'rlgf.errors', 'rlgf.credentials', 'rlgf.untrusted_text'}; "
+        "own = {'rlgf', 'rlgf.errors', 'rlgf.credentials', 'rlgf.hints', 'rlgf.untrusted_text'}; "
         "assert {name for name in sys.modules if name.startswith('rlgf')} == own; "
         "assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
     )

@@ -3,12 +3,12 @@
 Every message is one sentence: the problem, its location and how to fix it.
 """
 
-import difflib
 import signal
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 from rlgf.credentials import mask_credentials
+from rlgf.hints import closest
 from rlgf.untrusted_text import describe_failure, escape_control_characters, shorten, shorten_sentence
 
 MAX_LENGTH = 1000  # characters of a message
@@ -195,9 +195,9 @@ def unknown(kind: str, name: str, valid: Iterable[str], prefix: str = "") -> Con
     """
     names = sorted(valid)
     shown = shorten(name, MAX_NAME)
-    close = difflib.get_close_matches(shown, names, n=1, cutoff=0.4)
+    close = closest(shown, names)
     listed = ", ".join(prefix + name for name in names)
-    hint = f"did you mean '{prefix}{close[0]}'?" if close else f"choose from: {listed}."
+    hint = f"did you mean '{prefix}{close}'?" if close else f"choose from: {listed}."
     return ConfigError(f"unknown {kind} '{prefix}{shown}': {hint}")
 
 

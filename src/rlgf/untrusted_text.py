@@ -125,11 +125,12 @@ def show_value(value: Any, limit: int = 60) -> str:
 
 
 def place_of(error: BaseException) -> TracebackType | None:
-    """Return the last place of an exception in code of the user, or else the last of all."""
+    """Return the last place of an exception in the user's code, or else of all."""
     step, last, own = error.__traceback__, None, None
     while step is not None:
         last = step
-        if not step.tb_frame.f_code.co_filename.startswith(LIBRARIES) and "site-packages" not in step.tb_frame.f_code.co_filename:
+        file = step.tb_frame.f_code.co_filename
+        if not file.startswith(LIBRARIES) and "site-packages" not in file:
             own = step
         step = step.tb_next
     return own or last

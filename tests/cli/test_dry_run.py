@@ -67,7 +67,7 @@ def test_a_sound_run_is_tried_and_nothing_is_left(
         (["model.max_length=33"], None, "exceeds the model's context of 33"),
         (["runtime.device=cuda:7"], None, "finds no such device"),
         (["--algorithm", "ppo_pp", "--guide", "model:./nowhere"], None, "no such file or folder"),
-        (["--algorithm", "ppo_pp", "--guide", "python:own_parts:broken"], None, "the guide failed on 2 requests (KeyError: 'color'"),
+        (["--algorithm", "ppo_pp", "--guide", "python:own_parts:broken"], None, "failed on 2 requests (KeyError: 'color'"),
         (["reward.path=python:own_parts:nothing"], None, "cannot be loaded"),
         (["--out", "taken"], None, "holds something that is not a run"),
         (["--out", "rows.jsonl/run"], None, "cannot be made"),

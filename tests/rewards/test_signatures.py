@@ -45,12 +45,12 @@ def ours_with_a_column(prompts: Sequence[Prompt], texts: Sequence[str], answer: 
     return [float(text.strip() == right) for text, right in zip(texts, answer)]
 
 
-class Callable_:
+class CallableReward:
     def __call__(self, completions: Sequence[str], **columns: Any) -> list[float]:
         return trl(completions, **columns)
 
 
-@pytest.mark.parametrize("function", [trl, trl_with_prompts, trl_of_two, ours, ours_with_a_column, Callable_()])
+@pytest.mark.parametrize("function", [trl, trl_with_prompts, trl_of_two, ours, ours_with_a_column, CallableReward()])
 def test_the_same_rewards_come_from_functions_of_either_shape(function: Any) -> None:
     assert score(bind_columns(function), PROMPTS, TEXTS) == [1.0, 0.0]
 
@@ -68,7 +68,7 @@ def test_a_conversation_reaches_a_function_of_trl_as_messages() -> None:
     assert seen == [[list(messages)], [[{"role": "assistant", "content": "hello"}]]]
 
 
-@pytest.mark.parametrize(("function", "shown"), [(lambda text: 1.0, r"<lambda>\(text\)"), (lambda: [], r"<lambda>\(\)")])
+@pytest.mark.parametrize(("function", "shown"), [(lambda text: 1.0, r"<lambda>\(text\)"), (lambda: [1.0], r"<lambda>\(\)")])
 def test_another_shape_is_answered_with_ours(function: Any, shown: str) -> None:
     with pytest.raises(ConfigError, match=rf"the reward {shown} cannot be called: a reward is called as reward\(prompts, comp"):
         bind_columns(function)
@@ -99,7 +99,7 @@ def test_a_failure_names_the_line_of_the_user_and_the_columns(tmp_path: Path) ->
 
 
 def test_a_guide_of_another_shape_is_answered_with_ours_and_its_failure_with_the_columns() -> None:
-    with pytest.raises(ConfigError, match=r"the guide <lambda>\(prompt, prefix\) cannot be called: a guide is called as guide\("):
+    with pytest.raises(ConfigError, match=r"guide <lambda>\(prompt, prefix\) cannot be called: a guide is called as guide\("):
         FunctionGuide(lambda prompt, prefix: "")  # type: ignore[misc]
     guide = FunctionGuide(lambda requests: [request.prompt.columns["color"] for request in requests])
     with pytest.raises(GuideError, match=r"KeyError: 'color', .*; prompt\.columns has answer\)"):

@@ -33,7 +33,7 @@ Stages = Annotated[Path | None, typer.Option(help="Folder of finished stages. De
 Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
 Policy = Annotated[
     str | None,
-    typer.Option(help="Start from this model (Hub name or folder) as it is: completions in the data are not learned first."),
+    typer.Option(help="Start from this model (Hub name or folder) as it is, without fine-tuning it on the data's completions."),
 ]
 SftFrom = Annotated[
     str | None,
@@ -41,9 +41,7 @@ SftFrom = Annotated[
 ]
 GuideSpec = Annotated[
     str | None,
-    typer.Option(
-        "--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references, FILE.py:name or python:module:name."
-    ),
+    typer.Option("--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references or FILE.py:name."),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only cached responses of a guide outside this process.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
@@ -120,7 +118,7 @@ def read_typed_config(
     betas = beta_changes(beta) if beta is not None else []
     config = override(config, [*betas, *changes], COMMAND_LINE)
     if sft_from is not None and not config.sft.is_enabled:
-        raise ConfigError("--sft-from fine-tunes a model, and sft.steps and sft.epochs are 0: set one of them, as in sft.epochs=3.")
+        raise ConfigError("--sft-from fine-tunes a model, and sft.steps and sft.epochs are 0: set one, as in sft.epochs=3.")
     typed += [setting for key, value in changes for setting in typed_setting(key, value)]
     typed += [TypedSetting("--beta", tuple(key for key, _ in betas))] if betas else []
     return TypedConfig(config, typed)

@@ -98,7 +98,7 @@ def _of_context(context: int) -> str:
 
 
 def _sampler(run: ResolvedRun, task: Task) -> Sample:
-    """Return a function that samples from the model that is named, or else from the words of the data."""
+    """Return a function that samples from the named model, or else from the data's words."""
     path, settings = run.policy.tokenizer.path, run.trainer
     if path is None:
         return lambda prompts: draw_words(task, prompts)

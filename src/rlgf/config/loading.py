@@ -1,7 +1,6 @@
 """Configs from dicts, YAML files and command-line assignments, and back."""
 
 import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from rlgf.config.base import as_config_error, flatten, to_dict
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
+from rlgf.hints import closest_key, explain
 from rlgf.types import FORMAT_VERSION
 from rlgf.untrusted_text import must_be_escaped, shorten, show_value
 
@@ -30,6 +30,7 @@ FLOAT = re.compile(
     r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$"
     r"|\.(?:nan|NaN|NAN)$"
 )
+MAX_LISTED = 30  # fields of a section that an error lists
 REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
 
 
@@ -116,12 +117,13 @@ def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
     key, where = shorten(key, 120), shorten(where, 80, keep_end=True)
     valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")]
-    last = {name.split(".")[-1]: name for name in valid}
-    same = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]  # a field in another section
-    close = [last[key]] if key in last else difflib.get_close_matches(key, same, n=1, cutoff=0.0)
-    close = close or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
-    hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
+    close = closest_key(key, valid)
+    fields = [name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0]] if "." in key else []
+    hint = "`rlgf show config` lists every key."
+    if close is not None:
+        hint = f"did you mean '{close}'{explain(close, key)}?"
+    elif 0 < len(fields) <= MAX_LISTED:
+        hint = f"{key.rpartition('.')[0]} has {', '.join(name.rpartition('.')[2] for name in fields)}."
     return ConfigError(f"{where}: unknown key '{key}': {hint}")
 
 

@@ -11,7 +11,8 @@ class RuntimeConfig:
     """The machine; on a CPU, results do not depend on it with the defaults.
 
     `device` is 'auto' (a CUDA or ROCm GPU if there is one, otherwise the CPU), 'cpu', 'cuda',
-    'cuda:1' or another name of torch's. `token_budget` is the number of tokens in one micro-batch. With 0 it is 2,048, or for RL on a
+    'cuda:1' or another name of torch's. `token_budget` is the number of tokens in one micro-batch.
+    With 0 it is 2,048, or for RL on a
     GPU the largest that fits, found at the start. `offload` lists models kept in host memory while
     the GPU does other work. `kernels` is 'auto', 'native' (required), 'torch' (nothing compiled),
     or 'off' (unchanged transformers).

@@ -115,8 +115,8 @@ class RewardConfig:
     `path` is 'task' (the task's own rule), 'ngram' (a small classifier trained here), 'preferences'
     (a reward model trained here on pairs), a sequence classifier or reward model (Hub name or local
     folder), a folder made by `rlgf reward`, a text metric ('spider', 'bleu_4', …: `rlgf list`), or
-    'FILE.py:name' or 'python:module:name'. With `weights`, which replaces `path`, it is a weighted sum of several of
-    these, each logged. `options` are those of text metrics, by metric name.
+    'FILE.py:name' or 'python:module:name'. With `weights`, which replaces `path`, it is a weighted
+    sum of several of these, each logged. `options` are those of text metrics, by metric name.
     """
 
     path: str = "task"
@@ -246,8 +246,8 @@ class GuideConfig:
 
     `spec` is 'sft' (the policy's initial model with the guide's `sampling`), 'trained' (a model
     trained here from `model` and `sft`), 'model:PATH', 'run:DIR', 'server:MODEL@URL', 'human',
-    'references', 'FILE.py:name' or 'python:module:name'. `options` are task options for its demonstrations. The
-    fields after them are for guides outside this process.
+    'references', 'FILE.py:name' or 'python:module:name'. `options` are task options for its
+    demonstrations. The fields after them are for guides outside this process.
     """
 
     spec: str = "sft"

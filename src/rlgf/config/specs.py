@@ -89,7 +89,10 @@ def complete_spec(text: str) -> str:
 
 
 def import_file(path: Path) -> ModuleType:
-    """Import a Python file as the module of its name; its folder is searched for what it imports."""
+    """Import a Python file as the module of its name.
+
+    Its folder is searched for what it imports.
+    """
     path = path.expanduser().resolve()
     if not path.is_file():
         raise ImportError(f"there is no file {path.name} in {path.parent}")
@@ -102,7 +105,8 @@ def import_file(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -49,7 +49,7 @@ COLUMNS = {
 
 
 def title_of(results: Mapping[str, Any], name: str) -> str:
-    """Return the heading of a metric; the KL is to the starting model, which need not be one of SFT."""
+    """Return the heading of a metric; the KL is to the starting model."""
     return COLUMNS[name].title if name != "kl" else f"KL to {start_of(results)}"
 
 

@@ -26,7 +26,6 @@ from rlgf.kernels import dispatch
 from rlgf.models import lora, padding_free
 from rlgf.models.language_model import SFT, VALUE_HEAD, LanguageModel
 
-
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "tekken", "spiece", "sentencepiece", "bpe")
 
 
@@ -218,7 +217,7 @@ def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
 
 
 def _require_tokenizer_files(folder: Path) -> None:
-    """Raise for a folder without tokenizer files, of which transformers would make an empty tokenizer."""
+    """Raise for a folder without tokenizer files; transformers would make an empty one."""
     if not any(file.name.startswith(TOKENIZER_FILES) or file.suffix in (".model", ".tiktoken") for file in folder.iterdir()):
         raise ConfigError(
             f"{folder} holds no tokenizer files (such as tokenizer.json): save the tokenizer next to the model, with "

@@ -159,7 +159,8 @@ def evaluate_baselines(parts: Components, policy: PolicyPlan, cache: StageCache)
         before = dataclasses.replace(rollout_config, policy=base, sampler=LocalSampler(base, precision))
         found["zero_shot"] = row("zero-shot", sampling.describe(), lambda p: evaluate_policy(before, p, context, seed))
     if "sft" in config.evaluation.baselines:
-        found["sft"] = row("SFT" if policy.has_sft else START, sampling.describe(), lambda p: evaluate_policy(rollout_config, p, context, seed))
+        title = "SFT" if policy.has_sft else START
+        found["sft"] = row(title, sampling.describe(), lambda p: evaluate_policy(rollout_config, p, context, seed))
         found["sft"] |= extra_results(
             config, policy.base, rollout_config, final_prompts(parts.task, config.evaluation)["test"], context
         )

@@ -43,7 +43,7 @@ QUICK_BYTES = 1_500_000_000  # of a reward model that a trial loads
 
 @dataclass
 class Trial:
-    """The result of a trial: the checks that were made, and those that only a run makes."""
+    """The result of a dry run: the checks made, and those left out."""
 
     done: list[str] = field(default_factory=list[str])
     left_out: list[str] = field(default_factory=list[str])
@@ -226,7 +226,7 @@ def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:
 
 
 def unlearned_targets(run: ResolvedRun, task: Task) -> str | None:
-    """Return a note on completions in the data that no stage of a run learns, or None."""
+    """Return a note on completions in the data that no stage learns, or None."""
     policy = run.policy
     targets = sum(bool(prompt.sft_targets) for prompt in (task.demonstrations or task.train))
     if policy.has_sft or not targets or run.trainer.ppo.mle_coefficient or run.distill.config.num_completions:

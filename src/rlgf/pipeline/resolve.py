@@ -152,7 +152,7 @@ class GuidePlan:
     machine: Machine
 
     def load(self) -> Any:
-        """Return the function or object of the kind 'python' or 'passed'; raise if it has changed."""
+        """Return the function or object of kind 'python' or 'passed'; raise if it has changed."""
         found = load_object(self.spec.text, "guide") if self.passed is None else self.passed
         require_same_source(found, self.config.source, f"guide '{self.spec.text}'")
         return found

@@ -1,4 +1,4 @@
-"""The shapes of reward functions that are accepted, and their conversion to (prompts, completions)."""
+"""The shapes of reward functions that are accepted, as functions of (prompts, completions)."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -33,9 +33,9 @@ def bind_columns(function: Callable[..., Any]) -> RewardFunction:
     kinds = [parameter.kind for parameter in parameters.values()]
     positional = [name for name, parameter in parameters.items() if parameter.kind in POSITIONAL]
     takes_all = inspect.Parameter.VAR_KEYWORD in kinds
-    if "completions" in parameters and parameters["completions"].kind in NAMED:
-        if positional[:1] == ["completions"] or positional[:1] == [] or takes_all:
-            return _by_keywords(function, parameters, takes_all)
+    is_named = "completions" in parameters and parameters["completions"].kind in NAMED
+    if is_named and (positional[:1] in ([], ["completions"]) or takes_all):
+        return _by_keywords(function, parameters, takes_all)
     if len(positional) < 2 and inspect.Parameter.VAR_POSITIONAL not in kinds:
         name = getattr(function, "__name__", type(function).__name__)
         raise ConfigError(f"the reward {name}({', '.join(parameters)}) cannot be called: {EXPECTED}.")
@@ -55,9 +55,7 @@ def bind_columns(function: Callable[..., Any]) -> RewardFunction:
     return reward
 
 
-def _by_keywords(
-    function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], takes_all: bool
-) -> RewardFunction:
+def _by_keywords(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter], takes_all: bool) -> RewardFunction:
     """Return a reward that calls a function in TRL's shape."""
     own = ("prompts", "completions", "references", "columns")
     required = [name for name, p in parameters.items() if p.kind in NAMED and p.default is inspect.Parameter.empty]
@@ -77,7 +75,7 @@ def _by_keywords(
 
 
 def _reply(prompt: Prompt, text: str) -> Any:
-    """Return a completion in TRL's form: a text, or the message of a reply to a conversation."""
+    """Return a completion in TRL's form: a text or, in a conversation, messages."""
     return [{"role": "assistant", "content": prompt.strip_reply_prefix(text)}] if prompt.messages else text
 
 

@@ -101,10 +101,7 @@ class RunDirectory:
             yield
 
     def check_available(self) -> None:
-        """Raise `ConfigError` if another process trains the run, or the folder cannot be written to.
-
-        Nothing is made.
-        """
+        """Raise `ConfigError` if the folder is in use or cannot be written to; make nothing."""
         if self.folder.is_dir():
             require_writable(self.folder)
             with self.lock.held():
