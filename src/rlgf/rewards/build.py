@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlgf.config.objects import PASSED, require_same_source
 from rlgf.config.sections import RewardConfig
