@@ -73,7 +73,7 @@ def check_task(config: Config, stages: Path, report: Report) -> list[Finding]:
     findings += [Finding("ok", f"{count:,} {remark}") for remark, count in task.warnings.items()]
     findings += check_prompts(task, codec.tokenizer)
     try:
-        longest = check_lengths(codec, context, task, config.task.max_new_tokens)
+        longest = check_lengths(codec, context, task, run.task)
     except ConfigError as error:
         return [*findings, Finding("error", str(error))]
     findings.append(Finding("ok", f"prompts and completions have at most {longest:,} tokens{_of_context(context)}"))

@@ -3,6 +3,7 @@
 Every error message says what to change.
 """
 
+import dataclasses
 import os
 import stat
 import sys
@@ -273,11 +274,13 @@ def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer
         )
 
 
-def check_lengths(codec: Codec, context: int, task: Task, max_new_tokens: int) -> int:
+def check_lengths(codec: Codec, context: int, task: Task, plan: TaskPlan) -> int:
     """Return the number of tokens of the longest prompt plus completion.
 
     Raises `ConfigError` for empty prompts, and for prompts that leave no room for a completion.
     """
+    max_new_tokens = plan.config.max_new_tokens
+    truncates = any(field.name == "prompt_tokens" for field in dataclasses.fields(plan.definition.options))
     room, longest = context if codec.is_encoder_decoder else context - max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)
@@ -288,9 +291,10 @@ def check_lengths(codec: Codec, context: int, task: Task, max_new_tokens: int) -
                 raise ConfigError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
             longest = max(longest, length)
             if length > room:
+                fix = f"set task.options.prompt_tokens={room}" if truncates and room > 0 else "shorten the prompts"
                 raise ConfigError(
                     f"task '{task.name}', {split} prompt {number} has {length} tokens; with {max_new_tokens} new "
-                    f"ones it exceeds the model's context of {context}: shorten the prompts or task.max_new_tokens."
+                    f"ones it exceeds the model's context of {context}: {fix}, or set a smaller task.max_new_tokens."
                 )
     return longest + max_new_tokens
 

@@ -3,13 +3,13 @@
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
-from rlgf.data.hub import path_exists
+from rlgf.data.hub import is_local_name, path_exists
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
@@ -88,7 +88,7 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
     codec, context = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
     check_models(run, codec.tokenizer, context)
     task = prepare_prompts(run.task, codec.tokenizer, cache.report)
-    longest = check_lengths(codec, context, task, config.task.max_new_tokens)
+    longest = check_lengths(codec, context, task, run.task)
     check_data(run, task, cache)
     if note := unlearned_targets(run, task):
         cache.report(note)
@@ -152,13 +152,13 @@ def try_run(run: ResolvedRun, report: Report) -> Trial:
     The data is read, the reward and an external guide are called on a few prompts. Raises
     `ConfigError` or `DataError` if the run cannot be trained.
     """
-    config, trial = run.trainer, Trial()
+    trial = Trial()
     with tempfile.TemporaryDirectory() as folder:
         cache = StageCache(Path(folder), report_warnings(report))
         codec, context = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
         check_models(run, codec.tokenizer, context)
         task = prepare_prompts(run.task, codec.tokenizer, report)
-        longest = check_lengths(codec, context, task, config.task.max_new_tokens)
+        longest = check_lengths(codec, context, task, run.task)
         check_data(run, task, cache)
         if note := unlearned_targets(run, task):
             report(note)
@@ -275,6 +275,26 @@ def _track_guide_usage(guide: Guide, directory: RunDirectory | None, run: Resolv
         if guide.state() != before:
             directory.create(run.config)
             directory.save_guide_usage(guide.state())
+
+
+def with_test_data(plan: TaskPlan, data: str, tokenizer: Any, report: Report) -> Task:
+    """Return the task with other data as its test split.
+
+    All rows of a single file are measured. The other splits stay those of the run's data, if it is still there.
+    """
+    if not plan.definition.needs_data:
+        raise ConfigError(f"task '{plan.name}' generates its own data: leave out --data.")
+    options = plan.config.options
+    if "all_rows_test" in {field.name for field in fields(plan.definition.options)}:
+        options = {**options, "all_rows_test": True}
+    other = TaskPlan(replace(plan.config, data=data, options=options), plan.definition)
+    measured = prepare_prompts(other, tokenizer, report)
+    own = plan.config.data
+    if own is not None and is_local_name(own) and not path_exists(own):
+        report(f"{own}, the data of the run, is no longer there")
+        return measured
+    task = prepare_prompts(plan, tokenizer, no_report)
+    return replace(task, test=measured.test, extra_test_splits=measured.extra_test_splits)
 
 
 def prepare_prompts(plan: TaskPlan, tokenizer: Any, report: Report) -> Task:

@@ -32,7 +32,7 @@ from rlgf.pipeline.final_evaluation import (
     final_results,
 )
 from rlgf.pipeline.preflight import check, check_base, check_lengths, check_rewards, check_to_train
-from rlgf.pipeline.prepare import output_perplexity_model, prepare_prompts, prepare_run
+from rlgf.pipeline.prepare import output_perplexity_model, prepare_prompts, prepare_run, with_test_data
 from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import starting_model
@@ -222,6 +222,7 @@ def evaluate(
     stages: Path | str = "runs/stages",
     report: Report = no_report,
     baseline: Literal["zero_shot", "sft", "guide"] | None = None,
+    test_data: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a policy or a baseline on the test split, without training it by RL.
 
@@ -234,6 +235,7 @@ def evaluate(
         report: called with each line of progress.
         baseline: 'zero_shot', the model before SFT; 'sft' (by default), the policy's starting
             model; 'guide'.
+        test_data: other data to measure on; of a single file of one's own rows, all of it.
 
     Returns:
         'evaluation': the metrics (docs/metrics.md); 'evaluations': those of the task's other
@@ -255,11 +257,12 @@ def evaluate(
     run, cache = resolve(config), StageCache(Path(stages), escape_reports(report))
     dispatch.select(run.trainer.runtime.kernels)
     if baseline == "guide":
-        return evaluate_guide_on_test(run, cache)
-    return evaluate_policy_on_test(run, None if policy is None else str(policy), cache, zero_shot=baseline == "zero_shot")
+        return evaluate_guide_on_test(run, cache, test_data)
+    zero_shot = baseline == "zero_shot"
+    return evaluate_policy_on_test(run, None if policy is None else str(policy), cache, zero_shot, test_data)
 
 
-def evaluate_guide_on_test(run: ResolvedRun, cache: StageCache) -> dict[str, Any]:
+def evaluate_guide_on_test(run: ResolvedRun, cache: StageCache, test_data: str | None = None) -> dict[str, Any]:
     """Evaluate the guide of a run on the test split.
 
     Returns 'evaluation', 'evaluations' and 'judge', as `evaluate_policy_on_test`.
@@ -269,12 +272,17 @@ def evaluate_guide_on_test(run: ResolvedRun, cache: StageCache) -> dict[str, Any
     run = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, evaluation=evaluation))
     check_to_train(run)
     parts = prepare_run(run, cache)
+    if test_data is not None:
+        tokenizer = parts.models.policy.tokenizer
+        parts = dataclasses.replace(parts, task=with_test_data(run.task, test_data, tokenizer, cache.report))
     row = evaluate_baselines(parts, run.policy, cache)["guide"]
     metrics = {key: row[key] for key in ("evaluation", "evaluations") if key in row}
     return {**metrics, **({"judge": parts.judge.name} if parts.judge else {})}
 
 
-def evaluate_policy_on_test(run: ResolvedRun, policy: str | None, cache: StageCache, zero_shot: bool = False) -> dict[str, Any]:
+def evaluate_policy_on_test(
+    run: ResolvedRun, policy: str | None, cache: StageCache, zero_shot: bool = False, test_data: str | None = None
+) -> dict[str, Any]:
     """Evaluate a policy on the test split, without RL training.
 
     `policy` is a folder or Hub name; None is the SFT stage or, with `zero_shot`, the model before
@@ -291,7 +299,11 @@ def evaluate_policy_on_test(run: ResolvedRun, policy: str | None, cache: StageCa
         )
     check_base(run.policy, settings.evaluation, codec.tokenizer)
     check_rewards(run.reward, run.judge)
-    task = prepare_prompts(run.task, codec.tokenizer, cache.report)
+    task = (
+        prepare_prompts(run.task, codec.tokenizer, cache.report)
+        if test_data is None
+        else with_test_data(run.task, test_data, codec.tokenizer, cache.report)
+    )
     check_final_evaluation(task, settings.evaluation, settings.reward, run.judge.spec is not None)
     probe_judge(run.judge.config, task.test, cache.folder, cache.report)
     start, folders = starting_model(run.policy, cache), train_rewards(run.reward, run.judge, cache)
@@ -302,7 +314,7 @@ def evaluate_policy_on_test(run: ResolvedRun, policy: str | None, cache: StageCa
         language_model = load_language_model(policy, device, in_4bit, reference, POLICY_ADAPTER).freeze()
     if zero_shot:
         language_model = load_pre_sft_model(run.policy, reference, cache)
-    check_lengths(language_model.codec, language_model.max_length, task, settings.task.max_new_tokens)
+    check_lengths(language_model.codec, language_model.max_length, task, run.task)
     reward = prepare_reward(run.reward, task, folders, reference)
     precision = settings.runtime.precision
     forward_config = ForwardConfig(settings.sampling, settings.ppo, settings.runtime.micro_batch_tokens, precision)
