@@ -94,23 +94,29 @@ def compare(
 
 
 def report(
-    comparison: Annotated[Path, typer.Argument(help="A comparison's folder, with its results.json.", metavar="DIR")],
+    comparison: Annotated[
+        Path, typer.Argument(help="The folder of a comparison or of a run, with its results.json.", metavar="DIR")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to write instead of there.", metavar="DIR")] = None,
 ) -> None:
-    """Redraw a comparison's tables, figures and completions from its results.json alone."""
+    """Redraw the tables, figures and completions of a comparison, or of a single run.
+
+    Those of a comparison are made from its results.json alone.
+    """
     from rlgf.cli import terminal
     from rlgf.data.files import read_json, require_format
-    from rlgf.experiments.report import report_files, write_report
+    from rlgf.experiments.report import report_files, write_report, write_run_report
 
     path = comparison / "results.json"
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: give the folder of a finished `rlgf compare`.")
+        raise ConfigError(f"{path} does not exist: give the folder of a finished `rlgf compare` or `rlgf train`.")
     results, target = read_json(path), out or comparison
     try:
         require_format(results, path)
         if "rows" not in results:
-            raise ConfigError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
-        write_report(results, target)
+            write_run_report(comparison, target)
+        else:
+            write_report(results, target)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

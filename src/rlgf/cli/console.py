@@ -19,7 +19,7 @@ from rlgf.cli.terminal import Part, describe_phases, escape_log_lines, log, out,
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
 from rlgf.errors import INPUT_ERRORS
-from rlgf.evaluation.intervals import FEW, interval_in, show_interval, show_mean
+from rlgf.evaluation.intervals import FEW, interval_in, mean_interval, share_interval, show_interval, show_mean
 from rlgf.experiments.tables import table_rows
 from rlgf.interrupts import set_grace
 from rlgf.kernels import dispatch
@@ -82,6 +82,7 @@ class ProgressReporter:
         self.every, self.last = every_seconds, 0.0
         self.may_draw = may_draw  # a bar would overwrite typed input
         self.began, self.first = 0.0, 0  # start time, iterations before it
+        self.validation = ""  # the last evaluation on the validation split
         self.bar: Progress | None = None
         self.task: Any = None
 
@@ -90,7 +91,14 @@ class ProgressReporter:
         metrics = step.metrics
         scores = step.experience.score
         shown = show_mean([float(value) for value in scores]) if 1 < len(scores) < FEW else f"{metrics['score']:.3f}"
-        line = f"reward {shown} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
+        alone = metrics.get("score_policy_only", math.nan)
+        if metrics.get("guide_completions"):  # the reward of both: AggreVaTeD's is the guide's merit
+            shown += " with the guide" + (f", {alone:.3f} alone" if math.isfinite(alone) else "")
+        if "evaluation" in metrics:
+            found = metrics["evaluation"]
+            name = "pass_rate" if "pass_rate" in found else "score"
+            self.validation = f" · validation {with_interval(name, found)}"
+        line = f"reward {shown}{self.validation} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
         line += guide_progress(metrics, step.guide_usage)
         if "profile" in metrics:
             report(profile_summary(metrics))
@@ -105,7 +113,7 @@ class ProgressReporter:
             left = (now - self.began) / (step.iteration - self.first) * (step.iterations - step.iteration)
             report(f"{step.iteration}/{step.iterations} iterations · {line} · {left:.0f} s left")
         if step.iteration == step.iterations:
-            self.began, self.first = 0.0, 0
+            self.began, self.first, self.validation = 0.0, 0, ""
 
     def _show_bar(self, step: Step, line: str) -> None:
         if self.bar is None:
@@ -242,6 +250,34 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
             write(f"  {name:12}{value}")
     for caution in training_warnings(algorithm):
         write(f"  warning: {caution}")
+
+
+def print_summary(results: Mapping[str, Any]) -> None:
+    """Print the reward before and after training, and the guide's, with 95 % intervals."""
+    after, baselines = results["evaluation"], results.get("baselines", {})
+    name = "pass_rate" if "pass_rate" in after else "score"
+    count = int(after["completions"])
+
+    def shown(metrics: Mapping[str, float]) -> str:
+        value, size = metrics[name], int(metrics["completions"])
+        if value is None:  # not finite, so null in the file
+            return "–"
+        low, high = (
+            share_interval(value, size) if name == "pass_rate" else mean_interval(value, metrics["score_standard_error"], size)
+        )
+        return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if size > 1 else "")
+
+    start = f"{baselines['sft']['title']} {shown(baselines['sft'])} → " if "sft" in baselines else ""
+    guide = f"; guide {shown(baselines['guide'])}" if "guide" in baselines else ""
+    title = "pass rate" if name == "pass_rate" else "reward"
+    write(
+        f"{title} on {count:,} test prompts: {start}{results['title']} {shown(after)}{guide} (95 % intervals)", soft_wrap=False
+    )
+    if count < FEW:
+        report(
+            f"warning: {count} test prompts are few, and the intervals wide: give more rows (or a larger "
+            "evaluation.final_prompts, if there are more)"
+        )
 
 
 def print_trial(trial: Trial) -> None:

@@ -52,6 +52,7 @@ def train(
         typer.Option("--accept-changes", help="Go on with other settings, data, code or libraries than the run began with."),
     ] = False,
     dry_run: DryRun = False,
+    no_baselines: Annotated[bool, typer.Option("--no-baselines", hidden=True)] = False,
 ) -> None:
     """Train one run: build or reuse the stages, train, evaluate.
 
@@ -68,6 +69,7 @@ def train(
         config = override(config, [("runtime.profile", True)], COMMAND_LINE)
     from rlgf.cli import console, terminal
     from rlgf.config import unread
+    from rlgf.experiments.report import write_run_report
     from rlgf.pipeline import preflight
     from rlgf.pipeline.prepare import try_run
     from rlgf.pipeline.resolve import resolve
@@ -97,14 +99,16 @@ def train(
             run = resolve(config)
             preflight.check_to_train(run)
             unread.require_read(given.typed, [config])
-            train_run(run, directory, StageCache(stages or target / "stages", terminal.report_reuse_once()), watch)
+            cache = StageCache(stages or target / "stages", terminal.report_reuse_once())
+            train_run(run, directory, cache, watch, not no_baselines)
         finally:
             watch.close()
     results = read_results(target / "results.json")
     console.print_metrics({name: float("nan") if v is None else v for name, v in results["evaluation"].items()})
-    console.report(
-        f"{target}: policy/, results.json, metrics.jsonl, rollouts.jsonl; see completions with `rlgf samples {target}`"
-    )
+    console.print_summary(results)
+    files = [] if no_baselines else write_run_report(target)  # a comparison draws all of its runs
+    shown = ", ".join(["policy/", "results.json", "metrics.jsonl", *files])
+    console.report(f"{target}: {shown}; see completions with `rlgf samples {target}`")
 
 
 def _stage(

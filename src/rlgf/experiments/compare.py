@@ -68,7 +68,7 @@ def compare(
         else:
             for place in waiting:
                 report(f"{place[0]} seed {place[1]}")
-                train_run(runs[place], directories[place], cache, on_progress)
+                train_run(runs[place], directories[place], cache, on_progress, with_baselines=False)
         return _write_results(plan, directories, baselines, out, time.monotonic() - began)
 
 

@@ -280,7 +280,8 @@ def _track_guide_usage(guide: Guide, directory: RunDirectory | None, run: Resolv
 def with_test_data(plan: TaskPlan, data: str, tokenizer: Any, report: Report) -> Task:
     """Return the task with other data as its test split.
 
-    All rows of a single file are measured. The other splits stay those of the run's data, if it is still there.
+    All rows of a single file are measured. The other splits stay those of the run's data, if that
+    is still there.
     """
     if not plan.definition.needs_data:
         raise ConfigError(f"task '{plan.name}' generates its own data: leave out --data.")

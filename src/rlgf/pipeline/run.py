@@ -155,10 +155,12 @@ def train(
 
 @as_sentences()
 def train_run(
-    run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None] = no_progress
-) -> Trainer:
+    run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None] = no_progress,
+    with_baselines: bool = True,
+) -> Trainer:  # fmt: skip
     """Train and evaluate a checked run in a directory, and return its trainer.
 
+    The rewards of its starting model and guide are in the results unless a comparison has them.
     Raises `ConfigError` if another process trains it, and `Interrupted` after a signal.
     """
     runtime = run.trainer.runtime
@@ -168,14 +170,15 @@ def train_run(
     require_writable(directory.folder)
     with handle_signals(run.trainer.runtime.grace_seconds, cache.report), directory.locked():
         try:
-            return _train_locked(run, directory, cache, on_progress)
+            return _train_locked(run, directory, cache, on_progress, with_baselines)
         except KeyboardInterrupt as error:
             raise directory.interruption(error) from None
 
 
 def _train_locked(
-    run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None]
-) -> Trainer:
+    run: ResolvedRun, directory: RunDirectory, cache: StageCache, on_progress: Callable[[Progress], None],
+    with_baselines: bool,
+) -> Trainer:  # fmt: skip
     """Train and evaluate a run that no other process trains."""
     require_space(directory.folder, 50_000_000)
     require_writable(cache.folder, "--stages")
@@ -196,7 +199,7 @@ def _train_locked(
         directory.save_model("policy", parts.models.policy.save)
         for origin, critic in parts.models.critics.items():
             directory.save_model(f"critic-{origin.name.lower()}", critic.save)
-        directory.finish(final_results(trainer, directory, run))
+        directory.finish(final_results(trainer, directory, run, with_baselines))
     return trainer
 
 

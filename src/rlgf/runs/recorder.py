@@ -210,6 +210,12 @@ def _tracked(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
 
 
+def evaluation_rows(rollout: Rollout, scores: Sequence[float], iteration: int, codec: Codec) -> list[dict[str, Any]]:
+    """Return the rows of a final evaluation: those of `rollout_rows`, with references."""
+    rows = rollout_rows(rollout, scores, iteration, codec)
+    return [{**row, "references": list(prompt.references)} for row, prompt in zip(rows, rollout.prompts)]
+
+
 def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, codec: Codec) -> list[dict[str, Any]]:
     """Return the rows of a rollout as JSON objects.
 
