@@ -54,7 +54,7 @@ ORDER = {
         "update agreement"
     ),
     "runs": (
-        "__init__ machine profiling tracking checkpoints identity failures logs directory "
+        "__init__ progress machine profiling tracking checkpoints identity failures logs directory "
         "recorder steps"
     ),
     "supervised": "__init__ span_corruption examples loop reward_modeling",

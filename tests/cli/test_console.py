@@ -42,9 +42,9 @@ def test_the_progress_tells_the_guides_merit_from_the_policys_and_keeps_the_last
     reporter(step(guide_completions=5, score_policy_only=float("nan")))
     reporter(step(guide_completions=0))
     first, second, third = (" ".join(line.split()) for line in capsys.readouterr().err.split("s left") if line.strip())
-    assert "reward 0.620 with the guide, 0.310 alone · validation 0.4 · KL 1.20" in first
-    assert "reward 0.620 with the guide · validation 0.4 · KL" in second
-    assert "reward 0.620 · validation 0.4 · KL" in third
+    assert "reward 0.620 with the guide, 0.310 alone · validation 0.400 · KL 1.20" in first
+    assert "reward 0.620 with the guide · validation 0.400 · KL" in second
+    assert "reward 0.620 · validation 0.400 · KL" in third
 
 
 def test_the_end_says_before_and_after_with_intervals_and_warns_of_few_prompts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ control characters are escaped, and it is not parsed as markup.
 
 import ctypes
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from rlgf.cli.terminal import Part, describe_phases, escape_log_lines, log, out,
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
 from rlgf.errors import INPUT_ERRORS
-from rlgf.evaluation.intervals import FEW, interval_in, mean_interval, share_interval, show_interval, show_mean
+from rlgf.evaluation.intervals import FEW, mean_interval, share_interval
 from rlgf.experiments.tables import table_rows
 from rlgf.interrupts import set_grace
 from rlgf.kernels import dispatch
@@ -28,7 +27,7 @@ from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import training_warnings
 from rlgf.pipeline.prepare import Trial
 from rlgf.runs.machine import choose_device, choose_num_threads, describe_runtime
-from rlgf.trainer import Progress as Step
+from rlgf.runs.progress import ProgressLines, Step, with_interval
 from rlgf.types import POLICY
 
 STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
@@ -75,45 +74,24 @@ def quiet() -> None:
     escape_log_lines()
 
 
-class ProgressReporter:
+class ProgressReporter(ProgressLines):
     """A progress display: a bar in a terminal, otherwise a line every few seconds."""
 
     def __init__(self, every_seconds: float = 10.0, may_draw: bool = True) -> None:
-        self.every, self.last = every_seconds, 0.0
+        super().__init__(report, every_seconds)
         self.may_draw = may_draw  # a bar would overwrite typed input
-        self.began, self.first = 0.0, 0  # start time, iterations before it
-        self.validation = ""  # the last evaluation on the validation split
         self.bar: Progress | None = None
         self.task: Any = None
 
     def __call__(self, step: Step) -> None:
         """Show the progress after one more iteration."""
-        metrics = step.metrics
-        scores = step.experience.score
-        shown = show_mean([float(value) for value in scores]) if 1 < len(scores) < FEW else f"{metrics['score']:.3f}"
-        alone = metrics.get("score_policy_only", math.nan)
-        if metrics.get("guide_completions"):  # the reward of both: AggreVaTeD's is the guide's merit
-            shown += " with the guide" + (f", {alone:.3f} alone" if math.isfinite(alone) else "")
-        if "evaluation" in metrics:
-            found = metrics["evaluation"]
-            name = "pass_rate" if "pass_rate" in found else "score"
-            self.validation = f" · validation {with_interval(name, found)}"
-        line = f"reward {shown}{self.validation} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
-        line += guide_progress(metrics, step.guide_usage)
-        if "profile" in metrics:
-            report(profile_summary(metrics))
+        line = self.describe(step)
+        if "profile" in step.metrics:
+            report(profile_summary(step.metrics))
         if log.is_terminal and self.may_draw:
             self._show_bar(step, line)
-            return
-        now = time.monotonic()
-        if step.iteration <= self.first or not self.began:
-            self.began, self.first = now - metrics["seconds"], step.iteration - 1
-        if step.iteration == step.iterations or now - self.last > self.every:
-            self.last = now
-            left = (now - self.began) / (step.iteration - self.first) * (step.iterations - step.iteration)
-            report(f"{step.iteration}/{step.iterations} iterations · {line} · {left:.0f} s left")
-        if step.iteration == step.iterations:
-            self.began, self.first, self.validation = 0.0, 0, ""
+        else:
+            self.show(step, line)
 
     def _show_bar(self, step: Step, line: str) -> None:
         if self.bar is None:
@@ -145,25 +123,6 @@ def profile_summary(metrics: Mapping[str, Any]) -> str:
     return f"profile of iteration {metrics['iteration']}: {shares}; most of it in {operations}"
 
 
-def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> str:
-    """Summarize an iteration's guide requests, their latency, and the run's cost so far.
-
-    Empty for a guide in this process.
-    """
-    if "guide_attempts" not in metrics:
-        return ""
-    shown = f" · guide {metrics['guide_attempts']:,.0f} requests"
-    if metrics["guide_latency_mean"]:  # zero in a replay
-        shown += f", {metrics['guide_latency_mean']:.2f} s each"
-    if metrics["guide_rows_cached"]:
-        shown += f", {metrics['guide_rows_cached']:,.0f} completions from the cache"
-    if failed := metrics["guide_retried"] + metrics["guide_given_up"]:
-        shown += f", {failed:,.0f} failed"
-    if metrics.get("guide_refused"):
-        shown += f", {metrics['guide_refused']:,.0f} refused"
-    return shown + (f", cost {spent['cost']:.4g} so far" if "cost" in spent else "")
-
-
 def print_comparison(results: Mapping[str, Any]) -> None:
     """Print the table of a comparison."""
     headings, rows = table_rows(results)
@@ -173,11 +132,6 @@ def print_comparison(results: Mapping[str, Any]) -> None:
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """Print names and values of metrics."""
     print_table(["metric", "value"], [[name, with_interval(name, metrics)] for name in metrics])
-
-
-def with_interval(name: str, metrics: Mapping[str, float]) -> str:
-    """Return a metric as text, over few prompts with its interval."""
-    return f"{metrics[name]:.4g}{show_interval(interval_in(name, metrics))}"
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:

@@ -1,12 +1,13 @@
 """Preparation of a run's components: all checks, stages and models."""
 
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rlgf.config.objects import as_config
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
 from rlgf.data.hub import is_local_name, path_exists
@@ -31,6 +32,7 @@ from rlgf.rewards.build import check_reward_columns, is_model, scorers_in
 from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.failures import as_sentences
+from rlgf.runs.progress import write_line
 from rlgf.supervised.examples import TargetExamples
 from rlgf.tasks.base import Task
 from rlgf.trainer import Components
@@ -50,13 +52,13 @@ class Trial:
 
 
 @as_sentences()
-def prepare(config: Config, stages: Path, report: Report = no_report) -> Components:
+def prepare(config: Config | Mapping[str, Any] | str, stages: Path | str, report: Report | None = None) -> Components:
     """Build or reuse every stage and return the components of a trainer.
 
     Args:
-        config: the config of the run.
+        config: the config of the run, the name of a recipe, or a dict, as of `rlgf.train`.
         stages: the folder in which stages (pretraining, SFT, reward, guide) are kept and found.
-        report: called with each line of progress.
+        report: called with each line of progress; None: they are written to standard error.
 
     Raises:
         ConfigError: the run cannot be trained.
@@ -69,9 +71,9 @@ def prepare(config: Config, stages: Path, report: Report = no_report) -> Compone
         >>> components.algorithm.title, components.task.name
         ('PPO++', 'toy_reviews')
     """
-    run = resolve(config)
+    run = resolve(as_config(config))
     check_to_train(run)
-    return prepare_run(run, StageCache(stages, escape_reports(report)))
+    return prepare_run(run, StageCache(Path(stages), escape_reports(report or write_line)))
 
 
 def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | None = None) -> Components:

@@ -1,14 +1,14 @@
 """The pipeline of a run: checks, stages, training, evaluation, saving."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
 from rlgf.algorithms.guided import ALGORITHMS
 from rlgf.config.base import to_dict
-from rlgf.config.objects import PassedObjects, config_of_objects
+from rlgf.config.objects import as_config, config_of_objects
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
 from rlgf.data.checksums import fingerprint
@@ -36,14 +36,15 @@ from rlgf.pipeline.prepare import output_perplexity_model, prepare_prompts, prep
 from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import starting_model
+from rlgf.rewards.weighted_sum import sum_of_rewards
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.runs.directory import RunDirectory, require_space, require_writable
 from rlgf.runs.failures import as_sentences
 from rlgf.runs.machine import describe_runtime
+from rlgf.runs.progress import ProgressLines, write_line
 from rlgf.runs.recorder import RunRecorder
 from rlgf.trainer import Components, Progress, Trainer
-from rlgf.types import RewardFunction
 from rlgf.untrusted_text import escape_reports
 
 BASELINES = ("zero_shot", "sft", "guide")
@@ -66,26 +67,28 @@ def disk_needed(parts: Components) -> int:
 
 @as_sentences()
 def train(
-    config: Config | None = None,
+    config: Config | Mapping[str, Any] | str | None = None,
     out: Path | str | None = None,
     stages: Path | str | None = None,
-    report: Report = no_report,
-    on_progress: Callable[[Progress], None] = no_progress,
+    report: Report | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
     *,
     model: Any = None,
     tokenizer: Any = None,
-    prompts: Sequence[Any] | None = None,
-    reward: RewardFunction | str | None = None,
+    prompts: Any = None,
+    reward: Any = None,
     guide: Any = None,
     algorithm: Any = None,
     settings: Mapping[str, Any] | None = None,
     identity: str | None = None,
     accept_changes: bool = False,
+    progress: bool = True,
 ) -> Trainer:
     """Train and evaluate one run in the folder `out`, and return its trainer.
 
     The trained policy is `trainer.components.models.policy` and, on disk, `out/policy`. A call has
-    a config, or a model, prompts and a reward; a fifth of the prompts is then held out.
+    a config, objects in place of its parts, or both; without a config it needs a model, prompts and
+    a reward. A fifth of the prompts is held out.
 
     In the main thread, SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled until the call ends; then
     the handlers before are restored. The first signal raises `Interrupted`, with a checkpoint: at
@@ -94,22 +97,27 @@ def train(
     In other threads, signals are as before the call.
 
     Args:
-        config: the config of the run.
+        config: the config of the run, the name of a recipe, or a dict of dotted or nested keys,
+            whose key 'recipe' names the recipe that it changes.
         out: the folder of the run; resumes from a checkpoint in it, or reuses a finished run.
         stages: the folder in which stages are kept and found; None: `out/stages`.
-        report: called with each line of progress.
+        report: called with each line of progress; None: they are written to standard error.
         on_progress: called after each iteration, with its metrics (docs/metrics.md).
         model: Hub name or folder, or a loaded transformers model, which is copied to `stages`.
         tokenizer: the tokenizer of a loaded model.
-        prompts: texts, conversations, `Prompt` objects or rows (docs/own-data.md).
-        reward: a function from prompts and completions to one number each, or a `reward.path`.
-        guide: a `Guide`, a function from requests to completions, or a `guide.spec`.
+        prompts: texts, conversations, `Prompt` objects or rows (docs/own-data.md), as a list, a
+            `datasets.Dataset` or a table of pandas, or the name of a file.
+        reward: a function from prompts and completions to one number each, a `reward.path`, a list
+            of functions (their sum) or a dict from them to weights.
+        guide: a `Guide`, a function from requests to completions, a loaded transformers model, or a
+            `guide.spec`.
         algorithm: such as `rlgf.lols()`; by default `ppo_pp` with a guide and `ppo` without.
         settings: config values by dotted key, over those of `rlgf.config.objects.SETTINGS`.
         identity: names the version of objects without source, such as a lambda or a loaded client;
             with another one `out` is another run. Without, they must be the same in each call.
         accept_changes: go on with other settings, data, code or libraries than the run began with;
             they are recorded in `out/identity.json`.
+        progress: whether lines of progress are written where `report` is None.
 
     Raises:
         ConfigError: the run cannot be trained, or `out` has another run.
@@ -127,30 +135,27 @@ def train(
     """
     if out is None:
         raise ConfigError("rlgf.train needs a folder for the run: give out=.")
-    if config is not None and not isinstance(config, Config):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"config is a {type(config).__name__}, but must be a Config such as rlgf.recipe('quickstart').")
+    given_config = None if config is None else as_config(config)
     out = Path(out)
-    report = escape_reports(report)
+    lines = report or (write_line if progress else no_report)
+    report = escape_reports(lines)
+    reward = sum_of_rewards(reward) if isinstance(reward, list | tuple | dict) else reward
     cache = StageCache(Path(stages) if stages else out / "stages", report)
     objects: dict[str, Any] = {
         "model": model, "tokenizer": tokenizer, "prompts": prompts, "reward": reward, "guide": guide, "algorithm": algorithm,
     }  # fmt: skip
-    passed = PassedObjects()
-    if config is None:
-        config, passed = config_of_objects(cache.folder, **objects, settings=settings or {}, identity=identity)
-    elif given := [
-        name for name, value in {**objects, "settings": settings, "identity": identity}.items() if value is not None
-    ]:
-        raise ConfigError(f"rlgf.train has a config and {', '.join(given)}: give one or the other.")
-    directory = RunDirectory(out, config, accept_changes, lambda line: report(f"warning: {line}"))
+    run_config, passed = config_of_objects(
+        cache.folder, **objects, settings=settings or {}, identity=identity, base=given_config
+    )
+    directory = RunDirectory(out, run_config, accept_changes, lambda line: report(f"warning: {line}"))
     for name in passed.unverifiable() if identity is None and (out / "config.yaml").is_file() else ():
         report(f"warning: {out} is resumed, and its {name} has no source to compare: it must be the same as before")
-    run = resolve(config, passed)
+    run = resolve(run_config, passed)
     check_to_train(run, unwritten=[str(file.path) for file in passed.files])
     if passed.files:
         require_writable(cache.folder, "--stages")
         passed.write_files()
-    return train_run(run, directory, cache, on_progress)
+    return train_run(run, directory, cache, on_progress or (ProgressLines(report) if progress else no_progress))
 
 
 @as_sentences()
@@ -220,10 +225,10 @@ def for_guide_evaluation(run: ResolvedRun) -> ResolvedRun:
 
 @as_sentences()
 def evaluate(
-    config: Config,
+    config: Config | Mapping[str, Any] | str,
     policy: Path | str | None = None,
     stages: Path | str = "runs/stages",
-    report: Report = no_report,
+    report: Report | None = None,
     baseline: Literal["zero_shot", "sft", "guide"] | None = None,
     test_data: str | None = None,
 ) -> dict[str, Any]:
@@ -235,7 +240,7 @@ def evaluate(
         config: the config of the run, or of runs to compare with.
         policy: a folder or Hub name; None: the baseline.
         stages: the folder in which stages are kept and found.
-        report: called with each line of progress.
+        report: called with each line of progress; None: they are written to standard error.
         baseline: 'zero_shot', the model before SFT; 'sft' (by default), the policy's starting
             model; 'guide'.
         test_data: other data to measure on; of a single file of one's own rows, all of it.
@@ -257,7 +262,7 @@ def evaluate(
         raise unknown("baseline", baseline, BASELINES)
     if policy is not None and baseline is not None:
         raise ConfigError("policy and baseline both name what is evaluated: give one of them.")
-    run, cache = resolve(config), StageCache(Path(stages), escape_reports(report))
+    run, cache = resolve(as_config(config)), StageCache(Path(stages), escape_reports(report or write_line))
     dispatch.select(run.trainer.runtime.kernels)
     if baseline == "guide":
         return evaluate_guide_on_test(run, cache, test_data)
