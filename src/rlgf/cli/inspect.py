@@ -159,10 +159,13 @@ def env(
 
     It holds no secrets, and no names of users, hosts or folders.
     """
-    from rlgf.runs.machine import describe_environment
+    from rlgf.cli import terminal
 
     if json_out:
         check_writable(json_out)
+    terminal.announce_loading()
+    from rlgf.runs.machine import describe_environment
+
     found = describe_environment()
     emit(found, json_out, lambda: _print_environment(found))
 

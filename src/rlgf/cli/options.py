@@ -121,6 +121,9 @@ def read_typed_config(
         raise ConfigError("--sft-from fine-tunes a model, and sft.steps and sft.epochs are 0: set one, as in sft.epochs=3.")
     typed += [setting for key, value in changes for setting in typed_setting(key, value)]
     typed += [TypedSetting("--beta", tuple(key for key, _ in betas))] if betas else []
+    from rlgf.cli import terminal
+
+    terminal.announce_loading()  # all commands with a config need them
     return TypedConfig(config, typed)
 
 

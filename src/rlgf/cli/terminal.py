@@ -82,9 +82,18 @@ def as_text(*parts: Part) -> Text:
     return Text.assemble(*((escape_control_characters(text), style) for text, style in styled))
 
 
-def write(*parts: Part, to: Console = out, soft_wrap: bool = True) -> None:
-    """Print a line of parts, by default to standard output."""
-    to.print(as_text(*parts), soft_wrap=soft_wrap)
+def write(*parts: Part, to: Console = out, soft_wrap: bool | None = None) -> None:
+    """Print a line of parts, by default to standard output.
+
+    In a terminal it is wrapped between words; in a file or pipe it stays one line.
+    """
+    to.print(as_text(*parts), soft_wrap=not to.is_terminal if soft_wrap is None else soft_wrap)
+
+
+def announce_loading() -> None:
+    """Say that libraries are loaded, which takes seconds, unless they are there."""
+    if "torch" not in sys.modules:
+        report("loading torch and transformers …")
 
 
 def write_block(text: str) -> None:

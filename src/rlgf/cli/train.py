@@ -51,12 +51,15 @@ def train(
         bool,
         typer.Option("--accept-changes", help="Go on with other settings, data, code or libraries than the run began with."),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Remove the run that is in --out first; its stages stay.")
+    ] = False,
     dry_run: DryRun = False,
     no_baselines: Annotated[bool, typer.Option("--no-baselines", hidden=True)] = False,
 ) -> None:
     """Train one run: build or reuse the stages, train, evaluate.
 
-    Re-running the same command resumes from the last checkpoint.
+    Re-running the same command resumes from the last checkpoint; --overwrite begins again.
     """
     given = read_typed_config(
         recipe_or_yaml, overrides, algorithm=algorithm, beta=beta, alpha=alpha, guide=guide, policy=policy,
@@ -76,9 +79,15 @@ def train(
     from rlgf.pipeline.run import train_run
     from rlgf.pipeline.stage_cache import StageCache
     from rlgf.runs.directory import RunDirectory, read_results
+    from rlgf.runs.recorder import clear_run
 
     console.configure_runtime(config, announce=False)
     target = out or Path("runs") / as_file_name(f"{config.recipe}-{config.algorithm.name}-seed{config.seed}")
+    if overwrite and not dry_run:
+        preflight.check_to_train(resolve(config))  # nothing is removed for a run that cannot be trained
+        unread.require_read(given.typed, [config])
+        if removed := clear_run(target):
+            console.report(f"{target}: removed the run that was there ({removed})")
     directory = RunDirectory(target, config, accept_changes, lambda line: console.report(f"warning: {line}"))
     if dry_run:
         run = resolve(config)
@@ -182,6 +191,9 @@ def merge(
     out: Annotated[Path, typer.Option(help="Folder for the merged model.")],
 ) -> None:
     """Merge an adapter into its base weights, and write the full model."""
+    from rlgf.cli import terminal
+
+    terminal.announce_loading()
     from rlgf.cli import console
     from rlgf.pipeline import build_models
 

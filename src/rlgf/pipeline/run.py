@@ -195,6 +195,9 @@ def _train_locked(
         RunRecorder(trainer, directory, run.trainer.runtime, to_dict(run.config)) as recorder,
         closing(trainer.iterate(recorder.run_step)) as iterations,
     ):
+        if trainer.iteration:
+            reached = f"{trainer.iteration:,} of {trainer.num_iterations:,} iterations"
+            cache.report(f"{directory.folder}: goes on after {reached}")
         for progress in iterations:
             recorder.write(progress.metrics, progress.experience)
             for warning in progress.warnings:

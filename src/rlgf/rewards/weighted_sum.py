@@ -21,7 +21,7 @@ class WeightedSum(TermSum):
 
 
 def sum_of_rewards(rewards: Any) -> Any:
-    """Return the rewards of a list (weight 1) or of a dict from rewards to weights as one reward.
+    """Return the sum of several rewards: a list, or a dict with weights.
 
     Raises `ConfigError` for anything but functions and for weights that are no numbers.
     """

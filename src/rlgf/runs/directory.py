@@ -136,8 +136,8 @@ class RunDirectory:
                 "its learning rates depend on the number of iterations; choose another --out, or pass --accept-changes."
             )
         raise ConfigError(
-            f"{self.folder} holds another run ({'; '.join(differences[:3])}): choose another --out, or go on with the change "
-            "by --accept-changes, which is recorded."
+            f"{self.folder} holds another run ({'; '.join(differences[:3])}): choose another --out, go on with the change by "
+            "--accept-changes, which is recorded, or begin again with --overwrite."
         )
 
     @property
