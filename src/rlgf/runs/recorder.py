@@ -15,11 +15,11 @@ from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.files import to_line, write_file
 from rlgf.data.lock import FolderLock
 from rlgf.data.tokenization import Codec
-from rlgf.errors import CheckpointError
+from rlgf.errors import CheckpointError, ConfigError
 from rlgf.rl.guards import NonFiniteError
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.runs.checkpoints import Checkpoints
-from rlgf.runs.directory import IDENTITY, RunDirectory, ignore
+from rlgf.runs.directory import BEFORE_CONFIG, IDENTITY, RunDirectory, ignore
 from rlgf.runs.profiling import run_with_profiler
 from rlgf.runs.tracking import Trackers
 from rlgf.types import Origin
@@ -33,18 +33,25 @@ WRITTEN = (
     "config.yaml", "identity.json", "results.json", "results-after-*-iterations.json", "guide.json", "metrics.jsonl",
     "rollouts.jsonl", "evaluation.jsonl", "evaluation-*.jsonl", "nonfinite.jsonl", "*.jsonl.damaged-*", "checkpoints", "policy",
     "best-policy", "critic-policy", "critic-guide", "trackers", "profile", "table.md", "texts.md", "curves.png",
-    "tradeoff.png", "difficulty.png", "log.txt",
+    "tradeoff.png", "difficulty.png", "log.txt", ".policy-*", ".best-policy-*", ".critic-*",
 )  # fmt: skip
 
 
 def clear_run(folder: Path) -> str | None:
     """Remove the run in a folder, and return how far it was, or None.
 
-    Its stages, and files that no run writes, stay. Raises `ConfigError` if another process trains
-    it.
+    Its stages stay. Raises `ConfigError` if another process trains it, or for files that no run
+    writes.
     """
     if not (folder / "config.yaml").is_file() or not (folder / IDENTITY).is_file():
         return None
+    known = {path for name in WRITTEN for path in folder.glob(name)}
+    others = [path.name for path in folder.iterdir() if path not in known and path.name not in BEFORE_CONFIG]
+    if others:
+        raise ConfigError(
+            f"{folder} holds files that no run writes ({', '.join(sorted(others)[:3])}), and --overwrite would not begin with an "
+            "empty folder: move them away, or choose another --out."
+        )
     with FolderLock(folder, "trains", ignore).held():
         done = Checkpoints(folder / "checkpoints", 1, "", (), ignore).iterations()
         finished = (folder / "results.json").is_file()
