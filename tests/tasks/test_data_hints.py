@@ -36,9 +36,9 @@ def plan(data: str, **options: Any) -> TaskPlan:
     [
         (
             {"question": "a", "id": 1},
-            "no 'prompt'; the row has id, question: set task.options.prompt_column=question to",
+            "no 'prompt'; the row has id, question: set task.options.prompt_column=question",
         ),
-        ({"words": "a"}, "the row has words: set task.options.prompt_column=NAME to one of them"),
+        ({"words": "a"}, "the row has words: set task.options.prompt_column to one of them"),
         ({"prompt": None, "question": "a"}, "'prompt' is null: remove the row, or give it a prompt"),
         ({"chosen": "a", "prompt": "b"}, "name the columns of pairs with task.options.chosen_column"),
     ],

@@ -286,8 +286,8 @@ def _missing_prompt(options: Options, row: Mapping[str, Any]) -> str:
     if name in row:
         return f"'{name}' is null: remove the row, or give it a prompt"
     usual = [column for column in others if column.lower() in USUAL_PROMPT_COLUMNS]
-    guess = usual[0] if usual else "NAME"
-    return f"there is no '{name}'; the row has {list_columns(row)}: set task.options.prompt_column={guess} to one of them"
+    setting = f"task.options.prompt_column={usual[0]}" if usual else "task.options.prompt_column to one of them"
+    return f"there is no '{name}'; the row has {list_columns(row)}: set {setting}"
 
 
 def _inputs(options: Options, row: Mapping[str, Any], prompt: Any, place: str) -> TemplateInputs:
