@@ -212,7 +212,7 @@ def print_summary(results: Mapping[str, Any]) -> None:
     name = "pass_rate" if "pass_rate" in after else "score"
     count = int(after["completions"])
 
-    def shown(metrics: Mapping[str, float]) -> str:
+    def shown(metrics: Mapping[str, Any]) -> str:
         value, size = metrics[name], int(metrics["completions"])
         if value is None:  # not finite, so null in the file
             return "–"

@@ -176,15 +176,16 @@ def as_guide(value: Any, spec: str = "") -> Guide:
     Raises:
         ConfigError: it cannot be called as a guide, or does not say what it is capable of.
     """
+    made: Any = value
     if isinstance(value, type) and hasattr(value, "complete"):
         with user_code(f"the guide {value.__name__} cannot be made without arguments", ConfigError):
-            value = value()
-    if not hasattr(value, "complete"):
-        return FunctionGuide(value)
-    if not isinstance(getattr(value, "capabilities", None), Capabilities):
-        shown = spec or type(value).__name__
+            made = value()
+    if not hasattr(made, "complete"):
+        return FunctionGuide(made)
+    if not isinstance(getattr(made, "capabilities", None), Capabilities):
+        shown = spec or type(made).__name__
         raise ConfigError(f"guide '{shown}' has no capabilities: give it an attribute of that name, a rlgf.Capabilities.")
-    return value
+    return made
 
 
 def _require_one_argument(function: Callable[..., Any]) -> None:
