@@ -153,6 +153,8 @@ def config_of_objects(
     elif guide is not None:
         path, source = (guide, None) if isinstance(guide, str) else _name(guide, "guide", identity)
         changes |= {"guide.spec": path, "guide.source": source}
+    if base is not None and not changes and not settings:
+        return base, PassedObjects()
     config = override(base or recipe("prompts"), [*changes.items(), *settings.items()], "rlgf.train")
     require_read([typed for key, value in settings.items() for typed in typed_setting(key, value, "settings")], [config])
     needs_guide, name = config.algorithm.build().needs_guide or config.distill.num_completions > 0, config.algorithm.name

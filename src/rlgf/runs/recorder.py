@@ -49,8 +49,8 @@ def clear_run(folder: Path) -> str | None:
     others = [path.name for path in folder.iterdir() if path not in known and path.name not in BEFORE_CONFIG]
     if others:
         raise ConfigError(
-            f"{folder} holds files that no run writes ({', '.join(sorted(others)[:3])}), which --overwrite does not remove: move "
-            "them away, or choose another --out."
+            f"{folder} holds files that no run writes ({', '.join(sorted(others)[:3])}), which --overwrite does not remove: "
+            "move them away, or choose another --out."
         )
     with FolderLock(folder, "trains", ignore).held():
         done = Checkpoints(folder / "checkpoints", 1, "", (), ignore).iterations()
