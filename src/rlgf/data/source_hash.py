@@ -37,7 +37,7 @@ def spec_hash(spec: str) -> str | None:
     name = spec.split(":")[1]
     if name.endswith(".py"):
         path = Path(name).expanduser()
-        return _files_hash(path) if path.is_file() else None
+        return _files_hash(path, path.stem) if path.is_file() else None
     try:
         loaded = sys.modules.get(name)
         found = loaded.__spec__ if loaded is not None else importlib.util.find_spec(name)
