@@ -12,17 +12,17 @@ PACKAGE = Path(rlgf.__file__).parent
 
 ORDER = {
     "": (
-        "randomness distributed credentials untrusted_text errors kernels interrupts "
+        "randomness distributed credentials untrusted_text hints errors kernels interrupts "
         "bounds types algorithms data config models tasks text_metrics generation guides "
         "rewards supervised rl evaluation runs trainer pipeline experiments cli"
     ),
     "algorithms": "__init__ advantages losses schedules switch_position guided",
     "cli": (
-        "__init__ diagnose terminal options schedule console check compare evaluate "
+        "__init__ task_checks diagnose terminal options console check compare evaluate "
         "inspect train app"
     ),
     "config": (
-        "__init__ base runtime sections specs validation schema loading recipes variants "
+        "__init__ base runtime specs sections validation schema loading recipes variants "
         "unread objects"
     ),
     "data": (
@@ -48,13 +48,13 @@ ORDER = {
         "__init__ stage_cache resolve stages build_models final_evaluation "
         "reward_model_stage build_rewards preflight build_guide prepare run"
     ),
-    "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
+    "rewards": "__init__ base signatures classifier ngram reward_model weighted_sum build",
     "rl": (
         "__init__ shaping tensors experience rollout kl_controller guards optimizers "
         "update agreement"
     ),
     "runs": (
-        "__init__ machine profiling tracking checkpoints identity failures logs directory "
+        "__init__ progress machine profiling tracking checkpoints identity failures logs directory "
         "recorder steps"
     ),
     "supervised": "__init__ span_corruption examples loop reward_modeling",
@@ -142,7 +142,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 def test_the_errors_load_nothing_else() -> None:
     code = (
         "import sys, rlgf; rlgf.ConfigError, rlgf.CheckpointError; "
-        "own = {'rlgf', 'rlgf.errors', 'rlgf.credentials', 'rlgf.untrusted_text'}; "
+        "own = {'rlgf', 'rlgf.errors', 'rlgf.credentials', 'rlgf.hints', 'rlgf.untrusted_text'}; "
         "assert {name for name in sys.modules if name.startswith('rlgf')} == own; "
         "assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules)"
     )

@@ -3,12 +3,12 @@
 Every message is one sentence: the problem, its location and how to fix it.
 """
 
-import difflib
 import signal
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 
 from rlgf.credentials import mask_credentials
+from rlgf.hints import closest
 from rlgf.untrusted_text import describe_failure, escape_control_characters, shorten, shorten_sentence
 
 MAX_LENGTH = 1000  # characters of a message
@@ -167,18 +167,24 @@ USER_FAILURES = (Exception, SystemExit)
 
 
 @contextmanager
-def user_code(what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfError) -> Generator[None]:
+def user_code(
+    what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfError, columns: Mapping[str, object] | None = None
+) -> Generator[None]:
     """Turn a failure of a user's code within the block into `error`; those of `passed` stay.
 
-    `what` begins the message, as in 'the task failed'. `sys.exit` is a failure too, Ctrl-C is not.
+    `what` begins the message, as in 'the task failed'; `columns` are those that the code may read
+    as `prompt.columns`. `sys.exit` is a failure too, Ctrl-C is not.
     """
     try:
         yield
     except (passed, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as failure:  # also those that are no Exception: sys.exit, a cancelled task, a panic in Rust
+        known = f"; prompt.columns has {list_columns(columns)}" if columns else ""
+        if isinstance(failure, AttributeError | TypeError) and "Prompt" in str(failure):
+            known += "; a prompt is a rlgf.Prompt, its text is prompt.text"
         raise error(
-            f"{what} ({describe_failure(failure)}): fix it and run again (with --accept-changes if its source changed)."
+            f"{what} ({describe_failure(failure)}{known}): fix it and run again (with --accept-changes if its source changed)."
         ) from failure
 
 
@@ -189,9 +195,9 @@ def unknown(kind: str, name: str, valid: Iterable[str], prefix: str = "") -> Con
     """
     names = sorted(valid)
     shown = shorten(name, MAX_NAME)
-    close = difflib.get_close_matches(shown, names, n=1, cutoff=0.4)
+    close = closest(shown, names)
     listed = ", ".join(prefix + name for name in names)
-    hint = f"did you mean '{prefix}{close[0]}'?" if close else f"choose from: {listed}."
+    hint = f"did you mean '{prefix}{close}'?" if close else f"choose from: {listed}."
     return ConfigError(f"unknown {kind} '{prefix}{shown}': {hint}")
 
 

@@ -5,12 +5,17 @@ Every line for a terminal passes `escape_control_characters`, every text in a Ma
 """
 
 import hashlib
+import os
 import re
+import sysconfig
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 from rlgf.credentials import mask_credentials
 
+# folders with code that no user wrote: the standard library and this package
+LIBRARIES = ("<", sysconfig.get_paths()["stdlib"] + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 MAX_DIGITS = 40  # of a whole number that an error shows
 MAX_FILE_NAME = 150  # bytes; file systems allow 255
 JOINERS = "\u200c\u200d"  # Persian, Hindi and families of emoji are written with them
@@ -119,16 +124,29 @@ def show_value(value: Any, limit: int = 60) -> str:
     return shorten(escape_control_characters(mask_credentials(shown)), limit)
 
 
+def place_of(error: BaseException) -> TracebackType | None:
+    """Return the last place of an exception in the user's code, or else of all."""
+    step, last, own = error.__traceback__, None, None
+    while step is not None:
+        last = step
+        file = step.tb_frame.f_code.co_filename
+        if not file.startswith(LIBRARIES) and "site-packages" not in file:
+            own = step
+        step = step.tb_next
+    return own or last
+
+
 def describe_failure(error: BaseException, limit: int = 200) -> str:
-    """Return the type, message and place of an exception, on one line."""
+    """Return the type, message and place of an exception, on one line.
+
+    The place is the last one in code of the user, if there is any: not in a library.
+    """
     try:
         message = str(error)
     except Exception:
         message = ""
     name = type(error).__name__
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
+    last = place_of(error)
     place = ""
     if last is not None:
         file = last.tb_frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]

@@ -1,6 +1,6 @@
 """Findings of `rlgf check` in a task and its reward."""
 
-from rlgf.cli.diagnose import check_reward
+from rlgf.cli.task_checks import check_reward
 from rlgf.tasks.base import Task
 from rlgf.types import Prompt
 

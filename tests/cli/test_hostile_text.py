@@ -35,8 +35,9 @@ def printing_calls(path: Path) -> list[str]:
 def test_one_file_prints() -> None:
     found = [call for path in sorted(PACKAGE.rglob("*.py")) for call in printing_calls(path)]
     # what starts `python -m rlgf.text_metrics.worker` reads lines of JSON from it
+    # and `runs/progress.py` has one function that escapes, for Python code without the command line
     others = [call for call in found if not call.startswith(("cli/terminal.py", "text_metrics/worker.py"))]
-    assert others == []
+    assert others == ["runs/progress.py: sys.stderr.write"]
     assert any(call.startswith("cli/terminal.py") for call in found)
 
 

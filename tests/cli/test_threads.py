@@ -67,7 +67,7 @@ def test_the_first_line_of_a_run_and_its_results_say_the_number(tmp_path: Path) 
     lines: list[str] = []
     torch.set_num_threads(1)
     train(small(("ppo.iterations", 1)), tmp_path / "run", tmp_path / "stages", lines.append)
-    assert lines[0] == "PPO on toy_reviews, seed 0: 1 thread"
+    assert lines[0] == "PPO on toy_reviews, seed 0: cpu, fp32, 1 thread"
     assert json.loads((tmp_path / "run" / "results.json").read_text())["machine"]["threads"] == 1
 
 

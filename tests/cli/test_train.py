@@ -65,3 +65,39 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
     for words in ("D2LOLS", "phase 0", "phase 1", "3 of 8 completions", "parameters", "memory"):
         assert words in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_run_says_where_it_goes_on_and_is_removed_on_request(
+    tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    run = tmp_path / "run"
+    (tmp_path / "config.yaml").write_text(dump(small(("runtime.checkpoint_every", 1))))
+    command = ["train", str(tmp_path / "config.yaml"), "--out", str(run), "--stages", str(stages)]
+    shown = ProgressReporter.__call__
+
+    def stop_after_two(self: ProgressReporter, step: Progress) -> None:
+        shown(self, step)
+        if step.iteration == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressReporter, "__call__", stop_after_two)
+    assert run_command(monkeypatch, *command) == 130
+    monkeypatch.setattr(ProgressReporter, "__call__", shown)
+    (run / "mine.txt").write_text("not of the run")
+    capsys.readouterr()
+    changed = [*command, "ppo.epochs=3"]
+    assert run_command(monkeypatch, *changed) == 2
+    assert "or begin again with --overwrite" in capsys.readouterr().err
+    assert run_command(monkeypatch, *command) == 0
+    assert f"{run}: goes on after 2 of 3 iterations" in capsys.readouterr().err
+    assert (run / "curves.png").is_file()
+    assert run_command(monkeypatch, *changed, "ppo.epoch=2", "--overwrite") == 2  # a mistake removes nothing
+    assert (run / "results.json").is_file()
+    capsys.readouterr()
+    assert run_command(monkeypatch, *changed, "--overwrite") == 2
+    assert "holds files that no run writes (mine.txt)" in capsys.readouterr().err
+    (run / "mine.txt").unlink()
+    assert run_command(monkeypatch, *changed, "--overwrite") == 0
+    told = capsys.readouterr().err
+    assert f"{run}: removed the run that was there (finished)" in told
+    assert "goes on after" not in told

@@ -275,7 +275,7 @@ def test_a_dry_run_lists_the_recipes_settings_that_are_not_read(
 def test_the_first_condition_that_fails_is_the_one_that_is_told() -> None:
     condition = unmet_condition(changed({"policy": "there", "sft.steps": 2}), "sft.epochs")
     assert condition is not None
-    assert condition.fix == "name it with model.path instead of policy"
+    assert condition.fix == "name it with --sft-from (model.path) instead"
     assert unmet_condition(Config(), "ppo.epochs") is None
 
 

@@ -18,7 +18,7 @@ from rlgf.guides.local import FunctionGuide, ModelGuide
 from rlgf.models.forward import pad_rows
 from rlgf.models.language_model import LanguageModel
 from rlgf.rewards.base import continuation_only, score_full_text
-from rlgf.rewards.build import bind_columns
+from rlgf.rewards.signatures import bind_columns
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
 from rlgf.tasks import toy_reviews

@@ -1,16 +1,21 @@
 """The report of a comparison: figures, completions side by side, and varied settings."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers import FinishedComparison, small
+from helpers import FinishedComparison, FinishedRun, small
 from rlgf.cli import app
 from rlgf.config.variants import build_variants, parse_vary
+from rlgf.data.checksums import read_checked_json
 from rlgf.errors import ConfigError
 from rlgf.experiments import figures
 from rlgf.experiments.report import report_files, side_by_side, write_report
+from rlgf.experiments.tables import LAST_EVALUATION, splits_of, table_rows
+from rlgf.runs.logs import read_rows
+from rlgf.text_metrics.score import read_lines
 
 
 def row(key: str, **more: Any) -> dict[str, Any]:
@@ -26,7 +31,7 @@ def comparison(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"recipe": "r", "seeds": [0, 1], "rows": [row("sft"), *rows], **more}
 
 
-def test_a_tradeoff_has_a_point_for_each_evaluation_and_what_is_good_at_the_top_right():
+def test_a_tradeoff_has_a_point_for_each_evaluation_and_arrows_in_the_direction_of_training():
     trained = row("ppo", curves=[[point(8, 0.5), point(16, 1.0)], [point(8, 0.7), point(16, 2.0)]])
     figure = figures.tradeoff(comparison(trained, row("guide")))
     assert figure is not None
@@ -35,7 +40,10 @@ def test_a_tradeoff_has_a_point_for_each_evaluation_and_what_is_good_at_the_top_
     assert list(line.get_xdata()) == pytest.approx([1.2, 3.0])
     assert list(line.get_ydata()) == pytest.approx([0.6, 1.5])
     assert list(right.lines[0].get_xdata()) == pytest.approx([10.6, 11.5])
-    assert left.xaxis_inverted()
+    assert not left.xaxis_inverted()
+    (arrow,) = left.texts
+    assert arrow.xy == pytest.approx((3.0, 1.5))
+    assert arrow.xyann == pytest.approx((1.2, 0.6))
     assert left.lines[1].get_ydata()[0] == pytest.approx(0.3)  # the SFT model
     assert figures.tradeoff(comparison(row("ppo", curves=[[], []]))) is None
 
@@ -51,7 +59,7 @@ def test_what_could_not_be_measured_has_no_panel():
     assert [list(line.get_ydata()) for line in figure.axes[1].lines[:2]] == [[], [pytest.approx(0.8)]]
     figure = figures.tradeoff(comparison(trained))
     assert figure is not None
-    assert [axes.get_xlabel().split(" (")[0] for axes in figure.axes] == ["KL to SFT"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["KL to SFT"]
     trained["metrics"] = {**trained["metrics"], "perplexity": [None, float("nan")]}
     figure = figures.sensitivity(comparison(trained, varied={"kl.coefficient": 0.1}))
     assert figure is not None
@@ -161,7 +169,7 @@ def test_a_report_is_written_again_from_results_alone(
     assert "table.md, texts.md, curves.png, tradeoff.png, sensitivity.png" in capsys.readouterr().err
     for name in ("table.md", "texts.md"):
         assert (first / name).read_text() == (second / name).read_text()
-    for folder, message in {first / "runs" / "ppo_pp-seed0": "single run", second: "does not exist"}.items():
+    for folder, message in {second: "does not exist"}.items():
         monkeypatch.setattr("sys.argv", ["rlgf", "report", str(folder)])
         with pytest.raises(SystemExit) as stopped:
             app.main()
@@ -182,3 +190,42 @@ def test_a_file_of_an_earlier_report_that_no_longer_holds_is_removed(tmp_path: P
     trained["curves"] = [[], []]
     write_report(results, tmp_path)
     assert report_files(tmp_path) == ["table.md"]
+
+
+def test_a_picture_and_its_table_show_the_same_split() -> None:
+    trained = row("ppo", curves=[[point(8, 0.5), point(16, 1.0)], [point(8, 0.7), point(16, 2.0)]])
+    results = comparison(trained, row("guide"))
+    figure = figures.curves(results)
+    assert figure is not None
+    (axes,) = figure.axes
+    assert list(axes.lines[0].get_xdata()) == [8, 16]  # no point of another split
+    assert [text.get_text() for text in axes.texts] == ["SFT (test)", "guide (test)"]
+    assert splits_of(results) == ["test", LAST_EVALUATION]
+    headings, rows = table_rows(results, LAST_EVALUATION)
+    assert headings[1:4] == ["reward", "KL to SFT", "perplexity"]
+    assert [cells[:2] for cells in rows] == [["PPO", "1.500 ± 0.500"]]
+    assert axes.lines[0].get_ydata()[-1] == pytest.approx(1.5)
+
+
+def test_a_single_run_has_a_report_next_to_its_start_and_its_guide(
+    finished_run: Callable[[str], FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run("ppo_pp").folder
+    monkeypatch.setattr("sys.argv", ["rlgf", "report", str(run), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    assert not stopped.value.code
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "table.md").read_text()
+    assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")][:4] == [
+        "",
+        "SFT",
+        "guide",
+        "PPO++",
+    ]
+    found = read_checked_json(run / "results.json")
+    assert found["baselines"]["sft"]["completions"] == found["evaluation"]["completions"]
+    first = read_rows(run / "evaluation.jsonl", print)[0]
+    assert isinstance(first["references"], list)
+    lines = read_lines(str(run / "evaluation.jsonl"), ["distinct_1", "rouge1"])
+    assert lines[0].prediction == first["text"]

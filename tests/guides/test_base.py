@@ -1,6 +1,10 @@
 """Valid results of a guide, and the refusal of all others."""
 
+import io
+import json
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +12,10 @@ import pytest
 import torch
 
 from hostile import HOSTILE, is_clean
+from rlgf.config.specs import load_object
 from rlgf.errors import GuideError
 from rlgf.guides.base import Completion, CompletionRequest, query_guide
-from rlgf.guides.local import FunctionGuide
+from rlgf.guides.local import FunctionGuide, as_guide
 from rlgf.types import Prompt
 
 
@@ -100,3 +105,22 @@ def test_hostile_prompts_and_completions_are_shown_clean(text: str) -> None:
             asked(returned, text)
         assert is_clean(str(caught.value))
         assert len(str(caught.value)) < 500
+
+
+def test_the_guides_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "guides.md").read_text(encoding="utf-8")
+    section = page.partition("## Your own guide")[2].partition("\n## ")[0]
+    (tmp_path / "my_guides_of_the_page.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", section, re.DOTALL)))
+    file = str(tmp_path / "my_guides_of_the_page.py")
+    prompt = Prompt("2 + 2 =", (" four.",), columns={"answer": 4})
+    begun = CompletionRequest(prompt, [], " fo", [], 8, 0, 0, 0)
+    answers = FunctionGuide(load_object(f"python:{file}:answers", "guide"))
+    assert query_guide(answers, [begun])[0].text == " 4."
+    assert not answers.capabilities.can_continue
+    lookup = as_guide(load_object(f"python:{file}:lookup", "guide"))
+    assert query_guide(lookup, [begun]) == [Completion("ur.", finished=True)]
+    body = json.dumps({"outputs": [{"text": " it", "finish_reason": "length"}]}).encode()
+    monkeypatch.setattr("urllib.request.urlopen", lambda call, timeout: io.BytesIO(body))
+    monkeypatch.setenv("GUIDE_URL", "http://127.0.0.1/x")
+    api = FunctionGuide(load_object(f"python:{file}:api", "guide"))
+    assert query_guide(api, [begun]) == [Completion(" it", finished=False)]

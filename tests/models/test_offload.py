@@ -98,7 +98,10 @@ class Moves:
         ),
     ],
 )
-def test_what_cannot_be_offloaded_is_refused(changes: list[tuple[str, Any]], words: str):
+def test_what_cannot_be_offloaded_is_refused(
+    changes: list[tuple[str, Any]], words: str, monkeypatch: pytest.MonkeyPatch
+):  # also of a GPU that this machine lacks
+    monkeypatch.setattr("rlgf.pipeline.resolve.choose_device", lambda name: "cpu" if name == "auto" else name)
     with pytest.raises(ConfigError, match=words):
         check(resolve(override(Config(), changes)))
 

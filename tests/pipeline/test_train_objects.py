@@ -17,6 +17,7 @@ from rlgf.guides.base import Capabilities, Completion, CompletionRequest
 from rlgf.models.language_model import LanguageModel
 from rlgf.pipeline.preflight import check_to_train
 from rlgf.pipeline.resolve import resolve
+from rlgf.rewards.weighted_sum import sum_of_rewards
 from rlgf.types import Prompt
 
 PROMPTS = [f"review of : {noun} =>" for noun in (
@@ -154,11 +155,11 @@ def test_a_recorded_function_that_changed_is_refused_from_the_file_too(model: st
         ({"settings": {"reward.weights": {"task": 1.0}}}, "settings has reward.weights"),
         ({"settings": {"guide.spec": "references"}}, "settings has guide.spec"),
         ({"prompts": [Prompt("x", sft_targets=("y",))]}, "prompt 1 has sft_targets"),
-        ({"config": "quickstart"}, "config is a str"),
+        ({"config": 3}, "config is a int"),
+        ({"config": "quikstart"}, "did you mean 'quickstart'"),
         ({"algorithm": "grpoo"}, "unknown algorithm 'grpoo'"),
         ({"algorithm": 3}, "unknown algorithm 'int'"),
         ({"settings": {"ppo.epoch": 3}}, "unknown key 'ppo.epoch': did you mean 'ppo.epochs'"),
-        ({"config": rlgf.Config()}, "a config and model, prompts, reward"),
         ({"out": None}, "give out="),
     ],
 )
@@ -198,3 +199,88 @@ def test_prompts_may_be_conversations_rows_and_prompt_objects(tmp_path: Path) ->
         {"prompt": "row", "references": ["r"], "answer": 4}, {"answer": 5, "prompt": "object", "references": ["a"]},
     ]  # fmt: skip
     assert yaml.safe_load(f"data: {config.task.data}")["data"] == config.task.data
+
+
+def test_a_config_and_objects_go_together_and_dicts_are_configs(model: str, tmp_path: Path) -> None:
+    settings = {**SMALL, "policy": model, "evaluation.output_perplexity": False}
+    nested = {
+        "recipe": "quickstart",
+        "ppo": {"iterations": 1},
+        "task.options": {"slots": 2, "train_prompts": 8, "held_out_prompts": 4},
+        "task.min_new_tokens": 0,
+    }
+    trainer = rlgf.train(
+        {**nested, **{key: value for key, value in settings.items() if key != "ppo.iterations"}},
+        tmp_path / "run", reward=length, guide=praise, algorithm="ppo_pp",
+    )  # fmt: skip
+    config = trainer.config
+    assert (config.ppo.iterations, config.task.name, trainer.components.algorithm.name) == (1, "toy_reviews", "ppo_pp")
+    assert trainer.components.reward([Prompt("a")], ["four"]) == [4.0]
+
+
+def test_override_takes_dicts_sections_and_functions() -> None:
+    config = rlgf.override(
+        rlgf.Config(),
+        {"ppo": {"epochs": 7, "gamma": 0.5}, "seed": 3, "sampling": rlgf.SamplingParams(top_p=0.9), "reward.path": length},
+    )  # fmt: skip
+    assert (config.ppo.epochs, config.ppo.gamma, config.seed, config.sampling.top_p) == (7, 0.5, 3, 0.9)
+    assert config.reward.path == f"python:{__name__}:length"
+    with pytest.raises(rlgf.ConfigError, match=r"cannot be imported by its name: pass it to rlgf\.train"):
+        rlgf.override(rlgf.Config(), {"reward.path": lambda prompts, texts: []})
+    with pytest.raises(rlgf.ConfigError, match=r"did you mean 'ppo\.learning_rate'"):
+        rlgf.override(rlgf.Config(), {"ppo": {"lr": 1}})
+
+
+def test_prompts_are_any_rows_and_rewards_any_number(model: str, tmp_path: Path) -> None:
+    import datasets
+
+    def half(completions: Sequence[str], **columns: Any) -> list[float]:
+        return [0.5] * len(completions)
+
+    rows = [{"prompt": text, "number": number} for number, text in enumerate(PROMPTS)]
+
+    class Table:
+        columns = ("prompt", "number")
+
+        def to_dict(self, orient: str) -> list[dict[str, Any]]:
+            return rows
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found: list[str] = []
+    for prompts in (rows, datasets.Dataset.from_list(rows), iter(rows), Table(), {"train": rows}):
+        config, passed = config_of_objects(tmp_path, model, None, prompts, length, None, None, {})
+        found.append(str(config.task.data))
+        assert len(passed.files) == 1
+    assert len(set(found)) == 1
+    config, passed = config_of_objects(tmp_path, model, None, str(tmp_path / "rows.jsonl"), length, None, None, {})
+    assert (config.task.data, passed.files) == (str(tmp_path / "rows.jsonl"), ())
+    total = sum_of_rewards([length, half])
+    assert total([Prompt("a")], ["four"]) == [4.5]
+    assert sum_of_rewards({length: 2, half: 1.0})([Prompt("a")], ["four"]) == [8.5]
+    assert sum_of_rewards([length]) is length
+    with pytest.raises(rlgf.ConfigError, match=r"settings=\{'reward\.weights'"):
+        sum_of_rewards([length, "rouge1"])
+
+
+def test_a_loaded_model_is_a_guide(tmp_path: Path) -> None:
+    guide = tiny_model(seed=3)
+    config, passed = config_of_objects(tmp_path, "somewhere", guide.tokenizer, PROMPTS, length, guide.model, None, {})
+    assert config.guide.spec.startswith(f"model:{tmp_path}/model-")
+    assert config.policy == "somewhere"
+    assert passed.guide is None
+    assert len(passed.files) == 2
+
+
+def test_progress_is_shown_unless_it_is_not_wanted(
+    call: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    rlgf.train(**{**call, "out": tmp_path / "shown"})
+    shown = capsys.readouterr().err
+    assert "PPO++ on prompts, seed 0: cpu, fp32, 1 thread" in shown
+    assert "2/2 iterations · reward" in shown
+    rlgf.train(**{**call, "out": tmp_path / "silent"}, progress=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_public_names_are_listed() -> None:
+    assert dir(rlgf) == sorted(rlgf.__all__)

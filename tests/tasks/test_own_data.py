@@ -49,7 +49,7 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch, extra: str = "") -> None:
 def test_the_page_has_files_and_commands():
     assert list(FILES) == ["make_rows.py", "orders.py", "orders_task.py"]
     assert {command.split()[1] for command in COMMANDS} == {"check", "train", "samples", "reward", "evaluate"}
-    assert len(COMMANDS) == 12
+    assert len(COMMANDS) == 13
     assert len((PAGE.partition("orders_task.py`")[2].partition("```\n\n")[0]).splitlines()) < 50  # one short file
 
 

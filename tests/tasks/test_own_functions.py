@@ -138,4 +138,4 @@ def test_a_reward_that_ends_the_program_does_not_end_a_command_as_a_success(
     with pytest.raises(SystemExit) as stopped:
         app.main()
     assert stopped.value.code == 2
-    assert "the reward failed on 8 completions (SystemExit, leaves.py line 4)" in capsys.readouterr().out
+    assert "the reward failed on 8 completions (SystemExit, leaves.py line 4;" in capsys.readouterr().out

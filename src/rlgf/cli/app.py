@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from rlgf import __version__
 from rlgf.cli import check, compare, evaluate, inspect, train
 from rlgf.errors import Interrupted, RlgfError
+from rlgf.hints import option_hint
 from rlgf.interrupts import handle_signals
 from rlgf.runs.failures import as_sentences
 from rlgf.untrusted_text import escape_control_characters
@@ -59,6 +60,12 @@ def _escaped_usage_errors() -> Generator[None]:
     try:
         yield
     except Exception as error:
+        option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+        if isinstance(option, str) and hasattr(error, "possibilities") and context is not None:
+            known = [name for parameter in context.command.params for name in parameter.opts]
+            hint = option_hint(option, known)
+            error.message = f"No such option: {option}" + (f"; {hint}" if hint else "")  # pyright: ignore[reportAttributeAccessIssue]
+            error.possibilities = None  # pyright: ignore[reportAttributeAccessIssue]
         message = getattr(error, "message", None)
         if isinstance(message, str) and hasattr(error, "format_message"):
             error.message = escape_control_characters(message)  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,28 +13,36 @@ from rlgf.errors import INPUT_ERRORS, ConfigError, unknown
 def check_guide(
     spec: Annotated[str, typer.Argument(help="A guide, such as server:MODEL@URL.")],
     overrides: Overrides = None,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The film begins in a quiet town where",
+    data: Data = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue. Default: a held-out prompt of --data, otherwise an example.")
+    ] = None,
     prefix: Annotated[
-        str, typer.Option(help="Prefix of the continuation, from another model.")
-    ] = " nothing ever happens. One day",
+        str | None, typer.Option(help="Prefix of the continuation. Default: that of a reference, otherwise an example.")
+    ] = None,
+    policy: Policy = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens of a sample.", min=1)] = 48,
     recipe_or_yaml: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--recipe", help="Recipe or config with the guide's settings and the task's instruction.", metavar="RECIPE_OR_YAML"
+            "--recipe",
+            help="Recipe or config with the guide's settings and the task. Default: prompts with --data, otherwise imdb-small.",
+            metavar="RECIPE_OR_YAML",
         ),
-    ] = "imdb-small",
+    ] = None,
 ) -> None:
     """Test a guide: capabilities, samples, latency, cost, and the algorithms it supports.
 
-    The cost is that of a thousand completions.
+    With --data it is asked with a row of it. The cost is that of a thousand completions.
     """
+    recipe = recipe_or_yaml or ("prompts" if data else "imdb-small")
     changes = ["task.min_new_tokens=0", f"task.max_new_tokens={max_tokens}", *(overrides or [])]
-    config = read_config(recipe_or_yaml, changes, guide=spec)
+    config = read_config(recipe, changes, guide=spec, data=data, policy=policy)
     from rlgf.cli import console, diagnose
 
     console.quiet()
-    findings = diagnose.check_guide(config, prompt, prefix, Path("runs") / "stages", console.report)
+    has_data = config.task.data is not None
+    findings = diagnose.check_guide(config, prompt, prefix, Path("runs") / "stages", console.report, has_data)
     _print_findings(findings)
     if not any(finding.level == "ok" for finding in findings):
         raise ConfigError("this guide cannot be used: fix what is marked ERROR.")
@@ -54,7 +62,9 @@ def check_task(
     """
     from rlgf.config.loading import override
     from rlgf.config.recipes import RECIPES
+    from rlgf.config.specs import complete_spec
 
+    name = complete_spec(name)
     homes = {"toy_reviews": "quickstart"}  # a task name selects the recipe with its settings
     source = "prompts" if name.startswith("python:") else homes.get(name, name)
     if source not in RECIPES and not Path(source).is_file():
@@ -63,11 +73,11 @@ def check_task(
     config = read_config(source, [*named, *(overrides or [])], data=data)
     if policy:
         config = override(config, [("model.path", policy)])
-    from rlgf.cli import console, diagnose
+    from rlgf.cli import console, task_checks
 
     console.configure_runtime(config)
     try:
-        findings = diagnose.check_task(config, stages or Path("runs") / "stages", console.report)
+        findings = task_checks.check_task(config, stages or Path("runs") / "stages", console.report)
     except INPUT_ERRORS as error:
         small = f"{source}-small"
         if small not in RECIPES or config.model.path is None or "tokenizer" not in str(error):

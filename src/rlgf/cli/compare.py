@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from rlgf.algorithms import guided
-from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, read_typed_config
+from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, SftFrom, read_typed_config
 from rlgf.errors import ConfigError, DataError, unknown
 from rlgf.untrusted_text import as_file_name, describe_failure, shorten
 
@@ -27,6 +27,7 @@ def compare(
     dry_run: DryRun = False,
     guide: GuideSpec = None,
     policy: Policy = None,
+    sft_from: SftFrom = None,
     data: Data = None,
     iterations: Iterations = None,
     out: Out = None,
@@ -35,7 +36,9 @@ def compare(
 
     Finished runs are reused.
     """
-    given = read_typed_config(recipe_or_yaml, overrides, guide=guide, policy=policy, data=data, iterations=iterations)
+    given = read_typed_config(
+        recipe_or_yaml, overrides, guide=guide, policy=policy, sft_from=sft_from, data=data, iterations=iterations
+    )
     config = given.config
     names = list(dict.fromkeys(name.strip() for name in algorithms_.split(",") if name.strip())) or list(guided.ALGORITHMS)
     for name in names:
@@ -47,26 +50,35 @@ def compare(
         raise ConfigError(f"--seeds is '{shorten(seeds, 60)}', but must be whole numbers separated by commas.") from None
     from rlgf.cli import console, terminal
     from rlgf.config import unread, variants
+    from rlgf.config.base import to_dict
     from rlgf.config.loading import override
     from rlgf.config.recipes import controls as recipe_controls
     from rlgf.experiments import compare as comparing
     from rlgf.experiments.report import report_files
     from rlgf.pipeline.preflight import check_to_train
+    from rlgf.pipeline.prepare import try_run
     from rlgf.pipeline.resolve import resolve
 
+    target = out or Path("runs") / as_file_name(config.recipe)
+    comparing.check_target(target)
     check_to_train(resolve(config))
     console.configure_runtime(config)
-    target = out or Path("runs") / as_file_name(config.recipe)
     varied = variants.parse_vary(config, vary or [])
     rows = variants.build_variants(config, names, recipe_controls(config) if controls else {}, varied)
     settings = [*given.typed, *(unread.TypedSetting(key, (key,), "--vary") for key in varied)]
     unread.require_read_in_comparison(settings, config, [override(config, [*row.changes.items()]) for row in rows])
     if dry_run:
+        tried: set[str] = set()
         for row in rows:
             planned = override(config, [*row.changes.items(), ("seed", numbers[0])])
             run = resolve(planned)
             check_to_train(run)
             console.print_plan(planned, run.algorithm, row.title)
+            parts = [to_dict(planned)[part] for part in ("policy", "task", "model", "reward", "preferences", "judge", "guide")]
+            key = repr((*parts, run.guide.is_needed, run.algorithm.needs_guide_rollout))
+            if key not in tried:  # most rows have the same data, reward and guide
+                console.print_trial(try_run(run, terminal.report))
+            tried.add(key)
         console.report(f"{len(rows)} rows, each with seeds {seeds} (runs at a time: {jobs}), and the baselines, in {target}")
         return
     plan = variants.plan_comparison(config, rows, numbers)
@@ -82,23 +94,29 @@ def compare(
 
 
 def report(
-    comparison: Annotated[Path, typer.Argument(help="A comparison's folder, with its results.json.", metavar="DIR")],
+    comparison: Annotated[
+        Path, typer.Argument(help="The folder of a comparison or of a run, with its results.json.", metavar="DIR")
+    ],
     out: Annotated[Path | None, typer.Option(help="Where to write instead of there.", metavar="DIR")] = None,
 ) -> None:
-    """Redraw a comparison's tables, figures and completions from its results.json alone."""
+    """Redraw the tables, figures and completions of a comparison, or of a single run.
+
+    Those of a comparison are made from its results.json alone.
+    """
     from rlgf.cli import terminal
     from rlgf.data.files import read_json, require_format
-    from rlgf.experiments.report import report_files, write_report
+    from rlgf.experiments.report import report_files, write_report, write_run_report
 
     path = comparison / "results.json"
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist: give the folder of a finished `rlgf compare`.")
+        raise ConfigError(f"{path} does not exist: give the folder of a finished `rlgf compare` or `rlgf train`.")
     results, target = read_json(path), out or comparison
     try:
         require_format(results, path)
         if "rows" not in results:
-            raise ConfigError(f"{comparison} is a single run, and has nothing to compare: give the folder of a `rlgf compare`.")
-        write_report(results, target)
+            write_run_report(comparison, target)
+        else:
+            write_report(results, target)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise

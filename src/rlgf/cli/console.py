@@ -6,7 +6,6 @@ control characters are escaped, and it is not parsed as markup.
 
 import ctypes
 import math
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,34 +14,38 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlgf.algorithms.guided import Algorithm
-from rlgf.cli.schedule import describe_phases
-from rlgf.cli.terminal import Part, escape_log_lines, log, out, print_table, report, write
+from rlgf.cli.terminal import Part, describe_phases, escape_log_lines, log, out, print_table, report, write
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
 from rlgf.errors import INPUT_ERRORS
-from rlgf.evaluation.intervals import FEW, interval_in, show_interval, show_mean
+from rlgf.evaluation.intervals import FEW, mean_interval, share_interval
 from rlgf.experiments.tables import table_rows
 from rlgf.interrupts import set_grace
 from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import training_warnings
-from rlgf.runs.machine import choose_num_threads
-from rlgf.trainer import Progress as Step
+from rlgf.pipeline.prepare import Trial
+from rlgf.runs.machine import choose_device, choose_num_threads, describe_runtime
+from rlgf.runs.progress import ProgressLines, Step, with_interval
 from rlgf.types import POLICY
 
 STYLES = {"policy": "bold blue", "guide": "bold dark_orange"}
 
 
-def configure_runtime(config: Config) -> None:
+def configure_runtime(config: Config, announce: bool = True) -> None:
     """Set up threads, kernels, memory allocation and library logging.
 
-    `runtime.threads` = 0 uses OMP_NUM_THREADS, or all cores.
+    `runtime.threads` = 0 uses OMP_NUM_THREADS, or all cores. `announce` prints the device,
+    precision and threads, for commands that do not print them themselves.
     """
     set_grace(config.runtime.grace_seconds)
     torch.set_num_threads(choose_num_threads(config.runtime.threads)[0])
     dispatch.select(config.runtime.kernels)
-    if config.runtime.kernels == "auto" and config.runtime.device == "cpu" and (reason := dispatch.unavailable_reason()):
+    device = choose_device(config.runtime.device)
+    if announce:
+        report(f"runs on {describe_runtime(device, config.runtime.precision)}")
+    if config.runtime.kernels == "auto" and device == "cpu" and (reason := dispatch.unavailable_reason()):
         report(f"no C kernels ({reason}): torch computes the same, a little slower")
     keep_freed_memory()
     quiet()
@@ -71,37 +74,24 @@ def quiet() -> None:
     escape_log_lines()
 
 
-class ProgressReporter:
+class ProgressReporter(ProgressLines):
     """A progress display: a bar in a terminal, otherwise a line every few seconds."""
 
     def __init__(self, every_seconds: float = 10.0, may_draw: bool = True) -> None:
-        self.every, self.last = every_seconds, 0.0
+        super().__init__(report, every_seconds)
         self.may_draw = may_draw  # a bar would overwrite typed input
-        self.began, self.first = 0.0, 0  # start time, iterations before it
         self.bar: Progress | None = None
         self.task: Any = None
 
     def __call__(self, step: Step) -> None:
         """Show the progress after one more iteration."""
-        metrics = step.metrics
-        scores = step.experience.score
-        shown = show_mean([float(value) for value in scores]) if 1 < len(scores) < FEW else f"{metrics['score']:.3f}"
-        line = f"reward {shown} · KL {metrics['kl_k1']:.2f} · {metrics['tokens_per_second']:,.0f} tokens/s"
-        line += guide_progress(metrics, step.guide_usage)
-        if "profile" in metrics:
-            report(profile_summary(metrics))
+        line = self.describe(step)
+        if "profile" in step.metrics:
+            report(profile_summary(step.metrics))
         if log.is_terminal and self.may_draw:
             self._show_bar(step, line)
-            return
-        now = time.monotonic()
-        if step.iteration <= self.first or not self.began:
-            self.began, self.first = now - metrics["seconds"], step.iteration - 1
-        if step.iteration == step.iterations or now - self.last > self.every:
-            self.last = now
-            left = (now - self.began) / (step.iteration - self.first) * (step.iterations - step.iteration)
-            report(f"{step.iteration}/{step.iterations} iterations · {line} · {left:.0f} s left")
-        if step.iteration == step.iterations:
-            self.began, self.first = 0.0, 0
+        else:
+            self.show(step, line)
 
     def _show_bar(self, step: Step, line: str) -> None:
         if self.bar is None:
@@ -133,25 +123,6 @@ def profile_summary(metrics: Mapping[str, Any]) -> str:
     return f"profile of iteration {metrics['iteration']}: {shares}; most of it in {operations}"
 
 
-def guide_progress(metrics: Mapping[str, Any], spent: Mapping[str, float]) -> str:
-    """Summarize an iteration's guide requests, their latency, and the run's cost so far.
-
-    Empty for a guide in this process.
-    """
-    if "guide_attempts" not in metrics:
-        return ""
-    shown = f" · guide {metrics['guide_attempts']:,.0f} requests"
-    if metrics["guide_latency_mean"]:  # zero in a replay
-        shown += f", {metrics['guide_latency_mean']:.2f} s each"
-    if metrics["guide_rows_cached"]:
-        shown += f", {metrics['guide_rows_cached']:,.0f} completions from the cache"
-    if failed := metrics["guide_retried"] + metrics["guide_given_up"]:
-        shown += f", {failed:,.0f} failed"
-    if metrics.get("guide_refused"):
-        shown += f", {metrics['guide_refused']:,.0f} refused"
-    return shown + (f", cost {spent['cost']:.4g} so far" if "cost" in spent else "")
-
-
 def print_comparison(results: Mapping[str, Any]) -> None:
     """Print the table of a comparison."""
     headings, rows = table_rows(results)
@@ -161,11 +132,6 @@ def print_comparison(results: Mapping[str, Any]) -> None:
 def print_metrics(metrics: Mapping[str, float]) -> None:
     """Print names and values of metrics."""
     print_table(["metric", "value"], [[name, with_interval(name, metrics)] for name in metrics])
-
-
-def with_interval(name: str, metrics: Mapping[str, float]) -> str:
-    """Return a metric as text, over few prompts with its interval."""
-    return f"{metrics[name]:.4g}{show_interval(interval_in(name, metrics))}"
 
 
 def print_evaluation(found: Mapping[str, Any]) -> None:
@@ -216,7 +182,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     memory = _bytes_per_parameter(config, algorithm) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
     lines = {
         "data": task.data or "built by the task",
-        "start": config.policy or config.model.path or f"new {config.model.architecture}, trained here",
+        "start": _start(config),
         "parameters": f"{size:,}" if known else "unknown until it is loaded",
         "adapters": _adapters(config),
         "critics": f"{critics} ({config.critic.kind})",
@@ -229,6 +195,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         if config.distill.num_completions
         else "",
         "in all": f"{ppo.iterations * ppo.completions_per_iteration + config.distill.num_completions:,} completions",
+        "device": f"{choose_device(config.runtime.device)}, {config.runtime.precision}",
         "threads": "{} ({})".format(*choose_num_threads(config.runtime.threads)),
         "memory": f"about {memory / 1e6 + 450:,.0f} MB with libraries" if known else "unknown until the model is loaded",
     }
@@ -239,10 +206,54 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         write(f"  warning: {caution}")
 
 
+def print_summary(results: Mapping[str, Any]) -> None:
+    """Print the reward before and after training, and the guide's, with 95 % intervals."""
+    after, baselines = results["evaluation"], results.get("baselines", {})
+    name = "pass_rate" if "pass_rate" in after else "score"
+    count = int(after["completions"])
+
+    def shown(metrics: Mapping[str, Any]) -> str:
+        value, size = metrics[name], int(metrics["completions"])
+        if value is None:  # not finite, so null in the file
+            return "–"
+        low, high = (
+            share_interval(value, size) if name == "pass_rate" else mean_interval(value, metrics["score_standard_error"], size)
+        )
+        return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if size > 1 else "")
+
+    start = f"{baselines['sft']['title']} {shown(baselines['sft'])} → " if "sft" in baselines else ""
+    guide = f"; guide {shown(baselines['guide'])}" if "guide" in baselines else ""
+    title = "pass rate" if name == "pass_rate" else "reward"
+    write(
+        f"{title} on {count:,} test prompts: {start}{results['title']} {shown(after)}{guide} (95 % intervals)", soft_wrap=False
+    )
+    if count < FEW:
+        report(
+            f"warning: {count} test prompts are few, and the intervals wide: give more rows (or a larger "
+            "evaluation.final_prompts, if there are more)"
+        )
+
+
+def print_trial(trial: Trial) -> None:
+    """Print the checks that a dry run made, and those that it left out."""
+    for words in trial.done:
+        write(f"  checked     {words}")
+    for words in trial.left_out:
+        write(f"  not tried   {words}")
+
+
 def print_unread(config: Config) -> None:
     """Print the settings of a config that its run does not read, and why."""
     for line in describe_unread(config):
         write(f"  not read    {line}")
+
+
+def _start(config: Config) -> str:
+    """Return the model that a run starts from, and whether it is fine-tuned first."""
+    if config.policy:
+        return f"{config.policy}, as it is"
+    fine_tuned = "fine-tuned on the data's completions" if config.sft.is_enabled else "as it is"
+    return f"{config.model.path}, {fine_tuned}" if config.model.path else f"new {config.model.architecture}, trained here"
 
 
 def _adapters(config: Config) -> str:

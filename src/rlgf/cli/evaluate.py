@@ -21,6 +21,8 @@ from rlgf.errors import ConfigError, unknown
 
 ROUGE_TOKENIZERS = ("latin", "unicode")
 
+ALL_PROMPTS = 10**9  # more than any file has
+
 
 def evaluate(
     run_or_recipe: Annotated[str, typer.Argument(help="A run's folder, or a recipe or YAML file with --policy.")],
@@ -48,7 +50,8 @@ def evaluate(
 ) -> None:
     """Evaluate a policy, or a baseline of a run or recipe, on held-out prompts.
 
-    New completions are sampled from the policy alone.
+    New completions are sampled from the policy alone. With --data a run is measured on all rows of
+    another file.
     """
     from rlgf.config.loading import override
     from rlgf.config.recipes import RECIPES
@@ -64,7 +67,10 @@ def evaluate(
     if not is_run and run_or_recipe not in RECIPES and not folder.is_file():
         hint = f"give one of those in {folder / 'runs'}" if (folder / "runs").is_dir() else "see `rlgf list`"
         raise ConfigError(f"{run_or_recipe} is neither a run (it has no config.yaml) nor a recipe: {hint}.")
-    config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=data)
+    test_data = data if is_run else None
+    config = read_config(str(folder / "config.yaml") if is_run else run_or_recipe, overrides, data=None if is_run else data)
+    if test_data is not None and prompts is None:
+        prompts = ALL_PROMPTS
     if prompts is not None:
         config = override(config, [("evaluation.final_prompts", prompts)], COMMAND_LINE)
     if best_of is not None:
@@ -86,7 +92,7 @@ def evaluate(
         check_writable(json_out)
     console.configure_runtime(config)
     stage_folder = stages or default_stages(folder) if is_run else stages or Path("runs") / "stages"
-    results = run.evaluate(config, chosen, stage_folder, terminal.report_reuse_once(), baseline)
+    results = run.evaluate(config, chosen, stage_folder, terminal.report_reuse_once(), baseline, test_data)
     values = {**results["evaluation"], **{key: value for key, value in results.items() if key != "evaluation"}}
     emit(values, json_out, lambda: console.print_evaluation(results))
 

@@ -81,7 +81,7 @@ def show(
     if what not in guided.ALGORITHMS:
         _show_config(what)
         return
-    from rlgf.cli.schedule import print_algorithm
+    from rlgf.cli.terminal import print_algorithm
     from rlgf.randomness import Purpose, uniforms
 
     uniform_numbers = [float(uniforms(seed, Purpose.PHASE, number, 1)[0]) for number in range(iterations)]
@@ -138,7 +138,7 @@ def list_() -> None:
             "server:MODEL@URL": "any OpenAI-compatible server; the key from $OPENAI_API_KEY (docs/guides.md)",
             "human": "you, at the terminal",
             "references": "the dataset's references; can start completions (ppo_pp), not continue them",
-            "python:module:name": "a function from requests to completions",
+            "FILE.py:name": "a function from requests to completions; also python:module:name",
         },
         "metrics as rewards": {name: (make.__doc__ or "").split("\n")[0] for name, make in TEXT_FUNCTIONS.items()},
         "metrics of rlgf score": DESCRIPTIONS,
@@ -159,10 +159,13 @@ def env(
 
     It holds no secrets, and no names of users, hosts or folders.
     """
-    from rlgf.runs.machine import describe_environment
+    from rlgf.cli import terminal
 
     if json_out:
         check_writable(json_out)
+    terminal.announce_loading()
+    from rlgf.runs.machine import describe_environment
+
     found = describe_environment()
     emit(found, json_out, lambda: _print_environment(found))
 

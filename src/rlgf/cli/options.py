@@ -31,16 +31,21 @@ Overrides = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The folder to write to.", metavar="DIR")]
 Stages = Annotated[Path | None, typer.Option(help="Folder of finished stages. Default: OUT/stages.", metavar="DIR")]
 Data = Annotated[str | None, typer.Option(help="The task's data: Hub name, local folder or .jsonl[.gz] file.")]
-Policy = Annotated[str | None, typer.Option(help="Start from this model (Hub name or folder), skipping pretrain and sft.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="Start from this model (Hub name or folder) as it is, without fine-tuning it on the data's completions."),
+]
+SftFrom = Annotated[
+    str | None,
+    typer.Option(help="Fine-tune this model (Hub name or folder) on the completions in the data, and start from the result."),
+]
 GuideSpec = Annotated[
     str | None,
-    typer.Option(
-        "--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references or python:module:name."
-    ),
+    typer.Option("--guide", help="sft, trained, model:PATH, run:DIR, server:MODEL@URL, human, references or FILE.py:name."),
 ]
 Offline = Annotated[bool, typer.Option("--offline", help="Use only cached responses of a guide outside this process.")]
 Seed = Annotated[int | None, typer.Option(help="Seed of all randomness.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and exit.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan, make the checks that take under a minute, and exit.")]
 Iterations = Annotated[int | None, typer.Option(help="Number of training iterations.")]
 Beta = Annotated[float | None, typer.Option(help="Probability of a rollin, in every phase.")]
 Alpha = Annotated[float | None, typer.Option(help="lols: weight of A^π; d2lols: iterations of AggreVaTeD before PPO++.")]
@@ -68,6 +73,7 @@ def read_typed_config(
     alpha: float | None = None,
     guide: str | None = None,
     policy: str | None = None,
+    sft_from: str | None = None,
     data: str | None = None,
     iterations: int | None = None,
     seed: int | None = None,
@@ -90,6 +96,8 @@ def read_typed_config(
         raise unknown("recipe", source, RECIPES)
     if algorithm is not None and algorithm not in guided.ALGORITHMS:
         raise unknown("algorithm", algorithm, guided.ALGORITHMS)
+    if policy is not None and sft_from is not None:
+        raise ConfigError("--policy starts from a model as it is, --sft-from fine-tunes it first: give one of them.")
     name = algorithm or config.algorithm.name
     changes: list[tuple[str, Any]] = [
         (key, value)
@@ -104,12 +112,18 @@ def read_typed_config(
         }.items()
         if value is not None
     ]
+    changes += [("policy", None), ("model.path", sft_from)] if sft_from is not None else []
     changes += [alpha_change(name, alpha)] if alpha is not None else []
     changes += [parse_assignment(text) for text in overrides or []]
     betas = beta_changes(beta) if beta is not None else []
     config = override(config, [*betas, *changes], COMMAND_LINE)
+    if sft_from is not None and not config.sft.is_enabled:
+        raise ConfigError("--sft-from fine-tunes a model, and sft.steps and sft.epochs are 0: set one, as in sft.epochs=3.")
     typed += [setting for key, value in changes for setting in typed_setting(key, value)]
     typed += [TypedSetting("--beta", tuple(key for key, _ in betas))] if betas else []
+    from rlgf.cli import terminal
+
+    terminal.announce_loading()  # all commands with a config need them
     return TypedConfig(config, typed)
 
 

@@ -1,4 +1,4 @@
-"""Terminal output of lines, tables and errors: the only file that prints.
+"""Terminal output of lines, tables, schedules and errors: the only file that prints.
 
 Data goes to standard output, everything else to standard error. Text from models, data, servers and
 users may be in every line, so each one passes `as_text` or `escape_lines`, which leave no control
@@ -19,7 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlgf.algorithms.guided import Algorithm
 from rlgf.credentials import mask_credentials
+from rlgf.types import GUIDE, POLICY
 from rlgf.untrusted_text import escape_control_characters, escape_lines
 
 out = Console(highlight=False)
@@ -80,9 +82,18 @@ def as_text(*parts: Part) -> Text:
     return Text.assemble(*((escape_control_characters(text), style) for text, style in styled))
 
 
-def write(*parts: Part, to: Console = out, soft_wrap: bool = True) -> None:
-    """Print a line of parts, by default to standard output."""
-    to.print(as_text(*parts), soft_wrap=soft_wrap)
+def write(*parts: Part, to: Console = out, soft_wrap: bool | None = None) -> None:
+    """Print a line of parts, by default to standard output.
+
+    In a terminal it is wrapped between words; in a file or pipe it stays one line.
+    """
+    to.print(as_text(*parts), soft_wrap=not to.is_terminal if soft_wrap is None else soft_wrap)
+
+
+def announce_loading() -> None:
+    """Say that libraries are loaded, which takes seconds, unless they are there."""
+    if "torch" not in sys.modules:
+        report("loading torch and transformers …")
 
 
 def write_block(text: str) -> None:
@@ -165,3 +176,37 @@ def escape_warnings() -> Generator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
+
+
+def describe_phases(algorithm: Algorithm) -> list[str]:
+    """Return a readable description of each phase."""
+    names = {POLICY: "policy", GUIDE: "guide"}
+    lines: list[str] = []
+    for phase in algorithm.phases:
+        end = f"the {names[phase.rollout]} generates all of it"
+        if phase.rollin is not None:
+            end = f"with probability {phase.beta:g} the {names[phase.rollin]} starts; the {names[phase.rollout]} finishes"
+        lines.append(end)
+    return lines
+
+
+def print_algorithm(algorithm: Algorithm, iterations: int, uniforms: Sequence[float]) -> None:
+    """Print the phases of an algorithm and the iterations that use each."""
+    write((f"{algorithm.title}: {algorithm.summary}", "bold"))
+    for number, line in enumerate(describe_phases(algorithm)):
+        phase = algorithm.phases[number]
+        critic = "V^π" if phase.rollout == POLICY else "V^g"
+        write(f"  phase {number}: {line}; critic {critic}")
+    names = {POLICY: "policy"}
+    width = 60
+    write()
+    for number, phase in enumerate(algorithm.phases):
+        cells = ""
+        for place in range(min(width, iterations)):
+            iteration = place * iterations // min(width, iterations)
+            share = sum(s.fraction for s in algorithm.schedule(iteration, uniforms[iteration]) if s.phase == number)
+            cells += "·" if share == 0 else "█" if share > 0.99 else "▄"
+        rollin = "–" if phase.rollin is None else names.get(phase.rollin, "guide")
+        label = f"{rollin} → {names.get(phase.rollout, 'guide')}"
+        write(f"  {label:18}{cells}  iterations 0–{iterations - 1}")
+    write(("  █ all completions of the iteration   ▄ a part   · none", "dim"))

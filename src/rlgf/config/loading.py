@@ -1,9 +1,9 @@
 """Configs from dicts, YAML files and command-line assignments, and back."""
 
 import dataclasses
-import difflib
 import functools
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast, get_type_hints
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from rlgf.config.base import as_config_error, flatten, to_dict
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
+from rlgf.hints import closest_key, explain
 from rlgf.types import FORMAT_VERSION
 from rlgf.untrusted_text import must_be_escaped, shorten, show_value
 
@@ -30,6 +31,7 @@ FLOAT = re.compile(
     r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$"
     r"|\.(?:nan|NaN|NAN)$"
 )
+MAX_LISTED = 30  # fields of a section that an error lists
 REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
 
 
@@ -116,12 +118,13 @@ def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
     key, where = shorten(key, 120), shorten(where, 80, keep_end=True)
     valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")]
-    last = {name.split(".")[-1]: name for name in valid}
-    same = [name for name in valid if name.split(".")[-1] == key.split(".")[-1]]  # a field in another section
-    close = [last[key]] if key in last else difflib.get_close_matches(key, same, n=1, cutoff=0.0)
-    close = close or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
-    close = close or [last[name] for name in difflib.get_close_matches(key.split(".")[-1], list(last), n=1, cutoff=0.5)]
-    hint = f"did you mean '{close[0]}'?" if close else "`rlgf show config` lists every key."
+    close = closest_key(key, valid)
+    fields = [name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0]] if "." in key else []
+    hint = "`rlgf show config` lists every key."
+    if close is not None:
+        hint = f"did you mean '{close}'{explain(close, key)}?"
+    elif 0 < len(fields) <= MAX_LISTED:
+        hint = f"{key.rpartition('.')[0]} has {', '.join(name.rpartition('.')[2] for name in fields)}."
     return ConfigError(f"{where}: unknown key '{key}': {hint}")
 
 
@@ -135,9 +138,11 @@ def all_keys(kind: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "override") -> Config:
-    """Return a copy of a config with the values of dotted keys replaced.
+def override(config: Config, changes: Sequence[tuple[str, Any]] | Mapping[str, Any], where: str = "override") -> Config:
+    """Return a copy of a config with the values of keys replaced.
 
+    Changes are pairs of dotted keys and values, or a dict with dotted or nested keys. A value may
+    be a section such as `rlgf.SamplingParams(top_p=0.9)`, or a function that can be imported.
     `where` is the source of the changes, for errors.
 
     Raises:
@@ -147,10 +152,14 @@ def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "o
         >>> config = rlgf.override(rlgf.Config(), [("ppo.epochs", 4), ("seed", 1)])
         >>> config.ppo.epochs, config.seed
         (4, 1)
+        >>> rlgf.override(config, {"ppo": {"epochs": 2}, "seed": 3}).ppo.epochs
+        2
     """
     values = to_dict(config)
     valid = set(all_keys(Config))
-    for key, value in changes:
+    for key, value in _pairs(changes):
+        if callable(value) or dataclasses.is_dataclass(value):
+            value = _plain(key, value)
         free = any(key.startswith(f"{section}.") for section in FREE_FORM_SECTIONS)
         if key not in valid and not free:
             optional = key.rsplit(".", 1)[0]
@@ -166,6 +175,31 @@ def override(config: Config, changes: Sequence[tuple[str, Any]], where: str = "o
                 raise ConfigError(f"{where}: {shorten(key, 120)} is set, but {section} is no mapping: set one of them.")
         place[last] = value
     return from_dict(values, where)
+
+
+def _pairs(changes: Sequence[tuple[str, Any]] | Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return changes as pairs of dotted keys and values; free-form sections stay whole."""
+    if not isinstance(changes, Mapping):
+        return list(changes)
+    found: list[tuple[str, Any]] = []
+    for key, value in changes.items():
+        name = f"{prefix}{key}"
+        is_free = name in FREE_FORM_SECTIONS or name.rpartition(".")[0] in FREE_FORM_SECTIONS or name.endswith("extra_body")
+        nested = isinstance(value, Mapping) and not is_free
+        found += _pairs(cast("Mapping[str, Any]", value), f"{name}.") if nested else [(name, value)]
+    return found
+
+
+def _plain(key: str, value: Any) -> Any:
+    """Return a section as a dict, or a function as its spec."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
+    if module not in (None, "__main__") and name and getattr(sys.modules.get(module or ""), name, None) is value:
+        return f"python:{module}:{name}"
+    raise ConfigError(
+        f"{key} is {show_value(value)}, which cannot be imported by its name: pass it to rlgf.train (reward=, guide=, model=)."
+    )
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

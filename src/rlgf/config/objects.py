@@ -9,17 +9,18 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rlgf.algorithms import guided
 from rlgf.config.loading import override
-from rlgf.config.recipes import recipe
+from rlgf.config.recipes import RECIPES, recipe
 from rlgf.config.schema import Config
 from rlgf.config.unread import require_read, typed_setting
 from rlgf.data.files import write_file
+from rlgf.data.hub import FILES
 from rlgf.data.scratch import scratch_folder, stage_lock
 from rlgf.data.source_hash import source_hash
 from rlgf.errors import ConfigError, unknown
@@ -67,16 +68,37 @@ class ContentFile:
     write: Callable[[Path], Any]
 
 
+def as_config(value: Config | Mapping[str, Any] | str) -> Config:
+    """Return a config, or make one from the name of a recipe or from a dict.
+
+    A dict has dotted or nested keys and changes the recipe that its key 'recipe' names, or the
+    default config.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if isinstance(value, Config):
+        return value
+    if isinstance(value, str):
+        return recipe(value)
+    if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ConfigError(f"config is a {type(value).__name__}, but must be a Config such as rlgf.recipe('quickstart').")
+    name = value.get("recipe")
+    base = recipe(name) if isinstance(name, str) and name in RECIPES else Config()
+    return override(base, value, "config")
+
+
 def config_of_objects(
     folder: Path,
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[Any] | None,
+    prompts: Any,
     reward: Any,
     guide: Any,
     algorithm: Any,
     settings: Mapping[str, Any],
     identity: str | None = None,
+    base: Config | None = None,
 ) -> tuple[Config, PassedObjects]:
     """Return the config of a call of `rlgf.train` with objects, and the objects themselves.
 
@@ -86,46 +108,65 @@ def config_of_objects(
         folder: where prompts and a loaded model are written, named by their content.
         model: Hub name or folder, or a loaded transformers model.
         tokenizer: of a loaded model.
-        prompts: texts, conversations, `Prompt` objects or rows (docs/own-data.md).
+        prompts: texts, conversations, `Prompt` objects or rows (docs/own-data.md), or their file.
         reward: a function of (prompts, completions), or a value of `reward.path`.
-        guide: a guide, a function of requests, a value of `guide.spec`, or None.
+        guide: a guide, a function of requests, a loaded model, a value of `guide.spec`, or None.
         algorithm: options such as `rlgf.ppo_pp(beta=0.5)`, a name, or None.
         settings: config values by dotted key.
         identity: names the version of a reward or guide without source.
+        base: the config that the objects replace parts of; None: one for a pretrained model, which
+            needs a model, prompts and a reward.
 
     Raises:
         ConfigError: an argument is missing or cannot be used.
     """
     given = {"model": model, "prompts": prompts, "reward": reward}
     missing = [name for name, value in given.items() if value is None]
-    if missing or prompts is None:
+    if missing and base is None:
         raise ConfigError(f"rlgf.train without a config needs model, prompts and reward; {', '.join(missing)} is missing.")
-    model_path, model_file = _model(folder, model, tokenizer)
-    prompts_file = _prompts(folder, prompts)
-    reward_path, reward_source = (reward, None) if isinstance(reward, str) else _name(reward, "reward", identity)
-    name, options = _algorithm(algorithm, guide is not None)
+    changes: dict[str, Any] = {} if base is not None else dict(SETTINGS)
+    files: list[ContentFile | None] = []
+    guide_model = guide if hasattr(guide, "save_pretrained") else None
+    if model is not None or (tokenizer is not None and guide_model is None):
+        is_name = isinstance(model, str | Path)  # then the tokenizer is that of a loaded guide
+        changes["policy"], file = _model(folder, model, None if is_name and guide_model is not None else tokenizer)
+        files.append(file)
+    if prompts is not None:
+        path, file = _data(folder, prompts)
+        changes["task.data"] = path
+        if base is not None and base.task.name != "prompts":
+            changes |= {"task.name": "prompts", "task.options": {}, "guide.options": {}}
+        files.append(file)
+    if reward is not None:
+        path, source = (reward, None) if isinstance(reward, str) else _name(reward, "reward", identity)
+        changes |= {"reward.path": path, "reward.source": source, "reward.weights": {}}
+    if algorithm is not None or base is None:
+        name, options = _algorithm(algorithm, guide is not None)
+        changes |= {"algorithm.name": name, **{f"algorithm.options.{name}.{key}": value for key, value in options.items()}}
     for key in settings:
         if key in SET_BY_ARGUMENTS or key.startswith("reward.weights"):
             raise ConfigError(f"settings has {key}, which an argument of rlgf.train sets: leave it out.")
-    changes = {
-        **SETTINGS, "policy": model_path, "task.data": str(prompts_file.path), "reward.path": reward_path,
-        "reward.source": reward_source, "algorithm.name": name,
-        **{f"algorithm.options.{name}.{option}": value for option, value in options.items()},
-    }  # fmt: skip
-    if guide is not None:
-        guide_spec, guide_source = (guide, None) if isinstance(guide, str) else _name(guide, "guide", identity)
-        changes |= {"guide.spec": guide_spec, "guide.source": guide_source}
-    config = override(recipe("prompts"), [*changes.items(), *settings.items()], "rlgf.train")
+    if guide_model is not None:
+        path, file = _model(folder, guide_model, tokenizer)
+        changes |= {"guide.spec": f"model:{path}", "guide.source": None}
+        files.append(file)
+    elif guide is not None:
+        path, source = (guide, None) if isinstance(guide, str) else _name(guide, "guide", identity)
+        changes |= {"guide.spec": path, "guide.source": source}
+    if base is not None and not changes and not settings:
+        return base, PassedObjects()
+    config = override(base or recipe("prompts"), [*changes.items(), *settings.items()], "rlgf.train")
     require_read([typed for key, value in settings.items() for typed in typed_setting(key, value, "settings")], [config])
-    needs_guide = config.algorithm.build().needs_guide or config.distill.num_completions > 0
-    if guide is None and needs_guide:
+    needs_guide, name = config.algorithm.build().needs_guide or config.distill.num_completions > 0, config.algorithm.name
+    if guide is None and needs_guide and base is None:
         raise ConfigError(f"{name} needs a guide: give guide=, or choose algorithm=rlgf.ppo().")
     if guide is not None and not needs_guide:
         raise ConfigError(f"{name} uses no guide: leave guide= out, or choose algorithm=rlgf.ppo_pp().")
+    is_named = isinstance(guide, str) or guide_model is not None
     return config, PassedObjects(
         None if isinstance(reward, str) else reward,
-        None if isinstance(guide, str) else guide,
-        tuple(file for file in (prompts_file, model_file) if file is not None),
+        None if is_named else guide,
+        tuple(file for file in files if file is not None),
     )
 
 
@@ -197,9 +238,36 @@ def _model(folder: Path, model: Any, tokenizer: Any) -> tuple[str, ContentFile |
     return str(path), ContentFile(path, write)
 
 
-def _prompts(folder: Path, prompts: Sequence[Any]) -> ContentFile:
+def _data(folder: Path, prompts: Any) -> tuple[str, ContentFile | None]:
+    """Return the name of the data, and the file to write if prompts are objects."""
+    if isinstance(prompts, Path) or (isinstance(prompts, str) and (prompts.endswith(FILES) or Path(prompts).exists())):
+        return str(prompts), None
+    file = _prompts(folder, prompts)
+    return str(file.path), file
+
+
+def _listed(prompts: Any) -> list[Any]:
+    """Return prompts of a list, a dataset, a table or any other iterable as a list."""
+    if hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):  # a table of pandas
+        return [
+            {key: getattr(cell, "item", lambda cell=cell: cell)() for key, cell in row.items()}
+            for row in prompts.to_dict("records")
+        ]
+    if isinstance(prompts, Mapping):
+        if "train" not in prompts:
+            raise ConfigError(
+                f"prompts is a {type(prompts).__name__}, but must be a list, a dataset or a table: give one split."
+            )
+        prompts = cast("Mapping[str, Any]", prompts)["train"]  # a dataset with splits
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise ConfigError("prompts must be a list of at least one prompt, a dataset, a table, or the name of a file.")
+    return list(cast("Iterable[Any]", prompts))
+
+
+def _prompts(folder: Path, given: Any) -> ContentFile:
     """Return the file of the prompts, as rows of JSON lines."""
-    if isinstance(prompts, str) or not prompts:
+    prompts = _listed(given)
+    if not prompts:
         raise ConfigError("prompts must be a list of at least one prompt.")
     rows = [_row(prompt, number) for number, prompt in enumerate(prompts, 1)]
     try:
@@ -223,7 +291,7 @@ def _row(prompt: Any, number: int) -> dict[str, Any]:
         references = {"references": list(prompt.references)} if prompt.references else {}
         return {**prompt.columns, **own, **references}
     if isinstance(prompt, Mapping):
-        if "prompt" not in prompt:
+        if not {"prompt", "messages", "chosen"} & set(prompt):
             raise ConfigError(f"prompt {number} has no key 'prompt': it has {', '.join(map(str, prompt))}.")
         return dict(prompt)
     if isinstance(prompt, str | list):

@@ -8,16 +8,18 @@ from rlgf.config.base import section
 
 @section
 class RuntimeConfig:
-    """The machine; with the defaults, results do not depend on it.
+    """The machine; on a CPU, results do not depend on it with the defaults.
 
-    `token_budget` is the number of tokens in one micro-batch. With 0 it is 2,048, or for RL on a
+    `device` is 'auto' (a CUDA or ROCm GPU if there is one, otherwise the CPU), 'cpu', 'cuda',
+    'cuda:1' or another name of torch's. `token_budget` is the number of tokens in one micro-batch.
+    With 0 it is 2,048, or for RL on a
     GPU the largest that fits, found at the start. `offload` lists models kept in host memory while
     the GPU does other work. `kernels` is 'auto', 'native' (required), 'torch' (nothing compiled),
     or 'off' (unchanged transformers).
     """
 
     threads: SmallIntOrZero = 0  # 0: OMP_NUM_THREADS, else all cores (set by the command line only)
-    device: str = "cpu"
+    device: str = "auto"  # auto: the GPU if there is one, else the CPU
     precision: Literal["fp32", "bf16"] = "fp32"
     token_budget: LengthOrZero = 0  # tokens per micro-batch; 0: 2,048, or what fits for RL on a GPU
     offload: tuple[Literal["reference", "critic"], ...] = ()  # kept in host memory between uses

@@ -28,6 +28,7 @@ from rlgf.bounds import (
     SmallIntOrZero,
 )
 from rlgf.config.base import read_options, section
+from rlgf.config.specs import complete_spec
 from rlgf.errors import unknown
 from rlgf.types import SamplingParams
 
@@ -44,6 +45,10 @@ class TaskConfig:
     max_new_tokens: Length = 16
     min_new_tokens: LengthOrZero = 0
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+
+    def __post_init__(self) -> None:
+        """Complete the name of an object in a file."""
+        object.__setattr__(self, "name", complete_spec(self.name))
 
 
 @section
@@ -110,8 +115,8 @@ class RewardConfig:
     `path` is 'task' (the task's own rule), 'ngram' (a small classifier trained here), 'preferences'
     (a reward model trained here on pairs), a sequence classifier or reward model (Hub name or local
     folder), a folder made by `rlgf reward`, a text metric ('spider', 'bleu_4', …: `rlgf list`), or
-    'python:module:name'. With `weights`, which replaces `path`, it is a weighted sum of several of
-    these, each logged. `options` are those of text metrics, by metric name.
+    'FILE.py:name' or 'python:module:name'. With `weights`, which replaces `path`, it is a weighted
+    sum of several of these, each logged. `options` are those of text metrics, by metric name.
     """
 
     path: str = "task"
@@ -124,6 +129,12 @@ class RewardConfig:
     source: str | None = None  # hash of the source of a function that Python code passed
     epochs: SmallIntOrZero = 8  # of the 'ngram' classifier
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        """Complete the names of functions in files."""
+        object.__setattr__(self, "path", complete_spec(self.path))
+        for name in ("weights", "options"):
+            object.__setattr__(self, name, {complete_spec(key): value for key, value in getattr(self, name).items()})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -235,8 +246,8 @@ class GuideConfig:
 
     `spec` is 'sft' (the policy's initial model with the guide's `sampling`), 'trained' (a model
     trained here from `model` and `sft`), 'model:PATH', 'run:DIR', 'server:MODEL@URL', 'human',
-    'references', or 'python:module:name'. `options` are task options for its demonstrations. The
-    fields after them are for guides outside this process.
+    'references', 'FILE.py:name' or 'python:module:name'. `options` are task options for its
+    demonstrations. The fields after them are for guides outside this process.
     """
 
     spec: str = "sft"
@@ -259,6 +270,10 @@ class GuideConfig:
     max_refused_share: Probability = 0.5  # of a run's questions; the run stops beyond it
     prefetch: SmallIntOrZero = 2  # iterations of rollins requested ahead, during training; 0: none
     endpoint: EndpointConfig = EndpointConfig()
+
+    def __post_init__(self) -> None:
+        """Complete the name of a function in a file."""
+        object.__setattr__(self, "spec", complete_spec(self.spec))
 
 
 @section

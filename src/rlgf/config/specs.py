@@ -1,11 +1,14 @@
 """Specs of guides, judges and user-defined objects, parsed once."""
 
+import hashlib
 import importlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from rlgf.errors import USER_FAILURES, ConfigError, unknown
@@ -58,6 +61,7 @@ JUDGE_FORMS = ("preferences", "model:PATH", "server:MODEL@URL")
 
 def parse_guide(text: str) -> GuideSpec:
     """Parse `guide.spec`; raise `ConfigError` for an unknown kind."""
+    text = complete_spec(text)
     if text.startswith("passed:"):
         return GuideSpec(GuideKind.PASSED, text.removeprefix("passed:"), text)
     kind, name = _split(text, "guide", GUIDE_FORMS)
@@ -78,16 +82,53 @@ def _split(text: str, what: str, forms: Sequence[str]) -> tuple[str, str]:
     return kind, name
 
 
+def complete_spec(text: str) -> str:
+    """Return 'FILE.py:name' as the spec 'python:FILE.py:name', and any other text unchanged."""
+    file, _, name = text.partition(":")
+    return f"python:{text}" if file.endswith(".py") and name.isidentifier() else text
+
+
+def import_file(path: Path) -> ModuleType:
+    """Import a Python file as the module of its name.
+
+    Its folder is searched for what it imports.
+    """
+    path = path.expanduser().resolve()
+    if not path.is_file():
+        raise ImportError(f"there is no file {path.name} in {path.parent}")
+    loaded = sys.modules.get(path.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(path):
+        return loaded
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    name = path.stem if loaded is None else f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
 def load_object(spec: str, kind: str) -> Any:
-    """Return the object named `python:module:name`; the working directory is searched too."""
+    """Return the object named `python:module:name` or `python:FILE.py:name`.
+
+    The working directory is searched too.
+    """
     parts = spec.split(":")
     if len(parts) != 3 or not all(parts):
-        raise ConfigError(f"{kind} '{spec}' is not of the form python:module:name.")
+        raise ConfigError(f"{kind} '{spec}' is not of the form python:module:name or FILE.py:name.")
     _, module, name = parts
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(importlib.import_module(module), name)
+        return getattr(import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{kind} '{spec}' cannot be loaded ({error}): check the module's and the function's names.") from None
     except USER_FAILURES as error:  # of the module's own code

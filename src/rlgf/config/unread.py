@@ -193,7 +193,7 @@ CONDITIONS = (
         ("pretrain.*",), lambda c: _model_is_new(c) or _new_guide_is_trained(c), _given_model,
         "set policy=null and model.path=null",
     ),
-    Condition(("sft.*",), lambda c: c.policy is None, _given_model, "name it with model.path instead of policy"),
+    Condition(("sft.*",), lambda c: c.policy is None, _given_model, "name it with --sft-from (model.path) instead"),
     _needs("distill.num_completions", "distill.*"),
     *(
         condition
@@ -217,7 +217,7 @@ CONDITIONS = (
     _needs("lora.rank", "lora.*"),
     Condition(
         ("lora.in_sft",), lambda c: c.policy is None or c.distill.num_completions > 0,
-        _says("policy names a model, which skips SFT"), "name it with model.path instead of policy",
+        _says("policy names a model, which skips SFT"), "name it with --sft-from (model.path) instead",
     ),
     Condition(
         ("lora.dropout",), lambda c: c.lora.in_sft or c.ppo.dropout, _says("lora.in_sft and ppo.dropout are off"),

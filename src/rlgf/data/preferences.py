@@ -109,7 +109,10 @@ def parts_of(row: Mapping[str, Any], columns: Columns, place: str) -> tuple[Any,
     """
     for name in (columns.chosen, columns.rejected):
         if name not in row:
-            raise DataError(f"{place}: there is no column '{name}'; it has {list_columns(row)}.")
+            raise DataError(
+                f"{place}: there is no column '{name}'; it has {list_columns(row)}: name the columns of pairs with "
+                "task.options.chosen_column and task.options.rejected_column."
+            )
     chosen, rejected, prompt = (
         read_conversation(row.get(name), place) for name in (columns.chosen, columns.rejected, columns.prompt)
     )

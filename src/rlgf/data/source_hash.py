@@ -30,11 +30,14 @@ def source_hash(value: Any) -> str | None:
 
 
 def spec_hash(spec: str) -> str | None:
-    """Return a short hash of the module of `python:module:name` and of what it imports.
+    """Return a short hash of the module or file of `python:…:name` and of what it imports.
 
     Imports are followed to modules in the same folder. None if the source cannot be found.
     """
     name = spec.split(":")[1]
+    if name.endswith(".py"):
+        path = Path(name).expanduser()
+        return _files_hash(path, path.stem) if path.is_file() else None
     try:
         loaded = sys.modules.get(name)
         found = loaded.__spec__ if loaded is not None else importlib.util.find_spec(name)

@@ -87,6 +87,20 @@ def evaluate_guide(
     return metrics, rollout, scores
 
 
+def score_alone(
+    rollout_config: RolloutConfig, algorithm: Algorithm, prompts: Sequence[Prompt], context: EvaluationContext, seed: int
+) -> dict[str, float]:
+    """Return the reward of completions by one origin alone, without the other metrics."""
+    rollout_config = dataclasses.replace(rollout_config, seed=seed, token_purpose=Purpose.EVALUATION_TOKEN)
+    rollout = collect_rollout(rollout_config, algorithm, algorithm.schedule(0, 0.0), prompts, range(len(prompts)))
+    values = torch.tensor(score(context.reward, rollout.prompts, rollout.completions), dtype=torch.float64)
+    metrics = {
+        "score": float(values.mean()), "score_standard_error": standard_error(values), "completions": float(len(values)),
+    }  # fmt: skip
+    threshold = context.task.pass_threshold
+    return metrics if threshold is None else {**metrics, "pass_rate": float((values >= threshold).double().mean())}
+
+
 def _collect_and_score(
     rollout_config: RolloutConfig, algorithm: Algorithm, prompts: Sequence[Prompt], context: EvaluationContext
 ) -> tuple[Rollout, dict[str, float], list[float]]:

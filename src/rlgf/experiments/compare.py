@@ -42,8 +42,7 @@ def compare(
     Runs are in subfolders of `out`; `results.json` and its report are written there. With `jobs`
     > 1, that many runs are executed at a time, each in a separate process.
     """
-    if (out / "config.yaml").exists():
-        raise ConfigError(f"{out} holds a single run: choose another --out for a comparison.")
+    check_target(out)
 
     def warn(line: str) -> None:
         report(f"warning: {line}")
@@ -69,8 +68,14 @@ def compare(
         else:
             for place in waiting:
                 report(f"{place[0]} seed {place[1]}")
-                train_run(runs[place], directories[place], cache, on_progress)
+                train_run(runs[place], directories[place], cache, on_progress, with_baselines=False)
         return _write_results(plan, directories, baselines, out, time.monotonic() - began)
+
+
+def check_target(out: Path) -> None:
+    """Raise `ConfigError` if a folder cannot hold a comparison."""
+    if (out / "config.yaml").exists():
+        raise ConfigError(f"{out} holds a single run: choose another --out for a comparison.")
 
 
 def _baselines(run: ResolvedRun, out: Path, cache: StageCache) -> dict[str, Any]:

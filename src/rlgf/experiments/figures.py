@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.experiments.tables import COLUMNS, columns_of, metrics_of, splits_of
+from rlgf.experiments.tables import COLUMNS, columns_of, metrics_of, splits_of, start_of, title_of
 from rlgf.untrusted_text import escape_control_characters, shorten
 
 # Okabe and Ito's palette, distinguishable with color vision deficiency
@@ -26,10 +26,12 @@ Row = Mapping[str, Any]
 def curves(results: Results) -> Any | None:
     """Plot the reward on validation prompts against completions used.
 
-    A line is the mean over seeds, its band spans the lowest to the highest seed.
+    A line is the mean over seeds, its band spans the lowest to the highest seed. Of a single run
+    there is also the reward in training; dotted lines are the starting model and the guide on test.
     """
     rows = _trained_rows(results)
-    if not rows:
+    training = [row for row in results["rows"] if row.get("training")]
+    if not rows and not training:
         return None
     quantity, levels = _quantity(results), _baselines(results)
     figure, (axes,) = _figure(1)
@@ -39,8 +41,6 @@ def curves(results: Results) -> Any | None:
         scores = [[point[quantity] for point in at] for at in points]
         before = row["completions_used"] - texts[-1]  # completions of distillation
         texts = [before + count for count in texts]
-        if before == 0 and "sft" in levels:  # the other runs start from the SFT model
-            texts, scores = [0, *texts], [levels["sft"][quantity], *scores]
         color, marker = _style(number)
         # Later lines are thinner, so that overlapping curves stay visible.
         axes.plot(
@@ -49,10 +49,16 @@ def curves(results: Results) -> Any | None:
             linestyle="--" if row["key"] not in ("ppo", "ppo_pp", "aggrevated", "lols", "d2lols") else "-",
         )  # fmt: skip
         axes.fill_between(texts, [min(at) for at in scores], [max(at) for at in scores], color=color, alpha=0.12, lw=0)
-    if "guide" in levels:
-        level = statistics.fmean(levels["guide"][quantity])
+    for row in training if quantity == "score" else ():
+        points = row["training"]
+        axes.plot([at["completions"] for at in points], [at["score"] for at in points], color=GRAY, lw=1, alpha=0.6,
+                  label="in training (of policy and guide)", zorder=1)  # fmt: skip
+    for key in ("sft", "guide"):
+        if key not in levels or not _is_known(levels[key].get(quantity, [])):
+            continue
+        level, name = statistics.fmean(levels[key][quantity]), start_of(results) if key == "sft" else key
         axes.axhline(level, color=GRAY, linestyle=":", lw=1.2)
-        axes.annotate("guide", (1.0, level), xycoords=("axes fraction", "data"), xytext=(-4, 3),
+        axes.annotate(f"{name} (test)", (1.0, level), xycoords=("axes fraction", "data"), xytext=(-4, 3),
                       textcoords="offset points", ha="right", fontsize=9, color=GRAY)  # fmt: skip
     axes.set_xlabel("completions generated in training")
     axes.set_ylabel(COLUMNS[quantity].title)
@@ -64,8 +70,8 @@ def curves(results: Results) -> Any | None:
 def tradeoff(results: Results) -> Any | None:
     """Plot reward against perplexity and KL: the paper's figure 3.
 
-    There is one point per evaluation during training, the mean over seeds. Both horizontal axes are
-    inverted, so that better points are at the top right. Dashed lines mark the SFT model.
+    There is one point per evaluation during training, the mean over seeds. An arrow points in the
+    direction of training; better points are at the top left. Dashed lines mark the starting model.
     """
     rows, quantity, levels = _trained_rows(results), _quantity(results), _baselines(results)
     points = [point for row in rows for curve in row["curves"] for point in curve]
@@ -77,20 +83,23 @@ def tradeoff(results: Results) -> Any | None:
         for number, row in enumerate(rows):
             points = [at for at in zip(*row["curves"]) if _is_known([point.get(cost) for point in at])]
             color, marker = _style(number)
+            costs_at = [statistics.fmean(point[cost] for point in at) for at in points]
+            scores_at = [statistics.fmean(point[quantity] for point in at) for at in points]
             axes.plot(
-                [statistics.fmean(point[cost] for point in at) for at in points],
-                [statistics.fmean(point[quantity] for point in at) for at in points],
-                label=_label(row["title"]), color=color, marker=marker, markersize=6, lw=0.6, alpha=0.85,
-            )  # fmt: skip
-        if "sft" in levels and _is_known(levels["sft"][cost]):
+                costs_at, scores_at, label=_label(row["title"]), color=color, marker=marker, markersize=6, lw=0.6, alpha=0.85
+            )
+            for before, after in zip(zip(costs_at, scores_at), zip(costs_at[1:], scores_at[1:])):
+                arrow = {"arrowstyle": "-|>", "color": color, "lw": 0.6, "shrinkA": 0, "shrinkB": 3}
+                axes.annotate("", xy=after, xytext=before, arrowprops=arrow)
+        if "sft" in levels and _is_known(levels["sft"].get(cost, [])):
             axes.axhline(statistics.fmean(levels["sft"][quantity]), color=GRAY, linestyle="--", lw=1)
             axes.axvline(statistics.fmean(levels["sft"][cost]), color=GRAY, linestyle="--", lw=1)
-        axes.invert_xaxis()
-        axes.set_xlabel(f"{COLUMNS[cost].title} (lower is further right)")
+        axes.set_xlabel(title_of(results, cost))
         axes.set_ylabel(COLUMNS[quantity].title)
     _legend_below(figure, panels[0])
     figure.suptitle(
-        f"{_label(results['recipe'])}: validation prompts, a point for each evaluation; dashes: SFT on test", fontsize=11
+        f"{_label(results['recipe'])}: validation prompts, a point for each evaluation; dashes: {start_of(results)} on test",
+        fontsize=11,
     )
     return figure
 

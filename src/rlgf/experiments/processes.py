@@ -62,7 +62,7 @@ def _start(run: ResolvedRun, directory: RunDirectory, cache: StageCache, threads
     folder = directory.folder
     directory.create(run.config)
     command = [sys.executable, "-m", "rlgf", "train", str(folder / "config.yaml"), "--out", str(folder)]
-    command += ["--stages", str(cache.folder), f"runtime.threads={threads}"]
+    command += ["--stages", str(cache.folder), "--no-baselines", f"runtime.threads={threads}"]
     with (folder / LOG).open("w") as log:
         # a session of its own, so that Ctrl-C reaches it once, by this process
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)

@@ -1,12 +1,13 @@
-"""The report of a comparison: tables, figures, and completions of all policies side by side."""
+"""The report of a comparison or of a run: tables, figures, completions side by side."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.data.files import write_file
+from rlgf.data.files import read_json, write_file
 from rlgf.experiments import figures
 from rlgf.experiments.tables import markdown
+from rlgf.runs.logs import read_rows
 from rlgf.untrusted_text import as_code, escape_control_characters
 
 
@@ -21,6 +22,50 @@ def write_report(results: Mapping[str, Any], out: Path) -> None:
     else:
         (out / "texts.md").unlink(missing_ok=True)
     figures.draw(results, out)
+
+
+def write_run_report(run: Path, out: Path | None = None) -> list[str]:
+    """Write the report of a single finished run, and return the names of its files.
+
+    It is drawn from `results.json` and `metrics.jsonl`.
+    """
+    target = out or run
+    path = run / "metrics.jsonl"
+    metrics = read_rows(path, lambda line: None) if path.is_file() else []
+    write_report(results_of_run(read_json(run / "results.json"), metrics), target)
+    return report_files(target)
+
+
+def results_of_run(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the results of a single run in the form of a comparison's."""
+    rows: list[dict[str, Any]] = []
+    for key, found in results.get("baselines", {}).items():
+        numbers = {name: [value] for name, value in found.items() if name != "title"}
+        numbers |= {"kl": [0.0]} if key == "sft" else {}
+        sampling = results["sampling"] if key == "sft" else "its own"
+        rows.append(_run_row(key, found["title"], sampling, 0, numbers))
+    own = {name: [value] for name, value in results["evaluation"].items()}
+    curve = [
+        {**row["evaluation"], "iteration": row["iteration"] + 1, "completions": row["completions"]}
+        for row in metrics
+        if "evaluation" in row
+    ]
+    last = _run_row(results["algorithm"], results["title"], results["sampling"], results["completions_used"], own)
+    splits = {
+        split: {name: [value] for name, value in found.items()} for split, found in results.get("evaluations", {}).items()
+    }
+    last |= {
+        "curves": [curve], "splits": splits, "examples": results.get("examples", []),
+        "training": [{"completions": row["completions"], "score": row["score"]} for row in metrics],
+    }  # fmt: skip
+    shared = {key: results[key] for key in ("recipe", "machine", "judge", "output_perplexity_model") if key in results}
+    return {**shared, "seeds": [results["seed"]], "rows": [*rows, last]}
+
+
+def _run_row(key: str, title: str, sampling: str, used: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "key": key, "title": title, "sampling": sampling, "completions_used": used, "metrics": dict(metrics), "curves": [],
+    }  # fmt: skip
 
 
 def report_files(out: Path) -> list[str]:

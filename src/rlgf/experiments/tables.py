@@ -48,6 +48,20 @@ COLUMNS = {
 }
 
 
+LAST_EVALUATION = "validation, at the last evaluation in training"
+"""The split of the pictures: the table of it has the numbers at the end of their lines."""
+
+
+def title_of(results: Mapping[str, Any], name: str) -> str:
+    """Return the heading of a metric; the KL is to the starting model."""
+    return COLUMNS[name].title if name != "kl" else f"KL to {start_of(results)}"
+
+
+def start_of(results: Mapping[str, Any]) -> str:
+    """Return the title of the model that the runs start from: 'SFT', or 'start' without SFT."""
+    return next((row["title"] for row in results["rows"] if row.get("key") == "sft"), "SFT")
+
+
 def mean_and_spread(values: Sequence[float | None], digits: int, scale: float = 1.0) -> str:
     """Return 'mean ± population sd' of the known values, or a dash."""
     known = [value * scale for value in values if value is not None]
@@ -82,12 +96,18 @@ def cell(metrics: Mapping[str, list[float | None]], name: str) -> str:
 
 def metrics_of(row: Mapping[str, Any], split: str) -> Mapping[str, list[float | None]]:
     """Return a row's metrics on a split, one value per seed."""
+    if split == LAST_EVALUATION:
+        curves = [curve for curve in row.get("curves", []) if curve]
+        names = {name: None for curve in curves for name in curve[-1] if name not in ("completions", "iteration")}
+        return {name: [curve[-1].get(name) for curve in curves] for name in names}
     return row["metrics"] if split == "test" else row.get("splits", {}).get(split, {})
 
 
 def splits_of(results: Mapping[str, Any]) -> list[str]:
     """Return the evaluated splits, 'test' first."""
-    return ["test", *dict.fromkeys(split for row in results["rows"] for split in row.get("splits", {}))]
+    extra = dict.fromkeys(split for row in results["rows"] for split in row.get("splits", {}))
+    drawn = any(curve for row in results["rows"] for curve in row.get("curves", []))
+    return ["test", *extra, *([LAST_EVALUATION] if drawn else [])]
 
 
 def columns_of(results: Mapping[str, Any], split: str = "test") -> list[str]:
@@ -104,10 +124,12 @@ def columns_of(results: Mapping[str, Any], split: str = "test") -> list[str]:
 def table_rows(results: Mapping[str, Any], split: str = "test") -> tuple[list[str], list[list[str]]]:
     """Return the headings and cells of the comparison's table for a split."""
     names = columns_of(results, split)
-    headings = ["", *(COLUMNS[name].title for name in names), "completions used"]
+    headings = ["", *(title_of(results, name) for name in names), "completions used"]
     rows: list[list[str]] = []
     for row in results["rows"]:
         metrics = metrics_of(row, split)
+        if split == LAST_EVALUATION and not metrics:
+            continue
         cells = [cell(metrics, name) for name in names]
         rows.append([row["title"], *cells, f"{row['completions_used']:,}"])
     return headings, rows
@@ -125,7 +147,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     seeds, machine = results["seeds"], results["machine"]
     spread = f"mean ± population sd over seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else f"seed {seeds[0]}"
     decodings = sorted({escape_markdown(f"{row['title']}: {row['sampling']}") for row in results["rows"]})
-    texts = {split: next(iter(metrics_of(results["rows"][0], split).get("completions", [None]))) for split in splits}
+    texts = {split: next(iter(metrics_of(results["rows"][-1], split).get("completions", [None]))) for split in splits}
     few = any(count and count < FEW for count in texts.values())
     counted = [f"{count:,.0f} prompts of {escape_markdown(split)}" for split, count in texts.items() if count]
     notes = [

@@ -129,7 +129,8 @@ def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Com
     """
     if not requests:
         return []
-    with user_code(f"the guide failed on {len(requests)} requests", GuideError, TrainingError):
+    columns = requests[0].prompt.columns
+    with user_code(f"the guide failed on {len(requests)} requests", GuideError, TrainingError, columns):
         completions: Any = guide.complete(requests)
     if not isinstance(completions, list) or len(completions) != len(requests):
         found = len(completions) if isinstance(completions, list) else type(completions).__name__

@@ -1,5 +1,6 @@
 """Guides in this process: a model, the dataset's references, a Python function."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import replace
@@ -10,10 +11,10 @@ from rlgf.config.specs import GuideKind, GuideSpec
 from rlgf.data.chat import inputs_of
 from rlgf.data.conversations.template import ChatTemplate
 from rlgf.data.tokenization import complete_utf8_prefix, decode_continuations
-from rlgf.errors import ConfigError, GuideError
+from rlgf.errors import ConfigError, GuideError, user_code
 from rlgf.generation.base import SampledCompletions, Sampler, SampleRequest
 from rlgf.generation.decoder import LocalSampler
-from rlgf.guides.base import Capabilities, Completion, CompletionRequest, open_reply
+from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide, open_reply
 from rlgf.models.language_model import LanguageModel
 from rlgf.randomness import Purpose, uniforms
 from rlgf.types import Prompt, SamplingParams
@@ -169,6 +170,42 @@ class ReferenceGuide:
         return texts
 
 
+def as_guide(value: Any, spec: str = "") -> Guide:
+    """Return a user's guide: a function from requests to completions, an object, or its class.
+
+    Raises:
+        ConfigError: it cannot be called as a guide, or does not say what it is capable of.
+    """
+    made: Any = value
+    if isinstance(value, type) and hasattr(value, "complete"):
+        with user_code(f"the guide {value.__name__} cannot be made without arguments", ConfigError):
+            made = value()
+    if not hasattr(made, "complete"):
+        return FunctionGuide(made)
+    if not isinstance(getattr(made, "capabilities", None), Capabilities):
+        shown = spec or type(made).__name__
+        raise ConfigError(f"guide '{shown}' has no capabilities: give it an attribute of that name, a rlgf.Capabilities.")
+    return made
+
+
+def _require_one_argument(function: Callable[..., Any]) -> None:
+    """Raise `ConfigError` for a function that cannot be called with a list of requests alone."""
+    if not callable(function):
+        raise ConfigError(f"the guide is a {type(function).__name__}, but must be a function or a rlgf.Guide.")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in callables have no signature
+        return
+    try:
+        signature.bind([])
+    except TypeError:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ConfigError(
+            f"the guide {name}({', '.join(signature.parameters)}) cannot be called: a guide is called as guide(requests), with "
+            "a list of rlgf.CompletionRequest, and returns a text or a rlgf.Completion for each."
+        ) from None
+
+
 class FunctionGuide:
     """A Python function from requests to completions.
 
@@ -178,6 +215,7 @@ class FunctionGuide:
     """
 
     def __init__(self, function: Callable[[Sequence[CompletionRequest]], Sequence[Completion | str]]) -> None:
+        _require_one_argument(function)
         self.function = function
         self.capabilities = Capabilities(
             can_continue=bool(getattr(function, "can_continue", True)),

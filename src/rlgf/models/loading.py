@@ -26,6 +26,8 @@ from rlgf.kernels import dispatch
 from rlgf.models import lora, padding_free
 from rlgf.models.language_model import SFT, VALUE_HEAD, LanguageModel
 
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "tekken", "spiece", "sentencepiece", "bpe")
+
 
 def load_tokenizer(path: str) -> Any:
     """Load the tokenizer of a Hub name or folder."""
@@ -204,12 +206,23 @@ def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:
     for a folder that differs from its manifest.
     """
     verify_folder(path)
+    if auto is AutoTokenizer and Path(path).expanduser().is_dir():
+        _require_tokenizer_files(Path(path).expanduser())
     local = Path(path).expanduser().exists() or not hub_is_reachable()
     try:
         return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
     except Exception as error:  # the Hub, the disk and the config parser raise many types
         reason = load_failure_reason(path, error)
         raise ConfigError(f"no {kind} can be loaded from '{path}' ({reason}): give a Hub name or a local folder.") from None
+
+
+def _require_tokenizer_files(folder: Path) -> None:
+    """Raise for a folder without tokenizer files; transformers would make an empty one."""
+    if not any(file.name.startswith(TOKENIZER_FILES) or file.suffix in (".model", ".tiktoken") for file in folder.iterdir()):
+        raise ConfigError(
+            f"{folder} holds no tokenizer files (such as tokenizer.json): save the tokenizer next to the model, with "
+            f"tokenizer.save_pretrained('{folder}')."
+        )
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -13,7 +13,7 @@ from rlgf.generation.openai.client import connect
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import Guide
 from rlgf.guides.human import HumanGuide
-from rlgf.guides.local import FunctionGuide, ModelGuide, ReferenceGuide, TextModelGuide
+from rlgf.guides.local import ModelGuide, ReferenceGuide, TextModelGuide, as_guide
 from rlgf.guides.remote import RemoteGuide
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.loading import load_language_model
@@ -57,10 +57,8 @@ def build_external_guide(
         else:
             server = connect(plan.spec.text, settings, responses, cache.report)
         guide = RemoteGuide(server, settings, responses, cache.report, run=plan.run_key)
-    elif kind == GuideKind.PASSED and hasattr(plan.passed, "complete"):
-        guide = plan.passed
     elif kind in (GuideKind.PYTHON, GuideKind.PASSED):
-        guide = FunctionGuide(plan.load_function())
+        guide = as_guide(plan.load(), plan.spec.text)
     else:
         return None
     require_continuation(algorithm, guide.capabilities.can_continue, plan.spec.text)

@@ -11,8 +11,9 @@ from rlgf.pipeline.resolve import JudgePlan, RewardPlan
 from rlgf.pipeline.reward_model_stage import preference_stage
 from rlgf.pipeline.stage_cache import StageCache
 from rlgf.pipeline.stages import reward_stage
-from rlgf.rewards.build import bind_columns, build_reward
+from rlgf.rewards.build import build_reward
 from rlgf.rewards.reward_model import load_reward_model
+from rlgf.rewards.signatures import bind_columns
 from rlgf.tasks.base import Task
 from rlgf.types import RewardFunction
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
+from rlgf.algorithms.guided import ALGORITHMS, guide_only
 from rlgf.config.schema import TrainerConfig
 from rlgf.config.sections import EvaluationConfig, RewardConfig
-from rlgf.errors import ConfigError
+from rlgf.config.specs import GuideKind
+from rlgf.errors import ConfigError, TrainingError
 from rlgf.evaluation.best_of_n import evaluate_best_of
-from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, evaluate_guide, evaluate_policy
+from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, evaluate_guide, evaluate_policy, score_alone
 from rlgf.generation.decoder import LocalSampler
 from rlgf.guides.local import ModelGuide
 from rlgf.pipeline.build_models import load_pre_sft_model
@@ -20,13 +23,15 @@ from rlgf.rl.rollout import RolloutConfig
 from rlgf.rl.tensors import Rollout
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.machine import describe_machine
-from rlgf.runs.recorder import rollout_rows
+from rlgf.runs.recorder import evaluation_rows
 from rlgf.tasks.base import Task
 from rlgf.trainer import Components, Trainer
 from rlgf.types import Prompt, SamplingParams
 from rlgf.untrusted_text import as_file_name
 
 Evaluated = tuple[dict[str, float], Rollout, list[float]]  # metrics, rollout, scores
+START = "start"  # the row of the starting model where this run did no SFT
+NOT_ASKED_AGAIN = (GuideKind.SERVER, GuideKind.HUMAN)  # guides whose answers cost money or time
 EXAMPLES = 8  # completions of the test split stored in the results
 
 
@@ -36,11 +41,11 @@ def examples(rollout: Rollout, scores: Sequence[float]) -> list[dict[str, Any]]:
     return [{"prompt": prompt.text, "text": text, "score": value} for prompt, text, value in shown]
 
 
-def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun) -> dict[str, Any]:
+def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun, with_baselines: bool = True) -> dict[str, Any]:
     """Return the final evaluation on the test split and the task's extra splits.
 
-    The result also has the run's settings, time and machine. Completions are written to
-    `evaluation[-SPLIT].jsonl`.
+    The result also has the rewards of the starting model and the guide (`with_baselines`), and the
+    run's settings, time and machine. Completions are written to `evaluation[-SPLIT].jsonl`.
     """
     config, codec = trainer.config, trainer.components.models.policy.codec
     context = dataclasses.replace(trainer.evaluation_context, final=config.evaluation, judge=trainer.components.judge)
@@ -51,7 +56,7 @@ def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun) -
         found[split], rollout, scores = trainer.evaluate(prompts, final=True)
         path = directory.folder / ("evaluation.jsonl" if split == "test" else f"evaluation-{as_file_name(split)}.jsonl")
         path.unlink(missing_ok=True)
-        directory.log(path.name, rollout_rows(rollout, scores, config.ppo.iterations, codec))
+        directory.log(path.name, evaluation_rows(rollout, scores, config.ppo.iterations, codec))
         shown = shown or examples(rollout, scores)
     return {
         "algorithm": run.algorithm.name,
@@ -61,12 +66,33 @@ def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun) -
         "completions_used": config.ppo.iterations * config.ppo.completions_per_iteration + run.distill.config.num_completions,
         "sampling": (config.evaluation.sampling or config.sampling).describe(),
         **as_results(found),
+        **({"baselines": score_baselines(trainer, run, splits["test"])} if with_baselines else {}),
         "examples": shown,
         **extra_results(config, run.policy.base, trainer.rollout_config, splits["test"], context),
         "token_budget": trainer.forward_config.token_budget,
         "training_seconds": sum(row["seconds"] for row in directory.read_metrics()),
-        "machine": describe_machine(),
+        "machine": describe_machine(config.runtime.device),
     }
+
+
+def score_baselines(trainer: Trainer, run: ResolvedRun, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
+    """Return the rewards of a run's starting model and guide on the prompts of its evaluation.
+
+    A guide on a server and a person are not asked again; a guide that fails is left out.
+    """
+    config, parts = trainer.config, trainer.components
+    reference, found = parts.models.reference, dict[str, dict[str, Any]]()
+    sampling, seed = config.evaluation.sampling or config.sampling, config.evaluation.seed
+    settings = dataclasses.replace(trainer.rollout_config, sampling=sampling)
+    if "sft" in config.evaluation.baselines:
+        start = dataclasses.replace(settings, policy=reference, sampler=LocalSampler(reference, config.runtime.precision))
+        metrics = score_alone(start, ALGORITHMS["ppo"]().build(), prompts, trainer.evaluation_context, seed)
+        found["sft"] = {"title": "SFT" if run.policy.has_sft else START, **metrics}
+    if "guide" in config.evaluation.baselines and parts.guide is not None and run.guide.spec.kind not in NOT_ASKED_AGAIN:
+        with suppress(TrainingError):
+            metrics = score_alone(settings, guide_only(), prompts, trainer.evaluation_context, seed)
+            found["guide"] = {"title": "guide", **metrics}
+    return found
 
 
 def final_prompts(task: Task, evaluation: EvaluationConfig) -> dict[str, Sequence[Prompt]]:
@@ -158,7 +184,8 @@ def evaluate_baselines(parts: Components, policy: PolicyPlan, cache: StageCache)
         before = dataclasses.replace(rollout_config, policy=base, sampler=LocalSampler(base, precision))
         found["zero_shot"] = row("zero-shot", sampling.describe(), lambda p: evaluate_policy(before, p, context, seed))
     if "sft" in config.evaluation.baselines:
-        found["sft"] = row("SFT", sampling.describe(), lambda p: evaluate_policy(rollout_config, p, context, seed))
+        title = "SFT" if policy.has_sft else START
+        found["sft"] = row(title, sampling.describe(), lambda p: evaluate_policy(rollout_config, p, context, seed))
         found["sft"] |= extra_results(
             config, policy.base, rollout_config, final_prompts(parts.task, config.evaluation)["test"], context
         )

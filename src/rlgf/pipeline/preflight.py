@@ -3,6 +3,7 @@
 Every error message says what to change.
 """
 
+import dataclasses
 import os
 import stat
 import sys
@@ -24,9 +25,9 @@ from rlgf.evaluation.best_of_n import MAX_SAMPLES
 from rlgf.evaluation.chat_judge import load_template
 from rlgf.evaluation.evaluate import text_metrics_of
 from rlgf.generation.openai.client import parse_spec, require_environment
-from rlgf.guides.base import Capabilities, CompletionRequest, Guide, query_guide
+from rlgf.guides.base import CompletionRequest, Guide, query_guide
 from rlgf.guides.human import HumanGuide
-from rlgf.guides.local import FunctionGuide
+from rlgf.guides.local import as_guide
 from rlgf.models import lora
 from rlgf.models.critic import require_lora_critic
 from rlgf.models.language_model import VALUE_HEAD
@@ -125,21 +126,13 @@ def _check_guide_object(guide: GuidePlan, algorithm: Algorithm) -> None:
     kind, spec = guide.spec.kind, guide.spec.text
     if kind == GuideKind.PASSED and guide.passed is None and guide.is_needed:
         raise passed_error("guide.spec", spec)
-    if guide.passed is not None and hasattr(guide.passed, "complete"):
-        capabilities = getattr(guide.passed, "capabilities", None)
-        if not isinstance(capabilities, Capabilities):
-            raise ConfigError(f"guide '{spec}' has no capabilities: give it an attribute of that name, a rlgf.Capabilities.")
-        require_continuation(algorithm, capabilities.can_continue, spec)
-    elif kind == GuideKind.PYTHON or guide.passed is not None:
-        require_continuation(algorithm, FunctionGuide(guide.load_function()).capabilities.can_continue, spec)
+    if kind == GuideKind.PYTHON or guide.passed is not None:
+        require_continuation(algorithm, as_guide(guide.load(), spec).capabilities.can_continue, spec)
 
 
 def _check_device(runtime: RuntimeConfig, policy: PolicyPlan) -> None:
-    """Raise for an unknown device, and for settings that do not suit it."""
-    try:
-        on_cpu = torch.device(runtime.device).type == "cpu"
-    except RuntimeError:
-        raise ConfigError(f"runtime.device is '{runtime.device}': choose cpu, cuda or cuda:0.") from None
+    """Raise for settings that do not suit the device, which `resolve` has found."""
+    on_cpu = torch.device(runtime.device).type == "cpu"
     offload, critic = runtime.offload, policy.critic
     if offload and on_cpu:
         raise ConfigError("runtime.offload frees a GPU's memory, and runtime.device is the CPU: leave it out.")
@@ -281,11 +274,13 @@ def _check_guide_model(name: str, tokenizer: Any, context: int, policy_tokenizer
         )
 
 
-def check_lengths(codec: Codec, context: int, task: Task, max_new_tokens: int) -> int:
+def check_lengths(codec: Codec, context: int, task: Task, plan: TaskPlan) -> int:
     """Return the number of tokens of the longest prompt plus completion.
 
     Raises `ConfigError` for empty prompts, and for prompts that leave no room for a completion.
     """
+    max_new_tokens = plan.config.max_new_tokens
+    truncates = any(field.name == "prompt_tokens" for field in dataclasses.fields(plan.definition.options))
     room, longest = context if codec.is_encoder_decoder else context - max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)
@@ -296,9 +291,10 @@ def check_lengths(codec: Codec, context: int, task: Task, max_new_tokens: int) -
                 raise ConfigError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
             longest = max(longest, length)
             if length > room:
+                fix = f"set task.options.prompt_tokens={room}" if truncates and room > 0 else "shorten the prompts"
                 raise ConfigError(
                     f"task '{task.name}', {split} prompt {number} has {length} tokens; with {max_new_tokens} new "
-                    f"ones it exceeds the model's context of {context}: shorten the prompts or task.max_new_tokens."
+                    f"ones it exceeds the model's context of {context}: {fix}, or set a smaller task.max_new_tokens."
                 )
     return longest + max_new_tokens
 

@@ -1,11 +1,16 @@
 """Preparation of a run's components: all checks, stages and models."""
 
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from rlgf.config.objects import as_config
 from rlgf.config.schema import Config
+from rlgf.config.specs import GuideKind
+from rlgf.data.hub import is_local_name, path_exists
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
@@ -23,10 +28,11 @@ from rlgf.pipeline.reward_model_stage import load_pairs
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import distill_stage, starting_model
 from rlgf.rewards.base import probe_reward
-from rlgf.rewards.build import check_reward_columns, scorers_in
+from rlgf.rewards.build import check_reward_columns, is_model, scorers_in
 from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.runs.directory import RunDirectory
 from rlgf.runs.failures import as_sentences
+from rlgf.runs.progress import write_line
 from rlgf.supervised.examples import TargetExamples
 from rlgf.tasks.base import Task
 from rlgf.trainer import Components
@@ -34,16 +40,25 @@ from rlgf.types import RewardFunction
 from rlgf.untrusted_text import escape_reports
 
 NUM_PROBE_PROMPTS = 4  # prompts on which a reward is tested before training
+QUICK_BYTES = 1_500_000_000  # of a reward model that a trial loads
+
+
+@dataclass
+class Trial:
+    """The result of a dry run: the checks made, and those left out."""
+
+    done: list[str] = field(default_factory=list[str])
+    left_out: list[str] = field(default_factory=list[str])
 
 
 @as_sentences()
-def prepare(config: Config, stages: Path, report: Report = no_report) -> Components:
+def prepare(config: Config | Mapping[str, Any] | str, stages: Path | str, report: Report | None = None) -> Components:
     """Build or reuse every stage and return the components of a trainer.
 
     Args:
-        config: the config of the run.
+        config: the config of the run, the name of a recipe, or a dict, as of `rlgf.train`.
         stages: the folder in which stages (pretraining, SFT, reward, guide) are kept and found.
-        report: called with each line of progress.
+        report: called with each line of progress; None: they are written to standard error.
 
     Raises:
         ConfigError: the run cannot be trained.
@@ -56,9 +71,9 @@ def prepare(config: Config, stages: Path, report: Report = no_report) -> Compone
         >>> components.algorithm.title, components.task.name
         ('PPO++', 'toy_reviews')
     """
-    run = resolve(config)
+    run = resolve(as_config(config))
     check_to_train(run)
-    return prepare_run(run, StageCache(stages, escape_reports(report)))
+    return prepare_run(run, StageCache(Path(stages), escape_reports(report or write_line)))
 
 
 def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | None = None) -> Components:
@@ -75,8 +90,10 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
     codec, context = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
     check_models(run, codec.tokenizer, context)
     task = prepare_prompts(run.task, codec.tokenizer, cache.report)
-    longest = check_lengths(codec, context, task, config.task.max_new_tokens)
+    longest = check_lengths(codec, context, task, run.task)
     check_data(run, task, cache)
+    if note := unlearned_targets(run, task):
+        cache.report(note)
     folders = train_rewards(run.reward, run.judge, cache)  # before other models need memory
     reward = None if run.reward.shares_policy_weights else prepare_reward(run.reward, task, folders)
     judge = None if run.judge.shares_policy_weights else prepare_judge(run.judge, folders, cache)
@@ -126,6 +143,75 @@ def check_reward(reward: RewardFunction, task: Task, codec: Codec, max_new_token
             )
 
 
+def report_warnings(report: Report) -> Report:
+    """Return a reporter of warnings alone."""
+    return lambda line: report(line) if line.startswith("warning") else None
+
+
+def try_run(run: ResolvedRun, report: Report) -> Trial:
+    """Make the checks of a run that take under a minute; nothing is kept.
+
+    The data is read, the reward and an external guide are called on a few prompts. Raises
+    `ConfigError` or `DataError` if the run cannot be trained.
+    """
+    trial = Trial()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = StageCache(Path(folder), report_warnings(report))
+        codec, context = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
+        check_models(run, codec.tokenizer, context)
+        task = prepare_prompts(run.task, codec.tokenizer, report)
+        longest = check_lengths(codec, context, task, run.task)
+        check_data(run, task, cache)
+        if note := unlearned_targets(run, task):
+            report(note)
+        sizes = " / ".join(f"{len(prompts):,}" for prompts in (task.train, task.validation, task.test))
+        trial.done.append(f"{sizes} train, validation and test prompts, with completions of at most {longest:,} tokens")
+        _try_reward(run, codec, task, cache, trial)
+        _try_guide(run, codec, task, longest, cache, trial)
+    judge = run.judge.spec
+    if judge is not None:
+        trial.left_out.append("the judge") if run.judge.reward_name else trial.done.append(f"the judge {judge.text} answers")
+    trial.left_out.append("loading the models, their memory, and training")
+    return trial
+
+
+def _try_reward(run: ResolvedRun, codec: Codec, task: Task, cache: StageCache, trial: Trial) -> None:
+    """Call the reward on a few prompts if it needs no training and little loading."""
+    names = run.reward.config.names
+    trained = [name for name in names if name in ("ngram", "preferences")]
+    large = [name for name in names if is_model(name) and not _is_quick(name)]
+    if trained or run.reward.shares_policy_weights:
+        trial.left_out.append(f"the reward {', '.join(trained or names)}, which is made when the run begins")
+    elif large:
+        trial.left_out.append(f"the reward {', '.join(large)}, which takes long to load")
+    else:
+        check_reward(prepare_reward(run.reward, task, {}), task, codec, run.trainer.task.max_new_tokens, cache)
+        trial.done.append(f"the reward {', '.join(names)} scores completions")
+
+
+def _is_quick(name: str) -> bool:
+    """Return whether a model is in a folder, and small."""
+    folder = Path(name).expanduser()
+    return path_exists(name) and sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < QUICK_BYTES
+
+
+def _try_guide(run: ResolvedRun, codec: Codec, task: Task, longest: int, cache: StageCache, trial: Trial) -> None:
+    """Query a guide that is no model in this process on a few prompts."""
+    plan, config = run.guide, run.trainer
+    if not plan.is_needed:
+        return
+    offline = plan.config.endpoint.offline
+    if plan.spec.kind == GuideKind.HUMAN or (plan.spec.kind == GuideKind.SERVER and offline):
+        trial.left_out.append(f"the guide {plan.spec.text}")
+        return
+    guide = build_external_guide(plan, run.algorithm, run.policy.tokenizer, codec.tokenizer, longest, cache)
+    if guide is None:
+        trial.left_out.append(f"completions of the guide {plan.spec.text}")
+        return
+    probe_guide(guide, run.algorithm, codec, task, config.task, config.seed)
+    trial.done.append(f"the guide {plan.spec.text} completes prompts")
+
+
 def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:
     """Raise if prompts or pairs lack what the reward, the judge or an evaluation needs."""
     config = run.trainer
@@ -139,6 +225,20 @@ def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:
         raise ConfigError(
             f"reward.subtract_reference needs a reference for every prompt, and task '{task.name}' has none: set it to false."
         )
+
+
+def unlearned_targets(run: ResolvedRun, task: Task) -> str | None:
+    """Return a note on completions in the data that no stage learns, or None."""
+    policy = run.policy
+    targets = sum(bool(prompt.sft_targets) for prompt in (task.demonstrations or task.train))
+    if policy.has_sft or not targets or run.trainer.ppo.mle_coefficient or run.distill.config.num_completions:
+        return None
+    if policy.path is None:
+        return f"note: sft.epochs and sft.steps are 0, so the {targets:,} completions in the data are not learned"
+    return (
+        f"note: the run starts from {policy.path} as it is, and the {targets:,} completions in the data are not learned: "
+        f"--sft-from {policy.path} fine-tunes on them first"
+    )
 
 
 def output_perplexity_model(run: ResolvedRun, reference: LanguageModel, cache: StageCache) -> LanguageModel | None:
@@ -177,6 +277,27 @@ def _track_guide_usage(guide: Guide, directory: RunDirectory | None, run: Resolv
         if guide.state() != before:
             directory.create(run.config)
             directory.save_guide_usage(guide.state())
+
+
+def with_test_data(plan: TaskPlan, data: str, tokenizer: Any, report: Report) -> Task:
+    """Return the task with other data as its test split.
+
+    All rows of a single file are measured. The other splits stay those of the run's data, if that
+    is still there.
+    """
+    if not plan.definition.needs_data:
+        raise ConfigError(f"task '{plan.name}' generates its own data: leave out --data.")
+    options = plan.config.options
+    if "all_rows_test" in {field.name for field in fields(plan.definition.options)}:
+        options = {**options, "all_rows_test": True}
+    other = TaskPlan(replace(plan.config, data=data, options=options), plan.definition)
+    measured = prepare_prompts(other, tokenizer, report)
+    own = plan.config.data
+    if own is not None and is_local_name(own) and not path_exists(own):
+        report(f"{own}, the data of the run, is no longer there")
+        return measured
+    task = prepare_prompts(plan, tokenizer, no_report)
+    return replace(task, test=measured.test, extra_test_splits=measured.extra_test_splits)
 
 
 def prepare_prompts(plan: TaskPlan, tokenizer: Any, report: Report) -> Task:

@@ -31,6 +31,7 @@ from rlgf.generation.openai.client import without_address
 from rlgf.guides.local import guide_model_path
 from rlgf.models import lora
 from rlgf.runs.directory import identifying_settings
+from rlgf.runs.machine import choose_device
 from rlgf.tasks.base import TaskDefinition
 from rlgf.tasks.registry import task_definition
 
@@ -127,6 +128,11 @@ class PolicyPlan:
         return self.path is not None and lora.is_adapter_folder(self.path)
 
     @property
+    def has_sft(self) -> bool:
+        """Return whether this run fine-tunes the policy on targets before it starts."""
+        return self.path is None and self.sft.training.is_enabled
+
+    @property
     def base_is_known(self) -> bool:
         """Return whether the model before SFT is known."""
         return self.path is None or self.base.shape.path is not None
@@ -145,11 +151,11 @@ class GuidePlan:
     run_key: str  # identifies the run among those that share a response cache
     machine: Machine
 
-    def load_function(self) -> Callable[..., Any]:
-        """Return the function of the kind 'python'; raise `ConfigError` if it has changed."""
-        function = load_object(self.spec.text, "guide") if self.passed is None else self.passed
-        require_same_source(function, self.config.source, f"guide '{self.spec.text}'")
-        return function
+    def load(self) -> Any:
+        """Return the function or object of kind 'python' or 'passed'; raise if it has changed."""
+        found = load_object(self.spec.text, "guide") if self.passed is None else self.passed
+        require_same_source(found, self.config.source, f"guide '{self.spec.text}'")
+        return found
 
     def content_identity(self) -> Any:
         """Return the identity of what generates the completions, for the fingerprint of a stage.
@@ -252,13 +258,14 @@ class ResolvedRun:
 def resolve(config: Config, passed: PassedObjects | None = None) -> ResolvedRun:
     """Resolve a config, without loading data or models.
 
-    `passed` are the objects of Python code that the config only names.
+    `passed` are the objects of Python code that the config only names. The config written to the
+    run's folder keeps `runtime.device=auto`; the plans have the device that it stands for here.
 
-    Raises `ConfigError` for an unknown algorithm, task, guide or judge.
+    Raises `ConfigError` for an unknown algorithm, task, guide or judge, or a missing device.
     """
     algorithm = config.algorithm.build()
     task = TaskPlan(config.task, task_definition(config.task))
-    runtime = config.runtime
+    runtime = dataclasses.replace(config.runtime, device=choose_device(config.runtime.device))
     machine = Machine(runtime.device, runtime.micro_batch_tokens, runtime.precision)
     policy = _policy_plan(config, task, machine)
     passed = passed or PassedObjects()
@@ -279,7 +286,7 @@ def resolve(config: Config, passed: PassedObjects | None = None) -> ResolvedRun:
         return adapted and (trained or any(lora.is_adapter_folder(name) for name in names))
 
     return ResolvedRun(
-        config, config.recipe, config.trainer, algorithm, task, policy, guide,
+        config, config.recipe, dataclasses.replace(config.trainer, runtime=runtime), algorithm, task, policy, guide,
         RewardPlan(config.reward, task, preferences, passed.reward, shares(config.reward.names), runtime.device),
         dataclasses.replace(judge, shares_policy_weights=shares(judge_names)),
         DistillPlan(

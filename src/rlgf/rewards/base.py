@@ -32,7 +32,8 @@ def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str
     It gets lists of its own, so that one that changes them changes nothing else. Every failure
     raises `TrainingError`.
     """
-    with user_code(f"the reward failed on {len(texts)} completions", RewardError, TrainingError):
+    columns = prompts[0].columns if prompts else {}
+    with user_code(f"the reward failed on {len(texts)} completions", RewardError, TrainingError, columns):
         returned: Any = reward(list(prompts), list(texts))
         values = _listed(returned)
     if values is None:

@@ -1,7 +1,6 @@
 """Construction of the configured reward, and checks of its names and columns."""
 
 import difflib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from rlgf.rewards.base import continuation_only, score_full_text
 from rlgf.rewards.classifier import SequenceClassifier, check_classifier, read_label
 from rlgf.rewards.ngram import NgramClassifier
 from rlgf.rewards.reward_model import is_reward_model, load_reward_model, require_reward_model
+from rlgf.rewards.signatures import bind_columns
 from rlgf.rewards.weighted_sum import WeightedSum
 from rlgf.tasks.base import Task
 from rlgf.text_metrics.as_rewards import (
@@ -103,13 +103,19 @@ def missing_rule_error(task: str) -> ConfigError:
     )
 
 
+def is_model(name: str) -> bool:
+    """Return whether a reward is a model that is loaded: a Hub name or a folder."""
+    functions = name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS
+    return not functions and not name.startswith(("python:", PASSED))
+
+
 def check_reward_names(names: Sequence[str], options: Mapping[str, Any] | None = None) -> None:
     """Raise if a reward does not exist, from the configs of the models alone.
 
     Rewards that this run trains are skipped. `options` are those of the rewards, by name.
     """
     for name in names:
-        if name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS or name.startswith(("python:", PASSED)):
+        if not is_model(name):
             continue
         folder = Path(name).expanduser()
         if not folder.exists() and difflib.get_close_matches(name, TEXT_FUNCTIONS, n=1, cutoff=0.8):
@@ -141,23 +147,3 @@ def check_reward_columns(config: RewardConfig, split: str, prompts: Sequence[Pro
                 require_columns(name, prompts, config.options.get(name) or {})
             except INPUT_ERRORS as error:
                 raise ConfigError(f"{split} prompts: {error}") from None
-
-
-def bind_columns(function: Callable[..., Any]) -> RewardFunction:
-    """Return a function of `prompts` and `texts` alone.
-
-    If `function` has parameters `references` or `columns`, they receive those of each prompt.
-    """
-    try:
-        named = inspect.signature(function).parameters
-    except (TypeError, ValueError):  # some built-in callables have no signature
-        return function
-    readers: dict[str, Callable[[Prompt], Any]] = {"references": lambda p: p.references, "columns": lambda p: p.columns}
-    wanted = {name: read for name, read in readers.items() if name in named}
-    if not wanted:
-        return function
-
-    def reward(prompts: Sequence[Prompt], texts: Sequence[str]) -> Sequence[float]:
-        return function(prompts, texts, **{name: [read(prompt) for prompt in prompts] for name, read in wanted.items()})
-
-    return reward

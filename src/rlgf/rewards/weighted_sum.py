@@ -1,11 +1,15 @@
 """Weighted sums of rewards, and the scores of their terms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from rlgf.errors import ConfigError
 from rlgf.rewards.base import score
 from rlgf.rewards.reward_model import AdapterRewardModel, RewardModel
+from rlgf.rewards.signatures import bind_columns
 from rlgf.text_metrics.as_rewards import TermSum
 from rlgf.types import Prompt, RewardFunction
+from rlgf.untrusted_text import show_value
 
 
 class WeightedSum(TermSum):
@@ -14,6 +18,26 @@ class WeightedSum(TermSum):
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Return the weighted sum for each completion."""
         return self.total({name: score(reward, prompts, texts) for name, (_, reward) in self.terms.items()})
+
+
+def sum_of_rewards(rewards: Any) -> Any:
+    """Return the sum of several rewards: a list, or a dict with weights.
+
+    Raises `ConfigError` for anything but functions and for weights that are no numbers.
+    """
+    weights = dict(rewards) if isinstance(rewards, Mapping) else dict.fromkeys(rewards, 1.0)
+    terms: dict[str, tuple[float, RewardFunction]] = {}
+    for function, weight in weights.items():
+        if not callable(function) or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ConfigError(
+                f"reward holds {show_value(function)} with the weight {show_value(weight)}, but a list of rewards holds "
+                "functions, and a dict their weights: give names of rewards in settings={'reward.weights': {NAME: WEIGHT}}."
+            )
+        name = getattr(function, "__name__", type(function).__name__)
+        terms[name if name not in terms else f"{name}-{len(terms)}"] = (float(weight), bind_columns(function))
+    if not terms:
+        raise ConfigError("reward is empty: give at least one function.")
+    return next(iter(weights)) if len(weights) == 1 and set(weights.values()) == {1.0} else WeightedSum(terms)
 
 
 Batch = tuple[Sequence[Prompt], Sequence[str]]

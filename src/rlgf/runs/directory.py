@@ -100,6 +100,18 @@ class RunDirectory:
                 raise ConfigError(f"{self.checkpoints.folder} is not a folder, and checkpoints belong there: move it away.")
             yield
 
+    def check_available(self) -> None:
+        """Raise `ConfigError` if the folder is in use or cannot be written to; make nothing."""
+        if self.folder.is_dir():
+            require_writable(self.folder)
+            with self.lock.held():
+                return
+        place = self.folder.absolute()
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"{self.folder} cannot be made in {place}: choose another --out.")
+
     def check_identity(self) -> None:
         """Compare all that decides the run's numbers with what the run began with.
 
@@ -124,8 +136,8 @@ class RunDirectory:
                 "its learning rates depend on the number of iterations; choose another --out, or pass --accept-changes."
             )
         raise ConfigError(
-            f"{self.folder} holds another run ({'; '.join(differences[:3])}): choose another --out, or go on with the change "
-            "by --accept-changes, which is recorded."
+            f"{self.folder} holds another run ({'; '.join(differences[:3])}): choose another --out, go on with the change by "
+            "--accept-changes, which is recorded, or begin again with --overwrite."
         )
 
     @property

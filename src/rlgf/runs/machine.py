@@ -13,20 +13,22 @@ from rlgf.errors import ConfigError
 from rlgf.kernels import dispatch
 from rlgf.text_metrics import jars
 from rlgf.text_metrics.java import JAVA
+from rlgf.untrusted_text import shorten
 
 OPTIONAL = ("datasets", "peft", "bitsandbytes", "openai", "rlgf_native")
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 MAX_THREADS = 1024  # as of runtime.threads
+AUTO = "auto"  # the value of runtime.device that chooses
 OFFLINE_FLAGS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 FOLDERS = re.compile(r"(?<![\w:/])~?/(?:[^\s/'\"]+/)+")  # of an absolute path: a user's name may be in it
 
 
-def describe_machine() -> dict[str, Any]:
-    """Return a description of the machine and the software versions."""
+def describe_machine(device: str = AUTO) -> dict[str, Any]:
+    """Return a description of the machine, the device in use and the software versions."""
     return {
         "processor": platform.machine(),
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": _device_name(choose_device(device)),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernels": dispatch.describe(),
         "python": platform.python_version(),
@@ -53,6 +55,50 @@ def choose_num_threads(configured: int = 0) -> tuple[int, str]:
             )
         return int(outermost), THREADS_VARIABLE
     return len(os.sched_getaffinity(0)), "all cores"
+
+
+def choose_device(configured: str = AUTO) -> str:
+    """Return the device of a run: `configured` (runtime.device), or the GPU if there is one.
+
+    Only CUDA and ROCm are chosen; other accelerators, which were not tried, are used if named.
+
+    Raises:
+        ConfigError: torch has no such device here.
+    """
+    if configured == AUTO:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    shown = shorten(configured, 40)
+    try:
+        device = torch.device(configured)
+    except RuntimeError:
+        raise ConfigError(f"runtime.device is '{shown}': choose auto, cpu, cuda or cuda:0.") from None
+    if device.type != "cpu" and (device.index or 0) >= _count_devices(device.type):
+        known = ", ".join(["cpu", *(f"cuda:{number}" for number in range(_count_devices("cuda")))])
+        raise ConfigError(
+            f"runtime.device is '{shown}', and torch {torch.__version__} finds no such device on this machine: choose from "
+            f"{known}, or leave runtime.device out."
+        )
+    return configured
+
+
+def _count_devices(kind: str) -> int:
+    """Return how many devices of a kind torch finds."""
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module: Any = getattr(torch, kind, None)
+    return int(module.device_count()) if hasattr(module, "device_count") and module.is_available() else 0
+
+
+def _device_name(device: str) -> str:
+    """Return the product name of a GPU, or the device itself."""
+    return torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else device
+
+
+def describe_runtime(device: str, precision: str) -> str:
+    """Return the device, precision and number of threads of this process in words."""
+    chosen = choose_device(device)
+    name = chosen if chosen == _device_name(chosen) else f"{chosen} ({_device_name(chosen)})"
+    return f"{name}, {precision}, {describe_threads(torch.get_num_threads())}"
 
 
 def describe_threads(number: int) -> str:

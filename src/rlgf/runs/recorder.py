@@ -4,6 +4,7 @@ The trainer opens no file: it yields iterations, and a recorder writes them.
 """
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,17 +13,53 @@ from typing import Any, Protocol, Self
 
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.data.files import to_line, write_file
+from rlgf.data.lock import FolderLock
 from rlgf.data.tokenization import Codec
-from rlgf.errors import CheckpointError
+from rlgf.errors import CheckpointError, ConfigError
 from rlgf.rl.guards import NonFiniteError
 from rlgf.rl.tensors import Experience, Rollout
-from rlgf.runs.directory import RunDirectory
+from rlgf.runs.checkpoints import Checkpoints
+from rlgf.runs.directory import BEFORE_CONFIG, IDENTITY, RunDirectory, ignore
 from rlgf.runs.profiling import run_with_profiler
 from rlgf.runs.tracking import Trackers
 from rlgf.types import Origin
 
 NONFINITE = "nonfinite.jsonl"  # the completions of the number that stopped a run
 Step = Callable[[int], tuple[dict[str, Any], Experience]]
+
+
+# what a run writes into its folder, but for its stages
+WRITTEN = (
+    "config.yaml", "identity.json", "results.json", "results-after-*-iterations.json", "guide.json", "metrics.jsonl",
+    "rollouts.jsonl", "evaluation.jsonl", "evaluation-*.jsonl", "nonfinite.jsonl", "*.jsonl.damaged-*", "checkpoints", "policy",
+    "best-policy", "critic-policy", "critic-guide", "trackers", "profile", "table.md", "texts.md", "curves.png",
+    "tradeoff.png", "difficulty.png", "log.txt", ".policy-*", ".best-policy-*", ".critic-*",
+)  # fmt: skip
+
+
+def clear_run(folder: Path) -> str | None:
+    """Remove the run in a folder, and return how far it was, or None.
+
+    Its stages stay. Raises `ConfigError` if another process trains it, or for files that no run
+    writes.
+    """
+    if not (folder / "config.yaml").is_file() or not (folder / IDENTITY).is_file():
+        return None
+    known = {path for name in WRITTEN for path in folder.glob(name)}
+    others = [path.name for path in folder.iterdir() if path not in known and path.name not in BEFORE_CONFIG]
+    if others:
+        raise ConfigError(
+            f"{folder} holds files that no run writes ({', '.join(sorted(others)[:3])}), which --overwrite does not remove: "
+            "move them away, or choose another --out."
+        )
+    with FolderLock(folder, "trains", ignore).held():
+        done = Checkpoints(folder / "checkpoints", 1, "", (), ignore).iterations()
+        finished = (folder / "results.json").is_file()
+        # the config last, without which the rest is no run
+        for name in (*WRITTEN[1:], WRITTEN[0]):
+            for path in folder.glob(name):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return "finished" if finished else f"stopped after {done[-1] if done else 0} iterations"
 
 
 class Recordable(Protocol):
@@ -208,6 +245,12 @@ class RunRecorder:
 def _tracked(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Return metrics with those of the evaluation by flat names, for trackers."""
     return {**metrics, **{f"evaluation/{key}": value for key, value in metrics.get("evaluation", {}).items()}}
+
+
+def evaluation_rows(rollout: Rollout, scores: Sequence[float], iteration: int, codec: Codec) -> list[dict[str, Any]]:
+    """Return the rows of a final evaluation: those of `rollout_rows`, with references."""
+    rows = rollout_rows(rollout, scores, iteration, codec)
+    return [{**row, "references": list(prompt.references)} for row, prompt in zip(rows, rollout.prompts)]
 
 
 def rollout_rows(rollout: Rollout, scores: Sequence[float], iteration: int, codec: Codec) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class Trackers:
             if name == "tensorboard":
                 # a number, as two files that begin in the same second would have the same name
                 number = len(list(folder.rglob("events.out.tfevents.*")))
-                tracker: Any = kind(folder.name, str(folder), purge_step=first, filename_suffix=f".{number:06d}")
+                tracker: Any = kind(folder.name, str(folder.parent), purge_step=first, filename_suffix=f".{number:06d}")
             else:
                 tracker = kind("rlgf", **_resume_options(name, folder))
             if hasattr(tracker, "start"):

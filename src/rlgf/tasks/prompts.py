@@ -34,6 +34,7 @@ from rlgf.types import Prompt
 # usual names of the held-out splits
 HELD_OUT_SPLITS = {"validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
 EMPTY = "references that are empty"
+USUAL_PROMPT_COLUMNS = ("question", "instruction", "query", "input", "inputs", "text", "problem", "post", "document", "article")
 TEMPLATE_KWARGS = "chat_template_kwargs"  # column with a row's own variables of the template, as TRL names it
 IN_TRAINING = "held-out prompts that are training prompts too"
 
@@ -47,6 +48,7 @@ class Options:
     completion_column: str = "completion"  # a text, or one message by the assistant
     chosen_column: str = "chosen"
     rejected_column: str = "rejected"
+    messages_column: str = "messages"  # of rows without a prompt: its last reply is the target
     tools_column: str = "tools"  # of conversations: a list of JSON schemas, for the chat template
     subset: str | None = None  # of a Hub dataset with several
     train_split: str | None = None  # None: 'train', or the only one there is
@@ -60,6 +62,7 @@ class Options:
     # variables of the chat template, such as enable_thinking; a column of this name adds more
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict[str, Any])
     encoding: str | None = None  # of CSV and JSON files that are not UTF-8, such as cp1252
+    all_rows_test: Flag = False  # measure every row: what `rlgf evaluate RUN --data FILE` does
     # a classifier as reward scores prompt + completion (a reward model always does)
     scores_full_text: Flag = False
 
@@ -88,7 +91,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
     train, *held_out = (_prompts(splits[name], builder) for name in ("train", "validation", "test"))
     train_texts = {prompt.text for prompt in train}
     for place, prompts in enumerate(held_out):
-        held_out[place] = [prompt for prompt in prompts if prompt.text not in train_texts]
+        held_out[place] = [prompt for prompt in prompts if options.all_rows_test or prompt.text not in train_texts]
         if len(held_out[place]) < len(prompts):
             dropped_rows[IN_TRAINING] = dropped_rows.get(IN_TRAINING, 0) + len(prompts) - len(held_out[place])
     validation, test = held_out
@@ -207,6 +210,9 @@ def split_rows(config: TaskConfig, options: Options, dropped_rows: dict[str, int
         for name, rows in _splits(config, options).items()
     }
     rows = {name: [row for row in part if row is not None] for name, part in found.items()}
+    if options.all_rows_test:
+        whole = rows["train"] if len(rows) == 1 else rows.get("test", rows.get("validation", rows["train"]))
+        return dict.fromkeys(("train", "validation", "test"), whole)
     if len(rows) == 3:
         return rows
     train, rest = rows["train"], [row for name in HELD_OUT_SPLITS for row in rows.get(name, [])]
@@ -231,7 +237,10 @@ def _key(row: Row) -> str:
 
 def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dict[str, int]) -> Row | None:
     """Parse a row; count it in `dropped_rows` and return None if its dialogues share no prompt."""
-    own = {options.prompt_column, options.references_column, options.completion_column, options.chosen_column}
+    own = {
+        options.prompt_column, options.references_column, options.completion_column, options.chosen_column,
+        options.messages_column,
+    }  # fmt: skip
     columns = {name: value for name, value in row.items() if name not in own}
     prompt, chosen = read_conversation(row.get(options.prompt_column), place), None
     if row.get(options.chosen_column) is not None:
@@ -240,9 +249,9 @@ def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dic
             dropped_rows["pairs with no common prompt"] = dropped_rows.get("pairs with no common prompt", 0) + 1
             return None
         prompt, chosen, _ = parts
-    if prompt is None:
-        raise DataError(f"{place}: there is no '{options.prompt_column}'; the row has {list_columns(row)}.")
     completion = row.get(options.completion_column)
+    if prompt is None:
+        prompt, completion = _of_messages(options, row, completion, place)
     targets = [text for text in (completion, chosen) if text is not None][:1]
     references = _listed(row.get(options.references_column))
     replies = [[reply_of(reply, place) for reply in part] for part in (targets, references)]
@@ -256,6 +265,29 @@ def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dic
         distinct.setdefault(json.dumps(reply, sort_keys=True, default=str), reply)
     inputs = _inputs(options, row, prompt, place)
     return Row(prompt, list(distinct.values()), targets or references, columns, place, inputs)
+
+
+def _of_messages(options: Options, row: Mapping[str, Any], completion: Any, place: str) -> tuple[Any, Any]:
+    """Return prompt and completion of a row with one conversation, which its last reply ends.
+
+    Raises `DataError` for a row that has neither a prompt nor messages.
+    """
+    messages = read_conversation(row.get(options.messages_column), place)
+    if not is_conversation(messages):
+        raise DataError(f"{place}: {_missing_prompt(options, row)}.")
+    if completion is None and len(messages) > 1 and messages[-1].get("role") == "assistant":
+        return messages[:-1], messages[-1]
+    return messages, completion
+
+
+def _missing_prompt(options: Options, row: Mapping[str, Any]) -> str:
+    """Return what a row without a prompt has instead, and the setting that names its column."""
+    name, others = options.prompt_column, [column for column in row if column != options.prompt_column]
+    if name in row:
+        return f"'{name}' is null: remove the row, or give it a prompt"
+    usual = [column for column in others if column.lower() in USUAL_PROMPT_COLUMNS]
+    setting = f"task.options.prompt_column={usual[0]}" if usual else "task.options.prompt_column to one of them"
+    return f"there is no '{name}'; the row has {list_columns(row)}: set {setting}"
 
 
 def _inputs(options: Options, row: Mapping[str, Any], prompt: Any, place: str) -> TemplateInputs:

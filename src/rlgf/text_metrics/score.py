@@ -129,7 +129,10 @@ def reference_metrics(keys: Sequence[str]) -> list[str]:
 
 
 def _line(row: dict[str, Any], where: str, needs_references: bool, needs_concepts: bool) -> Line:
-    prediction = _column(row, "prediction", where)
+    # a run's own evaluation.jsonl names its completions 'text'
+    prediction = (
+        row["text"] if "spans" in row and "prediction" not in row and "text" in row else _column(row, "prediction", where)
+    )
     if not isinstance(prediction, str):
         raise DataError(f"{where}: 'prediction' is {_kind(prediction)}, but must be a string.")
     references = _texts(row, "references", where) if needs_references else ()
