@@ -29,6 +29,7 @@ class LanguageModel:
     max_length: int  # tokens of prompt and completion; of an encoder–decoder, of each
     vocab_size: int
     adapter: str | None = None  # the adapter of this model; None: the base weights alone
+    absent_ids: Tensor | None = None  # embeddings without a token, never sampled; None: there are none
 
     @property
     def eos_token_id(self) -> int:
@@ -106,6 +107,7 @@ class Backbone:
     model: Any
     adapter: str | None = None
     owner: Any = None  # the model that carries the adapters, if `model` is a part of it
+    absent_ids: Tensor | None = None  # has no meaning without a head
 
     def activate(self) -> AbstractContextManager[None]:
         """Activate this backbone on its shared weights within the block."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlgf.config.sections import LoraConfig
 from rlgf.errors import ConfigError
+from rlgf.models.configs import text_config
 
 
 def has_adapters(model: Any) -> bool:
@@ -120,7 +121,28 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
             raise ConfigError(
                 f"lora.target_modules are {list(config.target_modules)}, which peft rejects ({error}): choose others."
             ) from None
+    if tied := tied_layers(model):
+        raise ConfigError(
+            f"lora.target_modules names {tied[0].split('.')[-1]}, whose weights this model uses in another layer too (tied "
+            "embeddings), where the adapter would not work: choose layers with weights of their own."
+        )
     _freeze_all(model)
+
+
+def tied_layers(model: Any) -> list[str]:
+    """Return the names of adapted layers whose weights belong to another layer too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and any(users[id(parameter)] > 1 for parameter in module.get_base_layer().parameters(recurse=False))
+    ]
 
 
 @contextmanager
@@ -192,13 +214,14 @@ def quiet_peft() -> Generator[None]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings=True")  # `merged` unties them
         yield
 
 
 def merged(model: Any, folder: str) -> Any:
     """Return a base model with the adapter of a folder merged into its weights, in place.
 
-    Raises ConfigError for weights in 4 bits, which cannot be merged into.
+    An adapter on tied embeddings unties them. Raises ConfigError for weights in 4 bits, which cannot be merged into.
     """
     if getattr(model, "is_quantized", False):
         raise ConfigError("4-bit base weights cannot be merged into: load them unquantized (lora.load_in_4bit=false).")
@@ -207,7 +230,23 @@ def merged(model: Any, folder: str) -> Any:
 
     with quiet_peft():
         whole: Any = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
+    if tied := tied_layers(model):
+        _untie(model, tied)
     return whole.merge_and_unload()
+
+
+def _untie(model: Any, names: list[str]) -> None:
+    """Give adapted layers weights of their own; the other layer keeps those without the adapter."""
+    if model.config.is_encoder_decoder:  # T5 scales the states before a tied head
+        raise ConfigError(
+            f"the adapter changes {names[0].split('.')[-1]}, whose weights an encoder–decoder uses in several layers: it "
+            "cannot be merged."
+        )
+    for config in (model.config, text_config(model.config)):
+        config.tie_word_embeddings = False
+    for name in names:
+        layer = model.get_submodule(name).get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 def trainable_parameters(model: Any, name: str) -> list[nn.Parameter]:

@@ -286,6 +286,8 @@ def check_lengths(codec: Codec, context: int, task: Task, max_new_tokens: int) -
 
     Raises `ConfigError` for empty prompts, and for prompts that leave no room for a completion.
     """
+    if codec.is_encoder_decoder and max_new_tokens > context:
+        raise ConfigError(f"task.max_new_tokens is {max_new_tokens}, but the model writes at most {context} tokens: lower it.")
     room, longest = context if codec.is_encoder_decoder else context - max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)

@@ -12,6 +12,7 @@ from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.guides.base import Guide, TracksUsage
 from rlgf.kernels import dispatch
 from rlgf.models.language_model import LanguageModel
+from rlgf.generation.decoding_path import slower_path_note
 from rlgf.models.loading import load_language_model
 from rlgf.pipeline.build_guide import build_external_guide, build_model_guide, guide_examples
 from rlgf.pipeline.build_models import build_models, load_pre_sft_model, starting_codec
@@ -97,6 +98,8 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
         assert guide is not None
         policy_path = _distill(run, start, reference, guide, task, cache, directory)
     models = build_models(run.policy, algorithm, reference, start, policy_path)
+    if note := slower_path_note(models.policy):
+        cache.report(note)
     if reward is None:
         reward = prepare_reward(run.reward, task, folders, models.policy)
         check_reward(reward, task, codec, config.task.max_new_tokens, cache)
