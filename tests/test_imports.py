@@ -54,7 +54,7 @@ ORDER = {
     "rewards": "__init__ base classifier ngram reward_model weighted_sum build",
     "rl": (
         "__init__ shaping tensors experience rollout kl_controller guards optimizers "
-        "update agreement"
+        "update agreement model_check"
     ),
     "runs": (
         "__init__ machine profiling tracking checkpoints identity failures logs directory "

@@ -286,6 +286,12 @@ def _layers(model: Any) -> list[Any]:
     return model._rlgf_adapted
 
 
+def adapted_names(model: Any) -> list[str]:
+    """Return the last names of the layers that adapters change, each once, sorted."""
+    adapted = {id(layer) for layer in _layers(model)}
+    return sorted({name.split(".")[-1] for name, module in model.named_modules() if id(module) in adapted})
+
+
 def _forget_layers(model: Any) -> None:
     if hasattr(model, "_rlgf_adapted"):
         del model._rlgf_adapted
