@@ -10,8 +10,8 @@ made no tiny one). Results are kept in build/sweep.json, and a second call tries
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -28,6 +28,16 @@ BEGIN, END = "<!-- sweep: begin -->", "<!-- sweep: end -->"
 TIMEOUT = 300  # seconds
 TOLERANCE = 1e-3  # nats
 VERDICTS = ("right", "refused", "WRONG", "TRACEBACK", "not built")
+
+
+def import_slow_modules() -> None:
+    """Import what every architecture needs, once."""
+    import peft  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    import torch
+
+    import rlgf.rl.model_check  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+    torch.set_num_threads(1)
 
 
 def try_architecture(name: str, seq2seq: bool) -> dict[str, Any]:
@@ -74,17 +84,30 @@ def _line(error: Exception) -> str:
 
 
 def run_in_process(name: str, seq2seq: bool) -> dict[str, Any]:
-    """Return the verdict on an architecture, from a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--inside", name, *(["--seq2seq"] if seq2seq else [])]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    """Return the verdict on an architecture, from a process of its own.
+
+    It is forked from this one, which has imported what takes seconds and computed nothing.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def inside() -> None:
+        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")
+        sender.send(try_architecture(name, seq2seq))
+
+    process = context.Process(target=inside)
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, env=environment)
-    except subprocess.TimeoutExpired:
+        if receiver.poll(TIMEOUT):
+            return receiver.recv()
         return {"verdict": "TRACEBACK", "reason": f"no end in {TIMEOUT} s"}
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        return {"verdict": "TRACEBACK", "reason": (done.stderr.strip().splitlines() or ["it died"])[-1][:200]}
-    return json.loads(lines[-1])
+    except EOFError:
+        process.join()
+        return {"verdict": "TRACEBACK", "reason": f"the process died ({process.exitcode})"}
+    finally:
+        process.kill()
+        process.join()
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -119,12 +142,10 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="model types; none: all")
     parser.add_argument("--again", action="store_true", help="try those with a result too")
     parser.add_argument("--table", action="store_true", help="write the table of docs/models.md from the results")
-    parser.add_argument("--inside", help=argparse.SUPPRESS)
-    parser.add_argument("--seq2seq", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.inside:
-        print(json.dumps(try_architecture(options.inside, options.seq2seq)), flush=True)
-        os._exit(0)  # without the destructors of half-built models
+    os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+    if not options.table:
+        import_slow_modules()
     results: dict[str, dict[str, Any]] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     for name, seq2seq in [] if options.table else tiny_models.architectures():
         key = f"{name} (encoder–decoder)" if seq2seq else name

@@ -99,6 +99,8 @@ def _layer_types(config: Any) -> dict[str, Any]:
     """Return two layers, of two kinds if the model has several."""
     found: dict[str, Any] = {}
     for name in ("layer_types", "mlp_layer_types", "layers_block_type", "attn_layer_types"):
+        if getattr(getattr(type(config), name, None), "fset", True) is None:
+            continue  # a property that follows from other settings
         kinds = getattr(config, name, None)
         if isinstance(kinds, list | tuple) and kinds and isinstance(kinds[0], str):
             distinct = list(dict.fromkeys(kinds))

@@ -84,7 +84,7 @@ def decoder_opening(model: Any) -> tuple[int, ...]:
     They are the start token, and the token that the model forces after it (BART, mBART, NLLB).
     """
     known = getattr(model, "_rlgf_decoder_opening", None)
-    return known if known is not None else (int(text_config(model.config).decoder_start_token_id),)
+    return known or opening_of(model.config, getattr(model, "generation_config", None)) or (0,)
 
 
 def set_decoder_opening(model: Any, opening: tuple[int, ...]) -> None:
