@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 VOCABULARY = 96
+ABSENT = 4  # embeddings that the tokenizer has no token for
 SPECIAL = {"eos_token_id": 0, "pad_token_id": 1, "bos_token_id": 2}
-MAX_PARAMETERS = 6_000_000
+MAX_PARAMETERS = 8_000_000
 NOISE = 0.05  # added to all weights, so that no layer is without effect
 
 WIDTH = {
@@ -62,32 +63,86 @@ STATES = {
     "qk_dim_factor": 0.5, "v_dim_factor": 1.0,
 }  # fmt: skip
 # of parts that read images or sound, which have no tokens here
-OTHER = {"image_size": 32, "patch_size": 16, "num_channels": 3, "depth": 2, "out_hidden_size": 32}
+OTHER = {
+    "pronunciation_vocab_size": 96, "shape_vocab_size": 96, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
+    "encoder_hash_byte_group_vocab": 96, "encoder_hash_byte_group_nb_functions": 1, "bottleneck_dim": 32, "image_size": 32, "patch_size": 16, "num_channels": 3, "depth": 2, "out_hidden_size": 32,
+}  # fmt: skip
 SIZES: dict[str, Any] = WIDTH | DEPTH | HEADS | LENGTHS | EXPERTS | STATES | OTHER
-UNSHRUNK = ("rope_parameters", "rope_scaling")
 
-SHAPES: dict[str, dict[str, Any]] = {}
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+REMOVE = object()  # of a name in `SHAPES`: not set at all
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1},
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"], "num_hidden_layers": 4},
+    "prophetnet": {"num_hidden_layers": REMOVE},
+    "qwen4_exp": {"text_config": {"hc_count": 2}},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"], "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2,
+        "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4, "heads_per_ngram": 2,
+        "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_layer_ids": [0],
+        "ple_embed_dim": 32,
+    },
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "reformer": {
+        "axial_pos_embds": False, "attn_layers": ["local", "lsh"], "num_hidden_layers": REMOVE, "attention_head_size": 8,
+        "feed_forward_size": 64, "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8, "num_buckets": 2,
+    },
+    "xlm": {"causal": True},
+    "xlnet": {"max_position_embeddings": REMOVE},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": REMOVE,
+    },
+}  # fmt: skip
 """What a model type needs beside, or instead of, the sizes by name."""
 
 
-def shrunk(config: Any, drop: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the arguments of a small config of the same kind as a default one."""
-    known = {name: value for name, value in SIZES.items() if name not in drop and _is_set(config, name)}
+def shrunk(config: Any, drop: tuple[str, ...] = (), with_nones: bool = False) -> dict[str, Any]:
+    """Return the arguments of a small config of the same kind as a default one.
+
+    `with_nones` sets sizes too that the default leaves open.
+    """
+    known = {name: value for name, value in SIZES.items() if name not in drop and _is_set(config, name, with_nones)}
+    if "kv_lora_rank" in known:
+        known["num_key_value_heads"] = known.get("num_attention_heads", HEADS["num_attention_heads"])
     for name, value in vars(config).items():
-        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
-            known[name] = {**value.to_dict(), **shrunk(value, drop), **_special(value)}
-            for removed in ("layer_types", "mlp_layer_types", *UNSHRUNK):
-                if removed != "rope_parameters":
-                    known[name].pop(removed, None)
-            known[name] |= _layer_types(value)
+        if hasattr(type(value), "model_type") and hasattr(type(value), "to_dict"):
+            inner = {**value.to_dict(), **shrunk(value, drop, with_nones), **_special(value)}
+            for removed in ("layer_types", "mlp_layer_types", "rope_scaling", "per_layer_config", "layer_overrides"):
+                inner.pop(removed, None)
+            known[name] = {**inner, **_layer_types(value), **_shape(value.model_type, inner)}
     return {**known, **_layer_types(config)}
 
 
-def _is_set(config: Any, name: str) -> bool:
+def _shape(kind: str, known: dict[str, Any]) -> dict[str, Any]:
+    shape = copy.deepcopy({name: value for name, value in SHAPES.get(kind, {}).items() if value is not REMOVE})
+    for name in [name for name, value in SHAPES.get(kind, {}).items() if value is REMOVE]:
+        known.pop(name, None)
+    return shape
+
+
+def _is_set(config: Any, name: str, with_nones: bool) -> bool:
+    if getattr(getattr(type(config), name, None), "fset", True) is None:
+        return False  # a property that follows from other settings
     try:
-        return getattr(config, name) is not None
-    except AttributeError:
+        return getattr(config, name) is not None or with_nones
+    except NotImplementedError:
         return False
+    except AttributeError as error:
+        return "per-layer attribute" in str(error)
+    except Exception:  # a setting that differs by layer
+        return True
 
 
 def _special(config: Any) -> dict[str, Any]:
@@ -108,36 +163,40 @@ def _layer_types(config: Any) -> dict[str, Any]:
     return found
 
 
-def tiny_config(name: str, seq2seq: bool, vocabulary: int = VOCABULARY, drop: tuple[str, ...] = ()) -> Any:
-    """Return the config of a tiny model of a type."""
+def tiny_config(name: str, seq2seq: bool, vocabulary: int, drop: tuple[str, ...], options: dict[str, Any]) -> Any:
+    """Return the config of a tiny model of a type; `options`: with_nones, rope."""
     from transformers import AutoConfig
 
     special = SPECIAL | {"vocab_size": vocabulary} | ({"decoder_start_token_id": 2} if seq2seq else {})
-    arguments = {**shrunk(AutoConfig.for_model(name), drop), **special, **copy.deepcopy(SHAPES.get(name, {}))}
-    if name in WITHOUT_VOCABULARY:
-        arguments = {key: value for key, value in arguments.items() if key not in special}
+    known = shrunk(AutoConfig.for_model(name), drop, bool(options.get("with_nones")))
+    arguments = {**known, **special, **({"rope_parameters": ROPE} if options.get("rope") else {})}
+    arguments |= _shape(name, arguments)
     config = AutoConfig.for_model(name, **arguments)
     if not seq2seq and hasattr(config, "is_decoder"):
         config.is_decoder = True
     return config
 
 
-WITHOUT_VOCABULARY: frozenset[str] = frozenset()
-"""Model types whose own config has no vocabulary, only that of their language model."""
+VARIANTS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
+    ((), {}), (("head_dim",), {}), (("head_dim", "num_key_value_heads"), {}), ((), {"with_nones": True}), ((), {"rope": True}),
+    (("intermediate_size",), {}), (("head_dim",), {"rope": True, "with_nones": True}),
+)  # fmt: skip
+"""Sizes that are not shrunk, and options, which are tried in this order until the model runs."""
 
 
 def tiny_model(name: str, seq2seq: bool, vocabulary: int = VOCABULARY, seed: int = 0) -> Any:
-    """Return a tiny model of a type, on the CPU.
+    """Return a tiny model of a type, on the CPU, which transformers itself can evaluate.
 
-    Raises the last error if none can be made.
+    If there is none, it may be one that it cannot; if none can be made, raises the first error.
     """
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
     auto: Any = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
-    last: Exception | None = None
-    for drop in ((), ("head_dim",), ("head_dim", "num_key_value_heads"), ("intermediate_size",)):
+    first: Exception | None = None
+    made: Any = None
+    for drop, options in VARIANTS:
         try:
-            config = tiny_config(name, seq2seq, vocabulary, drop)
+            config = tiny_config(name, seq2seq, vocabulary, drop, options)
             torch.manual_seed(seed)
             model = auto.from_config(config).eval()
             size = sum(parameter.numel() for parameter in model.parameters())
@@ -147,11 +206,21 @@ def tiny_model(name: str, seq2seq: bool, vocabulary: int = VOCABULARY, seed: int
                 for parameter in model.parameters():
                     if parameter.is_floating_point():
                         parameter.add_(NOISE * torch.randn_like(parameter))
-            return model
         except Exception as error:  # configs of transformers raise anything
-            last = last or error
-    assert last is not None
-    raise last
+            first = first or error
+            continue
+        made = model if made is None else made
+        try:
+            ids = torch.tensor([[5, 6, 7, 8]])
+            with torch.no_grad():
+                model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+        except Exception:  # sizes that do not fit together
+            continue
+        return model
+    if made is None:
+        assert first is not None
+        raise first
+    return made
 
 
 def tiny_tokenizer() -> Any:
@@ -159,7 +228,7 @@ def tiny_tokenizer() -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    letters = [chr(number) for number in range(33, 33 + VOCABULARY - len(SPECIAL))]
+    letters = [chr(number) for number in range(33, 33 + VOCABULARY - ABSENT - len(SPECIAL))]
     names = ["<eos>", "<pad>", "<bos>", *letters]
     made = Tokenizer(models.BPE(vocab={token: place for place, token in enumerate(names)}, merges=[]))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

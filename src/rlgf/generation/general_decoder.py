@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 
 from rlgf.models.forward import adapt_inputs, autocast, cache_options, input_format, restrict_lm_head
 from rlgf.models.language_model import LanguageModel
@@ -108,7 +108,7 @@ class GeneralDecoder:
         inputs: dict[str, Any] = {"input_ids": ids}
         if self.states is not None:
             inputs = {
-                "encoder_outputs": BaseModelOutput(last_hidden_state=self.states),  # pyright: ignore[reportArgumentType]
+                "encoder_outputs": MoEModelOutput(last_hidden_state=self.states),  # pyright: ignore[reportArgumentType]
                 "attention_mask": torch.ones(self.states.shape[:2], dtype=torch.int64, device=ids.device),
                 "decoder_input_ids": ids,
             }

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import MoEModelOutput
 
 from rlgf.generation.kv_cache import CacheLayer, EncoderCacheLayer, PrefillGroup
 from rlgf.models.configs import num_decoder_layers
@@ -101,7 +101,7 @@ class KeyValueDecoder:
             if rows is not None:
                 states, source_mask = states[rows], source_mask[rows]
             inputs: dict[str, Any] = {
-                "encoder_outputs": BaseModelOutput(last_hidden_state=states),  # pyright: ignore[reportArgumentType]
+                "encoder_outputs": MoEModelOutput(last_hidden_state=states),  # pyright: ignore[reportArgumentType]
                 "attention_mask": source_mask, "decoder_input_ids": ids.to(device), "decoder_attention_mask": mask,
             }  # fmt: skip
         else:

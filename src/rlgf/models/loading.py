@@ -84,15 +84,31 @@ def load_language_model(
             absent_ids=absent_ids(tokenizer, share_weights_with.vocab_size),
         )  # fmt: skip
     base = lora.base_of(path) if adapted else path
-    auto = AutoModelForSeq2SeqLM if has_encoder(path) else AutoModelForCausalLM
     model = from_pretrained(
-        auto, base, "language model", dtype=torch.float32, **(quantization_config_4bit(device) if in_4bit else {})
+        _auto_class(_config(path), path), base, "language model", dtype=torch.float32, **(quantization_config_4bit(device) if in_4bit else {})
     )
     loaded = wrap_model(model if in_4bit else model.to(device), load_tokenizer(path), path)
     if not adapted:
         return loaded
     lora.load(loaded.model, path, name)
     return replace(loaded, adapter=name)
+
+
+def _auto_class(config: Any, path: str) -> Any:
+    """Return the `Auto` class that loads a language model with a config.
+
+    Some decoders that also take sound are listed among the encoder–decoders.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as PAIRS
+
+    pairs = type(config) in PAIRS and (config.is_encoder_decoder or type(config) not in CAUSAL)
+    if not pairs and type(config) not in CAUSAL:
+        raise ConfigError(
+            f"'{path}' is a model of type '{config.model_type}', which transformers has as neither a causal model nor an "
+            "encoder–decoder: choose another model (docs/models.md)."
+        )
+    return AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
 
 
 def require_language_model(folder: str) -> None:

@@ -111,6 +111,7 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout,  # pyright: ignore[reportArgumentType]
         target_modules=list(config.target_modules) or "all-linear",
+        exclude_modules=None if config.target_modules else _unadaptable(model) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), _allow_multiple_adapters():
@@ -127,6 +128,23 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
             "embeddings), where the adapter would not work: choose layers with weights of their own."
         )
     _freeze_all(model)
+
+
+# the layer of state-space models whose weights their kernels take as they are; peft refuses it
+STATE_SPACE_OUTPUT = "out_proj"
+STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def _unadaptable(model: Any) -> list[str]:
+    """Return the last names of linear layers that cannot have an adapter.
+
+    These are routers, which return more than a product, and what peft refuses.
+    """
+    found = {STATE_SPACE_OUTPUT} if getattr(model.config, "model_type", None) in STATE_SPACE_MODELS else set[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models."):
+            found.add(name.split(".")[-1])
+    return sorted(found)
 
 
 def tied_layers(model: Any) -> list[str]:
