@@ -21,7 +21,7 @@ WIDTH = {
     "ffn_hidden_size": 64, "dff": 64, "d_inner": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "expert_dim": 32, "intermediate_size_mlp": 64,
     "dense_intermediate_size": 64, "moe_latent_size": 32, "word_embed_proj_dim": 32, "hidden_dim": 64, "lru_width": 32,
-    "attention_hidden_size": 32, "expert_ffn_hidden_size": 32, "zero_expert_num": 0, "moe_shared_intermediate_size": 32,
+    "attention_hidden_size": 32, "expert_ffn_hidden_size": 32, "adapter_in_dim": 32, "zero_expert_num": 0, "moe_shared_intermediate_size": 32,
     "moe_ffn_hidden_size": 32, "mlp_hidden_size": 64, "feed_forward_proj_dim": 64, "block_ff_dim": 64, "adapter_size": 8,
 }  # fmt: skip
 DEPTH = {
@@ -70,25 +70,26 @@ OTHER = {
 SIZES: dict[str, Any] = WIDTH | DEPTH | HEADS | LENGTHS | EXPERTS | STATES | OTHER
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+LAYER_KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "attn_layer_types")
 REMOVE = object()  # of a name in `SHAPES`: not set at all
 
 SHAPES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx": {
-        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2},
+        "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10_000.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1},
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"moe_topk": 2, "n_routed_experts": 4},
     "mamba2": {"num_heads": 8},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"], "num_hidden_layers": 4},
     "prophetnet": {"num_hidden_layers": REMOVE},
-    "qwen4_exp": {"text_config": {"hc_count": 2}},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"], "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2,
-        "indexer_kv_heads": 2, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4, "heads_per_ngram": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4, "heads_per_ngram": 2,
         "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_layer_ids": [0],
         "ple_embed_dim": 32,
     },
@@ -106,6 +107,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What a model type needs beside, or instead of, the sizes by name."""
+
+
+PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
 
 
 def shrunk(config: Any, drop: tuple[str, ...] = (), with_nones: bool = False) -> dict[str, Any]:
@@ -126,15 +130,18 @@ def shrunk(config: Any, drop: tuple[str, ...] = (), with_nones: bool = False) ->
 
 
 def _shape(kind: str, known: dict[str, Any]) -> dict[str, Any]:
-    shape = copy.deepcopy({name: value for name, value in SHAPES.get(kind, {}).items() if value is not REMOVE})
-    for name in [name for name, value in SHAPES.get(kind, {}).items() if value is REMOVE]:
+    wanted = SHAPES.get(kind, {})
+    removed = {name for name, value in wanted.items() if value is REMOVE}
+    if {"num_hidden_layers", *LAYER_KINDS} & set(wanted):  # one may be an alias of another
+        removed |= set(LAYER_KINDS)
+    for name in removed:
         known.pop(name, None)
-    return shape
+    return copy.deepcopy({name: value for name, value in wanted.items() if value is not REMOVE})
 
 
 def _is_set(config: Any, name: str, with_nones: bool) -> bool:
-    if getattr(getattr(type(config), name, None), "fset", True) is None:
-        return False  # a property that follows from other settings
+    if _follows(config, name):
+        return False
     try:
         return getattr(config, name) is not None or with_nones
     except NotImplementedError:
@@ -145,6 +152,12 @@ def _is_set(config: Any, name: str, with_nones: bool) -> bool:
         return True
 
 
+def _follows(config: Any, name: str) -> bool:
+    """Return whether a setting is a property that follows from others."""
+    named = getattr(type(config), "attribute_map", {}).get(name, name)
+    return getattr(getattr(type(config), named, None), "fset", True) is None
+
+
 def _special(config: Any) -> dict[str, Any]:
     size = {"vocab_size": VOCABULARY} if hasattr(config, "vocab_size") else {}
     return size | {name: value for name, value in SPECIAL.items() if hasattr(config, name)}
@@ -153,9 +166,9 @@ def _special(config: Any) -> dict[str, Any]:
 def _layer_types(config: Any) -> dict[str, Any]:
     """Return two layers, of two kinds if the model has several."""
     found: dict[str, Any] = {}
-    for name in ("layer_types", "mlp_layer_types", "layers_block_type", "attn_layer_types"):
-        if getattr(getattr(type(config), name, None), "fset", True) is None:
-            continue  # a property that follows from other settings
+    for name in LAYER_KINDS:
+        if _follows(config, name):
+            continue
         kinds = getattr(config, name, None)
         if isinstance(kinds, list | tuple) and kinds and isinstance(kinds[0], str):
             distinct = list(dict.fromkeys(kinds))
@@ -198,7 +211,10 @@ def tiny_model(name: str, seq2seq: bool, vocabulary: int = VOCABULARY, seed: int
         try:
             config = tiny_config(name, seq2seq, vocabulary, drop, options)
             torch.manual_seed(seed)
-            model = auto.from_config(config).eval()
+            if name in PARTS:  # the class is listed for a config that holds that of its own
+                model = auto._model_mapping[type(config)](getattr(config, PARTS[name])).eval()
+            else:
+                model = auto.from_config(config).eval()
             size = sum(parameter.numel() for parameter in model.parameters())
             if size > MAX_PARAMETERS:
                 raise ValueError(f"it has {size:,} parameters")

@@ -47,7 +47,10 @@ def first_position(config: Any) -> int:
     inner = text_config(config)
     if not hasattr(inner, "max_position_embeddings") or getattr(inner, "pad_token_id", None) is None:
         return 0
-    kind: Any = MODEL_MAPPING.get(type(inner), None)
+    try:
+        kind: Any = MODEL_MAPPING.get(type(inner), None)
+    except ValueError:  # transformers names a class that it does not have
+        return 0
     if kind is None:
         return 0
     kind = kind[0] if isinstance(kind, tuple) else kind
