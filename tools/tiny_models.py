@@ -21,7 +21,7 @@ WIDTH = {
     "ffn_hidden_size": 64, "dff": 64, "d_inner": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "expert_dim": 32, "intermediate_size_mlp": 64,
     "dense_intermediate_size": 64, "moe_latent_size": 32, "word_embed_proj_dim": 32, "hidden_dim": 64, "lru_width": 32,
-    "attention_hidden_size": 32, "expert_ffn_hidden_size": 32, "adapter_in_dim": 32, "zero_expert_num": 0, "moe_shared_intermediate_size": 32,
+    "attention_hidden_size": 32, "expert_ffn_hidden_size": 32, "adapter_in_dim": 32, "adapter_input_size": 32, "zero_expert_num": 0, "moe_shared_intermediate_size": 32,
     "moe_ffn_hidden_size": 32, "mlp_hidden_size": 64, "feed_forward_proj_dim": 64, "block_ff_dim": 64, "adapter_size": 8,
 }  # fmt: skip
 DEPTH = {
@@ -83,14 +83,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "longcat_flash": {"moe_topk": 2, "n_routed_experts": 4},
+    "longcat_flash": {"moe_topk": 2, "num_experts_per_tok": 2, "n_routed_experts": 4},
     "mamba2": {"num_heads": 8},
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "moe", "mlp"], "num_hidden_layers": 4},
     "prophetnet": {"num_hidden_layers": REMOVE},
     "qwen4_exp_text": {
         "layer_types": ["linear_attention", "indexed_attention"], "hc_count": 2, "hc_lowrank": 8, "indexer_n_heads": 2,
         "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4, "heads_per_ngram": 2,
-        "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_layer_ids": [0],
+        "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 2, "ple_layer_ids": [1],
         "ple_embed_dim": 32,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -101,9 +101,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "xlm": {"causal": True},
     "xlnet": {"max_position_embeddings": REMOVE},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"num_hidden_layers": 6},
+    "zamba": {"num_hidden_layers": 6, "attention_hidden_size": REMOVE, "head_dim": REMOVE},
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": REMOVE,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": REMOVE, "head_dim": REMOVE,
+        "n_mamba_heads": 8, "mamba_headdim": 8,
     },
 }  # fmt: skip
 """What a model type needs beside, or instead of, the sizes by name."""
@@ -252,10 +253,8 @@ def tiny_tokenizer() -> Any:
 
 
 def architectures() -> list[tuple[str, bool]]:
-    """Return all model types of causal and sequence-to-sequence models, and whether they are the latter."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES as PAIRS,
-    )
+    """Return all model types of language models, and whether they are encoder–decoders."""
+    from transformers.models.auto import modeling_auto as listed
 
-    return [(name, False) for name in CAUSAL] + [(name, True) for name in PAIRS]
+    pairs = listed.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return [(name, False) for name in listed.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES] + [(name, True) for name in pairs]

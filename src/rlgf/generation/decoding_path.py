@@ -1,4 +1,4 @@
-"""The cache that a model is decoded with, found by trying it on a few random tokens.
+"""The cache that a model is decoded with, found by trying.
 
 Plain decoders are known by their classes to fit our own cache. For any other model the first of
 these is used that gives the numbers of the forward pass without a cache: our own cache;

@@ -31,7 +31,10 @@ def _first(config: Any, names: tuple[str, ...]) -> int | None:
 
 
 def vocabulary_size(config: Any, model: Any = None) -> int:
-    """Return the number of embeddings of a model, of its output layer if it is given and has one."""
+    """Return the number of embeddings of a model.
+
+    If `model` is given and has an output layer, they are that layer's.
+    """
     head = None if model is None else getattr(model, "get_output_embeddings", lambda: None)()
     size = getattr(head, "out_features", None) or getattr(head, "num_embeddings", None)
     return int(size or _first(config, VOCABULARY_NAMES) or 0)

@@ -199,7 +199,7 @@ def token_logits(reader: ForwardModel, batch: MicroBatch, precision: str = "fp32
 
 
 def last_states(output: Any) -> Tensor:
-    """Return the hidden states of the last layer in an output of a model with a head."""
+    """Return the hidden states of the last layer in a model's output."""
     found = getattr(output, "decoder_hidden_states", None)
     return (output.hidden_states if found is None else found)[-1]
 

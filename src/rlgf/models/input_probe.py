@@ -18,7 +18,13 @@ from rlgf.errors import ConfigError
 from rlgf.models import padding_free
 from rlgf.models.configs import first_position, max_length, model_type, text_config, vocabulary_size
 from rlgf.models.forward import (
-    InputFormat, backbone_states, input_format, is_encoder_decoder, micro_batch, pad_rows, token_logits,
+    InputFormat,
+    backbone_states,
+    input_format,
+    is_encoder_decoder,
+    micro_batch,
+    pad_rows,
+    token_logits,
 )  # fmt: skip
 from rlgf.models.language_model import Backbone
 
@@ -54,7 +60,7 @@ def set_input_format(model: Any, found: InputFormat) -> None:
 
 
 def is_plain(model: Any) -> bool:
-    """Return whether a model is a decoder that packed rows and our cache are known to fit.
+    """Return whether packed rows and our cache are known to fit a model.
 
     It attends through transformers' interface, takes positions, and all that it keeps of earlier
     tokens are keys and values of every layer.
@@ -66,8 +72,16 @@ def is_plain(model: Any) -> bool:
     layers = DynamicCache(config=model.config).layers
     only_keys = all(type(layer) is DynamicLayer for layer in layers)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    recurrent = any(isinstance(module, nn.Conv1d | nn.RNNBase) for module in model.modules())
-    return only_keys and not recurrent and (head is None or isinstance(head, nn.Linear))
+    return only_keys and not _mixes(model) and (head is None or isinstance(head, nn.Linear))
+
+
+def _mixes(model: Any) -> bool:
+    """Return whether a model has convolutions, recurrences, or experts that tokens are sent to."""
+    special = ("expert", "router", "moe")
+    return any(
+        isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in type(module).__name__.lower() for word in special)
+        for module in model.modules()
+    )
 
 
 def identity(model: Any) -> tuple[Any, ...]:
@@ -170,6 +184,8 @@ def _choose(model: Any, packs: bool) -> InputFormat:
     if _depends_on_padding(model, plain, rows, sources):
         plain = replace(plain, as_embeddings=True)
     alone = _evaluate_alone(model, rows, sources)
+    if not all(bool(values.isfinite().all()) for values in alone):  # nothing can be compared
+        return replace(plain, rows="packed" if packs else "padded")
     half = [row[: (len(row) + 1) // 2] for row in rows]
     if not agree(model, [part[: len(row)] for part, row in zip(alone, half)], _evaluate_alone(model, half, sources)):
         raise ConfigError(
@@ -190,7 +206,7 @@ def _choose(model: Any, packs: bool) -> InputFormat:
         try:
             if agree(model, alone, evaluate_rows(model, same, same_sources)):
                 return replace(plain, rows=kind)
-        except Exception:  # a model of transformers may raise anything  # noqa: S112
+        except Exception:  # a model of transformers may raise anything
             continue
     return replace(plain, rows="single")
 
@@ -239,9 +255,7 @@ def _depends_on_padding(model: Any, plain: InputFormat, rows: Any, sources: Any)
 
 
 def _evaluate_alone(model: Any, rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None) -> list[Tensor]:
-    return [
-        evaluate_rows(model, [row], None if sources is None else [sources[place]])[0] for place, row in enumerate(rows)
-    ]
+    return [evaluate_rows(model, [row], None if sources is None else [sources[place]])[0] for place, row in enumerate(rows)]
 
 
 def describe_inputs(model: Any) -> str:

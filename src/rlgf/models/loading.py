@@ -85,7 +85,11 @@ def load_language_model(
         )  # fmt: skip
     base = lora.base_of(path) if adapted else path
     model = from_pretrained(
-        _auto_class(_config(path), path), base, "language model", dtype=torch.float32, **(quantization_config_4bit(device) if in_4bit else {})
+        _auto_class(_config(path), path),
+        base,
+        "language model",
+        dtype=torch.float32,
+        **(quantization_config_4bit(device) if in_4bit else {}),
     )
     loaded = wrap_model(model if in_4bit else model.to(device), load_tokenizer(path), path)
     if not adapted:
@@ -160,7 +164,7 @@ def wrap_model(model: Any, tokenizer: Any, name: str) -> LanguageModel:
 
 
 def absent_ids(tokenizer: Any, vocabulary: int) -> torch.Tensor | None:
-    """Return the ids of embeddings that no token of a tokenizer has, or None if there are none.
+    """Return the ids of embeddings without a token, or None if there are none.
 
     Models pad their vocabulary to a round number; nothing is known about these embeddings.
     """
@@ -172,7 +176,7 @@ def absent_ids(tokenizer: Any, vocabulary: int) -> torch.Tensor | None:
 
 
 def _generation_config(path: str) -> Any:
-    """Load the generation config of a model or of an adapter's base; None if there is none."""
+    """Load the generation config of a model or an adapter's base, if there is one."""
     try:
         return GenerationConfig.from_pretrained(lora.base_of(path) if lora.is_adapter_folder(path) else path)
     except OSError:

@@ -124,8 +124,8 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
             ) from None
     if tied := tied_layers(model):
         raise ConfigError(
-            f"lora.target_modules names {tied[0].split('.')[-1]}, whose weights this model uses in another layer too (tied "
-            "embeddings), where the adapter would not work: choose layers with weights of their own."
+            f"lora.target_modules names {tied[0].split('.')[-1]}, whose weights this model uses in another layer too, "
+            "where the adapter would not work: choose layers with weights of their own."
         )
     _freeze_all(model)
 
@@ -168,6 +168,8 @@ def _allow_multiple_adapters() -> Generator[None]:
     """Suppress peft's warning about several adapters in one model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")  # `add` refuses tied weights
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but")  # GPT-2 has layers of both kinds
         yield
 
 

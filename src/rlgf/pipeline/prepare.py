@@ -9,10 +9,10 @@ from rlgf.config.schema import Config
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
+from rlgf.generation.decoding_path import slower_path_note
 from rlgf.guides.base import Guide, TracksUsage
 from rlgf.kernels import dispatch
 from rlgf.models.language_model import LanguageModel
-from rlgf.generation.decoding_path import slower_path_note
 from rlgf.models.loading import load_language_model
 from rlgf.pipeline.build_guide import build_external_guide, build_model_guide, guide_examples
 from rlgf.pipeline.build_models import build_models, load_pre_sft_model, starting_codec

@@ -25,7 +25,13 @@ from rlgf.distributed import all_reduce_moments
 from rlgf.kernels import dispatch
 from rlgf.models.critic import Critic
 from rlgf.models.forward import (
-    InputFormat, MicroBatch, backbone_states, input_format, is_encoder_decoder, micro_batches, token_logits,
+    InputFormat,
+    MicroBatch,
+    backbone_states,
+    input_format,
+    is_encoder_decoder,
+    micro_batches,
+    token_logits,
 )  # fmt: skip
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import token_log_probs

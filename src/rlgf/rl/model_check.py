@@ -1,4 +1,4 @@
-"""What a model supports, found by sampling from it, training on the samples and adapting it."""
+"""Checks of a model: sampling from it, training on the samples, adapting it."""
 
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ ADAPTER = "check"
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What a model supports."""
+    """The abilities of a model."""
 
     model_type: str
     is_encoder_decoder: bool
@@ -50,7 +50,7 @@ class ModelReport:
 
 
 def check_model(language_model: LanguageModel, precision: str = "fp32") -> ModelReport:
-    """Return what a model supports; the model gets an adapter and must not be used after it.
+    """Return what a model supports; it gets an adapter and must not be used again.
 
     Raises:
         TrainingError: sampler and trainer disagree, or the model has no gradient.
