@@ -1,8 +1,8 @@
 """Try every architecture of the installed transformers: `python tools/sweep.py [TYPE …]`.
 
-Each is a tiny model with random weights, in a process of its own. It is loaded as any model, sampled
-from (prompts of different lengths, restarts), and the log-probabilities are compared with those of
-the training forward pass; then gradients, a value head and LoRA adapters are tried. Verdicts: right;
+Each is a tiny model with random weights, in a process of its own. It is loaded as any model,
+sampled from (prompts of different lengths, restarts), and the log-probabilities are compared with
+those of training; then gradients, a value head and LoRA adapters are tried. Verdicts: right;
 refused (one sentence); WRONG (accepted, but the numbers differ); TRACEBACK; not built (this script
 made no tiny one). Results are kept in build/sweep.json, and a second call tries what is missing;
 `--table` writes the table of docs/models.md from them.
@@ -15,6 +15,7 @@ import os
 import sys
 import tempfile
 import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +93,8 @@ def run_in_process(name: str, seq2seq: bool) -> dict[str, Any]:
     receiver, sender = context.Pipe(duplex=False)
 
     def inside() -> None:
-        sys.stdout, sys.stderr = open(os.devnull, "w"), open(os.devnull, "w")
-        sender.send(try_architecture(name, seq2seq))
+        with open(os.devnull, "w", encoding="utf-8") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
+            sender.send(try_architecture(name, seq2seq))
 
     process = context.Process(target=inside)
     process.start()

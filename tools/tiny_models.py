@@ -16,17 +16,21 @@ MAX_PARAMETERS = 8_000_000
 NOISE = 0.05  # added to all weights, so that no layer is without effect
 
 WIDTH = {
-    "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "n_embed": 32, "emb_dim": 32, "embed_dim": 32, "embedding_size": 32,
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "dim": 32, "n_embed": 32, "emb_dim": 32, "embed_dim": 32,
+    "embedding_size": 32,
     "intermediate_size": 64, "n_inner": 64, "d_ff": 64, "ffn_dim": 64, "decoder_ffn_dim": 64, "encoder_ffn_dim": 64,
     "ffn_hidden_size": 64, "dff": 64, "d_inner": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "expert_dim": 32, "intermediate_size_mlp": 64,
     "dense_intermediate_size": 64, "moe_latent_size": 32, "word_embed_proj_dim": 32, "hidden_dim": 64, "lru_width": 32,
-    "attention_hidden_size": 32, "expert_ffn_hidden_size": 32, "adapter_in_dim": 32, "adapter_input_size": 32, "zero_expert_num": 0, "moe_shared_intermediate_size": 32,
+    "attention_hidden_size": 32, "expert_ffn_hidden_size": 32, "adapter_in_dim": 32, "adapter_input_size": 32,
+    "adapter_out_dim": 32,
+    "zero_expert_num": 0, "moe_shared_intermediate_size": 32,
     "moe_ffn_hidden_size": 32, "mlp_hidden_size": 64, "feed_forward_proj_dim": 64, "block_ff_dim": 64, "adapter_size": 8,
 }  # fmt: skip
 DEPTH = {
     "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_decoder_layers": 2, "decoder_layers": 2,
-    "encoder_layers": 2, "num_encoder_layers": 2, "num_nextn_predict_layers": 0, "num_mem_blocks": 1, "first_k_dense_replace": 1,
+    "encoder_layers": 2, "num_encoder_layers": 2, "num_nextn_predict_layers": 0, "num_mem_blocks": 1,
+    "first_k_dense_replace": 1,
     "num_dense_layers": 1, "num_kv_shared_layers": 0, "n_dense_layers": 1, "num_mtp_layers": 0,
 }  # fmt: skip
 HEADS = {
@@ -41,7 +45,8 @@ HEADS = {
 LENGTHS = {
     "max_position_embeddings": 128, "n_positions": 128, "max_seq_len": 128, "n_ctx": 128, "max_source_positions": 128,
     "max_target_positions": 128, "seq_length": 128, "sliding_window": 64, "attention_window_size": 64, "window_size": 64,
-    "local_attention": 64, "num_buckets": 8, "relative_attention_num_buckets": 8, "attention_chunk_size": 64, "context_length": 128,
+    "local_attention": 64, "num_buckets": 8, "relative_attention_num_buckets": 8, "attention_chunk_size": 64,
+    "context_length": 128,
     "max_length": 20, "chunk_size": 8, "mamba_chunk_size": 8, "local_radius": 8, "global_block_size": 4, "block_size": 8,
     "num_random_blocks": 1, "max_window_layers": 2, "original_max_position_embeddings": 128,
 }  # fmt: skip
@@ -65,7 +70,8 @@ STATES = {
 # of parts that read images or sound, which have no tokens here
 OTHER = {
     "pronunciation_vocab_size": 96, "shape_vocab_size": 96, "pronunciation_embed_dim": 8, "shape_embed_dim": 8,
-    "encoder_hash_byte_group_vocab": 96, "encoder_hash_byte_group_nb_functions": 1, "bottleneck_dim": 32, "image_size": 32, "patch_size": 16, "num_channels": 3, "depth": 2, "out_hidden_size": 32,
+    "encoder_hash_byte_group_vocab": 96, "encoder_hash_byte_group_nb_functions": 1, "bottleneck_dim": 32,
+    "image_size": 32, "patch_size": 16, "num_channels": 3, "depth": 2, "out_hidden_size": 32,
 }  # fmt: skip
 SIZES: dict[str, Any] = WIDTH | DEPTH | HEADS | LENGTHS | EXPERTS | STATES | OTHER
 
@@ -79,6 +85,12 @@ SHAPES: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"clip_qkv": 8, "kv_n_heads": 2, "rope_theta": 10_000.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 2, "moe_top_k": 1},
+    },
+    "dots3_note_text": {
+        "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16,
+        "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "head_dim": 16, "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "layer_types": ["indexed_attention", "sliding_attention"],
     },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
@@ -103,7 +115,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "zamba": {"num_hidden_layers": 6, "attention_hidden_size": REMOVE, "head_dim": REMOVE},
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": REMOVE, "head_dim": REMOVE,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4, "attention_head_dim": REMOVE,
+        "head_dim": REMOVE, "attention_hidden_size": REMOVE,
         "n_mamba_heads": 8, "mamba_headdim": 8,
     },
 }  # fmt: skip

@@ -241,7 +241,8 @@ def quiet_peft() -> Generator[None]:
 def merged(model: Any, folder: str) -> Any:
     """Return a base model with the adapter of a folder merged into its weights, in place.
 
-    An adapter on tied embeddings unties them. Raises ConfigError for weights in 4 bits, which cannot be merged into.
+    An adapter on tied embeddings unties them. Raises ConfigError for weights in 4 bits, which
+    cannot be merged into.
     """
     if getattr(model, "is_quantized", False):
         raise ConfigError("4-bit base weights cannot be merged into: load them unquantized (lora.load_in_4bit=false).")
