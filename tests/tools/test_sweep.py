@@ -47,7 +47,7 @@ def test_a_model_that_our_cache_does_not_fit_is_trained_on_its_own_numbers(sweep
     assert_right(sweep, name)
 
 
-@pytest.mark.data
+@pytest.mark.integration
 @pytest.mark.parametrize("name", MANY)
 def test_an_architecture_is_trained_on_its_own_numbers(sweep: ModuleType, name: str) -> None:
     assert_right(sweep, name)
