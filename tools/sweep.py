@@ -81,7 +81,8 @@ def try_architecture(name: str, seq2seq: bool) -> dict[str, Any]:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0][:200]}"
+    cause = error.__cause__ if "Class validation error" in str(error) and error.__cause__ is not None else error
+    return f"{type(cause).__name__}: {(str(cause).strip() or '?').splitlines()[0][:200]}"
 
 
 def run_in_process(name: str, seq2seq: bool) -> dict[str, Any]:

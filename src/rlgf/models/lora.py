@@ -310,7 +310,8 @@ def _layers(model: Any) -> list[Any]:
 def adapted_names(model: Any) -> list[str]:
     """Return the last names of the layers that adapters change, each once, sorted."""
     adapted = {id(layer) for layer in _layers(model)}
-    return sorted({name.split(".")[-1] for name, module in model.named_modules() if id(module) in adapted})
+    names = {name.split(".")[-1] for name, module in model.named_modules() if id(module) in adapted}
+    return sorted(names - {"base_layer"})  # peft adapts several weights of a mixture's experts, one inside another
 
 
 def _forget_layers(model: Any) -> None:
