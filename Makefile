@@ -138,7 +138,7 @@ docs: setup  ## the reference pages that are made from the code
 soak: setup  ## 2,000 iterations of the smallest run, under ten minutes: memory, handles, threads and time must be flat
 	$(BIN)/python tools/soak.py
 
-sweep: setup  ## every architecture of transformers, tiny: sampler against trainer; writes the table of docs/models.md, about 40 minutes
+sweep: setup  ## every architecture of transformers, tiny: sampler against trainer; writes the table of docs/models.md, ten minutes
 	$(BIN)/python tools/sweep.py --again $(TYPES)
 	$(BIN)/python tools/sweep.py --table
 
