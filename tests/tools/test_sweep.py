@@ -14,14 +14,16 @@ from rlgf.rl.model_check import check_model
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 # what is kept of earlier tokens: states, windows of a convolution, keys of some layers only, positions of one's own
-FEW = ("qwen3_5_text", "mamba2", "lfm2", "m2m_100 (encoder–decoder)", "openai-gpt")
+FEW = ("mamba2", "lfm2", "m2m_100 (encoder–decoder)", "openai-gpt")
 MANY = (
-    "qwen3_next", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "olmo_hybrid", "mamba", "falcon_mamba", "rwkv",
+    "qwen3_5_text", "qwen3_next", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "olmo_hybrid", "mamba", "falcon_mamba", "rwkv",
     "lfm3", "kimi_linear", "minimax", "deepseek_v4", "bamba", "gemma4_text", "zamba2", "recurrent_gemma", "xlstm", "gpt_neo",
     "mbart", "mvp", "plbart", "bigbird_pegasus", "marian", "pegasus", "blenderbot", "roberta", "opt", "gemma3_text", "gpt_oss",
     "llama4_text", "deepseek_v3", "qwen3_moe", "mistral",
     *(f"{name} (encoder–decoder)" for name in ("mbart", "switch_transformers", "nllb-moe", "t5gemma", "marian", "t5", "bart")),
 )  # fmt: skip
+
+SHARED = ("zamba2",)  # its layers share weights
 
 
 @pytest.fixture
@@ -39,7 +41,7 @@ def assert_right(sweep: ModuleType, name: str) -> None:
     assert report.agreement.tokens > 40
     assert report.agreement.max_error < 1e-4
     assert report.value_head
-    assert report.lora_targets
+    assert bool(report.lora_targets) == (kind not in SHARED)
 
 
 @pytest.mark.parametrize("name", FEW)
