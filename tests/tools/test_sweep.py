@@ -17,7 +17,8 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 FEW = ("mamba2", "lfm2", "m2m_100 (encoder–decoder)", "openai-gpt")
 MANY = (
     "qwen3_5_text", "qwen3_next", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "olmo_hybrid", "mamba", "falcon_mamba", "rwkv",
-    "lfm3", "kimi_linear", "minimax", "deepseek_v4", "bamba", "gemma4_text", "zamba2", "recurrent_gemma", "xlstm", "gpt_neo",
+    "lfm3", "kimi_linear", "minimax", "deepseek_v4", "bamba", "gemma4_text", "zamba2", "recurrent_gemma", "xlstm",
+    "gpt_neo",
     "mbart", "mvp", "plbart", "bigbird_pegasus", "marian", "pegasus", "blenderbot", "roberta", "opt", "gemma3_text", "gpt_oss",
     "llama4_text", "deepseek_v3", "qwen3_moe", "mistral",
     *(f"{name} (encoder–decoder)" for name in ("mbart", "switch_transformers", "nllb-moe", "t5gemma", "marian", "t5", "bart")),

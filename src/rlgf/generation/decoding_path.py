@@ -69,7 +69,7 @@ def decoding_path(language_model: LanguageModel) -> str:
         else:
             key = (*identity(model), decoder_opening(model) if is_encoder_decoder(model) else ())
             known = _known.get(key) or _known.setdefault(key, _probe(language_model))
-        model._rlgf_decoding_path = known
+        language_model.model._rlgf_decoding_path = known
     return known
 
 
