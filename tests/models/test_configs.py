@@ -1,4 +1,4 @@
-"""What configs of every layout say: vocabulary, maximum length, first position, the decoder's opening."""
+"""Configs of every layout: vocabulary, maximum length, first position, the decoder's opening."""
 
 from types import SimpleNamespace
 

@@ -16,7 +16,8 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 # what is kept of earlier tokens: states, windows of a convolution, keys of some layers only, positions of one's own
 FEW = ("mamba2", "lfm2", "m2m_100 (encoder–decoder)", "openai-gpt")
 MANY = (
-    "qwen3_5_text", "qwen3_next", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "olmo_hybrid", "mamba", "falcon_mamba", "rwkv",
+    "qwen3_5_text",
+    "qwen3_next", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "olmo_hybrid", "mamba", "falcon_mamba", "rwkv",
     "lfm3", "kimi_linear", "minimax", "deepseek_v4", "bamba", "gemma4_text", "zamba2", "recurrent_gemma", "xlstm",
     "gpt_neo",
     "mbart", "mvp", "plbart", "bigbird_pegasus", "marian", "pegasus", "blenderbot", "roberta", "opt", "gemma3_text", "gpt_oss",
