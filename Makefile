@@ -11,7 +11,7 @@ VLLM := build/vllm
 VLLM_VERSION := 0.32.0
 
 .PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-integration test-slow test-data test-server test-vllm kill fuzz gpu lint types bench \
-  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels bench-busy docs sample soak lock audit clean
+  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels bench-busy docs sample soak sweep lock audit clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -137,6 +137,10 @@ docs: setup  ## the reference pages that are made from the code
 
 soak: setup  ## 2,000 iterations of the smallest run, under ten minutes: memory, handles, threads and time must be flat
 	$(BIN)/python tools/soak.py
+
+sweep: setup  ## every architecture of transformers, tiny: sampler against trainer; writes the table of docs/models.md, ten minutes
+	$(BIN)/python tools/sweep.py --again $(TYPES)
+	$(BIN)/python tools/sweep.py --table
 
 lock: setup  ## the lock file of this Python and platform, from pyproject.toml and constraints.txt
 	$(BIN)/python tools/lock.py write

@@ -93,7 +93,7 @@ class Prefills:
 @contextmanager
 def prefills() -> Generator[Prefills]:
     """Watches the sampler read prompts."""
-    from rlgf.generation import decoder
+    from rlgf.generation import kv_decoder
 
     found = Prefills()
 
@@ -107,7 +107,7 @@ def prefills() -> Generator[Prefills]:
 
         return watched
 
-    with replaced(decoder._Decoder, "prefill", watching):
+    with replaced(kv_decoder.KeyValueDecoder, "prefill", watching):
         yield found
 
 

@@ -33,7 +33,10 @@ ORDER = {
     "data/tables": "__init__ text delimited json_file",
     "evaluation": "__init__ intervals model_metrics verdicts win_rate chat_judge evaluate best_of_n",
     "experiments": "__init__ tables figures report processes compare",
-    "generation": "__init__ base beam_search kv_cache openai sampling decoder",
+    "generation": (
+        "__init__ base beam_search kv_cache kv_decoder general_decoder decoding_path openai "
+        "sampling decoder"
+    ),
     "generation/openai": (
         "__init__ cache refusals dialects responses usage retries environment messages "
         "client token_ids pool"
@@ -41,8 +44,8 @@ ORDER = {
     "guides": "__init__ base human local remote prefetch encoding",
     "kernels": "__init__ concurrency processor native attention linear modules dispatch",
     "models": (
-        "__init__ log_probs lora offload padding_free forward language_model loading "
-        "critic memory"
+        "__init__ configs log_probs lora offload padding_free forward language_model "
+        "input_probe loading critic memory"
     ),
     "pipeline": (
         "__init__ stage_cache resolve stages build_models final_evaluation "
@@ -51,7 +54,7 @@ ORDER = {
     "rewards": "__init__ base signatures classifier ngram reward_model weighted_sum build",
     "rl": (
         "__init__ shaping tensors experience rollout kl_controller guards optimizers "
-        "update agreement"
+        "update agreement model_check"
     ),
     "runs": (
         "__init__ progress machine profiling tracking checkpoints identity failures logs directory "

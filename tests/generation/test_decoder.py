@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from helpers import WAYS_TO_SAMPLE, asked, chi_square_p_value
-from rlgf.generation import decoder
+from rlgf.generation import decoder, kv_decoder
 from rlgf.generation.base import SampledCompletions
 from rlgf.generation.decoder import sample_completions
 from rlgf.models.forward import pad_rows, token_logits
@@ -267,7 +267,7 @@ def test_the_size_of_decoding_batches_changes_no_draw(tiny_model: LanguageModel,
     bounds = [("BATCH_TOKENS", 1), ("BATCH_TOKENS", 40), ("PREFILL_TOKENS", 1), ("PREFILL_TOKENS", 20), ("BATCH_LOGITS", 1)]
     for bound, size in bounds:
         with monkeypatch.context() as patch:
-            patch.setattr(decoder, bound, size)
+            patch.setattr(kv_decoder if bound == "PREFILL_TOKENS" else decoder, bound, size)
             parts = write(tiny_model, PREFIXES, SamplingParams(top_p=0.9), budgets=[12, 3, 12, 7, 1])
         assert rows_of(parts) == rows_of(whole)
         assert torch.equal(parts.ended_with_eos, whole.ended_with_eos)

@@ -9,7 +9,7 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration, T5Model
 
 from helpers import WAYS_TO_ATTEND, let_it_attend
-from rlgf.generation import decoder
+from rlgf.generation import kv_decoder
 from rlgf.generation.base import SampledCompletions
 from rlgf.generation.decoder import sample_completions
 from rlgf.models import padding_free
@@ -95,7 +95,7 @@ def test_neighbours_and_shared_sources_change_nothing(model: LanguageModel, samp
 def test_how_many_are_read_at_once_changes_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
     together = write(model, SOURCES, BEGUN, SamplingParams())
     for most in (1, 20):
-        monkeypatch.setattr(decoder, "PREFILL_TOKENS", most)
+        monkeypatch.setattr(kv_decoder, "PREFILL_TOKENS", most)
         apart = write(model, SOURCES, BEGUN, SamplingParams())
         assert rows_of(apart) == rows_of(together)
         torch.testing.assert_close(apart.log_probs, together.log_probs, rtol=0, atol=1e-5)

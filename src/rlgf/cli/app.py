@@ -102,6 +102,7 @@ for command in COMMANDS:
 app.command("list")(inspect.list_)
 check_app.command("guide")(check.check_guide)
 check_app.command("task")(check.check_task)
+check_app.command("model")(check.check_model)
 app.add_typer(check_app, name="check")
 
 

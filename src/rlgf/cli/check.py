@@ -88,6 +88,23 @@ def check_task(
         raise ConfigError(f"task '{config.task.name}' cannot be trained as it is: fix what is marked ERROR.")
 
 
+def check_model(
+    model: Annotated[str, typer.Argument(help="A Hub name or a folder.")],
+    device: Annotated[str, typer.Option(help="The device to load it on.")] = "cpu",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+) -> None:
+    """Load a model, sample from it, compare sampler and trainer, and say what is supported.
+
+    That is: how it is sampled and trained, LoRA layers, a value head, vLLM.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ConfigError(f"--precision is {precision!r}: choose fp32 or bf16.")
+    from rlgf.cli import console, diagnose
+
+    console.quiet()
+    _print_findings(diagnose.check_model(model, device, precision))
+
+
 def _print_findings(findings: Sequence[Any]) -> None:
     from rlgf.cli import terminal
 

@@ -19,18 +19,54 @@ from rlgf.generation.openai.responses import InvalidError, PermanentError, Serve
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import CompletionRequest, Guide, query_guide
 from rlgf.guides.local import ReferenceGuide, TextModelGuide, as_guide
-from rlgf.models.loading import load_eos_token_ids, load_language_model, load_tokenizer, max_length_of
+from rlgf.models.configs import UNLIMITED
+from rlgf.models.forward import is_encoder_decoder
+from rlgf.models.input_probe import describe_inputs
+from rlgf.models.loading import count_parameters, load_eos_token_ids, load_language_model, load_tokenizer, max_length_of
 from rlgf.pipeline import build_guide
 from rlgf.pipeline.build_models import starting_codec
 from rlgf.pipeline.preflight import check
 from rlgf.pipeline.prepare import prepare_prompts
 from rlgf.pipeline.resolve import GuidePlan, ResolvedRun, resolve
 from rlgf.pipeline.stage_cache import Report, StageCache
+from rlgf.rl.model_check import check_model as check_model_support
+from rlgf.rl.model_check import describe_vllm
 from rlgf.tasks.registry import task_definition
 from rlgf.types import Prompt
 from rlgf.untrusted_text import show_value
 
 PROMPT, PREFIX = "The film begins in a quiet town where", " nothing ever happens. One day"  # asked without data
+DECODING = {
+    "own": "with the cache of rlgf (fast)", "select": "with transformers' cache (slower)",
+    "hold": "with transformers' cache, in which finished rows stay (slower)",
+    "uncached": "without a cache: whole texts at each token (much slower)",
+}  # fmt: skip
+
+
+def check_model(path: str, device: str, precision: str) -> list[Finding]:
+    """Describe what a model supports; raise an error of one sentence if it cannot be trained."""
+    model = load_language_model(path, device)
+    context = "no limit on tokens" if model.max_length >= UNLIMITED else f"a context of {model.max_length:,} tokens"
+    kind = "encoder–decoder" if is_encoder_decoder(model.model) else "causal model"
+    size = f"{count_parameters(model.model):,} parameters"
+    report, vllm = check_model_support(model, precision), describe_vllm(model.model)
+    agreement = report.agreement
+    findings = [
+        Finding("ok", f"{report.model_type}: {kind}, {size}, {context}"),
+        Finding(
+            "ok",
+            f"log-probabilities of sampling and training agree: {agreement.max_error:.1g} nats at most in {agreement.tokens} "
+            f"tokens (mean {agreement.mean_error:.1g})",
+        ),
+        Finding("ok" if report.is_fast else "warning", f"sampled {DECODING[report.decoding]}"),
+        Finding("ok", f"trained on {describe_inputs(model.model)}"),
+    ]
+    if report.absent_ids:
+        findings.append(Finding("ok", f"{report.absent_ids:,} embeddings without a token, never sampled"))
+    findings += [Finding("ok", f"LoRA: {', '.join(report.lora_targets)}")] if report.lora_targets else []
+    findings += [Finding("ok", "a value head on its states can be its critic")] if report.value_head else []
+    findings += [Finding("warning", reason) for reason in report.reasons]
+    return [*findings, Finding("ok", vllm)]
 
 
 def check_guide(

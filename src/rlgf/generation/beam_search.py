@@ -1,12 +1,14 @@
 """Beam search by transformers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlgf.generation.base import BATCH_TOKENS, SampledCompletions
-from rlgf.models.forward import autocast, pad_rows
+from rlgf.models.configs import decoder_opening
+from rlgf.models.forward import autocast, cache_options, input_format, pad_rows
 from rlgf.models.language_model import LanguageModel
 
 
@@ -18,6 +20,7 @@ def beam_search(
     num_beams: int,
     precision: str,
     sources: Sequence[Sequence[int]] | None,
+    with_cache: bool = True,
 ) -> SampledCompletions:
     """Return the most likely completions found by transformers' beam search with its defaults.
 
@@ -27,13 +30,18 @@ def beam_search(
     rows, max_length = len(prefixes), max(max_new_tokens, default=0)
     tokens, lengths = torch.zeros((rows, max_length), dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
     finished = torch.zeros(rows, dtype=torch.bool)
-    starts = [[] if sources is None else [model.config.decoder_start_token_id] for _ in range(rows)]
-    written = [[*start, *prefix] for start, prefix in zip(starts, prefixes)]
-    families: dict[tuple[int, int, int], list[int]] = {}
+    opening = () if sources is None else decoder_opening(model)
+    written = [[*opening, *prefix] for prefix in prefixes]
+    pads = input_format(model).rows in ("packed", "padded")
+    options: dict[str, Any] = {} if with_cache else cache_options(model, False)
+    if language_model.absent_ids is not None:
+        options["suppress_tokens"] = language_model.absent_ids.tolist()
+    families: dict[tuple[int, int, int, int], list[int]] = {}
     for row in range(rows):
         if max_new_tokens[row]:
-            families.setdefault((len(written[row]), max_new_tokens[row], min_new_tokens[row]), []).append(row)
-    for (width, budget, minimum), members in families.items():
+            source = 0 if pads or sources is None else len(sources[row])
+            families.setdefault((len(written[row]), max_new_tokens[row], min_new_tokens[row], source), []).append(row)
+    for (width, budget, minimum, _), members in families.items():
         # all beams of a batch run in one forward pass
         size = max(1, BATCH_TOKENS // 2 // (num_beams * (width + budget)))
         for batch in (members[start : start + size] for start in range(0, len(members), size)):
@@ -46,7 +54,7 @@ def beam_search(
             with torch.no_grad(), language_model.activate(), autocast(device, precision):
                 found = model.generate(
                     **inputs, num_beams=num_beams, do_sample=False, max_new_tokens=budget, min_new_tokens=minimum,
-                    eos_token_id=ends, pad_token_id=ends[0],
+                    eos_token_id=ends, pad_token_id=ends[0], **options,
                 )  # fmt: skip
             for row, text in zip(batch, found[:, width:].cpu()):
                 ended = torch.isin(text, torch.tensor(ends)).nonzero().flatten().tolist()

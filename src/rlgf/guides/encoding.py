@@ -65,7 +65,8 @@ def encode_guide_completions(
 
 def _limit(policy: LanguageModel, ids: list[int], max_new_tokens: int) -> EncodedCompletion:
     """Drop the tokens after the first EOS token and those beyond `max_new_tokens`."""
-    if any(not 0 <= token < policy.vocab_size for token in ids):
+    absent = set() if policy.absent_ids is None else set(policy.absent_ids.tolist())
+    if any(not 0 <= token < policy.vocab_size or token in absent for token in ids):
         raise GuideError(
             f"the guide returned token ids outside the policy's vocabulary of {policy.vocab_size}: it must use the policy's "
             "tokenizer."

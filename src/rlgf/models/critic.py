@@ -15,7 +15,8 @@ from rlgf.config.sections import LoraConfig
 from rlgf.data.checksums import verify_folder
 from rlgf.errors import ConfigError
 from rlgf.models import lora
-from rlgf.models.forward import MicroBatch, backbone_states
+from rlgf.models.configs import decoder_opening, set_decoder_opening, vocabulary_size
+from rlgf.models.forward import MicroBatch, backbone_states, head_width, is_encoder_decoder, state_width
 from rlgf.models.language_model import SFT, VALUE_HEAD, Backbone, LanguageModel
 from rlgf.models.loading import from_pretrained, use_fast_paths
 
@@ -96,17 +97,20 @@ def new_critic(kind: str, path: str, policy: LanguageModel, initial_value: float
     `kind` is 'separate', with a backbone loaded from `path` (a reward model will do), or
     'value_head', a head on the policy.
     """
-    width = int(policy.model.get_output_embeddings().in_features)
     if kind == "value_head":
-        return Critic(None, width, initial_value).load_value_head(path).to(policy.device)
-    model = use_fast_paths(from_pretrained(AutoModel, path, "critic", dtype=torch.float32)).eval()
+        return Critic(None, head_width(policy), initial_value).load_value_head(path).to(policy.device)
+    model: Any = from_pretrained(AutoModel, path, "critic", dtype=torch.float32)
+    if is_encoder_decoder(model):
+        set_decoder_opening(model, decoder_opening(policy.model))
+    vocabulary = vocabulary_size(model.config)
     # a reward model may have an additional padding token
-    if int(model.config.vocab_size) not in (policy.vocab_size, policy.vocab_size + 1):
+    if vocabulary not in (policy.vocab_size, policy.vocab_size + 1):
         raise ConfigError(
-            f"critic.path '{path}' has {model.config.vocab_size} embeddings and the policy {policy.vocab_size}: "
+            f"critic.path '{path}' has {vocabulary} embeddings and the policy {policy.vocab_size}: "
             "a critic runs on the policy's tokens, so choose one with the same tokenizer."
         )
-    return Critic(Backbone(model), int(model.config.hidden_size), initial_value).load_value_head(path).to(policy.device)
+    backbone = Backbone(use_fast_paths(model).eval())
+    return Critic(backbone, state_width(backbone), initial_value).load_value_head(path).to(policy.device)
 
 
 def require_lora_critic(path: str) -> None:
@@ -131,6 +135,5 @@ def new_lora_critic(
         lora.clone(policy.model, SFT, name)
     else:
         lora.add(policy.model, name, config, seed)
-    width = int(policy.model.get_output_embeddings().in_features)
-    critic = Critic(Backbone(policy.model.base_model, name, policy.model), width, initial_value)
-    return critic.load_value_head(path).to(policy.device)
+    backbone = Backbone(policy.model.base_model, name, policy.model)
+    return Critic(backbone, state_width(backbone), initial_value).load_value_head(path).to(policy.device)

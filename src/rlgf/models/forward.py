@@ -13,10 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from rlgf.models import padding_free
+from rlgf.models.configs import decoder_opening
 from rlgf.models.offload import on_device
 
 MIN_ROW_FILL = 0.75  # min. shortest / longest of the padded rows in a micro-batch
 MIN_PACKED_FILL = 0.5  # the same for packed rows, where only attention is padded
+
+
+@dataclass(frozen=True)
+class InputFormat:
+    """The inputs that a model evaluates correctly, found when it is loaded (`input_probe`)."""
+
+    rows: str = "padded"  # evaluated together: "packed", "padded", rows of "equal" length, or a "single" one
+    first_position: int = 0  # of position embeddings that count from the padding's; 0: the model's own
+    as_embeddings: bool = False  # word embeddings instead of ids, on which its positions depend
+    takes_use_cache: bool = True  # whether the forward pass has the argument `use_cache`
+    restricts_head: bool = True  # whether the head works on selected states alone
+
+
+def input_format(model: Any) -> InputFormat:
+    """Return the format of a model's inputs."""
+    known = getattr(model, "_rlgf_input_format", None)
+    return known or InputFormat("packed" if padding_free.is_enabled(model) else "padded")
+
+
+def cache_options(model: Any, use_cache: bool) -> dict[str, bool]:
+    """Return the argument `use_cache` if the model's forward pass has it."""
+    return {"use_cache": use_cache} if input_format(model).takes_use_cache else {}
 
 
 @dataclass(frozen=True)
@@ -64,7 +87,8 @@ def micro_batches(model: Any, ids: Tensor, starts: Tensor, selected: Tensor, tok
     """
     needed = (torch.arange(1, ids.shape[1] + 1) * selected).amax(1) if ids.numel() else torch.zeros(0)
     selected_rows = needed.nonzero().squeeze(1)
-    for group in group_by_length(needed[selected_rows], token_budget, padding_free.is_enabled(model)):
+    sources = starts[selected_rows] if is_encoder_decoder(model) else None
+    for group in group_rows(input_format(model).rows, needed[selected_rows], sources, token_budget):
         members = selected_rows[group]
         width = int(needed[members].max())
         yield micro_batch(model, members, ids[members, :width], starts[members], selected[members, :width])
@@ -78,10 +102,11 @@ def micro_batch(model: Any, members: Tensor, ids: Tensor, starts: Tensor, select
     rows, columns = selected.nonzero(as_tuple=True)
     written, states, source, lengths = ids[:, :-1], columns - 1, None, None
     if is_encoder_decoder(model):
-        states, source, lengths = columns - starts[rows], ids[:, : int(starts.max())], starts
-        following = starts[:, None] - 1 + torch.arange(int(states.max()) + 1)
+        opening = decoder_opening(model)
+        states, source, lengths = columns - starts[rows] + len(opening) - 1, ids[:, : int(starts.max())], starts
+        following = starts[:, None] - len(opening) + torch.arange(int(states.max()) + 1)
         written = ids.gather(1, following.clamp(0, ids.shape[1] - 1))
-        written[:, 0] = model.config.decoder_start_token_id
+        written[:, : len(opening)] = torch.tensor(opening)
     read = torch.zeros(len(ids), dtype=torch.int64).scatter_reduce_(0, rows, states + 1, "amax")
     return MicroBatch(members, rows, columns, states, written, read, source, lengths, model.device)
 
@@ -89,6 +114,27 @@ def micro_batch(model: Any, members: Tensor, ids: Tensor, starts: Tensor, select
 def is_encoder_decoder(model: Any) -> bool:
     """Return whether a model is an encoder–decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def group_rows(rows: str, lengths: Tensor, sources: Tensor | None, token_budget: int) -> list[Tensor]:
+    """Return row indices in groups that a model evaluates together, the longest first.
+
+    Args:
+        rows: which rows that are, as in `InputFormat`.
+        lengths: tokens of each row.
+        sources: tokens of each row's source, if the model has an encoder.
+        token_budget: tokens of a group, which may be exceeded by a single row.
+    """
+    if rows in ("packed", "padded"):
+        return group_by_length(lengths, token_budget, rows == "packed")
+    alike: dict[tuple[int, int], list[int]] = {}
+    for row, length in enumerate(lengths.tolist()):
+        alike.setdefault((length, 0 if sources is None else int(sources[row])), []).append(row)
+    groups: list[Tensor] = []
+    for (length, _), members in sorted(alike.items(), reverse=True):
+        size = 1 if rows == "single" else max(1, token_budget // max(1, length))
+        groups += [torch.tensor(members[start : start + size]) for start in range(0, len(members), size)]
+    return groups
 
 
 def group_by_length(lengths: Tensor, token_budget: int, packed: bool) -> list[Tensor]:
@@ -125,6 +171,11 @@ class ForwardModel(Protocol):
         """Return the transformers model."""
         ...
 
+    @property
+    def absent_ids(self) -> Tensor | None:
+        """Return the ids that are left out of the softmax, or None."""
+        ...
+
     def activate(self) -> AbstractContextManager[None]:
         """Activate this model on its shared weights within the block."""
         ...
@@ -136,15 +187,31 @@ def token_logits(reader: ForwardModel, batch: MicroBatch, precision: str = "fp32
     The logits, given all tokens before, are float [selected, vocabulary]. The states,
     [selected, hidden], are the input of the model's head.
     """
-    model = reader.model
-    with (
-        reader.activate(),
-        autocast(model.device, precision),
-        model_inputs(model, batch) as (inputs, pick),
-        restrict_lm_head(model, pick) as hidden,
-    ):
-        logits = model(**inputs, use_cache=False).logits
-    return logits.squeeze(0).float(), hidden[0]
+    model, options = reader.model, cache_options(reader.model, False)
+    with reader.activate(), autocast(model.device, precision), model_inputs(model, batch) as (inputs, pick):
+        if input_format(model).restricts_head:
+            with restrict_lm_head(model, pick) as hidden:
+                logits, states = model(**inputs, **options).logits.squeeze(0), hidden[0]
+        else:
+            output = model(**inputs, **options, output_hidden_states=True)
+            logits, states = pick(output.logits), pick(last_states(output))
+    return without_ids(logits.float(), reader.absent_ids), states
+
+
+def last_states(output: Any) -> Tensor:
+    """Return the hidden states of the last layer in a model's output."""
+    found = getattr(output, "decoder_hidden_states", None)
+    return (output.hidden_states if found is None else found)[-1]
+
+
+def without_ids(logits: Tensor, absent: Tensor | None) -> Tensor:
+    """Return `logits` [tokens, vocabulary] with −∞ at the absent ids; unchanged without any."""
+    if absent is None:
+        return logits
+    absent = absent.to(logits.device)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return logits.index_fill(1, absent, -torch.inf)
+    return logits.index_fill_(1, absent, -torch.inf)
 
 
 def backbone_states(trunk: ForwardModel, batch: MicroBatch, precision: str = "fp32") -> Tensor:
@@ -157,7 +224,7 @@ def backbone_states(trunk: ForwardModel, batch: MicroBatch, precision: str = "fp
     if is_encoder_decoder(model) and model.get_output_embeddings() is not None:
         return token_logits(trunk, batch, precision)[1]
     with trunk.activate(), autocast(model.device, precision), model_inputs(model, batch) as (inputs, pick):
-        return pick(model(**inputs, use_cache=False).last_hidden_state)
+        return pick(model(**inputs, **cache_options(model, False)).last_hidden_state)
 
 
 def iter_logits(
@@ -190,7 +257,53 @@ def model_inputs(model: Any, batch: MicroBatch) -> Generator[tuple[dict[str, Ten
     if batch.encoder_ids is not None and batch.encoder_lengths is not None:
         mask = (torch.arange(batch.encoder_ids.shape[1]) < batch.encoder_lengths[:, None]).long()
         inputs = {"input_ids": batch.encoder_ids, "attention_mask": mask, "decoder_input_ids": batch.decoder_ids}
-    yield {name: value.to(batch.device) for name, value in inputs.items()}, lambda hidden: hidden[places]
+    inputs = {name: value.to(batch.device) for name, value in inputs.items()}
+    yield adapt_inputs(model, inputs), lambda hidden: hidden[places]
+
+
+def adapt_inputs(model: Any, inputs: dict[str, Any], past: int = 0) -> dict[str, Any]:
+    """Return inputs of a model in the format that it evaluates correctly.
+
+    Args:
+        model: a transformers model.
+        inputs: its inputs, with token ids.
+        past: tokens before these, which are in a cache.
+    """
+    wanted = input_format(model)
+    if wanted.first_position and "input_ids" in inputs and not is_encoder_decoder(model):
+        ids = inputs["input_ids"]
+        columns = torch.arange(ids.shape[1], device=ids.device) + wanted.first_position + past
+        inputs = {**inputs, "position_ids": columns.expand(len(ids), -1)}
+    if not wanted.as_embeddings:
+        return inputs
+    parts = {"input_ids": model, "decoder_input_ids": model}
+    if is_encoder_decoder(model):
+        parts = {"input_ids": model.get_encoder(), "decoder_input_ids": model.get_decoder()}
+    return {
+        name.replace("input_ids", "inputs_embeds"): parts[name].get_input_embeddings()(value) if name in parts else value
+        for name, value in inputs.items()
+    }
+
+
+def head_width(reader: ForwardModel) -> int:
+    """Return the width of the states that `token_logits` computes."""
+    if input_format(reader.model).restricts_head:
+        head = reader.model.get_output_embeddings()
+        return int(getattr(head, "in_features", 0) or head.weight.shape[1])
+    with torch.no_grad():
+        return int(token_logits(reader, _shortest_batch(reader.model))[1].shape[1])
+
+
+def _shortest_batch(model: Any) -> MicroBatch:
+    """Return a micro-batch of one text of one token."""
+    pair, one = torch.zeros((1, 2), dtype=torch.int64), torch.ones(1, dtype=torch.int64)
+    return micro_batch(model, torch.arange(1), pair, one, torch.tensor([[False, True]]))
+
+
+def state_width(trunk: ForwardModel) -> int:
+    """Return the width of the states that `backbone_states` computes, from a text of one token."""
+    with torch.no_grad():
+        return int(backbone_states(trunk, _shortest_batch(trunk.model)).shape[1])
 
 
 @contextmanager

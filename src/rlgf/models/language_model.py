@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ class LanguageModel:
     max_length: int  # tokens of prompt and completion; of an encoder–decoder, of each
     vocab_size: int
     adapter: str | None = None  # the adapter of this model; None: the base weights alone
+    # embeddings without a token, never sampled; None: there are none
+    absent_ids: Tensor | None = field(default=None, compare=False)
 
     @property
     def eos_token_id(self) -> int:
@@ -106,6 +108,7 @@ class Backbone:
     model: Any
     adapter: str | None = None
     owner: Any = None  # the model that carries the adapters, if `model` is a part of it
+    absent_ids: Tensor | None = None  # has no meaning without a head
 
     def activate(self) -> AbstractContextManager[None]:
         """Activate this backbone on its shared weights within the block."""

@@ -23,7 +23,8 @@ from rlgf.data.hub import hub_is_reachable, load_failure_reason
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.kernels import dispatch
-from rlgf.models import lora, padding_free
+from rlgf.models import configs, lora, padding_free
+from rlgf.models.input_probe import probe_input_format
 from rlgf.models.language_model import SFT, VALUE_HEAD, LanguageModel
 
 TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "special_tokens", "tekken", "spiece", "sentencepiece", "bpe")
@@ -36,7 +37,9 @@ def load_tokenizer(path: str) -> Any:
 
 def max_length_of(path: str) -> int:
     """Return the maximum number of tokens of a model, from its config alone."""
-    return _max_length(_config(path))
+    config = _config(path)
+    opening = configs.opening_of(config, _generation_config(path)) if config.is_encoder_decoder else ()
+    return _max_length(config, opening)
 
 
 def has_encoder(path: str) -> bool:
@@ -55,8 +58,9 @@ def load_codec(path: str) -> Codec:
     return Codec(load_tokenizer(path), has_encoder(path))
 
 
-def _max_length(config: Any) -> int:
-    return int(getattr(config, "max_position_embeddings", 0) or 10**9)
+def _max_length(config: Any, opening: tuple[int, ...]) -> int:
+    """Return the maximum length of a model; a forced first token takes one of its positions."""
+    return configs.max_length(config) - max(0, len(opening) - 1)
 
 
 def load_language_model(
@@ -77,17 +81,40 @@ def load_language_model(
         _check_vocabulary(tokenizer, share_weights_with.vocab_size, path)
         if adapted:
             lora.load(share_weights_with.model, path, own := lora.unique_name(share_weights_with.model, name))
-        return replace(share_weights_with, adapter=own, tokenizer=tokenizer, eos_token_ids=load_eos_token_ids(path, tokenizer))
+        return replace(
+            share_weights_with, adapter=own, tokenizer=tokenizer, eos_token_ids=load_eos_token_ids(path, tokenizer),
+            absent_ids=absent_ids(tokenizer, share_weights_with.vocab_size),
+        )  # fmt: skip
     base = lora.base_of(path) if adapted else path
-    auto = AutoModelForSeq2SeqLM if has_encoder(path) else AutoModelForCausalLM
     model = from_pretrained(
-        auto, base, "language model", dtype=torch.float32, **(quantization_config_4bit(device) if in_4bit else {})
+        _auto_class(_config(path), path),
+        base,
+        "language model",
+        dtype=torch.float32,
+        **(quantization_config_4bit(device) if in_4bit else {}),
     )
     loaded = wrap_model(model if in_4bit else model.to(device), load_tokenizer(path), path)
     if not adapted:
         return loaded
     lora.load(loaded.model, path, name)
     return replace(loaded, adapter=name)
+
+
+def _auto_class(config: Any, path: str) -> Any:
+    """Return the `Auto` class that loads a language model with a config.
+
+    Some decoders that also take sound are listed among the encoder–decoders.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING as PAIRS
+
+    pairs = type(config) in PAIRS and (config.is_encoder_decoder or type(config) not in CAUSAL)
+    if not pairs and type(config) not in CAUSAL:
+        raise ConfigError(
+            f"'{path}' is a model of type '{config.model_type}', which transformers has as neither a causal model nor an "
+            "encoder–decoder: choose another model (docs/models.md)."
+        )
+    return AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
 
 
 def require_language_model(folder: str) -> None:
@@ -121,10 +148,41 @@ def wrap_model(model: Any, tokenizer: Any, name: str) -> LanguageModel:
 
     Raises ConfigError if the model has no EOS token, or too few embeddings for the tokenizer.
     """
-    vocabulary = int(model.config.vocab_size)
+    vocabulary = configs.vocabulary_size(model.config, model)
     _check_vocabulary(tokenizer, vocabulary, name)
     ends = _eos_token_ids(tokenizer, model.generation_config, model.config, name)
-    return LanguageModel(use_fast_paths(model), tokenizer, ends, _max_length(model.config), vocabulary)
+    opening = configs.opening_of(model.config, model.generation_config)
+    if model.config.is_encoder_decoder:
+        if not opening:
+            raise ConfigError(
+                f"model '{name}' is an encoder–decoder without a first token of its output: set decoder_start_token_id in its "
+                "config.json."
+            )
+        configs.set_decoder_opening(model, opening)
+    model = use_fast_paths(model)
+    return LanguageModel(
+        model, tokenizer, ends, _max_length(model.config, opening), vocabulary, absent_ids=absent_ids(tokenizer, vocabulary)
+    )
+
+
+def absent_ids(tokenizer: Any, vocabulary: int) -> torch.Tensor | None:
+    """Return the ids of embeddings without a token, or None if there are none.
+
+    Models pad their vocabulary to a round number; nothing is known about these embeddings.
+    """
+    if len(tokenizer) >= vocabulary:
+        return None
+    present = set(tokenizer.get_vocab().values())
+    missing = [id for id in range(vocabulary) if id not in present]
+    return torch.tensor(missing) if missing else None
+
+
+def _generation_config(path: str) -> Any:
+    """Load the generation config of a model or an adapter's base, if there is one."""
+    try:
+        return GenerationConfig.from_pretrained(lora.base_of(path) if lora.is_adapter_folder(path) else path)
+    except OSError:
+        return None
 
 
 def load_eos_token_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
@@ -132,20 +190,16 @@ def load_eos_token_ids(path: str, tokenizer: Any) -> tuple[int, ...]:
 
     They are those that `load_language_model` finds.
     """
-    config = _config(path)
-    try:
-        generation: Any = GenerationConfig.from_pretrained(lora.base_of(path) if lora.is_adapter_folder(path) else path)
-    except OSError:  # the model has no generation config
-        generation = None
-    return _eos_token_ids(tokenizer, generation, config, path)
+    return _eos_token_ids(tokenizer, _generation_config(path), _config(path), path)
 
 
 def _eos_token_ids(tokenizer: Any, generation: Any, config: Any, name: str) -> tuple[int, ...]:
     ends: list[int] = []
-    for configured in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None), config.eos_token_id):
+    own = getattr(config, "eos_token_id", None) or getattr(configs.text_config(config), "eos_token_id", None)
+    for configured in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None), own):
         for end in configured if isinstance(configured, list) else [configured]:
             # GPT-2's default id exceeds a small vocabulary
-            if end is not None and end < int(config.vocab_size) and end not in ends:
+            if end is not None and 0 <= end < configs.vocabulary_size(config) and end not in ends:
                 ends.append(end)
     if not ends:
         raise ConfigError(
@@ -194,9 +248,17 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
 def use_fast_paths(model: Any) -> Any:
     """Enable faster layers and packed rows in a model, with the same results, and return it.
 
-    See `kernels.dispatch` and `padding_free`.
+    See `kernels.dispatch`, `padding_free` and `input_probe`. Raises ConfigError for a model that is
+    not causal.
     """
-    return model if dispatch.is_off() else padding_free.enable(dispatch.replace_modules(model))
+    if not dispatch.is_off():
+        model = padding_free.enable(dispatch.replace_modules(model))
+    # of a classifier on a causal model, the states are used; others are evaluated as they are
+    classifies = "SequenceClassification" in type(model).__name__
+    if classifies and not (hasattr(model, "score") and not model.config.is_encoder_decoder):
+        return model
+    probe_input_format(getattr(model, model.base_model_prefix) if classifies else model)
+    return model
 
 
 def from_pretrained(auto: Any, path: str, kind: str, **options: Any) -> Any:

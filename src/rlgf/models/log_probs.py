@@ -127,7 +127,10 @@ def entropy(logits: Tensor) -> Tensor:
     parts: list[Tensor] = []
     for part in logits.split(64):
         log_probs = part.log_softmax(1)
-        parts.append(-(log_probs.exp() * log_probs).sum(1))
+        total = -(log_probs.exp() * log_probs).sum(1)
+        if bool(total.isnan().any()):  # 0 · −∞ at ids without a token
+            total = torch.special.entr(log_probs.exp()).sum(1)
+        parts.append(total)
     return torch.cat(parts) if parts else logits.new_zeros(0)
 
 

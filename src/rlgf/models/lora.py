@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from rlgf.config.sections import LoraConfig
 from rlgf.errors import ConfigError
+from rlgf.models.configs import text_config
 
 
 def has_adapters(model: Any) -> bool:
@@ -110,6 +111,7 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
     lora = LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout,  # pyright: ignore[reportArgumentType]
         target_modules=list(config.target_modules) or "all-linear",
+        exclude_modules=None if config.target_modules else _unadaptable(model) or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]), _allow_multiple_adapters():
@@ -120,7 +122,45 @@ def add(model: Any, name: str, config: LoraConfig, seed: int) -> None:
             raise ConfigError(
                 f"lora.target_modules are {list(config.target_modules)}, which peft rejects ({error}): choose others."
             ) from None
+    if tied := tied_layers(model):
+        raise ConfigError(
+            f"lora.target_modules names {tied[0].split('.')[-1]}, whose weights this model uses in another layer too, "
+            "where the adapter would not work: choose layers with weights of their own."
+        )
     _freeze_all(model)
+
+
+# the layer of state-space models whose weights their kernels take as they are; peft refuses it
+STATE_SPACE_OUTPUT = "out_proj"
+STATE_SPACE_MODELS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+
+
+def _unadaptable(model: Any) -> list[str]:
+    """Return the last names of linear layers that cannot have an adapter.
+
+    These are routers, which return more than a product, and what peft refuses.
+    """
+    found = {STATE_SPACE_OUTPUT} if getattr(model.config, "model_type", None) in STATE_SPACE_MODELS else set[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models."):
+            found.add(name.split(".")[-1])
+    return sorted(found)
+
+
+def tied_layers(model: Any) -> list[str]:
+    """Return the names of adapted layers whose weights belong to another layer too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+        and any(users[id(parameter)] > 1 for parameter in module.get_base_layer().parameters(recurse=False))
+    ]
 
 
 @contextmanager
@@ -128,6 +168,8 @@ def _allow_multiple_adapters() -> Generator[None]:
     """Suppress peft's warning about several adapters in one model."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True")  # `add` refuses tied weights
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to True but")  # GPT-2 has layers of both kinds
         yield
 
 
@@ -192,13 +234,15 @@ def quiet_peft() -> Generator[None]:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", ".*tie_word_embeddings=True")  # `merged` unties them
         yield
 
 
 def merged(model: Any, folder: str) -> Any:
     """Return a base model with the adapter of a folder merged into its weights, in place.
 
-    Raises ConfigError for weights in 4 bits, which cannot be merged into.
+    An adapter on tied embeddings unties them. Raises ConfigError for weights in 4 bits, which
+    cannot be merged into.
     """
     if getattr(model, "is_quantized", False):
         raise ConfigError("4-bit base weights cannot be merged into: load them unquantized (lora.load_in_4bit=false).")
@@ -207,7 +251,23 @@ def merged(model: Any, folder: str) -> Any:
 
     with quiet_peft():
         whole: Any = PeftModel.from_pretrained(model, str(Path(folder).expanduser()))
+    if tied := tied_layers(model):
+        _untie(model, tied)
     return whole.merge_and_unload()
+
+
+def _untie(model: Any, names: list[str]) -> None:
+    """Give adapted layers weights of their own; the other layer keeps those without the adapter."""
+    if model.config.is_encoder_decoder:  # T5 scales the states before a tied head
+        raise ConfigError(
+            f"the adapter changes {names[0].split('.')[-1]}, whose weights an encoder–decoder uses in several layers: it "
+            "cannot be merged."
+        )
+    for config in (model.config, text_config(model.config)):
+        config.tie_word_embeddings = False
+    for name in names:
+        layer = model.get_submodule(name).get_base_layer()
+        layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 def trainable_parameters(model: Any, name: str) -> list[nn.Parameter]:
@@ -245,6 +305,13 @@ def _layers(model: Any) -> list[Any]:
     if not hasattr(model, "_rlgf_adapted"):
         model._rlgf_adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     return model._rlgf_adapted
+
+
+def adapted_names(model: Any) -> list[str]:
+    """Return the last names of the layers that adapters change, each once, sorted."""
+    adapted = {id(layer) for layer in _layers(model)}
+    names = {name.split(".")[-1] for name, module in model.named_modules() if id(module) in adapted}
+    return sorted(names - {"base_layer"})  # peft adapts several weights of a mixture's experts, one inside another
 
 
 def _forget_layers(model: Any) -> None:

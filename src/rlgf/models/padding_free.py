@@ -306,16 +306,29 @@ def enable(model: Any) -> Any:
     index in the packed row is not taken for its position in its sequence. Returns the model,
     unchanged if it is not supported.
     """
-    config = model.config
-    able = getattr(model, "_supports_attention_backend", False) or config.is_encoder_decoder
-    able = able and getattr(model, "_supports_sdpa", False) and config._attn_implementation == "sdpa"
-    relative = [module for module in model.modules() if hasattr(module, "compute_bias")]
-    plain = not getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
-    if able and plain and bool(relative) == bool(config.is_encoder_decoder):
+    if supports(model):
         model.set_attn_implementation(ATTENTION_NAME)
-        for module in relative:
+        for module in _relative(model):
             module.__class__ = _with_padded_bias(type(module))
     return model
+
+
+def supports(model: Any) -> bool:
+    """Return whether a model attends through transformers' interface, as far as its class says."""
+    config = model.config
+    able = getattr(model, "_supports_attention_backend", False) or config.is_encoder_decoder
+    able = able and getattr(model, "_supports_sdpa", False) and config._attn_implementation in ("sdpa", ATTENTION_NAME)
+    plain = not getattr(config, "sliding_window", None) and not getattr(config, "layer_types", None)
+    return bool(able and plain and bool(_relative(model)) == bool(config.is_encoder_decoder))
+
+
+def disable(model: Any) -> None:
+    """Evaluate a model on padded rows from now on."""
+    model.set_attn_implementation("sdpa")
+
+
+def _relative(model: Any) -> list[Any]:
+    return [module for module in model.modules() if hasattr(module, "compute_bias")]
 
 
 def is_enabled(model: Any) -> bool:

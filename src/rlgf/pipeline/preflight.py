@@ -281,6 +281,8 @@ def check_lengths(codec: Codec, context: int, task: Task, plan: TaskPlan) -> int
     """
     max_new_tokens = plan.config.max_new_tokens
     truncates = any(field.name == "prompt_tokens" for field in dataclasses.fields(plan.definition.options))
+    if codec.is_encoder_decoder and max_new_tokens > context:
+        raise ConfigError(f"task.max_new_tokens is {max_new_tokens}, but the model writes at most {context} tokens: lower it.")
     room, longest = context if codec.is_encoder_decoder else context - max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)

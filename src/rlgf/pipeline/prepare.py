@@ -14,6 +14,7 @@ from rlgf.data.hub import is_local_name, path_exists
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.evaluation.chat_judge import probe_judge
+from rlgf.generation.decoding_path import slower_path_note
 from rlgf.guides.base import Guide, TracksUsage
 from rlgf.kernels import dispatch
 from rlgf.models.language_model import LanguageModel
@@ -114,6 +115,8 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
         assert guide is not None
         policy_path = _distill(run, start, reference, guide, task, cache, directory)
     models = build_models(run.policy, algorithm, reference, start, policy_path)
+    if note := slower_path_note(models.policy):
+        cache.report(note)
     if reward is None:
         reward = prepare_reward(run.reward, task, folders, models.policy)
         check_reward(reward, task, codec, config.task.max_new_tokens, cache)

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 
 from rlgf.errors import ConfigError
+from rlgf.models.configs import UNLIMITED, max_length
 from rlgf.models.loading import from_pretrained, load_tokenizer
 from rlgf.types import Prompt
 
@@ -27,12 +28,7 @@ class SequenceClassifier:
         self.path, self.batch_size, self.num_truncated = path, batch_size if pads else 1, 0
         self.empty = self._empty_text()
         self.label = choose_label(self.model.config, path, label)
-        limits = [getattr(self.model.config, "max_position_embeddings", None), self.tokenizer.model_max_length]
-        padding_idx = getattr(self.model.config, "pad_token_id", None) or 0
-        positions = next((module for name, module in self.model.named_modules() if name.endswith("position_embeddings")), None)
-        # RoBERTa counts positions from behind its padding index
-        offset = padding_idx + 1 if getattr(positions, "padding_idx", None) is not None else 0
-        self.max_length = min(limit for limit in (limits[0] and limits[0] - offset, limits[1]) if limit)
+        self.max_length = min(max_length(self.model.config), self.tokenizer.model_max_length or UNLIMITED)
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Return the probability of the label for each text."""

@@ -20,10 +20,10 @@ from rlgf.data.preferences import Pair
 from rlgf.data.tokenization import Codec, encode_continuation
 from rlgf.errors import ConfigError
 from rlgf.models import lora
-from rlgf.models.forward import backbone_states, group_by_length, is_encoder_decoder, micro_batch, pad_rows
+from rlgf.models.configs import UNLIMITED, max_length
+from rlgf.models.forward import backbone_states, group_rows, input_format, is_encoder_decoder, micro_batch, pad_rows
 from rlgf.models.language_model import Backbone, LanguageModel
 from rlgf.models.loading import from_pretrained, load_tokenizer, use_fast_paths
-from rlgf.models.padding_free import is_enabled
 from rlgf.text_metrics.optional import require_extra
 from rlgf.types import Prompt
 
@@ -88,8 +88,7 @@ class RewardModel:
     @property
     def max_length(self) -> int:
         """Return the maximum length of prompt and completion, in tokens."""
-        length = getattr(self.classifier.config, "max_position_embeddings", None) or 10**9
-        return min(int(length), int(self.tokenizer.model_max_length or 10**9))
+        return min(max_length(self.classifier.config), int(self.tokenizer.model_max_length or UNLIMITED))
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Return the score of each completion given its prompt."""
@@ -192,6 +191,9 @@ class RewardModel:
                 inputs["token_type_ids"] = ((ends.cumsum(1) - ends) > 0).long() * inputs["attention_mask"]
             device = self.classifier.device
             return self.model(**{name: value.to(device) for name, value in inputs.items()}).logits[:, 0]
+        kind = input_format(self._backbone_model).rows
+        if len(rows) > 1 and (kind == "single" or (kind == "equal" and len(set(lengths.tolist())) > 1)):
+            return torch.cat([self.scores([row]) for row in rows])
         ids, selected = _with_end_column(rows, lengths)
         batch = micro_batch(
             self._backbone_model, torch.arange(len(rows)), ids, torch.ones(len(rows), dtype=torch.int64), selected
@@ -212,7 +214,8 @@ class RewardModel:
     def _batches(self, rows: Sequence[Sequence[int]]) -> Any:
         """Yield the row indices and the scores of each micro-batch."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        for members in group_by_length(lengths, self.token_budget, self.scores_last_state and is_enabled(self._backbone_model)):
+        kind = input_format(self._backbone_model).rows if self.scores_last_state else "padded"
+        for members in group_rows(kind, lengths, None, self.token_budget):
             yield members, self.scores([rows[place] for place in members.tolist()])
 
     def save(self, folder: Path) -> None:

@@ -23,9 +23,16 @@ from rlgf.algorithms.guided import Algorithm, PhaseWeight
 from rlgf.config.sections import PPOConfig
 from rlgf.distributed import all_reduce_moments
 from rlgf.kernels import dispatch
-from rlgf.models import padding_free
 from rlgf.models.critic import Critic
-from rlgf.models.forward import MicroBatch, backbone_states, is_encoder_decoder, micro_batches, token_logits
+from rlgf.models.forward import (
+    InputFormat,
+    MicroBatch,
+    backbone_states,
+    input_format,
+    is_encoder_decoder,
+    micro_batches,
+    token_logits,
+)  # fmt: skip
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import token_log_probs
 from rlgf.models.offload import on_device
@@ -101,11 +108,11 @@ class RolloutScorer:
 
     def __init__(self, rollout: Rollout, forward_config: ForwardConfig) -> None:
         self.rollout, self.forward_config = rollout, forward_config
-        self.packed: list[tuple[tuple[bool, bool], Tensor, list[MicroBatch]]] = []
+        self.packed: list[tuple[tuple[InputFormat, bool], Tensor, list[MicroBatch]]] = []
 
     def batches(self, model: Any, selected: Tensor) -> list[MicroBatch]:
         """Return the micro-batches of the selected tokens in the model's input format."""
-        kind = (padding_free.is_enabled(model), is_encoder_decoder(model))
+        kind = (input_format(model), is_encoder_decoder(model))
         for known, tokens, batches in self.packed:
             if known == kind and torch.equal(tokens, selected):
                 return batches

@@ -16,6 +16,7 @@ from rlgf.data.preferences import Pair, Pairs, length_baseline, pairwise_accurac
 from rlgf.errors import ConfigError
 from rlgf.interrupts import Steps
 from rlgf.models import lora
+from rlgf.models.configs import vocabulary_size
 from rlgf.models.forward import group_by_length
 from rlgf.models.loading import from_pretrained, load_tokenizer, quantization_config_4bit, use_fast_paths
 from rlgf.rewards.reward_model import PADDING, RewardModel, is_reward_model
@@ -68,7 +69,7 @@ def _add_padding(model: Any, tokenizer: Any) -> bool:
             tokenizer.pad_token = unknown
         else:
             tokenizer.add_special_tokens({"pad_token": PADDING})
-            resized = len(tokenizer) > int(model.config.vocab_size)
+            resized = len(tokenizer) > vocabulary_size(model.config)
             if resized:
                 model.resize_token_embeddings(len(tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlgf.data.hub import offline_if_unreachable
 from rlgf.errors import ConfigError
+from rlgf.models.configs import max_length
 from rlgf.text_metrics.captions import plain
 from rlgf.text_metrics.optional import require_extra
 
@@ -45,19 +46,16 @@ class BertScore:
             ) from None
         tokenizer = self.scorer._tokenizer
         # a tokenizer saved without a limit has 1e30, which its own truncation rejects
-        config = self.scorer._model.config
-        max_length = getattr(config, "max_position_embeddings", None) or 1 << 20
-        offset = 2 if "roberta" in config.model_type else 0  # the first positions are for padding
-        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length - offset)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length(self.scorer._model.config), 1 << 20)
         self.path, self.max_length = model, int(tokenizer.model_max_length)
         self.model, self.batch_size, self.num_truncated = model, batch_size, 0
 
     def count_truncated(self, texts: Sequence[str]) -> int:
         """Return the number of texts over the model's length: the package truncates them."""
         tokenizer = self.scorer._tokenizer
-        max_length = int(tokenizer.model_max_length)
-        long = [plain(text) for text in texts if len(text.encode("utf-8", "surrogatepass")) > max_length - 2]
-        return sum(len(tokenizer(text, verbose=False)["input_ids"]) > max_length for text in long)
+        limit = int(tokenizer.model_max_length)
+        long = [plain(text) for text in texts if len(text.encode("utf-8", "surrogatepass")) > limit - 2]
+        return sum(len(tokenizer(text, verbose=False)["input_ids"]) > limit for text in long)
 
     def __call__(self, texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, list[float]]:
         """Return for each key one number per text; 0 for a text without words."""
