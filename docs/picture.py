@@ -159,6 +159,51 @@ def mask_picture(name: str, lines: Sequence[Line]) -> str:
     return svg(y - 18, f"{name.removeprefix('mask-')}. {label}", body)
 
 
+BOX = {"input": "#6e7781", "call": "#1f6feb"}
+
+
+def box(x: float, y: float, width: float, title: str, words: str, kind: str = "input") -> list[str]:
+    """Return a box with a title and a second line."""
+    return [
+        f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="46" rx="6" fill="{BOX[kind]}"/>',
+        text(x + width / 2, y + 20, title, "token"),
+        text(x + width / 2, y + 37, words, "token note"),
+    ]
+
+
+def arrow(*points: tuple[float, float]) -> str:
+    """Return an arrow along points."""
+    path = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+    return f'<path d="{path}" fill="none" stroke="#8c959f" stroke-width="2" marker-end="url(#head)"/>'
+
+
+def iteration_picture() -> str:
+    """Return the picture of one iteration in docs/architecture.md."""
+    head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+    body = ["<style>.note { font-size: 11.5px }</style>", f'<defs>{head}<path d="M0 0L8 4L0 8z" fill="#8c959f"/></marker></defs>']
+    inputs = [
+        ("Prompts", "tasks/"), ("Algorithm", "algorithms/guided.py"), ("Guide", "guides/"), ("Sampler", "generation/decoder.py"),
+    ]  # fmt: skip
+    for place, (title, words) in enumerate(inputs):
+        y = 10 + 58 * place
+        body += box(16, y, 150, title, words)
+        body.append(arrow((166, y + 23), (196, y + 23), (196, 97 if place < 2 else 103), (222, 97 if place < 2 else 103)))
+    calls = [
+        (224, "collect_rollout", "rl/rollout.py"), (424, "make_experience", "rl/experience.py"), (634, "update", "rl/update.py"),
+    ]  # fmt: skip
+    for x, title, words in calls:
+        body += box(x, 77, 150, title, words, "call")
+    body += [arrow((374, 100), (422, 100)), arrow((574, 100), (632, 100)), *box(424, 10, 150, "Reward", "rewards/")]
+    body += [arrow((499, 56), (499, 75)), arrow((709, 123), (709, 207), (168, 207))]
+    body += [text(340, 146, "Rollout: ids, origin, switch_position", "small"), text(580, 68, "Experience: advantages, returns", "small")]
+    body.append(text(420, 200, "policy, critics", "small"))
+    label = (
+        "One iteration: prompts, the algorithm, the guide and the sampler go into collect_rollout, whose rollout and the reward "
+        "go into make_experience, whose experience goes into update; the updated policy goes back to the sampler."
+    )
+    return svg(250, label, body)
+
+
 def _places(mask: torch.Tensor) -> str:
     found = [str(place) for place in mask[0].nonzero().flatten().tolist()]
     return f"tokens {', '.join(found)}" if found else "no token"
@@ -166,7 +211,8 @@ def _places(mask: torch.Tensor) -> str:
 
 def pictures() -> dict[str, str]:
     """Return all pictures by file name."""
-    return {"guided.svg": first_picture(), **{f"{name}.svg": mask_picture(name, lines) for name, lines in MASKS.items()}}
+    first = {"guided.svg": first_picture(), "iteration.svg": iteration_picture()}
+    return {**first, **{f"{name}.svg": mask_picture(name, lines) for name, lines in MASKS.items()}}
 
 
 if __name__ == "__main__":
