@@ -107,7 +107,10 @@ def legend(y: float) -> list[str]:
     """Return the meaning of the colors."""
     drawn, x = [], LEFT
     for origin, words in ((Origin.PROMPT, "prompt"), (GUIDE, "guide"), (POLICY, "policy")):
-        drawn += [f'<rect x="{x}" y="{y - 11}" width="14" height="14" rx="3" fill="{FILL[origin]}"/>', text(x + 20, y + 1, words)]
+        drawn += [
+            f'<rect x="{x}" y="{y - 11}" width="14" height="14" rx="3" fill="{FILL[origin]}"/>',
+            text(x + 20, y + 1, words),
+        ]
         x += 92
     return drawn
 
@@ -180,7 +183,10 @@ def arrow(*points: tuple[float, float]) -> str:
 def iteration_picture() -> str:
     """Return the picture of one iteration in docs/architecture.md."""
     head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-    body = ["<style>.note { font-size: 11.5px }</style>", f'<defs>{head}<path d="M0 0L8 4L0 8z" fill="#8c959f"/></marker></defs>']
+    body = [
+        "<style>.note { font-size: 11.5px }</style>",
+        f'<defs>{head}<path d="M0 0L8 4L0 8z" fill="#8c959f"/></marker></defs>',
+    ]
     inputs = [
         ("Prompts", "tasks/"), ("Algorithm", "algorithms/guided.py"), ("Guide", "guides/"), ("Sampler", "generation/decoder.py"),
     ]  # fmt: skip
@@ -195,7 +201,10 @@ def iteration_picture() -> str:
         body += box(x, 77, 150, title, words, "call")
     body += [arrow((374, 100), (422, 100)), arrow((574, 100), (632, 100)), *box(424, 10, 150, "Reward", "rewards/")]
     body += [arrow((499, 56), (499, 75)), arrow((709, 123), (709, 207), (168, 207))]
-    body += [text(340, 146, "Rollout: ids, origin, switch_position", "small"), text(580, 68, "Experience: advantages, returns", "small")]
+    body += [
+        text(340, 146, "Rollout: ids, origin, switch_position", "small"),
+        text(580, 68, "Experience: advantages, returns", "small"),
+    ]
     body.append(text(420, 200, "policy, critics", "small"))
     label = (
         "One iteration: prompts, the algorithm, the guide and the sampler go into collect_rollout, whose rollout and the reward "

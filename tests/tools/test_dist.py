@@ -34,7 +34,9 @@ def test_the_wheel_is_pure_python_and_complete(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
     packaged = {name for name in names if ".dist-info/" not in name}
-    tracked = subprocess.run(["git", "-C", str(ROOT), "ls-files", "src/rlgf"], capture_output=True, text=True, check=True).stdout
+    tracked = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "src/rlgf"], capture_output=True, text=True, check=True
+    ).stdout
     assert packaged == {name.removeprefix("src/") for name in tracked.split()}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
