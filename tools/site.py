@@ -31,6 +31,7 @@ CSS = """\
 div.math { overflow-x: auto; margin: 1em 0; text-align: center }
 div.math math, .md-typeset math { font-size: 1.08em }
 .md-typeset table:not([class]) { font-size: .68rem }
+.md-typeset table:not([class]) :is(th, td) { padding: .5em .8em }
 .md-typeset img { background: transparent }
 """
 HEADINGS = {
@@ -84,8 +85,8 @@ def translate(source: Path, names: dict[Path, str]) -> str:
 
 
 def inline(latex: str) -> str:
-    """Return an equation within a line as MathML."""
-    return convert(" ".join(latex.split()))
+    """Return an equation within a line as MathML; the span keeps it in its paragraph."""
+    return f'<span class="math">{convert(" ".join(latex.split()))}</span>'
 
 
 def block(latex: str) -> str:
