@@ -21,10 +21,10 @@ CELL, GAP, HEIGHT, LEFT, WIDTH = 74, 4, 34, 16, 800
 FILL = {Origin.PROMPT: "#6e7781", Origin.POLICY: "#1f6feb", Origin.GUIDE: "#bc4c00"}
 POLICY_MARK, CRITIC_MARK = "#1f6feb", "#8957e5"
 STYLE = """
-  text { font: 14px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #57606a }
-  .title { font-weight: 600; font-size: 16px }
+  text { font: 16px -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #57606a }
+  .title { font-weight: 600; font-size: 18px }
   .token { fill: #fff; text-anchor: middle }
-  .small { font-size: 12.5px }
+  .small { font-size: 14px }
   @media (prefers-color-scheme: dark) { text { fill: #9ea7b3 } .token { fill: #fff } }
 """
 
@@ -111,7 +111,7 @@ def legend(y: float) -> list[str]:
             f'<rect x="{x}" y="{y - 11}" width="14" height="14" rx="3" fill="{FILL[origin]}"/>',
             text(x + 20, y + 1, words),
         ]
-        x += 92
+        x += 100
     return drawn
 
 
@@ -127,10 +127,10 @@ def first_picture() -> str:
         body += tokens(line, y + 16)
         body += marks(rollout(line).trained_tokens("gae"), y + 55, POLICY_MARK)
         y += 94
-    body.append(f'<rect x="{LEFT + 300}" y="12" width="30" height="5" rx="2.5" fill="{POLICY_MARK}"/>')
-    body.append(text(LEFT + 338, 19, "the policy learns from these tokens"))
-    body.append(f'<path d="M{LEFT + 590} 5v20" stroke="#8c959f" stroke-width="2" stroke-dasharray="4 3"/>')
-    body.append(text(LEFT + 600, 19, "random switch position"))
+    body.append(f'<rect x="{LEFT + 310}" y="12" width="30" height="5" rx="2.5" fill="{POLICY_MARK}"/>')
+    body.append(text(LEFT + 348, 19, "the policy learns from these tokens"))
+    body.append(f'<path d="M{LEFT + 630} 5v20" stroke="#8c959f" stroke-width="2" stroke-dasharray="4 3"/>')
+    body.append(text(LEFT + 640, 19, "switch position"))
     label = (
         "Two completions of the prompt 'The film'. PPO++: the guide generates the first three tokens, the policy the other "
         "four and learns from those. AggreVaTeD: the policy generates the first three and learns from those, the guide the "
@@ -184,7 +184,7 @@ def iteration_picture() -> str:
     """Return the picture of one iteration in docs/architecture.md."""
     head = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
     body = [
-        "<style>.note { font-size: 11.5px }</style>",
+        "<style>.note { font-size: 12.5px }</style>",
         f'<defs>{head}<path d="M0 0L8 4L0 8z" fill="#8c959f"/></marker></defs>',
     ]
     inputs = [
