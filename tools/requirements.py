@@ -1,4 +1,4 @@
-"""Print the requirements of an extra in pyproject.toml, to install them without the package itself."""
+"""Print the requirements of an extra, to install them without the package itself."""
 
 import sys
 import tomllib
