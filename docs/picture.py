@@ -188,15 +188,20 @@ def iteration_picture() -> str:
         f'<defs>{head}<path d="M0 0L8 4L0 8z" fill="#8c959f"/></marker></defs>',
     ]
     inputs = [
-        ("Prompts", "tasks/"), ("Algorithm", "algorithms/guided.py"), ("Guide", "guides/"), ("Sampler", "generation/decoder.py"),
-    ]  # fmt: skip
+        ("Prompts", "tasks/"),
+        ("Algorithm", "algorithms/guided.py"),
+        ("Guide", "guides/"),
+        ("Sampler", "generation/decoder.py"),
+    ]
     for place, (title, words) in enumerate(inputs):
         y = 10 + 58 * place
         body += box(16, y, 150, title, words)
         body.append(arrow((166, y + 23), (196, y + 23), (196, 97 if place < 2 else 103), (222, 97 if place < 2 else 103)))
     calls = [
-        (224, "collect_rollout", "rl/rollout.py"), (424, "make_experience", "rl/experience.py"), (634, "update", "rl/update.py"),
-    ]  # fmt: skip
+        (224, "collect_rollout", "rl/rollout.py"),
+        (424, "make_experience", "rl/experience.py"),
+        (634, "update", "rl/update.py"),
+    ]
     for x, title, words in calls:
         body += box(x, 77, 150, title, words, "call")
     body += [arrow((374, 100), (422, 100)), arrow((574, 100), (632, 100)), *box(424, 10, 150, "Reward", "rewards/")]
@@ -207,8 +212,8 @@ def iteration_picture() -> str:
     ]
     body.append(text(420, 200, "policy, critics", "small"))
     label = (
-        "One iteration: prompts, the algorithm, the guide and the sampler go into collect_rollout, whose rollout and the reward "
-        "go into make_experience, whose experience goes into update; the updated policy goes back to the sampler."
+        "One iteration: prompts, the algorithm, the guide and the sampler go into collect_rollout, whose rollout and the "
+        "reward go into make_experience, whose experience goes into update; the updated policy goes back to the sampler."
     )
     return svg(250, label, body)
 

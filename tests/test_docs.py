@@ -102,7 +102,7 @@ def test_the_readmes_table_is_the_committed_one():
 def test_figures_of_the_results_page_are_those_of_the_tables():
     row = re.compile(r"^\| ([^|]+) \| (\d\.\d+) ± (\d\.\d+)", re.MULTILINE)
     page = (ROOT / "docs" / "results.md").read_text()
-    found = dict((name, f"{mean[1:]} ± {sd[1:]}") for name, mean, sd in row.findall(_table("quickstart-seeds")))
+    found = {name: f"{mean[1:]} ± {sd[1:]}" for name, mean, sd in row.findall(_table("quickstart-seeds"))}
     for name in ("PPO++", "AggreVaTeD", "LOLS", "D2LOLS"):
         assert f"{name} {found[name]}" in page
     paper = (ROOT / "docs" / "paper.md").read_text()

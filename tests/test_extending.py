@@ -81,9 +81,8 @@ def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(rlgf, "train", train, raising=False)
     monkeypatch.chdir(tmp_path)
-    found: dict[str, Any] = {
-        "my_prompts": [f"review of : {word} =>" for word in "plot cast story music sound script acting".split()]
-    }
+    words = ("plot", "cast", "story", "music", "sound", "script", "acting")
+    found: dict[str, Any] = {"my_prompts": [f"review of : {word} =>" for word in words]}
     exec(code, found)
     assert found["policy"] is found["trainer"].components.models.policy.model
     assert (tmp_path / "runs" / "mine" / "policy" / "config.json").is_file()

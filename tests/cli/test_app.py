@@ -79,3 +79,25 @@ def test_ctrl_c_while_libraries_are_imported_is_no_error(monkeypatch: pytest.Mon
         entry.main()
     assert stopped.value.code == 130
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("rlgf tr", ["train"]),
+        ("rlgf train quick", ["quickstart"]),
+        ("rlgf train quickstart --alg", ["--algorithm"]),
+        ("rlgf train quickstart --algorithm ppo", ["ppo", "ppo_pp"]),
+        ("rlgf check ta", ["task"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(
+    typed: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_RLGF_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit) as stopped:
+        app.app(args=[], prog_name="rlgf")
+    assert not stopped.value.code
+    assert capsys.readouterr().out.split() == offered

@@ -27,7 +27,6 @@ from rlgf.config.sections import (
 from rlgf.errors import unknown
 from rlgf.types import SamplingParams
 
-
 # Revisions, so that a run is the same later. Of the other two datasets none could be looked up.
 IMDB = "stanfordnlp/imdb@e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
 TLDR = "CarperAI/openai_summarize_tldr@80e30a9d12e98de09639bc46ee50299b9e871d20"
