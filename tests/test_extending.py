@@ -57,7 +57,12 @@ def test_every_kind_of_extension_has_an_example() -> None:
     assert set(FILES) == {"small", *PRINTS}
 
 
-@pytest.mark.parametrize("name", PRINTS)
+TRAINED = {"praise_reward", "countdown_task", "length_metric"}  # whole runs; the fast suite has one of those
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.integration) if name in TRAINED else name for name in PRINTS]
+)
 @pytest.mark.usefixtures("unchanged")
 def test_an_example_of_an_extension_runs(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(folder / f"{name}.py"), run_name="__main__")
