@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def unchanged(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Within the folder, as a user's shell; afterwards no module or algorithm of the examples is left."""
+    """Run in the folder, as a user's shell does; afterwards no module or algorithm of the examples is left."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
     known = dict(ALGORITHMS)
