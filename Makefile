@@ -1,17 +1,22 @@
-# One verb per thing a person wants to do. `make setup` needs Python 3.11 or 3.12 and the package registry, and a C compiler
+# One verb per thing a person wants to do. `make setup` needs Python 3.11 to 3.13 and the package registry, and a C compiler
 # for the optional kernels. `make setup LOCKED=1` installs exactly the files of lock/, by their hashes.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-DATA ?= ../shared/data
+# The real data of imdb-small, tldr-small and commongen-small; without it (DATA=) these recipes use datasets of the Hub.
+DATA ?= $(wildcard ../shared/data)
+data = $(if $(DATA),--data $(DATA)/$(1))
 CORENLP ?= $(or $(RLGF_CORENLP),$(or $(RLGF_SHARED),../shared)/corenlp)
 STAMP := $(VENV)/.installed
 NATIVE := native/pyproject.toml native/setup.py $(wildcard native/csrc/*) $(wildcard native/src/rlgf_native/*.py)
 VLLM := build/vllm
+SITE := build/site-env
+DIST := build/dist-env
+LOWEST := build/lowest-env
 VLLM_VERSION := 0.32.0
 
 .PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-integration test-slow test-data test-server test-vllm kill fuzz gpu lint types bench \
-  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels bench-busy docs sample soak sweep lock audit clean
+  bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels bench-busy docs site dist wheels test-lowest sample soak sweep lock audit clean
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt $(NATIVE)
@@ -37,13 +42,13 @@ quickstart-sensitivity: setup  ## sensitivity of PPO++ and D2LOLS to the KL and 
 	  --vary ppo.mle_coefficient=0.1,1 --seeds 0,1,2 --jobs 2 --out runs/quickstart-sensitivity
 
 imdb-small: setup  ## the five algorithms on real reviews, three seeds, about two hours on two cores
-	$(BIN)/rlgf compare imdb-small --data $(DATA)/imdb --seeds 0,1,2 --jobs 2 --out runs/imdb-small
+	$(BIN)/rlgf compare imdb-small $(call data,imdb) --seeds 0,1,2 --jobs 2 --out runs/imdb-small
 
 tldr-small: setup  ## real posts and comparisons: reward model, judge, three algorithms, best of 8; about 70 minutes on one busy core
-	$(BIN)/rlgf compare tldr-small --data $(DATA)/tldr --algorithms ppo,ppo_pp,aggrevated --jobs 2 --out runs/tldr-small
+	$(BIN)/rlgf compare tldr-small $(call data,tldr) --algorithms ppo,ppo_pp,aggrevated --jobs 2 --out runs/tldr-small
 
 commongen-small: setup  ## an encoder–decoder on CommonGen: span corruption, SFT, the five algorithms, three seeds; about an hour on two cores
-	RLGF_CORENLP=$(CORENLP) $(BIN)/rlgf compare commongen-small --data $(DATA)/commongen --seeds 0,1,2 --jobs 2 --out runs/commongen-small
+	RLGF_CORENLP=$(CORENLP) $(BIN)/rlgf compare commongen-small $(call data,commongen) --seeds 0,1,2 --jobs 2 --out runs/commongen-small
 
 results:  ## keep a comparison's small files under docs/results, without examples of other people's data: make results NAME=imdb-small
 	mkdir -p docs/results/$(NAME)
@@ -132,8 +137,38 @@ bench-busy: setup  ## an iteration next to a busy process, about three minutes; 
 bench-rewards: setup  ## what text metrics cost as rewards
 	RLGF_CORENLP=$(CORENLP) $(BIN)/python -m bench.text_rewards
 
-docs: setup  ## the reference pages that are made from the code
+docs: setup  ## the reference pages and pictures that are made from the code
 	$(BIN)/python docs/make.py
+	$(BIN)/python docs/picture.py
+
+site: $(SITE)/.installed  ## the documentation as a site in build/site, from an environment of its own; a dead link fails
+	$(SITE)/bin/python tools/site.py
+
+$(SITE)/.installed: pyproject.toml
+	test -x $(SITE)/bin/python || $(PYTHON) -m venv $(SITE)
+	$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check $$($(SITE)/bin/python tools/requirements.py docs)
+	touch $@
+
+dist: $(DIST)/.installed  ## sdist and wheel in dist/
+	rm -rf dist
+	$(DIST)/bin/python -m build --outdir dist .
+
+$(DIST)/.installed: pyproject.toml
+	test -x $(DIST)/bin/python || $(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/python -m pip install --quiet --disable-pip-version-check $$($(DIST)/bin/python tools/requirements.py release)
+	touch $@
+
+wheels: $(DIST)/.installed  ## does every dependency have a wheel for each declared Python?
+	$(DIST)/bin/python tools/wheels.py
+
+test-lowest: $(LOWEST)/.installed  ## the fast suite with the lowest declared versions of the dependencies
+	$(LOWEST)/bin/python -m pytest -n 2 --dist worksteal
+
+$(LOWEST)/.installed: pyproject.toml
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check $$($(LOWEST)/bin/python tools/requirements.py release)
+	$(LOWEST)/bin/python -m uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[dev]'
+	touch $@
 
 soak: setup  ## 2,000 iterations of the smallest run, under ten minutes: memory, handles, threads and time must be flat
 	$(BIN)/python tools/soak.py

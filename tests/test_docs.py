@@ -1,15 +1,21 @@
 """Documents that are made from the code are current, and what the README names exists."""
 
+import importlib.util
 import re
 import runpy
+import tomllib
 from pathlib import Path
 
+import yaml
+
 import rlgf
+from rlgf.config.base import flatten, to_dict
+from rlgf.config.schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PROSE = [
-    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md",
-    ROOT / "native" / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "SECURITY.md", ROOT / "CODE_OF_CONDUCT.md",
+    ROOT / "bench" / "README.md", ROOT / "native" / "README.md", *sorted((ROOT / "docs").glob("*.md")),
     *(path for path in sorted((ROOT / "docs" / "results").rglob("*.md")) if path.name != "texts.md"),
 ]  # fmt: skip
 WIDTH = 100
@@ -40,10 +46,122 @@ def test_the_reference_of_public_names_is_current():
     assert text.count("```pycon\n>>> ") == len(rlgf.__all__) - 1
 
 
+def anchors(path: Path) -> set[str]:
+    """Return the anchors of a page's headings, as the repository's viewer and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = [re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    found = [re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles]
+    return {name for name in found if found.count(name) == 1}
+
+
 def test_links_in_the_documents_lead_somewhere():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+    for path in [*PROSE, *(ROOT / "docs" / "results").rglob("*.md")]:
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)(?:#([^)\s]*))?\)", path.read_text()):
+            there = (path.parent / target).resolve() if target else path
+            assert there.exists(), f"{path.name}: {target}"
+            assert not anchor or anchor in anchors(there), f"{path.name}: {target}#{anchor}"
+
+
+def test_nothing_leads_out_of_the_repository():
+    for path in PROSE:
+        for target in re.findall(r"\]\(([^)#:\s]+)", path.read_text()):
+            assert (path.parent / target).resolve().is_relative_to(ROOT), f"{path.name}: {target}"
+        assert "shared/spec" not in path.read_text(), path.name
+
+
+def test_every_page_is_on_the_site_and_no_other():
+    named = set(re.findall(r'"([\w/-]+\.md)"', (ROOT / "zensical.toml").read_text()))
+    site = runpy.run_path(str(ROOT / "tools" / "site.py"))["OTHERS"] if importlib.util.find_spec("latex2mathml") else {}
+    pages = {str(path.relative_to(ROOT / "docs")).replace("README.md", "index.md") for path in (ROOT / "docs").rglob("*.md")}
+    tables = {
+        page for page in pages if page.endswith(("table.md", "texts.md", "table-xeon.md"))
+    }  # of a page that links to them
+    others = {page for page in named if page not in pages}
+    assert pages - tables <= named
+    assert others == {"reference.md", *(site.values() or others - {"reference.md"})}
+
+
+def test_the_readme_fits_a_screen_or_three():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 100
+    headings = [line.removeprefix("## ") for line in lines if line.startswith("## ")]
+    assert headings == [
+        "When guidance helps, and when it does not", "Install", "Use it from Python", "The quickstart", "Choosing an algorithm",
+        "Using a GPU", "Read on",
+    ]  # fmt: skip
+    assert "make quickstart " in "\n".join(lines)
+    assert "make test " in "\n".join(lines)
+
+
+def test_the_readmes_table_is_the_committed_one():
+    assert _table("quickstart") in (ROOT / "README.md").read_text()
+
+
+def test_figures_of_the_results_page_are_those_of_the_tables():
+    row = re.compile(r"^\| ([^|]+) \| (\d\.\d+) ± (\d\.\d+)", re.MULTILINE)
+    page = (ROOT / "docs" / "results.md").read_text()
+    found = {name: f"{mean[1:]} ± {sd[1:]}" for name, mean, sd in row.findall(_table("quickstart-seeds"))}
+    for name in ("PPO++", "AggreVaTeD", "LOLS", "D2LOLS"):
+        assert f"{name} {found[name]}" in page
+    paper = (ROOT / "docs" / "paper.md").read_text()
+    for name, mean, sd in row.findall(_table("imdb-small")):
+        if name in ("PPO", "PPO++", "AggreVaTeD", "LOLS", "D2LOLS"):
+            assert f"| {mean[1:]} ± {sd[1:]} |" in paper, name
+
+
+def _table(name: str) -> str:
+    """The first table of a comparison, on test prompts."""
+    blocks = (ROOT / "docs" / "results" / name / "table.md").read_text().split("\n\n")
+    return next(block for block in blocks if block.startswith("|"))
+
+
+def test_the_page_of_algorithms_quotes_the_code():
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    code = (ROOT / "src" / "rlgf" / "algorithms" / "guided.py").read_text()
+    quotes = [
+        "phase = Phase(rollin=None, rollout=POLICY)", "phase = Phase(GUIDE, POLICY, self.beta, self.switch)",
+        "phase = Phase(POLICY, GUIDE, self.beta, self.switch)", "PhaseWeight(0, 0.5, alpha, 1 - alpha)",
+        "PhaseWeight(1, 0.5, alpha, 1 - alpha)", "_from_iteration(self.switch_iteration)",
+    ]  # fmt: skip
+    for quote in quotes:
+        assert f"`{quote}`" in page
+        assert quote in code
+
+
+def test_metrics_of_the_troubleshooting_page_exist():
+    page, known = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("troubleshooting", "metrics"))
+    for row in re.findall(r"^\| (?!symptom|---).*$", page, re.MULTILINE):
+        for name in re.findall(r"`([a-z][a-z0-9_]+)`", row.split(" | ")[1]):
+            assert f"`{name}`" in known, name
+
+
+def test_settings_that_the_pages_name_exist():
+    known = set(flatten(to_dict(Config()))) | {"algorithm.options", "task.options"}
+    sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
+    for name in ("README", "docs/troubleshooting", "docs/migrating", "docs/paper", "docs/algorithms", "docs/command-line"):
+        for key in re.findall(rf"`((?:{sections})\.[a-z_0-9.]+)", (ROOT / f"{name}.md").read_text()):
+            if key.startswith(("algorithm.options.", "task.options.")) or key in OF_OTHERS:
+                continue
+            assert key in known or any(known_key.startswith(f"{key}.") for known_key in known) or key in FREE, f"{name}: {key}"
+
+
+OF_OTHERS = {"guide.md", "guide.json", "sampling.max_prompt_len", "sampling.max_gen_len", "sampling.train_generation_kwargs",
+             "sampling.eval_generation_kwargs", "lora.peft_config", "policy.args.beta"}  # fmt: skip
+FREE = {"reward.weights", "reward.options", "guide.options", "evaluation.metric_options", "evaluation.sampling"}
+
+
+def test_pictures_are_those_that_the_masks_of_the_library_give():
+    for name, drawn in runpy.run_path(str(ROOT / "docs" / "picture.py"))["pictures"]().items():
+        assert (ROOT / "docs" / "images" / name).read_text() == drawn, name
+
+
+def test_the_version_is_the_same_everywhere():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert project["version"] == rlgf.__version__ == citation["version"]
+    minors = sorted(int(line.rpartition(".")[2]) for line in project["classifiers"] if re.search(r":: 3\.\d+$", line))
+    assert project["requires-python"] == f">=3.{minors[0]},<3.{minors[-1] + 1}"
 
 
 def test_the_layers_of_the_architecture_name_every_file():

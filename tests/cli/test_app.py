@@ -28,7 +28,10 @@ from rlgf.cli import app
         (["train", "quickstart", "ppo"], "section.field=value"),
         (["train", "quickstart", "--guide", "references", "--algorithm", "aggrevated"], "cannot continue a prefix"),
         (["train", "quickstart", "runtime.trackers=[tensorbord]"], "did you mean 'tensorboard'"),
-        (["train", "imdb-small"], "needs data"),
+        (["train", "prompts"], "needs data"),
+        (["train", "imdb-small"], "data 'stanfordnlp/imdb@e628.* the Hugging Face Hub is unreachable.*: give a Hub name"),
+        (["train", "commongen-small"], "data 'allenai/common_gen.* the Hugging Face Hub is unreachable"),
+        (["train", "tldr-small"], "data 'CarperAI/openai_summarize_tldr@80e3.* the Hugging Face Hub is unreachable"),
         (["train", "imdb-small", "--data", "nowhere"], "nowhere"),
         (["train", "quickstart", "--policy", "nowhere"], "nowhere"),
         (["train", "missing.yaml"], "missing.yaml"),
@@ -76,3 +79,25 @@ def test_ctrl_c_while_libraries_are_imported_is_no_error(monkeypatch: pytest.Mon
         entry.main()
     assert stopped.value.code == 130
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("rlgf tr", ["train"]),
+        ("rlgf train quick", ["quickstart"]),
+        ("rlgf train quickstart --alg", ["--algorithm"]),
+        ("rlgf train quickstart --algorithm ppo", ["ppo", "ppo_pp"]),
+        ("rlgf check ta", ["task"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(
+    typed: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_RLGF_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    with pytest.raises(SystemExit) as stopped:
+        app.app(args=[], prog_name="rlgf")
+    assert not stopped.value.code
+    assert capsys.readouterr().out.split() == offered

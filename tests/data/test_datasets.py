@@ -205,3 +205,23 @@ def test_tests_cannot_reach_the_network() -> None:
         server.bind(("127.0.0.1", 0))
         server.listen()
         client.connect(server.getsockname())
+
+
+def test_a_name_on_the_hub_may_have_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def load_dataset(name: str, **options: Any) -> list[dict[str, Any]]:
+        asked.append((name, options))
+        return [{"text": "a review"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert read_rows("owner/name@0123abc", "train") == [{"text": "a review"}]
+    assert read_rows("owner/name", "train") == [{"text": "a review"}]
+    assert asked == [("owner/name", {"split": "train", "revision": "0123abc"}), ("owner/name", {"split": "train"})]
+
+
+def test_a_local_folder_may_have_an_at_sign(tmp_path: Path) -> None:
+    folder = tmp_path / "rows@home"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    assert read_rows(str(folder), "train") == [{"text": "a"}]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,16 @@ def test_a_real_llama_model_is_trained_on_real_reviews(shared_data: Path, tmp_pa
     metrics = read_complete_lines(tmp_path / "run" / "metrics.jsonl")[0]
     assert metrics["first_ratio_error"] < 1e-4
     assert metrics["trained_tokens"] > 0
+
+
+def test_unlabeled_reviews_of_the_hub_have_another_split(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked: list[str] = []
+
+    def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
+        asked.append(split)
+        return [{"text": "a review"}]
+
+    monkeypatch.setattr(imdb, "read_rows", read_rows)
+    for source in (imdb_small().task.data, str(folder)):
+        assert imdb.raw_texts(TaskConfig("imdb", source), 0) == ["a review"]
+    assert asked == ["unsupervised", "unsup"]

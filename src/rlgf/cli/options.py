@@ -24,7 +24,22 @@ COMMAND_LINE = "command line"  # source of a value, for error messages
 BASELINES = ("zero_shot", "sft", "guide")
 
 
-Recipe = Annotated[str, typer.Argument(help="A recipe (`rlgf list`) or a YAML file.", metavar="RECIPE_OR_YAML")]
+def complete_recipe(incomplete: str) -> list[str]:
+    """Return the recipes that begin as typed, for shell completion."""
+    from rlgf.config.recipes import RECIPES
+
+    return [name for name in RECIPES if name.startswith(incomplete)]
+
+
+def complete_algorithm(incomplete: str) -> list[str]:
+    """Return the algorithms that begin as typed, for shell completion."""
+    return [name for name in guided.ALGORITHMS if name.startswith(incomplete)]
+
+
+Recipe = Annotated[
+    str,
+    typer.Argument(help="A recipe (`rlgf list`) or a YAML file.", metavar="RECIPE_OR_YAML", autocompletion=complete_recipe),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Any other field, as section.field=value (`rlgf show config` lists them).")
 ]

@@ -23,6 +23,7 @@ from rlgf.cli.options import (
     Seed,
     SftFrom,
     Stages,
+    complete_algorithm,
     read_typed_config,
 )
 from rlgf.errors import ConfigError
@@ -32,7 +33,7 @@ from rlgf.untrusted_text import as_file_name
 def train(
     recipe_or_yaml: Recipe,
     overrides: Overrides = None,
-    algorithm: Annotated[str | None, typer.Option(help=", ".join(guided.ALGORITHMS))] = None,
+    algorithm: Annotated[str | None, typer.Option(help=", ".join(guided.ALGORITHMS), autocompletion=complete_algorithm)] = None,
     beta: Beta = None,
     alpha: Alpha = None,
     guide: GuideSpec = None,

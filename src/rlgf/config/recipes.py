@@ -27,6 +27,12 @@ from rlgf.config.sections import (
 from rlgf.errors import unknown
 from rlgf.types import SamplingParams
 
+# Revisions, so that a run is the same later. Of the other two datasets none could be looked up.
+IMDB = "stanfordnlp/imdb@e6281661ce1c48d982bc483cf8a173c1bbeb5d31"
+TLDR = "CarperAI/openai_summarize_tldr@80e30a9d12e98de09639bc46ee50299b9e871d20"
+COMMONGEN = "allenai/common_gen"
+COMPARISONS = "CarperAI/openai_summarize_comparisons"
+
 
 @dataclass(frozen=True)
 class Control:
@@ -93,7 +99,7 @@ def imdb() -> Config:
     return Config(
         recipe="imdb",
         task=TaskConfig(
-            "imdb", "stanfordnlp/imdb", max_new_tokens=48, min_new_tokens=48,
+            "imdb", IMDB, max_new_tokens=48, min_new_tokens=48,
             options={"prompt": "half", "prompt_tokens": 64, "raw_split": "unsupervised"},
         ),
         model=ModelConfig(path="gpt2"),
@@ -123,7 +129,7 @@ def imdb_small() -> Config:
     return Config(
         recipe="imdb-small",
         task=TaskConfig(
-            "imdb", None, max_new_tokens=48, min_new_tokens=48, options={"prompt": "first", "prompt_tokens": 32}
+            "imdb", IMDB, max_new_tokens=48, min_new_tokens=48, options={"prompt": "first", "prompt_tokens": 32}
         ),
         model=ModelConfig(layers=4, width=192, heads=6, max_length=128, vocabulary=4096),
         pretrain=SupervisedConfig(
@@ -153,7 +159,7 @@ def commongen() -> Config:
     """
     return Config(
         recipe="commongen",
-        task=TaskConfig("commongen", "allenai/common_gen", max_new_tokens=20, min_new_tokens=5),
+        task=TaskConfig("commongen", COMMONGEN, max_new_tokens=20, min_new_tokens=5),
         model=ModelConfig(path="google-t5/t5-base"),
         sft=SupervisedConfig(epochs=1.0, batch_size=64, learning_rate=1e-4, seed=0),
         reward=RewardConfig(weights={"cider_d": 1.0, "spice": 1.0}),
@@ -188,7 +194,7 @@ def commongen_small() -> Config:
     """
     return Config(
         recipe="commongen-small",
-        task=TaskConfig("commongen", None, max_new_tokens=20, min_new_tokens=5, options={"held_out": 1000}),
+        task=TaskConfig("commongen", COMMONGEN, max_new_tokens=20, min_new_tokens=5, options={"held_out": 1000}),
         model=ModelConfig(architecture="t5", layers=2, width=192, heads=4, max_length=64, vocabulary=4096),
         pretrain=SupervisedConfig(
             steps=100, batch_size=64, learning_rate=2e-4, schedule="cosine", warmup_steps=20, adam_beta2=0.98,
@@ -226,8 +232,7 @@ def tldr() -> Config:
         recipe="tldr",
         policy="CarperAI/openai_summarize_tldr_sft",
         task=TaskConfig(
-            "tldr", "CarperAI/openai_summarize_tldr", max_new_tokens=50,
-            options={"prompt_tokens": 500, "comparisons": "CarperAI/openai_summarize_comparisons"},
+            "tldr", TLDR, max_new_tokens=50, options={"prompt_tokens": 500, "comparisons": COMPARISONS}
         ),
         model=ModelConfig(path="EleutherAI/gpt-j-6b"),
         reward=RewardConfig(path="preferences", subtract_reference=True),
@@ -260,7 +265,7 @@ def tldr_small() -> Config:
     """
     return Config(
         recipe="tldr-small",
-        task=TaskConfig("tldr", None, max_new_tokens=50, options={"prompt_tokens": 160}),
+        task=TaskConfig("tldr", TLDR, max_new_tokens=50, options={"prompt_tokens": 160, "comparisons": COMPARISONS}),
         model=ModelConfig(layers=3, width=192, heads=3, max_length=216, vocabulary=4096),
         pretrain=SupervisedConfig(
             steps=900, batch_size=16, learning_rate=2e-3, schedule="cosine", warmup_steps=50, adam_beta2=0.98,

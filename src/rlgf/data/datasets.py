@@ -34,10 +34,10 @@ SHARD = re.compile(r"(.+?)-\d{5}-of-\d{5}(-\w+)?$")
 def read_rows(source: str, split: str, columns: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Load the rows of one split.
 
-    A local folder has one or several files per split, or is one of `datasets` (`save_to_disk`, or a
-    clone from the Hub). A single file is JSON lines, JSON, CSV, TSV, Parquet or Arrow: a fifth of
-    it, always the same rows, is the split 'test', the rest is 'train', and any other split is the
-    whole file.
+    A Hub name may end with `@REVISION`. A local folder has one or several files per split, or is
+    one of `datasets` (`save_to_disk`, or a clone from the Hub). A single file is JSON lines, JSON,
+    CSV, TSV, Parquet or Arrow: a fifth of it, always the same rows, is the split 'test', the rest
+    is 'train', and any other split is the whole file.
 
     Raises `DataError` for a source that cannot be read, has a broken line, lacks a column or holds
     no row.
@@ -226,9 +226,11 @@ def _load(builder: str, shown: str | None = None, **options: Any) -> Any:
     import datasets
 
     local, source = builder == "parquet" or Path(builder).expanduser().exists(), shown or builder
+    name, _, revision = (builder, "", "") if local else builder.partition("@")
+    options |= {"revision": revision} if revision else {}
     try:
         with nullcontext() if local else offline_if_unreachable():
-            return datasets.load_dataset(builder, **options)
+            return datasets.load_dataset(name, **options)
     # each backend raises errors of its own; all mean that the data cannot be loaded
     except Exception as error:
         if "corresponds to no data" in str(error):

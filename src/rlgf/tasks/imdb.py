@@ -11,6 +11,7 @@ from typing import Any, Literal
 from rlgf.bounds import Length, PositiveInt
 from rlgf.config.sections import TaskConfig
 from rlgf.data.datasets import read_rows
+from rlgf.data.hub import path_exists
 from rlgf.errors import ConfigError, DataError
 from rlgf.randomness import Purpose, permutation
 from rlgf.tasks.base import Task, TaskDefinition, task_options
@@ -26,7 +27,7 @@ class Options:
     train_split: str = "train"
     test_split: str = "test"  # validation and test prompts both come from here
     held_out_prompts: PositiveInt = 5_000  # of validation and of test each
-    raw_split: str = "unsup"  # unlabeled reviews, for the pretrain stage
+    raw_split: str = "unsup"  # unlabeled reviews, for the pretrain stage; 'unsupervised' on the Hub
     text_column: str = "text"
     label_column: str = "label"  # 1 is positive
 
@@ -142,7 +143,8 @@ def _source(config: TaskConfig) -> str:
 def raw_texts(config: TaskConfig, max_texts: int) -> list[str]:
     """Return unlabeled reviews in a shuffled order, at most `max_texts` (0: all)."""
     options: Options = task_options(config, Options)
-    rows = _reviews(config, options, options.raw_split, labeled=False)
+    on_hub = options.raw_split == "unsup" and not path_exists(_source(config))
+    rows = _reviews(config, options, "unsupervised" if on_hub else options.raw_split, labeled=False)
     order = permutation(0, Purpose.TASK, 1, len(rows))
     return [rows[i][options.text_column] for i in (order[:max_texts] if max_texts else order)]
 
