@@ -431,6 +431,7 @@ def requires_bf16_products() -> None:
 
 # --- whole runs ---------------------------------------------------------------------------------------------------------
 
+FEW_PROMPTS = ["task.options.train_prompts=64", "task.options.held_out_prompts=16"]  # on the command line
 SMALL = [
     ("task.options", {"slots": 2, "train_prompts": 64, "held_out_prompts": 16}),
     ("task.max_new_tokens", 5),

@@ -11,7 +11,7 @@ from helpers import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted([*(ROOT / "src").rglob("*.py"), *(ROOT / "native" / "src").rglob("*.py")])
-SCRIPTS = sorted(path for folder in ("bench", "tools", "docs", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
+SCRIPTS = sorted(path for folder in ("bench", "tools", "docs", "examples") for path in (ROOT / folder).rglob("*.py"))
 DOCUMENTS = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "Makefile", ROOT / "bench" / "README.md",
     ROOT / "native" / "README.md",
@@ -61,7 +61,7 @@ def test_every_docstring_begins_as_a_sentence() -> None:
     assert wrong == []
 
 
-def test_no_docstring_of_the_scripts_and_tests_begins_as_a_clause() -> None:
+def test_no_docstring_of_the_scripts_begins_as_a_clause() -> None:
     wrong = [
         f"{place}: {line!r}"
         for path in SCRIPTS

@@ -72,6 +72,7 @@ def test_a_folder_without_a_tokenizer_is_named_as_that(causal_folder: Path, tmp_
         load_tokenizer(str(folder))
 
 
+@pytest.mark.integration
 def test_tables_and_figures_say_start_where_no_sft_happened() -> None:
     points = [{"score": 0.1, "kl": 0.5, "completions": 8}, {"score": 0.2, "kl": 1.0, "completions": 16}]
     rows: list[dict[str, Any]] = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import small
+from helpers import FEW_PROMPTS, small
 from rlgf.cli import app, console
 from rlgf.errors import ConfigError
 from rlgf.experiments import processes
@@ -56,7 +56,10 @@ def test_the_command_line_honors_the_environment(monkeypatch: pytest.MonkeyPatch
 
 def test_a_dry_run_says_the_number_and_its_reason(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr("sys.argv", ["rlgf", "train", "quickstart", "--dry-run"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["rlgf", "train", "quickstart", "--dry-run", *FEW_PROMPTS],
+    )
     with pytest.raises(SystemExit):
         app.main()
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]

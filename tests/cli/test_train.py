@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import SMALL, small
+from helpers import FEW_PROMPTS, SMALL, small
 from rlgf.cli import app
 from rlgf.cli.console import ProgressReporter
 from rlgf.config.loading import dump
@@ -58,6 +58,7 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
 ):
     monkeypatch.chdir(tmp_path)
     changes = [f"{key}={value}" for key, value in SMALL if key.startswith("ppo")]
+    changes += FEW_PROMPTS
     monkeypatch.setattr("sys.argv", ["rlgf", "train", "quickstart", "--algorithm", "d2lols", "--dry-run", *changes])
     with pytest.raises(SystemExit):
         app.main()
@@ -67,6 +68,7 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.integration
 def test_a_stopped_run_says_where_it_goes_on_and_is_removed_on_request(
     tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from helpers import FEW_PROMPTS
 from rlgf.algorithms.guided import ALGORITHMS
 from rlgf.cli import app
 from rlgf.cli.options import read_typed_config
@@ -264,7 +265,10 @@ def test_the_commands_refuse_what_nothing_reads(
 def test_a_dry_run_lists_the_recipes_settings_that_are_not_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["rlgf", "train", "quickstart", "--dry-run"])
+    monkeypatch.setattr(
+        "sys.argv",
+        ["rlgf", "train", "quickstart", "--dry-run", *FEW_PROMPTS],
+    )
     with pytest.raises(SystemExit):
         app.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  not read")]

@@ -207,6 +207,7 @@ def test_a_picture_and_its_table_show_the_same_split() -> None:
     assert axes.lines[0].get_ydata()[-1] == pytest.approx(1.5)
 
 
+@pytest.mark.integration
 def test_a_single_run_has_a_report_next_to_its_start_and_its_guide(
     finished_run: Callable[[str], FinishedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_model_whose_tokenizer_has_all_of_its_ids_has_none_to_leave_out() -> N
 # --- forced first tokens ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("kind", "forced"), [("bart", None), ("mbart", 7)])
 def test_what_sft_taught_is_written_greedily_and_by_beams(kind: str, forced: int | None) -> None:
     made = random_model(kind, **BART)

@@ -169,6 +169,7 @@ def test_targets_that_a_model_has_not_are_an_error_with_a_name(toy_folder: Path)
         lora.add(load_language_model(str(toy_folder)).model, "new", LoraConfig(rank=2, target_modules=("nowhere",)), 0)
 
 
+@pytest.mark.integration
 def test_heads_are_not_taken_for_policies(adapted: AdaptedRun):
     reward = next((adapted.folder / "stages").glob("reward-*"))
     for folder in (next((adapted.folder / "run").glob("critic-*")), reward):

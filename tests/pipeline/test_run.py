@@ -101,6 +101,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.integration
 def test_files_of_another_format_version_are_refused(finished_run: Finished, stages: Path, tmp_path: Path):
     config, run = finished_run("d2lols").config, shutil.copytree(finished_run("d2lols").folder, tmp_path / "run")
     (name,) = (line.split()[-1] for line in finished_run("d2lols").lines if line.startswith("sft: "))
@@ -148,6 +149,7 @@ def test_a_run_can_be_run_again_from_its_config(finished_run: Finished):
     assert dump(again) == dump(run.config)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("late", "told"), [("None", "TypeError"), ("sys.exit(0)", "SystemExit: 0")])
 def test_a_guide_that_fails_while_training_leaves_a_checkpoint(
     late: str, told: str, tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,12 +235,14 @@ def test_a_model_without_an_end_token_is_refused(tmp_path: Path, stages: Path):
         prepare(small(("policy", str(tmp_path / "model"))), stages)
 
 
+@pytest.mark.integration
 def test_ten_lines_of_python_train_and_return_the_policy(finished_run: Finished):
     policy = finished_run("aggrevated").trainer.components.models.policy
     prompt = policy.tokenizer("review of : plot cast =>", return_tensors="pt")["input_ids"]
     assert policy.model.generate(prompt, max_new_tokens=3, do_sample=False, pad_token_id=0).shape[1] <= prompt.shape[1] + 3
 
 
+@pytest.mark.integration
 def test_the_loop_can_be_written_by_hand(stages: Path):
     trainer = Trainer(prepare(small(("algorithm.name", "lols")), stages))
     for iteration in range(2):

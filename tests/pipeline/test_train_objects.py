@@ -103,6 +103,7 @@ def test_the_same_call_reuses_the_run_and_another_is_refused(call: dict[str, Any
         rlgf.train(**call)
 
 
+@pytest.mark.integration
 def test_a_lambda_a_guide_object_and_a_loaded_model_are_resumed_by_the_same_call_alone(tmp_path: Path) -> None:
     lines = list[str]()
 
@@ -231,6 +232,7 @@ def test_override_takes_dicts_sections_and_functions() -> None:
         rlgf.override(rlgf.Config(), {"ppo": {"lr": 1}})
 
 
+@pytest.mark.integration
 def test_prompts_are_any_rows_and_rewards_any_number(model: str, tmp_path: Path) -> None:
     import datasets
 
@@ -271,6 +273,7 @@ def test_a_loaded_model_is_a_guide(tmp_path: Path) -> None:
     assert len(passed.files) == 2
 
 
+@pytest.mark.integration
 def test_progress_is_shown_unless_it_is_not_wanted(
     call: dict[str, Any], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -167,6 +167,7 @@ def test_an_evaluation_says_how_far_above_the_references_texts_score(causal_fold
     assert math.isnan(mean_reward_gain(reward, prompts[1:2], [1.0]))
 
 
+@pytest.mark.integration
 def test_on_the_policys_weights_it_scores_as_merged_into_its_own(causal_folder: Path, tmp_path: Path):
     settings = PreferenceConfig(
         training=SupervisedConfig(steps=5, batch_size=8, learning_rate=0.05), lora=RewardLoraConfig(rank=2)

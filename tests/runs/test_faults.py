@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from helpers import small, with_fast
+from helpers import small
 from rlgf import trainer as trainer_module
 from rlgf.cli import app
 from rlgf.config.loading import dump
@@ -80,7 +80,8 @@ PLACES: dict[str, tuple[Any, str, int, Exception, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", with_fast(PLACES, "disk full while a checkpoint is written"))
+@pytest.mark.integration
+@pytest.mark.parametrize("place", PLACES)
 def test_a_fault_is_one_sentence_and_the_run_goes_on_later(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -137,6 +138,7 @@ DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_log_costs_no_whole_line_and_stops_no_run(tmp_path: Path, whole: Path, kind: str) -> None:
     damage, missing = DAMAGE[kind]

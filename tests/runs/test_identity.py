@@ -144,6 +144,7 @@ def timeless(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if not key.startswith(times)} for row in read_complete_lines(path)]
 
 
+@pytest.mark.integration
 def test_a_finished_run_with_another_reward_is_refused_by_train_and_compare(tmp_path: Path, reward_path: str) -> None:
     config = small(("reward.path", reward_path), ("evaluation.every", 0), ("ppo.iterations", 1))
     plan = plan_comparison(config, build_variants(config, ["ppo"], {}), [0])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from helpers import SMALL, small, with_fast
+from helpers import SMALL, small
 from rlgf.cli import app
 from rlgf.config.loading import dump
 from rlgf.config.schema import Config
@@ -81,7 +81,8 @@ PLACES = {  # in which call the signal comes, the iterations that are kept, and 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("place", with_fast(PLACES, "while completions are collected"))
+@pytest.mark.integration
+@pytest.mark.parametrize("place", PLACES)
 def test_a_run_keeps_its_iterations_and_ends_as_one_that_was_left_alone(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:

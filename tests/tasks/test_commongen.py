@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from helpers import with_fast
 from rlgf.config.loading import override
 from rlgf.config.recipes import recipe
 from rlgf.config.schema import Config
@@ -150,8 +149,9 @@ CRITICS: list[list[tuple[str, Any]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", with_fast(["ppo", "d2lols"], "d2lols"))
-@pytest.mark.parametrize("critic", with_fast(CRITICS, []))
+@pytest.mark.integration
+@pytest.mark.parametrize("algorithm", ["ppo", "d2lols"])
+@pytest.mark.parametrize("critic", CRITICS)
 def test_an_encoder_decoder_learns_with_every_kind_of_critic(
     algorithm: str, critic: list[tuple[str, Any]], t5_stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -352,6 +352,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.integration
 def test_bertscore_is_its_packages(encoder: str, quiet_loading: None) -> None:
     from bert_score import BERTScorer
 
