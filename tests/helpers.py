@@ -4,7 +4,8 @@ import ast
 import copy
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,6 +55,32 @@ ENDPOINT_FIELDS = frozenset(field.name for field in dataclasses.fields(EndpointC
 def parsed(path: Path) -> ast.Module:
     """The syntax tree of a file: read, never changed."""
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def in_turn(**values: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run a test with each value of a parameter in turn, as one test: for hundreds of values that take no time.
+
+    A failure names the value, `values` being those of one parameter by their names.
+    """
+    [(parameter, named)] = values.items()
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(test)
+
+        @functools.wraps(test)
+        def run(*arguments: Any, **fixtures: Any) -> None:
+            for name, value in named.items():
+                try:
+                    test(*arguments, **fixtures, **{parameter: value})
+                except BaseException as error:
+                    error.add_note(f"{parameter}: {name}")
+                    raise
+
+        kept = [one for one in signature.parameters.values() if one.name != parameter]
+        run.__signature__ = signature.replace(parameters=kept)  # pyright: ignore[reportAttributeAccessIssue]
+        return run
+
+    return decorate
 
 
 def with_fast(values: Iterable[Any], *fast: Any) -> list[Any]:

@@ -69,6 +69,7 @@ def test_an_example_of_an_extension_runs(name: str, folder: Path, capsys: pytest
     assert re.fullmatch(PRINTS[name], capsys.readouterr().out)
 
 
+@pytest.mark.integration
 def test_the_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a tiny model in place of the Hub's two, and fewer iterations."""
     code = next(re.finditer(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL))[1]

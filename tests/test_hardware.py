@@ -1,6 +1,7 @@
 """Hardware is known to few: not to the core, and the fast paths have one door."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -14,6 +15,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 HARDWARE = re.compile(r"(?<![a-z])(cuda|cpu)(?![a-z])", re.IGNORECASE)
 DOOR, NATIVE = "rlgf.kernels.dispatch", "rlgf_native"
 IMPORTERS = ("import_module", "__import__", "find_spec")
+
+
+@functools.cache
+def tree_of(source: str) -> ast.Module:
+    """The syntax tree of a source: read, never changed."""
+    return ast.parse(source)
 
 
 def docstrings_of(tree: ast.AST) -> set[ast.AST]:
@@ -30,7 +37,7 @@ def words_of(node: ast.AST) -> list[str]:
 
 def hardware_in(source: str) -> list[str]:
     """Every mention of hardware in a source, with its line."""
-    tree = ast.parse(source)
+    tree = tree_of(source)
     docstrings, found = docstrings_of(tree), list[str]()
     for node in ast.walk(tree):
         if node in docstrings:
@@ -47,7 +54,7 @@ def hardware_in(source: str) -> list[str]:
 def imports_in(source: str) -> list[tuple[int, str]]:
     """Every module that a source imports, and every name that it imports from one, in full."""
     found: list[tuple[int, str]] = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree_of(source)):
         if isinstance(node, ast.Import):
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

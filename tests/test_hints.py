@@ -5,6 +5,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+from helpers import in_turn
 from rlgf.algorithms.guided import ALGORITHMS
 from rlgf.cli.app import app
 from rlgf.config.loading import all_keys, override
@@ -34,8 +35,9 @@ def test_every_synonym_leads_to_a_key_that_exists_and_to_one_alone() -> None:
     assert all(name == normalize(name) for name in typed)
 
 
-@pytest.mark.parametrize(("key", "typed"), [(key, name) for key, names in SYNONYMS.items() for name in names])
-def test_a_name_of_another_tool_is_answered_with_ours(key: str, typed: str) -> None:
+@in_turn(pair={f"{name} for {key}": (key, name) for key, names in SYNONYMS.items() for name in names})
+def test_a_name_of_another_tool_is_answered_with_ours(pair: tuple[str, str]) -> None:
+    key, typed = pair
     if typed in all_keys(Config):
         return  # a section of its own name
     assert hint(typed).startswith(f"did you mean '{key}'")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
+from helpers import in_turn
 from hostile import GOOD, HOSTILE, is_clean
 from rlgf.credentials import is_credential, mask_credentials
 from rlgf.errors import ConfigError, RewardError, list_columns, unknown, user_code
@@ -24,7 +25,7 @@ from rlgf.untrusted_text import (
     show_value,
 )
 
-EVERY = pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+EVERY = in_turn(text=HOSTILE)
 TEXTS = st.text(st.characters(), max_size=40) | st.sampled_from([*HOSTILE.values()])
 PAGE = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 
@@ -93,7 +94,7 @@ def test_inline_code_holds_the_text_alone(text: str) -> None:
     assert "html_inline" not in kinds
 
 
-@EVERY
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
 def test_a_name_of_a_file_stays_in_its_folder(text: str, tmp_path: Path) -> None:
     name = as_file_name(text)
     file = tmp_path / name

@@ -193,6 +193,7 @@ def test_a_server_is_asked_for_the_likeliest_answer_with_the_system_message_apar
     assert settings.instruction == "{text}"
 
 
+@pytest.mark.integration
 def test_responses_of_an_earlier_version_are_found(tmp_path: Path):
     """The keys are those of commit b9c0d81, before guide and judge shared a pool."""
     cache = ResponseCache(tmp_path / "judge-answers.sqlite")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from markdown_it import MarkdownIt
 
+from helpers import in_turn
 from hostile import CONCENTRATE, HOSTILE, is_clean
 from rlgf.cli import app
 from rlgf.data.files import read_json, write_json
@@ -42,7 +43,7 @@ def results(titles: list[str], recipe: str = "r", **more: Any) -> dict[str, Any]
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@in_turn(text=HOSTILE)
 def test_a_table_shows_every_title_in_its_cell_and_nothing_else(text: str) -> None:
     page = markdown(results(["first", text, "last"], recipe=text))
     assert is_clean(page)
@@ -60,7 +61,7 @@ def test_a_table_shows_every_title_in_its_cell_and_nothing_else(text: str) -> No
     assert titles == ["first", escape_control_characters(text).strip(), "last"]
 
 
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
+@in_turn(text=HOSTILE)
 def test_completions_side_by_side_stay_in_their_block(text: str) -> None:
     page = side_by_side(results(["first", text], recipe=text))
     assert page is not None

@@ -76,6 +76,7 @@ def test_the_golden_run_is_bit_identical_twice(algorithm: str, finished_run: Fin
         assert torch.equal(value, second[name]), name
 
 
+@pytest.mark.integration
 def test_a_run_goes_on_from_its_last_checkpoint(
     finished_run: Finished, tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -133,6 +134,7 @@ def test_a_complete_run_is_reused(finished_run: Finished, stages: Path):
     assert [path.stat().st_mtime_ns for path in results] == before
 
 
+@pytest.mark.integration
 def test_stages_are_reused_when_they_match_and_not_otherwise(tmp_path: Path):
     lines: list[str] = []
     prepare(small(), tmp_path, lines.append)

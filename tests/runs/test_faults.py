@@ -182,6 +182,7 @@ def test_a_comparison_in_use_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_a_stage_that_another_process_has_made_meanwhile_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second waits for the lock of the first; where it does not see the lock, the first stage stays."""
     first, lines = tmp_path / "first", list[str]()

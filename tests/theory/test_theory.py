@@ -348,6 +348,7 @@ def test_lock_of_four_is_solved_by_all(name: str) -> None:
     assert texts is not None
 
 
+@pytest.mark.integration
 def test_released_law_never_trains_the_last_token_of_aggrevated_nor_the_first_of_ppo_pp() -> None:
     texts, played = solve_lock(4, guided.aggrevated(0.8, "td", "paper").build(), seed=0, cap=320)
     assert texts is None
