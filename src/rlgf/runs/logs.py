@@ -64,11 +64,25 @@ def read_rows(path: Path, warn: Warn, needs_check: bool = True) -> list[dict[str
     return rows
 
 
-def drop_lines_after(path: Path, iteration: int, warn: Warn) -> set[int]:
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number, or null, as a number that is not finite is written."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def iteration_of(row: Mapping[str, Any], key: str | None = None) -> int | None:
+    """Return the iteration of a line, or None if it has none or lacks a number under `key`."""
+    number = row.get("iteration")
+    is_usable = type(number) is int and number >= 0 and (key is None or (key in row and is_number(row[key])))
+    return number if is_usable else None
+
+
+def drop_lines_after(path: Path, iteration: int, warn: Warn, key: str | None = None) -> set[int]:
     """Keep the lines of a log of iterations before `iteration`, and return these iterations.
 
     The log is truncated after the last line to keep; lines before it that are damaged, or belong to
-    later iterations, are cut out. Damaged lines are kept in `NAME.damaged-N`, with a warning.
+    later iterations, are cut out. Damaged lines, and those of another shape, are kept in
+    `NAME.damaged-N`, with a warning. With `key`, a line has a number under it, and an iteration has
+    one line.
     """
     if not path.is_file():
         return set()
@@ -78,8 +92,8 @@ def drop_lines_after(path: Path, iteration: int, warn: Warn) -> set[int]:
     with path.open("rb") as file:
         for start, line, is_complete in _lines(file):
             row = read_line(line, needs_check=True) if is_complete else None
-            number = row.get("iteration") if row is not None else None
-            if not isinstance(number, int):
+            number = iteration_of(row, key) if row is not None else None
+            if number is None or (key is not None and number in iterations):
                 damaged.append(line)
             elif number < iteration:
                 iterations.add(number)
@@ -91,14 +105,14 @@ def drop_lines_after(path: Path, iteration: int, warn: Warn) -> set[int]:
     if damaged:
         aside = _free_name(path)
         write_file(aside, b"\n".join(damaged))
-        warn(f"{path} has {sum(map(len, damaged)):,} bytes that are no whole lines: they are in {aside.name} now")
+        warn(f"{path} has {sum(map(len, damaged)):,} bytes that are no usable lines: they are in {aside.name} now")
     _keep_parts(path, kept)
     return iterations
 
 
 def amend_row(path: Path, iteration: int, change: Callable[[dict[str, Any]], dict[str, Any]], warn: Warn) -> None:
     """Replace the row of an iteration by `change(row)`."""
-    rows = [change(row) if row["iteration"] == iteration else row for row in read_rows(path, warn)]
+    rows = [change(row) if iteration_of(row) == iteration else row for row in read_rows(path, warn)]
     write_file(path, b"".join(to_checked_line(row) for row in rows))
 
 
