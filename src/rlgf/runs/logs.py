@@ -65,12 +65,15 @@ def read_rows(path: Path, warn: Warn, needs_check: bool = True) -> list[dict[str
 
 
 def is_number(value: Any) -> bool:
-    """Return whether a value is a number, or null, as a number that is not finite is written."""
+    """Return whether a value is a number or null, which is written for infinity."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def iteration_of(row: Mapping[str, Any], key: str | None = None) -> int | None:
-    """Return the iteration of a line, or None if it has none or lacks a number under `key`."""
+    """Return the iteration of a line, or None.
+
+    It is None if the line has none or, with `key`, no number under it.
+    """
     number = row.get("iteration")
     is_usable = type(number) is int and number >= 0 and (key is None or (key in row and is_number(row[key])))
     return number if is_usable else None
