@@ -9,6 +9,7 @@ from rlgf.config.recipes import quickstart
 from rlgf.data.checksums import read_checked_json, write_checked_json
 from rlgf.errors import ConfigError, DataError
 from rlgf.runs.directory import RunDirectory, read_results
+from rlgf.runs.logs import append_rows
 
 
 @pytest.mark.parametrize(
@@ -62,3 +63,35 @@ def test_results_of_another_shape_are_refused(tmp_path: Path, content: dict[str,
         read_results(path)
     write_checked_json(path, {"format_version": 1, "evaluation": {"score": 1.5, "kl": None}})
     assert read_results(path)["evaluation"]["score"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("rows", "done", "has_policy", "is_kept"),
+    [
+        (5, 0, False, True),
+        (5, 2, False, True),
+        (5, 4, False, False),
+        (2, 0, False, False),
+        (2, 0, True, True),
+        (0, 0, True, False),
+    ],
+)
+def test_logs_of_iterations_whose_checkpoint_is_missing_are_kept(
+    tmp_path: Path, rows: int, done: int, has_policy: bool, is_kept: bool
+) -> None:
+    config, warnings = override(quickstart(), [("runtime.checkpoint_every", 2)]), list[str]()
+    directory = RunDirectory(tmp_path, config, warn=warnings.append)
+    directory.create(config)
+    append_rows(tmp_path / "metrics.jsonl", [{"iteration": number, "seconds": 1.0} for number in range(rows)])
+    append_rows(tmp_path / "rollouts.jsonl", [{"iteration": number} for number in range(rows)])
+    if has_policy:
+        (tmp_path / "policy").mkdir()
+    before = {name: (tmp_path / name).read_bytes() for name in ("metrics.jsonl", "rollouts.jsonl")}
+    directory.drop_lines_after(done)
+    assert len(directory.read_metrics()) == done
+    copies = {path.name.removesuffix(".before-1"): path.read_bytes() for path in tmp_path.glob("*.before-1")}
+    assert copies == (before if is_kept else {})
+    assert len(warnings) == is_kept
+    assert (
+        not warnings or f"goes on after {done} iterations, and copies of the logs are in metrics.jsonl.before-1" in warnings[0]
+    )

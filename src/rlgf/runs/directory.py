@@ -34,6 +34,7 @@ from rlgf.runs.identity import IDENTITY, find_differences, find_setting_differen
 from rlgf.runs.logs import (
     amend_row,
     append_rows,
+    copy_beside,
     drop_lines_after,
     flush_to_disk,
     is_number,
@@ -280,14 +281,28 @@ class RunDirectory:
     def drop_lines_after(self, iteration: int) -> None:
         """Drop logged lines of iterations that will run again, those from `iteration` on.
 
-        Damaged lines are kept in other files (`rlgf.runs.logs`), with a warning.
+        Damaged lines are kept in other files (`rlgf.runs.logs`), with a warning; so are whole ones
+        of iterations that had a checkpoint which is missing now.
         """
+        if self._lacks_checkpoint(iteration):
+            kept = [copy_beside(self.folder / name).name for name in (METRICS, ROLLOUTS) if (self.folder / name).is_file()]
+            self.warn(
+                f"{self.checkpoints.folder} has no checkpoint of later iterations that {self.folder / METRICS} has: the run "
+                f"goes on after {iteration} iterations, and copies of the logs are in {' and '.join(kept)}"
+            )
         for name in (METRICS, ROLLOUTS):
             found = drop_lines_after(self.folder / name, iteration, self.warn, SECONDS if name == METRICS else None)
             if missing := missing_iterations(found, iteration):
                 self.warn(
                     f"{self.folder / name} lacks the lines of iterations {missing} (from 0): they were damaged or removed"
                 )
+
+    def _lacks_checkpoint(self, iteration: int) -> bool:
+        """Return whether there was a later checkpoint, by the metrics and the policy."""
+        path, every = self.folder / METRICS, self.config.runtime.checkpoint_every
+        found = (iteration_of(row, SECONDS) for row in read_rows(path, ignore)) if path.is_file() else ()
+        last = max((number for number in found if number is not None), default=-1)  # written after the checkpoint before it
+        return last // every * every > iteration or (last >= iteration == 0 and (self.folder / "policy").exists())
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append objects to a JSON Lines file, each with a checksum."""

@@ -4,6 +4,7 @@ The format is in docs/run-directory.md.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -151,8 +152,14 @@ def _lines(file: BinaryIO) -> Generator[tuple[int, bytes, bool]]:
         start += len(line)
 
 
-def _free_name(path: Path) -> Path:
+def copy_beside(path: Path) -> Path:
+    """Copy a log to `NAME.before-N`, and return that path."""
+    with naming(path):
+        return Path(shutil.copyfile(path, _free_name(path, "before")))
+
+
+def _free_name(path: Path, kind: str = "damaged") -> Path:
     number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}.{kind}-{number}")).exists():
         number += 1
     return aside
