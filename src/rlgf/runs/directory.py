@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from rlgf.config.base import flatten, to_dict
 from rlgf.config.loading import dump
@@ -37,7 +37,7 @@ from rlgf.runs.logs import (
     copy_beside,
     drop_lines_after,
     flush_to_disk,
-    is_number,
+    has_evaluation,
     iteration_of,
     missing_iterations,
     read_rows,
@@ -378,15 +378,9 @@ def read_results(path: Path) -> dict[str, Any]:
     except DamagedError as error:
         raise DataError(f"{error}: restore it, or remove it to evaluate the run again.") from None
     require_format(found, path)
-    evaluations = [found.get("evaluation"), *_values(found.get("evaluations", {}))]
-    if not all(isinstance(part, dict) and all(map(is_number, _values(part))) for part in evaluations):
+    if not has_evaluation(found):
         raise DataError(f"{path} has no evaluation of numbers: restore it, or remove it to evaluate the run again.")
     return found
-
-
-def _values(mapping: Any) -> list[Any]:
-    """Return the values of a mapping, or None in their place of anything else."""
-    return list(cast("dict[str, Any]", mapping).values()) if isinstance(mapping, dict) else [None]
 
 
 def require_writable(folder: Path, option: str = "--out") -> None:

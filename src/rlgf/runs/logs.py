@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from rlgf.data.files import atomic_write, naming, read_line, to_checked_line, write_file
 
@@ -68,6 +68,17 @@ def read_rows(path: Path, warn: Warn, needs_check: bool = True) -> list[dict[str
 def is_number(value: Any) -> bool:
     """Return whether a value is a number or null, which is written for infinity."""
     return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def has_evaluation(results: Mapping[str, Any]) -> bool:
+    """Return whether the evaluations of results are mappings to numbers."""
+    evaluations = [results.get("evaluation"), *_values(results.get("evaluations", {}))]
+    return all(isinstance(part, dict) and all(map(is_number, _values(part))) for part in evaluations)
+
+
+def _values(mapping: Any) -> list[Any]:
+    """Return the values of a mapping, or None in their place of anything else."""
+    return list(cast("dict[str, Any]", mapping).values()) if isinstance(mapping, dict) else [None]
 
 
 def iteration_of(row: Mapping[str, Any], key: str | None = None) -> int | None:
