@@ -39,6 +39,7 @@ from rlgf.runs.logs import (
     flush_to_disk,
     has_evaluation,
     iteration_of,
+    lacks_checkpoint,
     missing_iterations,
     read_rows,
 )
@@ -284,7 +285,7 @@ class RunDirectory:
         Damaged lines are kept in other files (`rlgf.runs.logs`), with a warning; so are whole ones
         of iterations that had a checkpoint which is missing now.
         """
-        if self._lacks_checkpoint(iteration):
+        if lacks_checkpoint(self.folder / METRICS, SECONDS, iteration, self.config.runtime.checkpoint_every):
             kept = [copy_beside(self.folder / name).name for name in (METRICS, ROLLOUTS) if (self.folder / name).is_file()]
             self.warn(
                 f"{self.checkpoints.folder} has no checkpoint of later iterations that {self.folder / METRICS} has: the run "
@@ -296,13 +297,6 @@ class RunDirectory:
                 self.warn(
                     f"{self.folder / name} lacks the lines of iterations {missing} (from 0): they were damaged or removed"
                 )
-
-    def _lacks_checkpoint(self, iteration: int) -> bool:
-        """Return whether there was a later checkpoint, by the metrics and the policy."""
-        path, every = self.folder / METRICS, self.config.runtime.checkpoint_every
-        found = (iteration_of(row, SECONDS) for row in read_rows(path, ignore)) if path.is_file() else ()
-        last = max((number for number in found if number is not None), default=-1)  # written after the checkpoint before it
-        return last // every * every > iteration or (last >= iteration == 0 and (self.folder / "policy").exists())
 
     def log(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append objects to a JSON Lines file, each with a checksum."""

@@ -163,6 +163,16 @@ def _lines(file: BinaryIO) -> Generator[tuple[int, bytes, bool]]:
         start += len(line)
 
 
+def lacks_checkpoint(metrics: Path, key: str, iteration: int, every: int) -> bool:
+    """Return whether a run had a checkpoint after that of `iteration`.
+
+    A line of the metrics is written after the checkpoint before it, and a policy after the last.
+    """
+    rows = read_rows(metrics, lambda line: None) if metrics.is_file() else []
+    last = max((number for row in rows if (number := iteration_of(row, key)) is not None), default=-1)
+    return last // every * every > iteration or (last >= iteration == 0 and metrics.with_name("policy").exists())
+
+
 def copy_beside(path: Path) -> Path:
     """Copy a log to `NAME.before-N`, and return that path."""
     with naming(path):
