@@ -3,9 +3,12 @@
 Every message is one sentence: the problem, its location and how to fix it.
 """
 
+import os
 import signal
+import sys
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rlgf.credentials import mask_credentials
 from rlgf.hints import closest
@@ -167,16 +170,41 @@ USER_FAILURES = (Exception, SystemExit)
 
 
 @contextmanager
+def restored_state() -> Generator[None]:
+    """Restore the working directory and PyTorch's grad mode after the block.
+
+    Paths of a run may be relative to the first, and training needs the second.
+    """
+    torch: Any = sys.modules.get("torch")  # not imported here: names and errors must load fast
+    grad_mode = torch is None or torch.is_grad_enabled()
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:  # it was deleted
+        folder = None
+    try:
+        yield
+    finally:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.is_grad_enabled() != grad_mode:
+            torch.set_grad_enabled(grad_mode)
+        with suppress(OSError):
+            if folder is not None and (not os.path.exists(".") or not os.path.samefile(folder, ".")):
+                os.chdir(folder)
+
+
+@contextmanager
 def user_code(
     what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfError, columns: Mapping[str, object] | None = None
 ) -> Generator[None]:
     """Turn a failure of a user's code within the block into `error`; those of `passed` stay.
 
     `what` begins the message, as in 'the task failed'; `columns` are those that the code may read
-    as `prompt.columns`. `sys.exit` is a failure too, Ctrl-C is not.
+    as `prompt.columns`. `sys.exit` is a failure too, Ctrl-C is not. The working directory and the
+    grad mode are restored afterwards.
     """
     try:
-        yield
+        with restored_state():
+            yield
     except (passed, KeyboardInterrupt, GeneratorExit):
         raise
     except BaseException as failure:  # also those that are no Exception: sys.exit, a cancelled task, a panic in Rust

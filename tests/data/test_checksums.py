@@ -116,3 +116,43 @@ def test_a_folder_is_replaced_and_a_damaged_one_is_kept_under_another_name(folde
     assert set_aside(folder).name == "damaged-1-made"
     folder.mkdir()
     assert set_aside(folder).name == "damaged-2-made"
+
+
+@pytest.mark.parametrize("name", ["policy", "best-policy", "critic-policy"])
+def test_a_model_in_a_runs_folder_must_have_a_manifest(folder: Path, tmp_path: Path, name: str) -> None:
+    model = folder.rename(tmp_path / name)
+    (model / "manifest.json").unlink()
+    verify_folder(str(model))
+    for file in ("config.yaml", "identity.json"):
+        (tmp_path / file).touch()
+    for read in (verify_folder, content_identity):
+        with pytest.raises(DataError, match=r"is damaged \(.*manifest.json is missing\): restore it"):
+            read(str(model))
+
+
+@pytest.mark.parametrize("text", ['{"my": "own"}', '{"files": ["a"]}', "[]", "a list of files", "[" * 9999])
+def test_a_manifest_of_another_format_is_a_file_like_others(folder: Path, text: str) -> None:
+    (folder / "manifest.json").write_text(text)
+    verify_folder(str(folder))
+    before = content_identity(str(folder))
+    assert "manifest.json" in dict(before)
+    flip(folder / "weights", 3)
+    assert content_identity(str(folder)) != before
+
+
+@pytest.mark.parametrize("cut", [0, 30, -20])
+def test_a_damaged_manifest_is_not_taken_for_another_format(folder: Path, cut: int) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:cut])
+    for read in (verify_folder, content_identity):
+        with pytest.raises(DataError, match="is damaged"):
+            read(str(folder))
+
+
+def test_every_flipped_byte_of_a_manifest_is_noticed(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    for place in range(0, 8 * len(manifest.read_bytes()), 97):
+        flip(manifest, place)
+        with pytest.raises(DataError, match="is damaged"):
+            verify_folder(str(folder))
+        flip(manifest, place)

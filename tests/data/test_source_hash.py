@@ -156,3 +156,84 @@ def test_a_spec_in_a_package_counts_what_it_imports_by_the_packages_name(
         (folder / file).write_text(sources[file] + "CHANGED = 1\n")
         assert spec_hash("python:own_package.rule:reward") != before
     sys.modules.pop("own_package", None)
+
+
+def script(before: str, body: str = "USED", head: str = "def reward(prompts, texts, extra=None):") -> str:
+    return f"import functools, re, logging, dataclasses, enum\n{before}\n{head}\n    return {body}\n"
+
+
+CHANGES = {  # a module with the value 1 in it, which counts if it is 2
+    "default": script("SCALE = 1", "by", "def reward(prompts, texts, by=SCALE):"),
+    "keyword_default": script("SCALE = 1", "by", "def reward(prompts, texts, *, by=SCALE):"),
+    "base": script("class Base:\n    x = 1\nclass Used(Base):\n    pass", "Used().x"),
+    "property": script("SCALE = 1\nclass Used:\n    @property\n    def x(self):\n        return SCALE", "Used().x"),
+    "staticmethod": script("SCALE = 1\nclass Used:\n    @staticmethod\n    def x():\n        return SCALE", "Used.x()"),
+    "class_value": script("SCALE = 1\nclass Used:\n    x = SCALE", "Used.x"),
+    "partial": script("def scale(by):\n    return by\nUSED = functools.partial(scale, 1)"),
+    "partial_of": script("def scale(by):\n    return 1\nUSED = functools.partial(scale, 3)"),
+    "functions": script("def one():\n    return 1\nUSED = {'one': one}"),
+    "array": script("import numpy\nUSED = numpy.array([1, 3])"),
+    "tensor": script("import torch\nUSED = torch.tensor([1, 3])"),
+    "instance": script("class Used:\n    def __init__(self, by):\n        self.by = by\nUSED = Used(1)"),
+    "slots": script("class Used:\n    __slots__ = ('by',)\nUSED = Used()\nUSED.by = 1"),
+    "dataclass": script("SCALE = 1\n@dataclasses.dataclass\nclass Used:\n    by: int = SCALE\nUSED = Used()"),
+    "patterns": script("USED = [re.compile('1')]"),
+    "attribute": script("def used():\n    return used.by\nused.by = 1", "used()"),
+    "method": script("class Used:\n    def x(self):\n        return 1\nUSED = Used().x"),
+    "lambda": script("USED = [lambda: 1]"),
+    "tuple_type": script("from collections import namedtuple\nUsed = namedtuple('Used', 'x')\nUSED = Used([1])"),
+    "enum": script("class Used(enum.Enum):\n    ONE = 1\n", "Used.ONE"),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_what_a_function_uses_counts_in_every_form(load: Callable[..., ModuleType], kind: str) -> None:
+    before = source_hash(load(CHANGES[kind]).reward)
+    assert before is not None
+    assert before == source_hash(load(CHANGES[kind]).reward)
+    assert before != source_hash(load(CHANGES[kind].replace("1", "2")).reward)
+
+
+@pytest.mark.parametrize("statement", ["import beside", "from beside import HELP", "import beside as other"])
+def test_imports_within_a_function_count(load: Callable[..., ModuleType], statement: str) -> None:
+    text = f"def reward(prompts, texts):\n    {statement}\n    import math\n    return []\n"
+    before = source_hash(load(text).reward)
+    assert before is not None
+    assert before == source_hash(load(text).reward)
+    assert before != source_hash(load(text, beside="HELP = 2\n").reward)
+
+
+@pytest.mark.parametrize(
+    "used",
+    [
+        "threading.Lock()", "(number for number in [1])", "open(__file__)", "{object(), reward_of}",
+        "torch.nn.Linear(1, 1)", "type('Made', (), {})", "eval('lambda: 1')",
+    ],
+)  # fmt: skip
+def test_a_function_that_uses_what_has_no_stable_value_is_without_source(load: Callable[..., ModuleType], used: str) -> None:
+    module = load(script(f"import threading, torch\ndef reward_of():\n    return 1\nUSED = {used}"))
+    assert source_hash(module.reward) is None
+    getattr(module.USED, "close", int)()
+
+
+def test_what_ordinary_functions_use_is_stable(load: Callable[..., ModuleType]) -> None:
+    before = """
+import collections, json, math, os, pathlib, random, typing
+from collections.abc import Callable
+from os import environ
+import numpy as np, torch, rlgf
+from torch import nn, Tensor
+LOGGER, HERE, WORDS = logging.getLogger("own"), pathlib.Path(__file__).parent, collections.Counter("abc")
+T, Alias, GENERATOR, LAW = typing.TypeVar("T"), dict[str, list[int]], random.Random(0), math.log
+class Row(typing.NamedTuple):
+    x: int = 0
+class Form(typing.Protocol):
+    def x(self) -> int: ...
+"""
+    body = (
+        "[LOGGER, HERE, WORDS, T, Alias, GENERATOR, LAW, Row(), Form, json, np, torch, nn, Tensor, rlgf.Prompt, os, "
+        "environ, Callable, np.float32, torch.float32]"
+    )
+    text = script(before, body)
+    assert source_hash(load(text).reward) is not None
+    assert source_hash(load(text).reward) == source_hash(load(text).reward)

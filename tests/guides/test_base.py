@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,3 +125,33 @@ def test_the_guides_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("GUIDE_URL", "http://127.0.0.1/x")
     api = FunctionGuide(load_object(f"python:{file}:api", "guide"))
     assert query_guide(api, [begun]) == [Completion(" it", finished=False)]
+
+
+def test_a_guide_that_changes_its_requests_changes_nothing_else() -> None:
+    requests = [CompletionRequest(Prompt("a"), [1, 2], "", [3], 3, 0, 0, 0)]
+
+    def clear(given: list[CompletionRequest]) -> list[str]:
+        assert isinstance(given[0].prompt_ids, tuple)
+        assert isinstance(given[0].prefix_ids, tuple)
+        given.clear()
+        return [" superb"]
+
+    assert query_guide(FunctionGuide(clear), requests)[0].text == " superb"  # pyright: ignore[reportArgumentType]
+    assert requests == [CompletionRequest(Prompt("a"), [1, 2], "", [3], 3, 0, 0, 0)]
+
+
+def test_the_grad_mode_and_the_working_directory_are_restored(tmp_path: Path) -> None:
+    before = Path.cwd()
+
+    def change(given: Sequence[CompletionRequest]) -> list[str]:
+        torch.set_grad_enabled(False)
+        os.chdir(tmp_path)
+        return [" superb"]
+
+    try:
+        query_guide(FunctionGuide(change), [request()])
+        assert torch.is_grad_enabled()
+        assert Path.cwd() == before
+    finally:
+        torch.set_grad_enabled(True)
+        os.chdir(before)

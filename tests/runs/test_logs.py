@@ -85,7 +85,7 @@ def test_a_damaged_end_is_cut_off_behind_the_last_whole_line_and_kept_beside(log
     assert log.read_bytes() == whole
     aside = log.with_name("metrics.jsonl.damaged-1")
     assert aside.read_bytes() == tail.rstrip(b"\n")
-    assert warnings == [f"{log} has {len(aside.read_bytes()):,} bytes that are no whole lines: they are in {aside.name} now"]
+    assert warnings == [f"{log} has {len(aside.read_bytes()):,} bytes that are no usable lines: they are in {aside.name} now"]
     append_rows(log, [READ[3]])
     assert read_rows(log, fail) == [*READ, READ[3]]
 
@@ -127,3 +127,28 @@ def test_a_full_disk_leaves_the_log_as_it_was_and_names_it(log: Path, monkeypatc
     monkeypatch.setattr(os, "write", write)
     assert caught.value.filename == str(log)
     assert log.read_bytes() == whole
+
+
+@pytest.mark.parametrize("number", [True, -5, 1.0, "1", None, [1]])
+def test_lines_without_a_whole_iteration_are_kept_beside(log: Path, number: object) -> None:
+    whole, warnings = log.read_bytes(), list[str]()
+    append_rows(log, [{"iteration": number}, {"x": 1}])
+    assert drop_lines_after(log, 3, warnings.append) == {0, 1, 2}
+    assert log.read_bytes() == whole
+    assert len(warnings) == 1
+
+
+def test_metrics_have_their_key_and_one_line_for_each_iteration(tmp_path: Path) -> None:
+    path, warnings = tmp_path / "metrics.jsonl", list[str]()
+    rows = [{"iteration": 0, "seconds": 1.5}, {"iteration": 1, "seconds": None}]
+    others = [
+        {"iteration": 0, "seconds": 2.0},
+        {"iteration": 2},
+        {"iteration": 2, "seconds": "1"},
+        {"iteration": 2, "seconds": True},
+    ]
+    append_rows(path, [rows[0], *others, rows[1]])
+    assert drop_lines_after(path, 3, warnings.append, "seconds") == {0, 1}
+    assert [{key: row[key] for key in ("iteration", "seconds")} for row in read_rows(path, fail)] == rows
+    assert len(warnings) == 1
+    assert path.with_name("metrics.jsonl.damaged-1").read_bytes().count(b"iteration") == len(others)

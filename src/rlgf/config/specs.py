@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rlgf.errors import USER_FAILURES, ConfigError, unknown
+from rlgf.errors import USER_FAILURES, ConfigError, restored_state, unknown
 from rlgf.untrusted_text import describe_failure
 
 
@@ -128,7 +128,8 @@ def load_object(spec: str, kind: str) -> Any:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        return getattr(import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), name)
+        with restored_state():
+            return getattr(import_file(Path(module)) if module.endswith(".py") else importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{kind} '{spec}' cannot be loaded ({error}): check the module's and the function's names.") from None
     except USER_FAILURES as error:  # of the module's own code

@@ -18,6 +18,7 @@ from rlgf.errors import DataError
 from rlgf.types import FORMAT_VERSION
 
 MANIFEST = "manifest.json"
+MANIFEST_KEYS = {"format_version", "files", "checksum"}
 SETTLED_SECONDS = 2  # a file changed later than this may change again within one tick of its clock
 SHORT = 16  # hexadecimal digits of a checksum that only identifies
 
@@ -35,15 +36,19 @@ def content_identity(source: str | None) -> Any:
     """Return the identity of a data source or model.
 
     For a local file or folder it is the name and content hash of every file, otherwise the name. A
-    folder with a manifest is identified by the checksums in it, which are verified on load.
+    folder with a manifest of this library is identified by the checksums in it, which are verified
+    on load. Raises `DataError` if the manifest is damaged or missing in a run's folder.
     """
     path = Path(source).expanduser() if source else None
     if path is None or not path.exists():
         return source
     if path.is_file():
         return [(path.name, file_checksum(path)[:SHORT])]
-    if (path / MANIFEST).is_file():
-        files: Mapping[str, Any] = read_checked_json(path / MANIFEST)["files"]
+    if _needs_manifest(path):
+        try:
+            files: Mapping[str, Any] = _read_manifest(path)["files"]
+        except DamagedError as error:
+            raise DataError(f"'{source}' is damaged ({error}): restore it, or make it again.") from None
         return [(Path(name).name, files[name]["sha256"][:SHORT]) for name in sorted(files)]
     files_here = sorted(file for file in path.rglob("*") if file.is_file())
     return [(file.name, file_checksum(file)[:SHORT]) for file in files_here]
@@ -97,13 +102,8 @@ def verify_manifest(folder: Path, checksum: Callable[[Path], str] = read_checksu
     Raises `DamagedError` for the first file that differs. Files that the manifest does not list are
     ignored.
     """
-    if not (folder / MANIFEST).is_file():
-        raise DamagedError(f"{folder / MANIFEST} is missing")
-    manifest = read_checked_json(folder / MANIFEST)
-    files: Any = manifest.get("files")
-    if not isinstance(files, dict) or not all(map(_is_entry, cast("dict[str, Any]", files).values())):
-        raise DamagedError(f"{folder / MANIFEST} is no manifest of this rlgf")
-    for name, expected in cast("dict[str, Any]", files).items():
+    manifest = _read_manifest(folder)
+    for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             raise DamagedError(f"{file} is missing")
@@ -114,15 +114,48 @@ def verify_manifest(folder: Path, checksum: Callable[[Path], str] = read_checksu
     return manifest
 
 
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Load the manifest of a folder; raise `DamagedError` if it is missing or damaged."""
+    if not (folder / MANIFEST).is_file():
+        raise DamagedError(f"{folder / MANIFEST} is missing")
+    manifest = read_checked_json(folder / MANIFEST)
+    files: Any = manifest.get("files")
+    if not isinstance(files, dict) or not all(map(_is_entry, cast("dict[str, Any]", files).values())):
+        raise DamagedError(f"{folder / MANIFEST} is no manifest of this rlgf")
+    return manifest
+
+
+def _needs_manifest(folder: Path) -> bool:
+    """Return whether a folder has a manifest of this library, whole or damaged, or lacks it.
+
+    Only the models of a run always have one; other folders may hold a file of that name in another
+    format, or none.
+    """
+    is_model_of_run = folder.name in ("policy", "best-policy") or folder.name.startswith("critic-")
+    if is_model_of_run and all((folder.parent / name).is_file() for name in ("config.yaml", "identity.json")):
+        return True
+    if not (folder / MANIFEST).is_file():
+        return False
+    content = (folder / MANIFEST).read_bytes()
+    try:
+        found: Any = json.loads(content)
+    except (ValueError, RecursionError):
+        return not content.strip(b"\0 \n") or any(f'"{key}"'.encode() in content for key in MANIFEST_KEYS)
+    return isinstance(found, dict) and len(MANIFEST_KEYS & cast("dict[str, Any]", found).keys()) > 1  # one may be damaged
+
+
 def _is_entry(entry: Any) -> bool:
     """Return whether a value is the entry of a file in a manifest."""
     return isinstance(entry, dict) and {"size", "sha256"} <= cast("dict[str, Any]", entry).keys()
 
 
 def verify_folder(folder: str) -> None:
-    """Verify a model's folder if it has a manifest; raise `DataError` if it is damaged."""
+    """Verify a model's folder if it has a manifest; raise `DataError` if it is damaged.
+
+    A model in a run's folder must have one.
+    """
     path = Path(folder).expanduser()
-    if not (path / MANIFEST).is_file():
+    if not path.is_dir() or not _needs_manifest(path):
         return
     try:
         verify_manifest(path, file_checksum)  # several loads of one folder read it once

@@ -1,32 +1,48 @@
 """Identities of user-defined code: hashes of the sources that a function depends on."""
 
 import ast
+import copyreg
+import dis
 import hashlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING
+from enum import Enum
+from functools import cached_property
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, GetSetDescriptorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 DIGITS = 16
+MOST_VALUES = 100_000  # that a function uses; one with more counts as without source
+LOADS = ("LOAD_GLOBAL", "LOAD_NAME")
+MODULE_NAMES = {"__builtins__", "__file__", "__name__", "__package__", "__spec__"}  # globals that say where a module is
+GENERATED = ("_abc_impl",)  # attributes of classes
+BY_NAME = (type(os.environ), MemberDescriptorType, GetSetDescriptorType)  # objects whose content does not count
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None))
+
+
+class _UnstableError(Exception):
+    """A value that has neither source nor a stable content."""
 
 
 def source_hash(value: Any) -> str | None:
     """Return a short hash of a function's source, or None without one (a lambda, an object).
 
-    Included are the functions, classes and constants that it uses from its own module and from
-    modules in the same folder, as far as they can be found by name.
+    Included are the functions, classes, constants and objects that it uses, and modules that it
+    imports from its folder. None also if it uses an object that has no stable value.
     """
     if not inspect.isfunction(value) or value.__name__ == "<lambda>":
         return None
     try:
-        return hashlib.sha256("\n".join(_sources(value, set())).encode("utf-8", "replace")).hexdigest()[:DIGITS]
-    except (OSError, TypeError):
+        lines = _Description(value).lines
+    except Exception:  # also of what users define, such as a method that is called to copy an object
         return None
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()[:DIGITS]
 
 
 def spec_hash(spec: str) -> str | None:
@@ -69,6 +85,12 @@ def _imported_files(path: Path, folder: Path, package: tuple[str, ...], seen: se
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return seen
+    _add_imports(tree, path, folder, package, seen)
+    return seen
+
+
+def _add_imports(tree: ast.AST, path: Path, folder: Path, package: tuple[str, ...], seen: set[Path]) -> None:
+    """Add the files that the statements of a tree import from `folder`, and those they import."""
     for node in ast.walk(tree):
         places: list[Path] = []
         if isinstance(node, ast.Import):
@@ -82,7 +104,6 @@ def _imported_files(path: Path, folder: Path, package: tuple[str, ...], seen: se
             inner = [place, *place.parents]  # packages on the way are imported too
             for file in (place.with_suffix(".py"), *(outer / "__init__.py" for outer in inner if outer != folder)):
                 _add_file(file, folder, package, seen)
-    return seen
 
 
 def _place(name: str, folder: Path, package: tuple[str, ...]) -> Path:
@@ -98,53 +119,174 @@ def _add_file(file: Path, folder: Path, package: tuple[str, ...], seen: set[Path
         _imported_files(file, folder, package, seen)
 
 
-def _sources(value: Any, seen: set[int]) -> Iterator[str]:
-    """Yield the sources of a function or class and of what it names."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    yield inspect.getsource(value)
-    if inspect.isfunction(value) and inspect.unwrap(value) is not value:  # the source above is that of the inner function
-        yield inspect.getsource(value.__code__)
-        yield from _named_sources(inspect.unwrap(value), seen)
-    functions = [value] if inspect.isfunction(value) else [item for item in vars(value).values() if inspect.isfunction(item)]
-    for function in functions:
-        yield from _named_sources(function, seen)
+class _Description:
+    """The lines that describe a function: its source, and all that it uses.
 
+    Raises `_UnstableError`, or what `inspect` raises, for what has neither source nor stable value.
+    """
 
-def _named_sources(function: FunctionType, seen: set[int]) -> Iterator[str]:
-    names = sorted(_names(function.__code__))
-    values = {name: function.__globals__[name] for name in names if name in function.__globals__}
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+    def __init__(self, function: FunctionType) -> None:
+        self.root = Path(inspect.getsourcefile(inspect.unwrap(function)) or "").parent  # files outside it are not read
+        self.seen: dict[int, tuple[int, Any]] = {}  # with the values, as the id of a deleted one is given again
+        self.lines: list[str] = []
+        self.add(function)
+
+    def add(self, value: Any) -> None:
+        """Add the lines of any value."""
+        if type(value) is bytes or type(value) is bytearray:
+            self.lines.append(hashlib.sha256(value).hexdigest())
+        elif isinstance(value, re.Pattern):
+            self.lines.append(f"{value.pattern!r} {value.flags}")  # pyright: ignore[reportUnknownMemberType]
+        elif isinstance(value, Path):  # a moved folder is the same folder
+            self.lines.append(str(value.relative_to(self.root) if value.is_relative_to(self.root) else value))
+        elif _is_constant(value):
+            self.lines.append(f"{sorted(map(repr, value)) if isinstance(value, set | frozenset) else repr(value)}")
+        elif id(value) in self.seen:
+            self.lines.append(f"again {self.seen[id(value)][0]}")
+        elif len(self.seen) >= MOST_VALUES:
+            raise _UnstableError
+        else:
+            self.seen[id(value)] = len(self.seen), value
+            self._add_new(value)
+
+    def _add_new(self, value: Any) -> None:
+        wrapped = getattr(value, "__wrapped__", None)
+        if inspect.isfunction(value):
+            self._add_function(value)
+        elif inspect.isfunction(wrapped):  # of functools.cache
+            self.add(wrapped)
+        elif inspect.isclass(value):
+            self._add_class(value)
+        elif isinstance(value, ModuleType):
+            file = getattr(value, "__file__", None)
+            self.lines.append(_files_hash(Path(file), value.__name__) if file and self._is_own(file) else value.__name__)
+        elif isinstance(value, staticmethod | classmethod | MethodType):
+            self._add_all([value.__func__, getattr(value, "__self__", None)])  # pyright: ignore[reportUnknownMemberType]
+        elif isinstance(value, property):
+            self._add_all([value.fget, value.fset, value.fdel])
+        elif isinstance(value, cached_property):
+            self.add(value.func)  # pyright: ignore[reportUnknownMemberType]
+        elif type(value) in (list, tuple):
+            self._add_all(value)
+        elif type(value) is dict:
+            self._add_all([part for item in value.items() for part in item])  # pyright: ignore[reportUnknownVariableType]
+        elif isinstance(value, BY_NAME):
+            self.lines.append(str(type(value)))
+        else:
+            self._add_object(value)
+
+    def _add_all(self, values: Iterable[Any]) -> None:
+        listed = list(values)
+        self.lines.append(f"{len(listed)} values")
+        for value in listed:
+            self.add(value)
+
+    def _is_own(self, file: str | None) -> bool:
+        """Return whether a file is in the function's folder and not of an environment in it."""
+        if not file or not Path(file).is_relative_to(self.root):
+            return False
+        inner = Path(file).relative_to(self.root).parts
+        return "site-packages" not in inner and not any(part.startswith(".") for part in inner)
+
+    def _add_function(self, function: FunctionType) -> None:
+        self.lines.append(function.__qualname__)
+        inner = function.__dict__.get("__wrapped__")
+        if inner is not None:
+            self.add(inner)
+        if not self._is_own(inspect.getsourcefile(function.__code__)):
+            if function.__code__.co_filename.startswith("<") and self._is_own(function.__globals__.get("__file__")):
+                raise _UnstableError  # made by eval or exec
+            return
+        self.lines.append(inspect.getsource(function.__code__))
+        self._add_all([function.__defaults__, function.__kwdefaults__])
+        for name, value in function.__dict__.items():
+            if name != "__wrapped__" and not name.startswith("__"):
+                self._add_named(name, value)
+        self._add_code(function)
+
+    def _add_code(self, function: FunctionType) -> None:
+        """Add what the code of a function names: globals, variables of outer functions, imports."""
+        codes = list(_codes(function.__code__))
+        names = {step.argval for code in codes for step in dis.get_instructions(code) if step.opname in LOADS}
+        for name in sorted(names - MODULE_NAMES):
+            if name in function.__globals__:
+                value = function.__globals__[name]
+                self._add_named(name, value)
+                if isinstance(value, ModuleType):  # import package.module
+                    used = {inner for code in codes for inner in code.co_names}
+                    for inner in sorted(used):
+                        if isinstance(vars(value).get(inner), ModuleType):
+                            self._add_named(inner, vars(value)[inner])
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ()):
+            try:
+                self._add_named(name, cell.cell_contents)
+            except ValueError:  # not yet assigned
+                continue
+        path = Path(inspect.getsourcefile(function.__code__) or "")
+        package = tuple(filter(None, (function.__globals__.get("__package__") or "").split(".")))
+        found: set[Path] = set()
+        for code in codes:
+            _add_imports(ast.parse("\n".join(_imports(code))), path, path.parent, package, found)
+        self.lines += [f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}" for file in sorted(found)]
+
+    def _add_named(self, name: str, value: Any) -> None:
+        self.lines.append(f"{name} =")
+        self.add(value)
+
+    def _add_class(self, value: type[Any]) -> None:
+        self.lines.append(value.__qualname__)
+        in_cell = str(self.root / "cell") if value.__module__ == "__main__" else None  # of a notebook
+        if not self._is_own(getattr(sys.modules.get(value.__module__), "__file__", in_cell)):
+            return
+        has_source = not (issubclass(value, Enum) or (issubclass(value, tuple) and hasattr(value, "_fields")))
         try:
-            values[name] = cell.cell_contents
-        except ValueError:  # not yet assigned
-            continue
-    own = Path(inspect.getsourcefile(function) or "").parent
-    for name, used in values.items():
-        if not inspect.isfunction(used) and inspect.isfunction(inner := getattr(used, "__wrapped__", None)):
-            used = inner  # of functools.cache
-        if isinstance(used, re.Pattern):
-            yield f"{name} = {used.pattern!r} {used.flags}"  # pyright: ignore[reportUnknownMemberType]
-        elif _is_constant(used):
-            yield f"{name} = {sorted(map(repr, used)) if isinstance(used, set | frozenset) else repr(used)}"
-        elif isinstance(used, ModuleType):
-            file = getattr(used, "__file__", None)
-            if file and Path(file).parent == own:
-                yield f"{name} = {_files_hash(Path(file), used.__name__)}"
-        elif inspect.isfunction(used) or inspect.isclass(used):
-            file = inspect.getsourcefile(used) if used.__module__ != "builtins" else None
-            if file and Path(file).parent == own:
-                yield from _sources(used, seen)
+            self.lines.append(inspect.getsource(value))
+        except OSError:
+            if has_source:  # otherwise it may be made by a call, and its values say all
+                raise
+        self._add_all([type(value), *value.__bases__])
+        for name, item in vars(value).items():
+            is_code = inspect.isfunction(item) or isinstance(item, property | staticmethod | classmethod | cached_property)
+            if name in GENERATED or (name.startswith("__") and not is_code):
+                continue
+            made = inspect.isfunction(item) and inspect.unwrap(item).__code__.co_filename == "<string>"
+            if not made:  # by a dataclass
+                self._add_named(name, item)
+        for name, field in getattr(value, "__dataclass_fields__", {}).items():
+            self._add_named(name, [given for given in (field.default, field.default_factory) if given is not MISSING])
+
+    def _add_object(self, value: Any) -> None:
+        """Add an object by what it would be pickled to."""
+        kind: Any = type(value)
+        self.add(kind)
+        if hasattr(kind, "state_dict") or isinstance(value, set | frozenset):  # a model is too large; sets have no order
+            raise _UnstableError
+        if hasattr(kind, "detach") and hasattr(kind, "numpy"):  # a tensor, whose pickle holds addresses
+            self._add_all([str(value.dtype), list(value.shape), value.detach().cpu().double().numpy().tobytes()])
+            return
+        reduce = copyreg.dispatch_table.get(kind)
+        parts: Any = reduce(value) if reduce is not None else value.__reduce_ex__(4)
+        if isinstance(parts, str):
+            self.lines.append(parts)
+            return
+        self._add_all([list(part) if isinstance(part, Iterator) else part for part in parts])
 
 
-def _names(code: CodeType) -> set[str]:
-    """Return the global names that a function's code uses, inner functions included."""
-    found = set(code.co_names)
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code of a function and of those within it."""
+    yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            found |= _names(constant)
-    return found
+            yield from _codes(constant)
+
+
+def _imports(code: CodeType) -> Iterator[str]:
+    """Yield the import statements in a function's code."""
+    steps = list(dis.get_instructions(code))
+    for level, names, step in zip(steps, steps[1:], steps[2:]):
+        if step.opname == "IMPORT_NAME":  # after its level and the names to import
+            listed = ", ".join(names.argval or ())
+            yield f"from {'.' * level.argval}{step.argval} import {listed}" if listed else f"import {step.argval}"
 
 
 def _is_constant(value: Any) -> bool:

@@ -125,13 +125,15 @@ def open_reply(prompt: Prompt, prefix: str, text: str) -> str:
 def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Completion]:
     """Query a guide and check that it returns one usable completion for each request.
 
-    Every failure raises `TrainingError`.
+    It gets a list and tuples of its own, so that one that changes them changes nothing else. Every
+    failure raises `TrainingError`.
     """
     if not requests:
         return []
     columns = requests[0].prompt.columns
     with user_code(f"the guide failed on {len(requests)} requests", GuideError, TrainingError, columns):
-        completions: Any = guide.complete(requests)
+        own = [replace(asked, prompt_ids=tuple(asked.prompt_ids), prefix_ids=tuple(asked.prefix_ids)) for asked in requests]
+        completions: Any = guide.complete(own)
     if not isinstance(completions, list) or len(completions) != len(requests):
         found = len(completions) if isinstance(completions, list) else type(completions).__name__
         raise GuideError(

@@ -30,13 +30,24 @@ from rlgf.data.lock import LOCK, FolderLock
 from rlgf.errors import ConfigError, DataError, Interrupted
 from rlgf.generation.openai.client import without_address
 from rlgf.runs.checkpoints import Checkpoints
-from rlgf.runs.identity import find_differences, find_setting_differences, with_contents
-from rlgf.runs.logs import amend_row, append_rows, drop_lines_after, flush_to_disk, missing_iterations, read_rows
+from rlgf.runs.identity import IDENTITY, find_differences, find_setting_differences, read_history, with_contents
+from rlgf.runs.logs import (
+    amend_row,
+    append_rows,
+    copy_beside,
+    drop_lines_after,
+    flush_to_disk,
+    has_evaluation,
+    iteration_of,
+    lacks_checkpoint,
+    missing_iterations,
+    read_rows,
+)
 from rlgf.types import FORMAT_VERSION
 
-IDENTITY = "identity.json"
 BEFORE_CONFIG = ("stages", IDENTITY, LOCK)  # what a folder holds before the run's config is written
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+SECONDS = "seconds"  # a number in every line of the metrics
 
 
 def ignore(line: str) -> None:
@@ -74,12 +85,15 @@ class RunDirectory:
         """Read the identity of the run that is there, and compare its settings."""
         folder, config = self.folder, self.config
         existing = folder / "config.yaml"
+        for path in (existing, folder / IDENTITY, folder / "results.json", folder / METRICS, folder / ROLLOUTS):
+            if path.is_dir():
+                raise ConfigError(f"{path} is a folder, and a run has a file there: move it away, or choose another --out.")
         if existing.is_file():
             if not existing.read_bytes().startswith(b"format_version:"):
                 raise ConfigError(
                     f"{folder} holds a run of an rlgf before format version {FORMAT_VERSION}: choose another --out."
                 )
-            self.history, self.config_checksums = _read_history(folder)
+            self.history, self.config_checksums = read_history(folder)
             # the content of files, which takes longer, is compared by `check_identity`
             self._require_same(find_setting_differences(self.history[-1]["identity"], identifying_settings(config)))
         elif folder.exists() and (not folder.is_dir() or any(not _precedes_config(path.name) for path in folder.iterdir())):
@@ -268,10 +282,17 @@ class RunDirectory:
     def drop_lines_after(self, iteration: int) -> None:
         """Drop logged lines of iterations that will run again, those from `iteration` on.
 
-        Damaged lines are kept in other files (`rlgf.runs.logs`), with a warning.
+        Damaged lines are kept in other files (`rlgf.runs.logs`), with a warning; so are whole ones
+        of iterations that had a checkpoint which is missing now.
         """
+        if lacks_checkpoint(self.folder / METRICS, SECONDS, iteration, self.config.runtime.checkpoint_every):
+            kept = [copy_beside(self.folder / name).name for name in (METRICS, ROLLOUTS) if (self.folder / name).is_file()]
+            self.warn(
+                f"{self.checkpoints.folder} has no checkpoint of later iterations that {self.folder / METRICS} has: the run "
+                f"goes on after {iteration} iterations, and copies of the logs are in {' and '.join(kept)}"
+            )
         for name in (METRICS, ROLLOUTS):
-            found = drop_lines_after(self.folder / name, iteration, self.warn)
+            found = drop_lines_after(self.folder / name, iteration, self.warn, SECONDS if name == METRICS else None)
             if missing := missing_iterations(found, iteration):
                 self.warn(
                     f"{self.folder / name} lacks the lines of iterations {missing} (from 0): they were damaged or removed"
@@ -285,7 +306,8 @@ class RunDirectory:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Load the metrics of all iterations, with a warning of damaged lines."""
         path = self.folder / METRICS
-        return read_rows(path, self.warn) if path.is_file() else []
+        rows = read_rows(path, self.warn) if path.is_file() else []
+        return [row for row in rows if iteration_of(row, SECONDS) is not None]
 
     def amend_metrics(self, iteration: int, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Replace the logged metrics of an iteration (counted from 0) by `change` of them."""
@@ -338,28 +360,9 @@ def identifying_settings(config: Config) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("runtime.") and key not in reaching}
 
 
-def _read_history(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Load the identities of a run and the checksums of its config.
-
-    Raises `DataError` if config or identity is damaged.
-    """
-    if not (folder / IDENTITY).is_file():
-        raise ConfigError(f"{folder} holds a run of an earlier rlgf, without {IDENTITY}: choose another --out.")
-    try:
-        found = read_checked_json(folder / IDENTITY)
-    except DamagedError as error:
-        raise DataError(f"{error}: restore it, or choose another --out.") from None
-    if hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest() not in found["config_sha256"]:
-        raise DataError(
-            f"{folder / 'config.yaml'} is not as the run wrote it: restore it (to change a setting, give it on the command "
-            "line), or choose another --out."
-        )
-    return found["history"], found["config_sha256"]
-
-
 def verify_run(folder: Path) -> None:
     """Raise `DataError` if the config of a run is damaged."""
-    _read_history(folder)
+    read_history(folder)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -369,6 +372,8 @@ def read_results(path: Path) -> dict[str, Any]:
     except DamagedError as error:
         raise DataError(f"{error}: restore it, or remove it to evaluate the run again.") from None
     require_format(found, path)
+    if not has_evaluation(found):
+        raise DataError(f"{path} has no evaluation of numbers: restore it, or remove it to evaluate the run again.")
     return found
 
 

@@ -1,13 +1,16 @@
 """The identity of a run: all that decides its numbers, and how two identities differ."""
 
+import hashlib
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from rlgf.data.checksums import content_identity, fingerprint
+from rlgf.data.checksums import DamagedError, content_identity, fingerprint, read_checked_json
 from rlgf.data.source_hash import spec_hash
+from rlgf.errors import ConfigError, DataError
 
+IDENTITY = "identity.json"
 PATHS = (  # settings that may name a local file or folder
     "policy", "model.path", "guide.model.path", "critic.path", "task.data", "preferences.data", "preferences.path",
     "reward.path", "judge.template",
@@ -102,3 +105,38 @@ def _shown(value: Any) -> str:
         return "not given"
     shown = repr(value)
     return shown if len(shown) <= 80 else f"{shown[:80]}…"
+
+
+def read_history(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Load the identities of a run and the checksums of its config.
+
+    Raises `DataError` if config or identity is damaged.
+    """
+    if not (folder / IDENTITY).is_file():
+        raise ConfigError(f"{folder} holds a run of an earlier rlgf, without {IDENTITY}: choose another --out.")
+    try:
+        found = read_checked_json(folder / IDENTITY)
+    except DamagedError as error:
+        raise DataError(f"{error}: restore it, or choose another --out.") from None
+    history, checksums = _listed(found.get("history")), _listed(found.get("config_sha256"))
+    if not checksums or not history or not all(map(_is_identity, history)):
+        raise DataError(f"{folder / IDENTITY} does not hold the identities of a run: restore it, or choose another --out.")
+    if hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest() not in checksums:
+        raise DataError(
+            f"{folder / 'config.yaml'} is not as the run wrote it: restore it (to change a setting, give it on the command "
+            "line), or choose another --out."
+        )
+    return history, checksums
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list, and an empty one in place of anything else."""
+    return cast("list[Any]", value) if isinstance(value, list) else []
+
+
+def _is_identity(entry: Any) -> bool:
+    """Return whether a value is an identity in the history of a run."""
+    if not isinstance(entry, dict):
+        return False
+    found = cast("dict[str, Any]", entry)
+    return isinstance(found.get("identity"), dict) and isinstance(found.get("fingerprint"), str)

@@ -4,10 +4,11 @@ The format is in docs/run-directory.md.
 """
 
 import os
+import shutil
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from rlgf.data.files import atomic_write, naming, read_line, to_checked_line, write_file
 
@@ -64,11 +65,39 @@ def read_rows(path: Path, warn: Warn, needs_check: bool = True) -> list[dict[str
     return rows
 
 
-def drop_lines_after(path: Path, iteration: int, warn: Warn) -> set[int]:
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number or null, which is written for infinity."""
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+
+def has_evaluation(results: Mapping[str, Any]) -> bool:
+    """Return whether the evaluations of results are mappings to numbers."""
+    evaluations = [results.get("evaluation"), *_values(results.get("evaluations", {}))]
+    return all(isinstance(part, dict) and all(map(is_number, _values(part))) for part in evaluations)
+
+
+def _values(mapping: Any) -> list[Any]:
+    """Return the values of a mapping, or None in their place of anything else."""
+    return list(cast("dict[str, Any]", mapping).values()) if isinstance(mapping, dict) else [None]
+
+
+def iteration_of(row: Mapping[str, Any], key: str | None = None) -> int | None:
+    """Return the iteration of a line, or None.
+
+    It is None if the line has none or, with `key`, no number under it.
+    """
+    number = row.get("iteration")
+    is_usable = type(number) is int and number >= 0 and (key is None or (key in row and is_number(row[key])))
+    return number if is_usable else None
+
+
+def drop_lines_after(path: Path, iteration: int, warn: Warn, key: str | None = None) -> set[int]:
     """Keep the lines of a log of iterations before `iteration`, and return these iterations.
 
     The log is truncated after the last line to keep; lines before it that are damaged, or belong to
-    later iterations, are cut out. Damaged lines are kept in `NAME.damaged-N`, with a warning.
+    later iterations, are cut out. Damaged lines, and those of another shape, are kept in
+    `NAME.damaged-N`, with a warning. With `key`, a line has a number under it, and an iteration has
+    one line.
     """
     if not path.is_file():
         return set()
@@ -78,8 +107,8 @@ def drop_lines_after(path: Path, iteration: int, warn: Warn) -> set[int]:
     with path.open("rb") as file:
         for start, line, is_complete in _lines(file):
             row = read_line(line, needs_check=True) if is_complete else None
-            number = row.get("iteration") if row is not None else None
-            if not isinstance(number, int):
+            number = iteration_of(row, key) if row is not None else None
+            if number is None or (key is not None and number in iterations):
                 damaged.append(line)
             elif number < iteration:
                 iterations.add(number)
@@ -91,14 +120,14 @@ def drop_lines_after(path: Path, iteration: int, warn: Warn) -> set[int]:
     if damaged:
         aside = _free_name(path)
         write_file(aside, b"\n".join(damaged))
-        warn(f"{path} has {sum(map(len, damaged)):,} bytes that are no whole lines: they are in {aside.name} now")
+        warn(f"{path} has {sum(map(len, damaged)):,} bytes that are no usable lines: they are in {aside.name} now")
     _keep_parts(path, kept)
     return iterations
 
 
 def amend_row(path: Path, iteration: int, change: Callable[[dict[str, Any]], dict[str, Any]], warn: Warn) -> None:
     """Replace the row of an iteration by `change(row)`."""
-    rows = [change(row) if row["iteration"] == iteration else row for row in read_rows(path, warn)]
+    rows = [change(row) if iteration_of(row) == iteration else row for row in read_rows(path, warn)]
     write_file(path, b"".join(to_checked_line(row) for row in rows))
 
 
@@ -134,8 +163,24 @@ def _lines(file: BinaryIO) -> Generator[tuple[int, bytes, bool]]:
         start += len(line)
 
 
-def _free_name(path: Path) -> Path:
+def lacks_checkpoint(metrics: Path, key: str, iteration: int, every: int) -> bool:
+    """Return whether a run had a checkpoint after that of `iteration`.
+
+    A line of the metrics is written after the checkpoint before it, and a policy after the last.
+    """
+    rows = read_rows(metrics, lambda line: None) if metrics.is_file() else []
+    last = max((number for row in rows if (number := iteration_of(row, key)) is not None), default=-1)
+    return last // every * every > iteration or (last >= iteration == 0 and metrics.with_name("policy").exists())
+
+
+def copy_beside(path: Path) -> Path:
+    """Copy a log to `NAME.before-N`, and return that path."""
+    with naming(path):
+        return Path(shutil.copyfile(path, _free_name(path, "before")))
+
+
+def _free_name(path: Path, kind: str = "damaged") -> Path:
     number = 1
-    while (aside := path.with_name(f"{path.name}.damaged-{number}")).exists():
+    while (aside := path.with_name(f"{path.name}.{kind}-{number}")).exists():
         number += 1
     return aside
