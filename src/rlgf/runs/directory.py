@@ -3,6 +3,7 @@
 It has the config, metrics, rollouts, checkpoints, policy and results.
 """
 
+import errno
 import hashlib
 import os
 import shutil
@@ -33,6 +34,7 @@ from rlgf.runs.checkpoints import Checkpoints
 from rlgf.runs.identity import find_differences, find_setting_differences, with_contents
 from rlgf.runs.logs import amend_row, append_rows, drop_lines_after, flush_to_disk, missing_iterations, read_rows
 from rlgf.types import FORMAT_VERSION
+from rlgf.untrusted_text import shorten
 
 IDENTITY = "identity.json"
 BEFORE_CONFIG = ("stages", IDENTITY, LOCK)  # what a folder holds before the run's config is written
@@ -377,7 +379,8 @@ def require_writable(folder: Path, option: str = "--out") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be created ({error.strerror}): choose another {option}.") from None
+        cause = "a link to what does not exist" if folder.is_symlink() and error.errno == errno.EEXIST else error.strerror
+        raise ConfigError(f"{shorten(str(folder), 120)} cannot be created ({cause}): choose another {option}.") from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{folder} cannot be written to: choose another {option}.")
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from rlgf.errors import RlgfError, TrainingError
+from rlgf.errors import ConfigError, RlgfError, TrainingError
+from rlgf.untrusted_text import shorten
 
 AGAIN = "run the same command again: finished work is kept"
 HINTS = {
@@ -40,14 +41,19 @@ SHOWN = 160  # characters of the message of a library
 def as_sentences() -> Generator[None]:
     """Raise errors of the file system and of memory in the block as `TrainingError`.
 
-    The first error is its cause. Other errors are raised unchanged, and so is that of a closed
-    pipe.
+    That of a name that no file can have is a `ConfigError`. The first error is its cause. Other
+    errors are raised unchanged, and so is that of a closed pipe.
     """
     try:
         yield
     except RlgfError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            place = shorten(str(error.filename2 or error.filename), 80)
+            raise ConfigError(
+                f"{place} cannot be used ({error.strerror}): choose another --out, or another name of what is to be read."
+            ) from error
         sentence = describe_failure(error)
         if sentence is None:
             raise
