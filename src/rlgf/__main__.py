@@ -1,17 +1,21 @@
 """Entry point of `rlgf` and `python -m rlgf`.
 
-Importing the libraries takes seconds; a signal during the import exits without a traceback.
+Importing the libraries takes seconds; a signal during the import exits with one sentence.
 """
 
+import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """Exit with the code of a signal."""
+    """Exit with a sentence and the code of a signal."""
+    with suppress(OSError):  # a terminal that hung up
+        os.write(2, f"error: interrupted by {signal.Signals(number).name}, before the command began.\n".encode())
     sys.exit(128 + number)
 
 
@@ -25,7 +29,7 @@ def main() -> None:
 
         main()
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(signal.SIGINT, None)
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)

@@ -1,6 +1,7 @@
 """Bad input of every command is one sentence, and Ctrl-C no error."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from rlgf.cli import app
         (["train", "quickstrat"], "did you mean 'quickstart'"),
         (["train", "quickstart", "--algorithm", "pp"], "did you mean 'ppo'"),
         (["train", "quickstart", "--guide", "refrences"], "did you mean 'references'"),
+        (["compare", "quickstart", "--seeds", "0,-1"], "--seeds is '0,-1', but must be whole numbers from 0 to"),
+        (["train", "quickstart", "--out", "x" * 300], r"xxx….* cannot be used .*choose another --out"),
+        (["train", "quickstart", "--out", "dangling"], "dangling cannot be created .a link to what does not exist"),
         (["train", "quickstart", "ppo.epoch=3"], "did you mean 'ppo.epochs'"),
         (["train", "quickstart", "epochs=3"], "ppo.epochs"),
         (["train", "quickstart", "task.options.slot=3"], "slots"),
@@ -56,6 +60,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("missing/x")
     monkeypatch.setattr("sys.argv", ["rlgf", *arguments])
     with pytest.raises(SystemExit) as stopped:
         app.main()
@@ -78,7 +83,7 @@ def test_ctrl_c_while_libraries_are_imported_is_no_error(monkeypatch: pytest.Mon
     with pytest.raises(SystemExit) as stopped:
         entry.main()
     assert stopped.value.code == 130
-    assert not capsys.readouterr().err
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -101,3 +106,11 @@ def test_a_shell_completes_commands_options_and_names(
         app.app(args=[], prog_name="rlgf")
     assert not stopped.value.code
     assert capsys.readouterr().out.split() == offered
+
+
+@pytest.mark.parametrize("number", [*entry.SIGNALS, signal.SIGINT])
+def test_a_signal_while_libraries_are_imported_has_a_sentence(number: int, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        entry.leave(number, None)
+    assert stopped.value.code == 128 + number
+    assert capfd.readouterr().err == f"error: interrupted by {signal.Signals(number).name}, before the command began.\n"

@@ -2,13 +2,25 @@
 
 import dataclasses
 import json
+import time
+from base64 import urlsafe_b64encode
+from collections.abc import Callable
+from random import Random
 from typing import Any, get_args, get_type_hints
+from uuid import UUID
 
 import pytest
 
 from rlgf.cli.options import read_config
 from rlgf.config.loading import dump, override, parse_assignment, read_yaml
 from rlgf.config.schema import Config
+from rlgf.credentials import (
+    is_credential_for_server,
+    is_credential_in_body,
+    is_credential_in_header,
+    is_credential_in_url,
+    mask_credentials,
+)
 from rlgf.errors import ConfigError
 
 KEY = "sk-planted-0123456789abcdef"
@@ -67,6 +79,15 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "a short key in a header": ("extra_headers", {"X": SHORT}),
     "a secret header": ("extra_headers", {"Authorization": "abc"}),
     "beside a reference in a header": ("extra_headers", {"X-Api-Key": "abc $N"}),
+    "a UUID in a header": ("extra_headers", {"X-Trace": "550e8400-e29b-41d4-a716-446655440000"}),
+    "a session": ("extra_headers", {"X-Session": "s%3Aabc.ghijk"}), "a signature": ("extra_headers", {"X-Signature": "abc"}),
+    "pass": ("extra_body", {"pass": "abc"}), "pwd": ("extra_body", {"db_pwd": "abc"}), "pw": ("extra_body", {"pw": "abc"}),
+    "a connection": ("extra_body", {"dsn": "Server=h;User=u;Password=abc1;"}),
+    "an account": ("extra_body", {"account": "DefaultEndpointsProtocol=https;AccountKey=abcd+/efgh=="}),
+    "a header as text": ("extra_body", {"raw": "Authorization: Token abcd1234efgh5678"}),
+    "a pair": ("extra_body", {"h": ["X-Api-Key", "Zx81abc1234"]}),
+    "a named value": ("extra_body", {"h": [{"name": "api_key", "value": "abc"}]}),
+    "a query": ("extra_body", {"url": "https://h/x?token=abc"}),
     "a key after the dollar": ("extra_headers", {"Authorization": "$hf_abcdefGHIJ0123456789"}),
     "a name of a key": ("extra_headers", {KEY: "a"}),
     "a key as the variable": ("api_key_env", SHORT), "a key that is a name": ("api_key_env", "hf_abcdefGHIJ0123456789"),
@@ -91,13 +112,78 @@ def test_what_goes_to_a_server_holds_no_secret(role: str, field: str, value: Any
     [
         f"http://host/{SHORT}/v1", "https://host/hf_abc/v1", "https://host/a1b2c3d4e5f6a7b8c9d0/v1", f"https://host/x/{KEY}",
         f"https://{SHORT}@host/v1", f"https://me:{SHORT}@host/v1", "https://host/v1/eyJhbGciOiJIUzI1.eyJzdWIiOi.abcdef",
-        "https://host/$hf_abcdefGHIJ0123456789/v1",
+        "https://host/$hf_abcdefGHIJ0123456789/v1", "https://host/v1;key=a1b2c3d4",
+        "https://a1b2c3d4e5f6a7b8c9d0e1f2.host.example/v1", "https://host/a1b2B3_xY9-kLm2_Qw8-zR5tN7_vP1/v1",
     ],
 )  # fmt: skip
 def test_the_address_of_a_server_holds_no_secret(role: str, address: str) -> None:
     with pytest.raises(ConfigError, match=rf"{role}\.spec") as caught:
         override(Config(), [(f"{role}.spec", f"server:model@{address}")])
     assert not any(part in str(caught.value) for part in (SHORT, "hf_", "a1b2", "eyJ", KEY))
+
+
+@pytest.mark.parametrize("field", ["guide.system", "task.data", "judge.template"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "aws_secret_access_key=abcXUtnFEMI/K7MDENG/bPx", "Say password=abcabc.", "https://host/r.jsonl?X-Amz-Signature=abc123",
+        "https://host/r.jsonl?sv=1&sig=abc123", "https://host/r?token=abc", "Log in (password: hunter2abc).",
+        '{"pwd": "S3cr3tabc"}',
+    ],
+)  # fmt: skip
+def test_no_text_of_a_config_gives_a_value_to_the_name_of_a_secret(field: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^{field} is written out, but holds what looks like a secret") as caught:
+        override(Config(), [(field, text)])
+    assert "abc" not in str(caught.value)
+    assert "abc" not in mask_credentials(text)
+
+
+SORTS: dict[str, Callable[[Random], str]] = {
+    "urlsafe 16": lambda random: urlsafe_b64encode(random.randbytes(16)).decode().rstrip("="),
+    "urlsafe 32": lambda random: urlsafe_b64encode(random.randbytes(32)).decode().rstrip("="),
+    "hex": lambda random: random.randbytes(16).hex(),
+    "uuid": lambda random: str(UUID(bytes=random.randbytes(16), version=4)),
+}
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_random_keys_are_found_in_headers_and_paths(sort: str) -> None:
+    random = Random(0)
+    keys = [SORTS[sort](random) for _ in range(2_000)]
+    assert sum(not is_credential_in_header("X-Trace", key) for key in keys) < 20
+    assert sum(not is_credential_in_url(f"https://host.example/{key}/v1") for key in keys) < 20
+
+
+ORDINARY = (
+    "meta-llama/Llama-3.1-8B-Instruct", "gpt-4o-mini-2024-07-18", "Qwen/Qwen2.5-0.5B-Instruct-GGUF",
+    "Qwen2-VL-72B-Instruct-GPTQ-Int4", "neuralmagic/Meta-Llama-3.1-8B-Instruct-quantized.w8a8", "Qwen2-7B-W4A16-G128-FP8",
+    "Meta-Llama-3-8B-Instruct-FP8-KV", "Mixtral-8x7B-Instruct-v0.1-AWQ", "DeepSeek-R1-Distill-Qwen-32B",
+    "anthropic.claude-3-5-sonnet-20241022-v2:0", "accounts/fireworks/models/llama-v3p1-70b-instruct",
+    "nvidia/Llama-3_1-Nemotron-51B-Instruct", "TheBloke/OpenHermes-2.5-Mistral-7B-GPTQ-4bit-128g-actorder_True",
+    "Qwen3-30B-A3B-Instruct-2507-FP8-dynamic", "mistral-7b-openorca.Q4_K_M.gguf", "AutoModelForSequenceClassification",
+    "Every token of the answer counts. Never reveal a password or an API key.", "the secret of a good story; key=value pairs",
+    "Password: choose eight letters. The token: a unit of text.", "A password = one word; its length: 8 characters.",
+    "Write def login(user, password=None, token=get_token()): pass", "max_tokens=5, tokenizer=bpe, pad_token=eos",
+    "https://host/films?id=12&page=3&max_tokens=5&keyword=x", "export OPENAI_API_KEY=YOUR_API_KEY",
+    "https://x.openai.azure.com/openai/deployments/gpt-4o-mini-2024-07-18?api-version=2024-02-01",
+    "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36",
+)  # fmt: skip
+
+
+def test_ordinary_texts_are_no_secrets() -> None:
+    for text in ORDINARY:
+        assert not is_credential_in_header("X-Title", text), text
+        assert not is_credential_in_body(["model"], text), text
+        override(Config(), [("guide.system", text)])
+    override(Config(), [("policy", "me/model@0123456789abcdef0123456789abcdef01234567")])
+    assert not is_credential_in_body(["revision"], "0123456789abcdef0123456789abcdef01234567")
+
+
+def test_long_texts_are_searched_in_linear_time() -> None:
+    for part in ("password:", "http://", "?a", "token=", "aB3", "&key=;"):
+        start = time.process_time()
+        is_credential_for_server(part * 5_000)
+        assert time.process_time() - start < 1, part  # minutes, if it were not
 
 
 ACCEPTED: dict[str, Any] = {
@@ -123,6 +209,9 @@ def test_references_and_what_is_no_secret_are_kept_as_they_are(field: str) -> No
     "address",
     [
         "http://127.0.0.1:8000/v1", "https://host/$TOKEN/v1", "https://$HOST/${A}/v1", "https://openrouter.ai/api/v1",
+        "https://j3z5luu0ooo76jnl.us-east-1.aws.endpoints.huggingface.cloud/v1", "https://me--app-serve.modal.run/v1",
+        "https://abcdefghij4klmnopqrstuvwx2yz0123.lambda-url.us-east-1.on.aws", "https://abc1def2-8000.proxy.runpod.net/v1",
+        "https://adb-1234567890123456.7.azuredatabricks.net/serving-endpoints",
         "https://x.openai.azure.com/openai/deployments/gpt-4o-mini-2024-07-18", "http://[::1]:8000/v1",
     ],
 )  # fmt: skip

@@ -109,6 +109,26 @@ CASES: list[tuple[str, Changes, Changes]] = [
 ]
 
 
+BEYOND: dict[str, tuple[Any, Changes, str]] = {
+    "critic.warmup_iterations": (3, {"ppo.iterations": 3}, "leaves no iteration to the policy, as ppo.iterations is 3"),
+    "ppo.minibatch_size": (64, {"ppo.completions_per_iteration": 32}, "is more than there is, as ppo.completions"),
+    "sft.warmup_steps": (5, {"sft.steps": 5}, "takes the whole training, as sft.steps is 5"),
+    "guide.sft.warmup_steps": (6, {**TRAINED, "guide.sft.steps": 5}, "takes the whole training, as guide.sft.steps is 5"),
+    "task.options.subset": ("a", {"task.data": __file__}, "has no effect, as task.data is a file, which has none"),
+}
+
+
+@pytest.mark.parametrize("key", BEYOND)
+def test_a_typed_setting_beyond_another_is_refused(key: str) -> None:
+    value, changes, message = BEYOND[key]
+    beyond = changed({**changes, key: value})
+    with pytest.raises(ConfigError, match=f"^command line: {key} {message}.*: (set|give) .+, or leave out {key}\\.$"):
+        require_read([TypedSetting(key, (key,))], [beyond])
+    require_read([TypedSetting(name, (name,)) for name in changes if name != "task.data"], [beyond])
+    fitting = {key: value - 2} if isinstance(value, int) and value < 64 else {key: 32} if value == 64 else {"task.data": "a/b"}
+    require_read([TypedSetting(key, (key,))], [changed({**changes, key: value, **fitting})])
+
+
 ON: Changes = {  # fields that are off by default; what is off is no mistake
     "critic.warm_start_from_guide": True, "evaluation.also_sampled": True, "guide.endpoint.cache": "there",
     "lora.in_sft": True, "model.path": "there", "ppo.mle_batch": 4, "sft.seed": 3, "guide.sft.steps": 2,
@@ -131,7 +151,7 @@ def test_a_setting_is_read_under_its_condition_alone(key: str, without: Changes,
 
 
 def test_every_condition_is_about_fields_that_exist() -> None:
-    keys = {*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")}
+    keys = {*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options."), "task.options.subset"}
     sections = tuple(f"algorithm.options.{name}" for name in ALGORITHMS)
     for condition in CONDITIONS:
         for field in (*condition.fields, *condition.besides):
@@ -141,6 +161,8 @@ def test_every_condition_is_about_fields_that_exist() -> None:
 
 def test_every_condition_is_met_by_some_config_and_not_by_another() -> None:
     configs = [changed(changes) for _, *both in CASES for changes in both]
+    configs += [changed({**changes, key: value}) for key, (value, changes, _) in BEYOND.items()]
+    configs += [changed({**on, f"{name}.steps": 2, f"{name}.warmup_steps": 2}) for name, on in TRAINED_IN.items()]
     for condition in CONDITIONS:
         never = condition.fields == ("guide.model.vocabulary",)
         found = {condition.is_met(config) for config in configs}

@@ -96,6 +96,23 @@ def test_the_identity_of_a_folder_is_its_content_and_not_its_place(folder: Path,
     assert content_identity(None) is None
 
 
+def test_files_that_were_added_to_a_folder_with_a_manifest_belong_to_its_identity(folder: Path) -> None:
+    before = content_identity(str(folder))
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "a").write_text("a")
+    assert content_identity(str(folder)) == before
+    (folder / "chat_template.jinja").write_text("a")
+    added = content_identity(str(folder))
+    assert added != before
+    (folder / "chat_template.jinja").write_text("b")
+    assert content_identity(str(folder)) not in (before, added)
+
+
+def test_a_text_that_no_file_can_have_as_its_name_is_its_own_identity() -> None:
+    for text in ("{{ a.b }}/" * 500, "a\0b"):
+        assert content_identity(text) == text
+
+
 def test_a_checked_file_notices_changed_values_and_changed_spelling(tmp_path: Path) -> None:
     file = tmp_path / "value.json"
     write_checked_json(file, {"a": 0.1, "b": (1, None), "c": {"d": "ü"}})

@@ -19,7 +19,9 @@ from rlgf.config.loading import dump, override
 from rlgf.data.checksums import read_checked_json, write_checked_json, write_manifest
 from rlgf.data.files import json_safe, read_complete_lines
 from rlgf.errors import CheckpointError, ConfigError, DataError, TrainingError
+from rlgf.pipeline.preflight import check_to_train
 from rlgf.pipeline.prepare import prepare
+from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.run import train
 from rlgf.rl.tensors import Experience
 from rlgf.runs.checkpoints import load_state
@@ -217,6 +219,12 @@ def test_an_output_folder_that_holds_another_run_is_refused(finished_run: Finish
 def test_a_prompt_longer_than_the_context_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="exceeds the model's context"):
         prepare(small(("model.max_length", 8)), tmp_path)
+
+
+def test_completions_longer_than_the_context_are_refused_before_anything_is_made():
+    check_to_train(resolve(small(("task.max_new_tokens", 63), ("model.max_length", 64))))
+    with pytest.raises(ConfigError, match=r"^task\.max_new_tokens is 64, .* model\.max_length = 64: lower"):
+        check_to_train(resolve(small(("task.max_new_tokens", 64), ("model.max_length", 64))))
 
 
 def test_a_model_without_an_end_token_is_refused(tmp_path: Path, stages: Path):

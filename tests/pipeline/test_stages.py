@@ -1,14 +1,15 @@
 """Fingerprints of stages and runs: whatever changes a completion, and nothing else."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
-from rlgf.config.sections import CONNECTION_FIELDS, EndpointConfig, GuideConfig
-from rlgf.pipeline.stages import guide_identity
+from rlgf.config.sections import CONNECTION_FIELDS, EndpointConfig, GuideConfig, TaskConfig
+from rlgf.pipeline.stages import guide_identity, task_source
 from rlgf.runs.directory import identifying_settings
 from rlgf.types import SamplingParams
 
@@ -50,3 +51,12 @@ def test_a_stage_made_with_a_guide_is_named_as_before_its_endpoint_was_a_section
         "extra_headers": {"X-Title": "films"},
         "thinking_tokens": 3,
     }
+
+
+def test_a_stage_is_another_one_if_the_template_file_of_its_task_changes(tmp_path: Path) -> None:
+    task = TaskConfig("prompts", options={"chat_template": str(tmp_path / "template"), "prompt_column": "prompt"})
+    assert task_source(task) == {"name": "prompts", "options": task.options, "data": None}
+    (tmp_path / "template").write_text("a")
+    before = task_source(task)
+    (tmp_path / "template").write_text("b")
+    assert before != task_source(task)

@@ -55,6 +55,25 @@ def rows_in(tmp_path: Path, name: str, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("task.options.chat_template", "template"), ("guide.options.chat_template", "template"),
+        ("task.options.files", ["./template", "other"]), ("evaluation.metric_options.a", ["./template"]),
+    ],
+)  # fmt: skip
+def test_files_in_options_are_compared_by_their_bytes(
+    key: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert with_contents({key: value})[key] == value
+    Path("template").write_text("a")
+    before = with_contents({key: value})
+    assert f"content of {key}" in before
+    Path("template").write_text("b")
+    assert find_differences(before, with_contents({key: value})) == [f"the content of {key} has changed"]
+
+
 def test_data_are_compared_by_their_bytes_and_not_by_their_place(tmp_path: Path) -> None:
     data = rows_in(tmp_path, "here", '{"prompt": "a"}\n')
     open_run(tmp_path / "run", config_of(task__data=str(data)))

@@ -121,8 +121,8 @@ def test_a_full_disk_under_tensorboard_is_an_error_and_no_endless_wait(tmp_path:
         def close(self) -> None:
             pass
 
-    events._py_recordio_writer.close()
-    events._py_recordio_writer = Full()
+    events._py_recordio_writer, replaced = Full(), events._py_recordio_writer
+    replaced.close()
 
     def log_many() -> None:
         for step in range(100):

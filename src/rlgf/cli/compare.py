@@ -46,8 +46,12 @@ def compare(
             raise unknown("algorithm", name, guided.ALGORITHMS)
     try:
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
+        if not all(0 <= number < 2**63 for number in numbers):
+            raise ValueError
     except ValueError:
-        raise ConfigError(f"--seeds is '{shorten(seeds, 60)}', but must be whole numbers separated by commas.") from None
+        raise ConfigError(
+            f"--seeds is '{shorten(seeds, 60)}', but must be whole numbers from 0 to 2^63 - 1 separated by commas."
+        ) from None
     from rlgf.cli import console, terminal
     from rlgf.config import unread, variants
     from rlgf.config.base import to_dict

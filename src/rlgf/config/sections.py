@@ -122,7 +122,7 @@ class RewardConfig:
     path: str = "task"
     weights: dict[str, FiniteFloat] = dataclasses.field(default_factory=dict[str, float])  # for a sum
     options: dict[str, Any] = dataclasses.field(default_factory=dict[str, Any])  # of text metrics
-    clip: NonNegativeFloat | None = None  # bound on |reward|
+    clip: PositiveFloat | None = None  # bound on |reward|
     normalize: Flag = False  # divide by a running standard deviation around a running mean
     subtract_reference: Flag = False  # subtract the score of the prompt's first reference
     missing_eos_penalty: FiniteFloat = 0.0  # subtracted from completions truncated at max_new_tokens

@@ -5,6 +5,7 @@ that a run wrote are listed by `rlgf train … --dry-run`: they are read again w
 algorithm is chosen.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -32,6 +33,7 @@ class Condition:
     cause: Callable[[Config], str]  # of a field that is not read, as a clause
     fix: str  # what would make it read
     besides: tuple[str, ...] = ()
+    problem: str = "has no effect"
 
     def covers(self, key: str) -> bool:
         """Return whether the condition is about a key."""
@@ -122,6 +124,12 @@ def _conditions_of_training(section: str) -> list[Condition]:
         Condition(
             (f"{section}.*",), lambda c: _value_of(c, section).is_enabled, _says(f"{steps} and {epochs} are 0"),
             "set one of them", (steps, epochs, *_of_section(section, "seed", "num_completions")),
+        ),
+        Condition(
+            (f"{section}.warmup_steps",),
+            lambda c: not _value_of(c, steps) or _value_of(c, f"{section}.warmup_steps") < _value_of(c, steps),
+            lambda c: f"{steps} is {_value_of(c, steps)}", f"set it below {steps}",
+            problem="takes the whole training",
         ),
     ]  # fmt: skip
 
@@ -223,6 +231,20 @@ CONDITIONS = (
         ("lora.dropout",), lambda c: c.lora.in_sft or c.ppo.dropout, _says("lora.in_sft and ppo.dropout are off"),
         "set one of them",
     ),
+    Condition(
+        ("critic.warmup_iterations",), lambda c: c.critic.warmup_iterations < c.ppo.iterations,
+        _says("ppo.iterations is {c.ppo.iterations}"), "set it below ppo.iterations",
+        problem="leaves no iteration to the policy",
+    ),
+    Condition(
+        ("ppo.minibatch_size",), lambda c: c.ppo.minibatch_size <= c.ppo.completions_per_iteration,
+        _says("ppo.completions_per_iteration is {c.ppo.completions_per_iteration}"), "set it to at most that",
+        problem="is more than there is",
+    ),
+    Condition(
+        ("task.options.subset",), lambda c: c.task.data is None or not os.path.isfile(os.path.expanduser(c.task.data)),
+        _says("task.data is a file, which has none"), "give a dataset of the Hub or a folder",
+    ),
     _needs("ppo.mle_coefficient", "ppo.mle_batch"),
     Condition(
         _of_section("kl", "target", "horizon"), lambda c: c.kl.controller == "adaptive", _says("kl.controller is fixed"),
@@ -283,7 +305,7 @@ def require_read(typed: Sequence[TypedSetting], configs: Sequence[Config]) -> No
         if all(condition is not None for condition in unmet):
             first = cast("Condition", unmet[0])
             raise ConfigError(
-                f"{setting.where}: {setting.name} has no effect, as {first.cause(configs[0])}: {first.fix}, or leave out "
+                f"{setting.where}: {setting.name} {first.problem}, as {first.cause(configs[0])}: {first.fix}, or leave out "
                 f"{setting.name}."
             )
 

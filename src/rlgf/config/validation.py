@@ -11,6 +11,7 @@ from rlgf.config.sections import EndpointConfig, GuideConfig, RewardConfig
 from rlgf.credentials import (
     REFERENCE,
     VARIABLE,
+    find_labels,
     is_credential,
     is_credential_as_name,
     is_credential_for_server,
@@ -139,8 +140,10 @@ def _check_endpoint(section: str, endpoint: EndpointConfig) -> None:
         if is_credential_in_header(name, value) or is_credential_as_name(name):
             raise ConfigError(f"{_field((section, 'extra_headers', name))} {SECRET}: {TO_REFERENCE}.")
         _check_references(f"{section}.extra_headers.{shorten(name, 40)}", value)
-    for names, value in walk(endpoint.extra_body, (section, "extra_body")):
-        if is_credential_in_body(names[2:], value) or any(map(is_credential_as_name, names[2:])):
+    leaves = dict(walk(endpoint.extra_body, (section, "extra_body")))
+    for names, value in leaves.items():
+        own = names[2:]
+        if is_credential_in_body([*own, *find_labels(leaves, names)], value) or any(map(is_credential_as_name, own)):
             raise ConfigError(f"{_field(names)} {SECRET}: {TO_REFERENCE}.")
         if isinstance(value, str):
             _check_references(_field(names), value)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -37,10 +37,11 @@ def content_identity(source: str | None) -> Any:
 
     For a local file or folder it is the name and content hash of every file, otherwise the name. A
     folder with a manifest of this library is identified by the checksums in it, which are verified
-    on load. Raises `DataError` if the manifest is damaged or missing in a run's folder.
+    on load, and by the content of files that were added to it; names that begin with a dot do not
+    count. Raises `DataError` if the manifest is damaged or missing in a run's folder.
     """
     path = Path(source).expanduser() if source else None
-    if path is None or not path.exists():
+    if path is None or not os.path.exists(path):  # False for a text that is no name, such as a template
         return source
     if path.is_file():
         return [(path.name, file_checksum(path)[:SHORT])]
@@ -49,9 +50,16 @@ def content_identity(source: str | None) -> Any:
             files: Mapping[str, Any] = _read_manifest(path)["files"]
         except DamagedError as error:
             raise DataError(f"'{source}' is damaged ({error}): restore it, or make it again.") from None
-        return [(Path(name).name, files[name]["sha256"][:SHORT]) for name in sorted(files)]
+        listed = [(Path(name).name, files[name]["sha256"][:SHORT]) for name in sorted(files)]
+        return listed + [(file.name, file_checksum(file)[:SHORT]) for file in _added_files(path, files)]
     files_here = sorted(file for file in path.rglob("*") if file.is_file())
     return [(file.name, file_checksum(file)[:SHORT]) for file in files_here]
+
+
+def _added_files(folder: Path, listed: Container[str]) -> list[Path]:
+    """Return the files of a folder that its manifest does not list."""
+    names = {file: file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return [file for file, name in names.items() if name not in listed and name != MANIFEST and not f"/{name}".count("/.")]
 
 
 def file_checksum(file: Path) -> str:

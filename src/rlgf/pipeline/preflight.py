@@ -43,6 +43,7 @@ from rlgf.types import GUIDE, POLICY, Prompt
 def check(run: ResolvedRun) -> None:
     """Validate a run without loading data or models; raise `ConfigError` if it is invalid."""
     _check_task(run.task)
+    _check_context(run.policy, run.task.config.max_new_tokens)
     check_trackers(run.trainer.runtime.trackers)
     check_reward_options(run.reward.config)
     if run.trainer.evaluation.metrics:
@@ -93,6 +94,16 @@ def check_to_train(run: ResolvedRun, unwritten: Sequence[str] = ()) -> None:
 def passed_error(key: str, spec: str) -> ConfigError:
     """Return the error for an object that only Python code can pass."""
     return ConfigError(f"{key} is '{spec}', which Python code passed to rlgf.train: resume with the same call.")
+
+
+def _check_context(policy: PolicyPlan, max_new_tokens: int) -> None:
+    """Raise if a new model has no room for a completion."""
+    shape = policy.base.shape
+    if policy.path is None and shape.path is None and shape.architecture != "t5" and max_new_tokens >= shape.max_length:
+        raise ConfigError(
+            f"task.max_new_tokens is {max_new_tokens}, which with a prompt exceeds the model's context, model.max_length = "
+            f"{shape.max_length}: lower task.max_new_tokens, or raise model.max_length."
+        )
 
 
 def _check_task(task: TaskPlan) -> None:

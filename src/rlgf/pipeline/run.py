@@ -39,8 +39,8 @@ from rlgf.pipeline.stages import starting_model
 from rlgf.rewards.weighted_sum import sum_of_rewards
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
-from rlgf.runs.directory import RunDirectory, require_space, require_writable
-from rlgf.runs.failures import as_sentences
+from rlgf.runs.directory import RunDirectory, require_writable
+from rlgf.runs.failures import as_sentences, require_space
 from rlgf.runs.machine import describe_runtime
 from rlgf.runs.progress import ProgressLines, write_line
 from rlgf.runs.recorder import RunRecorder

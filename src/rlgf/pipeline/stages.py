@@ -23,6 +23,7 @@ from rlgf.models.loading import load_language_model, load_tokenizer, new_languag
 from rlgf.pipeline.resolve import BasePlan, DistillPlan, FineTuningPlan, GuidePlan, PolicyPlan, RewardPlan, TokenizerPlan
 from rlgf.pipeline.stage_cache import StageCache
 from rlgf.rewards.ngram import train_ngram
+from rlgf.runs.identity import with_contents
 from rlgf.runs.steps import StepStore
 from rlgf.supervised.examples import SENTINELS, Example, TargetExamples, check_example_lengths, corrupt_spans, split_into_blocks
 from rlgf.supervised.loop import fit
@@ -98,8 +99,11 @@ def _base_identity(plan: BasePlan, cache: StageCache) -> Any:
 
 
 def task_source(task: TaskConfig) -> dict[str, Any]:
-    """Return the identity of a task's data: its name, options and data fingerprint."""
-    return {"name": task.name, "options": task.options, "data": content_identity(task.data)}
+    """Return the identity of a task's data: its name, options, their files and the data."""
+    found = {"name": task.name, "options": task.options, "data": content_identity(task.data)}
+    contents = with_contents({f"task.options.{name}": value for name, value in task.options.items()})
+    files = {key: content for key, content in contents.items() if key.startswith("content of ")}
+    return {**found, "files": files} if files else found
 
 
 def pretrain_stage(plan: BasePlan, cache: StageCache, at: Path | None = None) -> Path:

@@ -44,6 +44,7 @@ from rlgf.runs.logs import (
     read_rows,
 )
 from rlgf.types import FORMAT_VERSION
+from rlgf.untrusted_text import shorten
 
 BEFORE_CONFIG = ("stages", IDENTITY, LOCK)  # what a folder holds before the run's config is written
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
@@ -382,19 +383,7 @@ def require_writable(folder: Path, option: str = "--out") -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be created ({error.strerror}): choose another {option}.") from None
+        cause = "a link to what does not exist" if folder.is_symlink() else error.strerror
+        raise ConfigError(f"{shorten(str(folder), 120)} cannot be created ({cause}): choose another {option}.") from None
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"{folder} cannot be written to: choose another {option}.")
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise if the disk of `folder` has fewer than `needed` bytes free."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ConfigError(
-            f"the disk under {folder} has {free / 1e6:,.0f} MB free, and the run needs about {needed / 1e6:,.0f} MB: "
-            "free some space or choose another --out."
-        )

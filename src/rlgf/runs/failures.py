@@ -3,10 +3,13 @@
 import errno
 import os
 import re
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
-from rlgf.errors import RlgfError, TrainingError
+from rlgf.errors import ConfigError, RlgfError, TrainingError
+from rlgf.untrusted_text import shorten
 
 AGAIN = "run the same command again: finished work is kept"
 HINTS = {
@@ -40,14 +43,19 @@ SHOWN = 160  # characters of the message of a library
 def as_sentences() -> Generator[None]:
     """Raise errors of the file system and of memory in the block as `TrainingError`.
 
-    The first error is its cause. Other errors are raised unchanged, and so is that of a closed
-    pipe.
+    That of a name that no file can have is a `ConfigError`. The first error is its cause. Other
+    errors are raised unchanged, and so is that of a closed pipe.
     """
     try:
         yield
     except RlgfError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            place = shorten(str(error.filename2 or error.filename), 80)
+            raise ConfigError(
+                f"{place} cannot be used ({error.strerror}): choose another --out, or another name of what is to be read."
+            ) from error
         sentence = describe_failure(error)
         if sentence is None:
             raise
@@ -80,3 +88,16 @@ def _describe_file(number: int | None, name: object, problem: str) -> str:
     place = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else "a file"
     hint = HINTS.get(number or 0)
     return f"{place} cannot be used ({problem}): {f'{hint}, and {AGAIN}' if hint else AGAIN}."
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise if the disk of `folder` has fewer than `needed` bytes free."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ConfigError(
+            f"the disk under {folder} has {free / 1e6:,.0f} MB free, and the run needs about {needed / 1e6:,.0f} MB: "
+            "free some space or choose another --out."
+        )

@@ -32,9 +32,11 @@ def with_contents(settings: Mapping[str, Any]) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        name = _path_in(key, value)
-        content = content_identity(name)
-        if name is None or content == name:
+        parts = cast("list[Any]", list(value)) if isinstance(value, list | tuple) else [value]
+        names = [_path_in(key, part) for part in parts]
+        contents = [content_identity(name) for name in names]
+        content = contents if isinstance(value, list | tuple) else contents[0]
+        if contents == names:
             found[key] = value
         elif key.startswith("reward.weights."):
             found[WEIGHT + fingerprint({"files": content})] = value
@@ -56,6 +58,8 @@ def _path_in(key: str, value: Any) -> str | None:
         if kind == "run" and name:
             return str(Path(name).expanduser() / "policy")
         return name if kind in MODEL_KINDS and name else None
+    if key.rpartition(".")[2] == "chat_template":  # a file of any name, or the template itself
+        return None if "{" in value else value
     if key.startswith(OPTIONS):
         return value if "/" in value or "." in value else None
     return value if key in PATHS else None

@@ -75,8 +75,9 @@ class Trackers:
         def guarded(*arguments: Any) -> Any:
             try:
                 return call(*arguments)
-            except OSError as error:
-                self.failure = self.failure or error
+            except Exception as error:  # whatever it is, the thread must live on
+                failure = error if isinstance(error, OSError) else OSError(f"TensorBoard's events cannot be written: {error}")
+                self.failure = self.failure or failure
                 return None
 
         return guarded
