@@ -60,6 +60,7 @@ def test_every_kind_of_extension_has_an_example() -> None:
 TRAINED = {"praise_reward", "countdown_task", "length_metric"}  # whole runs; the fast suite has one of those
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.integration) if name in TRAINED else name for name in PRINTS]
 )

@@ -375,6 +375,7 @@ def test_a_conversation_is_read_by_its_own_template(byte_tokenizer: Any) -> None
         assert completion.text.startswith("<t></t>") == (not prefix)
 
 
+@pytest.mark.integration
 def test_its_text_depends_on_seed_trajectory_and_position_alone(text_guide: TextModelGuide) -> None:
     together = text_guide.complete([request(index=index, prefix=" a" * (index % 3)) for index in range(6)])
     assert len({answer.text for answer in together}) == 6
@@ -415,6 +416,7 @@ def test_its_text_ends_with_a_whole_character_or_is_finished(byte_tokenizer: Any
     assert query_guide(silent, [request(), request(prompt="")]) == [Completion("", True)] * 2
 
 
+@pytest.mark.integration
 def test_a_guide_of_another_tokenizer_begins_and_finishes(byte_tokenizer: Any, word_tokenizer: Any) -> None:
     policy = model_of(word_tokenizer, seed=1)
     text_guide = TextModelGuide(model_of(byte_tokenizer, seed=3, context=256), SamplingParams(top_k=20))

@@ -236,6 +236,7 @@ def test_a_comparison_names_its_judge(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "win rate" in table
 
 
+@pytest.mark.integration
 def test_a_judge_on_a_server_is_asked_before_anything_is_trained(stages: Path, tmp_path: Path):
     spec = "server:chat@http://127.0.0.1:9/v1"
     changes = [("judge.spec", spec), ("judge.endpoint.retries", 0)]

@@ -31,6 +31,7 @@ def comparison(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {"recipe": "r", "seeds": [0, 1], "rows": [row("sft"), *rows], **more}
 
 
+@pytest.mark.integration
 def test_a_tradeoff_has_a_point_for_each_evaluation_and_arrows_in_the_direction_of_training():
     trained = row("ppo", curves=[[point(8, 0.5), point(16, 1.0)], [point(8, 0.7), point(16, 2.0)]])
     figure = figures.tradeoff(comparison(trained, row("guide")))
@@ -48,6 +49,7 @@ def test_a_tradeoff_has_a_point_for_each_evaluation_and_arrows_in_the_direction_
     assert figures.tradeoff(comparison(row("ppo", curves=[[], []]))) is None
 
 
+@pytest.mark.integration
 def test_what_could_not_be_measured_has_no_panel():
     def unknown(texts: int) -> dict[str, Any]:
         return {**point(texts, 0.5), "perplexity": None}

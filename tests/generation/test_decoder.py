@@ -262,6 +262,7 @@ def test_log_probs_and_support_agree_with_a_full_forward(tiny_model: LanguageMod
     assert_agrees_with_a_full_forward(tiny_model, PREFIXES, sampling, 12, 4)
 
 
+@pytest.mark.integration
 def test_the_size_of_decoding_batches_changes_no_draw(tiny_model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = write(tiny_model, PREFIXES, SamplingParams(top_p=0.9), budgets=[12, 3, 12, 7, 1])
     bounds = [("BATCH_TOKENS", 1), ("BATCH_TOKENS", 40), ("PREFILL_TOKENS", 1), ("PREFILL_TOKENS", 20), ("BATCH_LOGITS", 1)]

@@ -92,6 +92,7 @@ def test_neighbours_and_shared_sources_change_nothing(model: LanguageModel, samp
         assert rows_of(alone) == [mine]
 
 
+@pytest.mark.integration
 def test_how_many_are_read_at_once_changes_nothing(model: LanguageModel, monkeypatch: pytest.MonkeyPatch):
     together = write(model, SOURCES, BEGUN, SamplingParams())
     for most in (1, 20):

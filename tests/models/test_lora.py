@@ -147,6 +147,7 @@ def test_what_cannot_be_is_refused() -> None:
         config_of(lora__dropout=1.0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["lora", "separate", "value_head"])
 def test_a_critic_is_saved_with_its_head_and_begins_another(kind: str, tmp_path: Path) -> None:
     start = saved(tmp_path / "base")

@@ -31,6 +31,7 @@ def test_the_largest_micro_batch_that_fits_is_found(room: int, most: int, found:
         find_micro_batch_size(lambda tokens: attempt(10**10), most)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["separate", "value_head"])
 def test_a_rehearsal_reads_as_many_tokens_as_asked_and_leaves_nothing_behind(kind: str):
     trainer, plain = (trainer_of(critic__kind=kind) for _ in range(2))

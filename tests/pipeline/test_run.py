@@ -262,6 +262,7 @@ def test_the_loop_can_be_written_by_hand(stages: Path):
         assert stats["first_ratio_error"] < 1e-4
 
 
+@pytest.mark.integration
 def test_a_reward_that_fails_while_evaluating_leaves_the_iteration_and_a_checkpoint(
     tmp_path: Path, stages: Path, monkeypatch: pytest.MonkeyPatch
 ):

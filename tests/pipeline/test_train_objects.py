@@ -83,6 +83,7 @@ def config_in(folder: Path) -> Any:
     return read_yaml(folder / "config.yaml")
 
 
+@pytest.mark.integration
 def test_a_model_prompts_a_reward_and_a_guide_are_trained_with(call: dict[str, Any]) -> None:
     assert (call["out"] / "policy" / "config.json").is_file()
     written = config_in(call["out"])

@@ -148,6 +148,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         NgramClassifier.load(tmp_path)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("after", [1, 3, 8])
 def test_a_training_that_a_signal_stops_goes_on_bit_for_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int

@@ -26,6 +26,7 @@ from helpers import (
     tiny_trainer,
     uniform_policy,
     updater_of,
+    with_fast,
 )
 from rlgf.algorithms import guided
 from rlgf.algorithms.guided import Algorithm
@@ -74,7 +75,7 @@ def written_by(trainer: Trainer, iteration: int) -> Rollout:
     return replace(rollout, ids=torch.arange(rollout.ids.numel()).view(rollout.ids.shape))
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", with_fast(FAMILY, "ppo", "ppo_pp", "aggrevated switch", "d2lols gae", "lols advantage td"))
 def test_gradients_reach_the_trained_tokens_and_no_other(name: str) -> None:
     algorithm = FAMILY[name]
     trainer = tiny_trainer(algorithm, config_of(task__max_new_tokens=5))
@@ -233,7 +234,7 @@ DECODINGS = {
 }
 
 
-@pytest.mark.parametrize("source", ["sampler", "recompute"])
+@pytest.mark.parametrize("source", with_fast(["sampler", "recompute"], "sampler"))
 @pytest.mark.parametrize(
     ("name", "support"), [*((name, "sampled") for name in DECODINGS), ("top-k", "full"), ("all of it", "full")]
 )
@@ -462,6 +463,7 @@ def test_gradients_are_clipped_for_each_model_by_itself() -> None:
     assert min(metrics["policy_grad_norm"], metrics["critic_grad_norm"]) > 2e-2  # as they were before
 
 
+@pytest.mark.integration
 def test_epochs_stop_early_once_the_policy_has_moved_too_far() -> None:
     for target, stops in ((None, False), (1e-6, True), (1e6, False)):
         metrics, _ = tiny_trainer(guided.ppo().build(), config_of(ppo__target_kl=target, ppo__epochs=3)).step(0)

@@ -112,6 +112,7 @@ def test_a_folder_that_is_deleted_under_the_run_ends_it(tmp_path: Path, whole: P
     assert_goes_on(run, whole)
 
 
+@pytest.mark.integration
 def test_checkpoints_that_are_a_file_are_refused_before_anything_is_trained(tmp_path: Path, whole: Path) -> None:
     run = tmp_path / "run"
     train(CONFIG, run, whole / "stages")

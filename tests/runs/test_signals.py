@@ -191,6 +191,7 @@ def test_the_command_line_ends_with_128_and_the_number(
     assert "Traceback" not in told
 
 
+@pytest.mark.integration
 def test_commands_that_train_nothing_end_with_a_sentence_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -123,6 +123,7 @@ def test_rows_that_cannot_be_used_are_refused(tmp_path: Path, row: dict[str, Any
         commongen.build(task_config(data(tmp_path, [row])), None)
 
 
+@pytest.mark.integration
 def test_an_encoder_decoder_learns_spans_then_every_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(stages, "TOKENIZER_TEXTS", 10)
     few = SupervisedConfig(steps=2, batch_size=2)

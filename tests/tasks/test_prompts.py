@@ -327,6 +327,7 @@ def test_demonstrations_that_the_model_cannot_read_are_refused(
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "rows.jsonl", [{"prompt": f"{number} " + "word " * 40, "completion": " yes"} for number in range(10)])
     small = "pretrain.steps=0 sft.steps=1 model.layers=1 model.width=16 model.heads=2 model.max_length=20 model.vocabulary=300"
+    small += " task.max_new_tokens=4"
     code, _, err = run(["sft", "prompts", "--data", "rows.jsonl", "runtime.threads=1", *small.split()], monkeypatch, capsys)
     assert code == 2
     assert "demonstration 1: prompt and target have" in " ".join(err.split())

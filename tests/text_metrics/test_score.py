@@ -374,6 +374,7 @@ def test_bertscore_is_its_packages(encoder: str, quiet_loading: None) -> None:
     assert BertScore(encoder, 2)([" "], [["a"]])["bertscore_f1"] == [0.0]
 
 
+@pytest.mark.integration
 def test_bertscore_counts_what_its_model_cannot_read_whole(encoder: str, quiet_loading: None) -> None:
     long = "a dog " * 20
     lines = [Line("a dog", ("a cat",)), Line(long, ("a cat",))]
