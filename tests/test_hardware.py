@@ -1,13 +1,13 @@
 """Hardware is known to few: not to the core, and the fast paths have one door."""
 
 import ast
-import functools
 import re
 from pathlib import Path
 
 import pytest
 
 import rlgf
+from helpers import parsed
 
 PACKAGE = Path(rlgf.__file__).parent
 CORE = sorted(path for folder in ("rl", "algorithms") for path in (PACKAGE / folder).rglob("*.py"))
@@ -17,10 +17,9 @@ DOOR, NATIVE = "rlgf.kernels.dispatch", "rlgf_native"
 IMPORTERS = ("import_module", "__import__", "find_spec")
 
 
-@functools.cache
-def tree_of(source: str) -> ast.Module:
-    """The syntax tree of a source: read, never changed."""
-    return ast.parse(source)
+def tree_of(source: str | Path) -> ast.Module:
+    """The syntax tree of a source or a file: read, never changed."""
+    return parsed(source) if isinstance(source, Path) else ast.parse(source)
 
 
 def docstrings_of(tree: ast.AST) -> set[ast.AST]:
@@ -35,7 +34,7 @@ def words_of(node: ast.AST) -> list[str]:
     return found + [value for many in fields if isinstance(many, list) for value in many if isinstance(value, str)]
 
 
-def hardware_in(source: str) -> list[str]:
+def hardware_in(source: str | Path) -> list[str]:
     """Every mention of hardware in a source, with its line."""
     tree = tree_of(source)
     docstrings, found = docstrings_of(tree), list[str]()
@@ -51,7 +50,7 @@ def hardware_in(source: str) -> list[str]:
     return found
 
 
-def imports_in(source: str) -> list[tuple[int, str]]:
+def imports_in(source: str | Path) -> list[tuple[int, str]]:
     """Every module that a source imports, and every name that it imports from one, in full."""
     found: list[tuple[int, str]] = []
     for node in ast.walk(tree_of(source)):
@@ -78,7 +77,7 @@ def is_native(name: str) -> bool:
 
 def test_the_core_mentions_no_hardware() -> None:
     assert len(CORE) > 8
-    found = [f"{path.relative_to(PACKAGE)}:{place}" for path in CORE for place in hardware_in(path.read_text("utf-8"))]
+    found = [f"{path.relative_to(PACKAGE)}:{place}" for path in CORE for place in hardware_in(path)]
     assert found == []
 
 
@@ -87,7 +86,7 @@ def test_nothing_imports_past_the_door_of_the_fast_paths() -> None:
     assert [
         f"{path.relative_to(PACKAGE)}:{line} imports {name}"
         for path in outside
-        for line, name in imports_in(path.read_text("utf-8"))
+        for line, name in imports_in(path)
         if is_past_the_door(name)
     ] == []
 
@@ -96,7 +95,7 @@ def test_one_file_imports_the_c_kernels() -> None:
     importers = {
         path.relative_to(PACKAGE).as_posix()
         for path in FILES
-        for _, name in imports_in(path.read_text("utf-8"))
+        for _, name in imports_in(path)
         if is_native(name)
     }
     assert importers == {"kernels/native.py"}
