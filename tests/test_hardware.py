@@ -92,12 +92,7 @@ def test_nothing_imports_past_the_door_of_the_fast_paths() -> None:
 
 
 def test_one_file_imports_the_c_kernels() -> None:
-    importers = {
-        path.relative_to(PACKAGE).as_posix()
-        for path in FILES
-        for _, name in imports_in(path)
-        if is_native(name)
-    }
+    importers = {path.relative_to(PACKAGE).as_posix() for path in FILES for _, name in imports_in(path) if is_native(name)}
     assert importers == {"kernels/native.py"}
 
 
