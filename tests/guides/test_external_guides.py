@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 import fault_server
-import rlgf.cli.console as console
 from fault_server import FaultServer
 from helpers import guided_metrics
 from rlgf.cli.diagnose import check_guide
@@ -32,6 +31,7 @@ from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.run import train
 from rlgf.pipeline.stage_cache import StageCache
+from rlgf.runs.progress import guide_progress
 from rlgf.tasks import imdb
 from rlgf.trainer import Progress
 
@@ -285,13 +285,13 @@ def test_progress_tells_requests_latency_and_cost(tmp_path: Path, stages: Path) 
         asked = config(server, kept(tmp_path), *prices)
 
         def watch(step: Progress) -> None:
-            lines.append(console.guide_progress(step.metrics, step.guide_usage))
+            lines.append(guide_progress(step.metrics, step.guide_usage))
 
         train(asked, tmp_path / "run", stages, on_progress=watch)
         train(asked, tmp_path / "again", stages, on_progress=watch)
     assert re.fullmatch(r" · guide \d requests, 0\.\d\d s each, cost \d\.\d+e?-?\d* so far", lines[0])
     assert re.fullmatch(r" · guide 0 requests, \d completions from the cache, cost 0 so far", lines[1])
-    assert console.guide_progress({"score": 1.0}, {}) == ""
+    assert guide_progress({"score": 1.0}, {}) == ""
 
 
 def test_a_guide_that_fails_for_some_texts_can_be_evaluated(tmp_path: Path, stages: Path) -> None:
@@ -436,9 +436,14 @@ def test_a_check_tries_functions_and_models_and_knows_what_others_can_do(
     )
     monkeypatch.chdir(tmp_path)
     found = {name: checked(f"python:mine_to_check:{name}", tmp_path) for name in ("whole", "begins", "bad")}
-    assert [text.split(",")[0] for _, text in found["whole"]] == ["starts a completion", "continues ' was'", "serves PPO"]
-    assert [text for _, text in found["begins"]][1:] == ["serves PPO, PPO++"]
-    assert found["bad"][0][0] == "error"
+    called = "called with a list of requests such as prompt.text='The film'"
+    said = [called, "starts a completion", called, "continues ' was'", "serves PPO"]
+    assert [text.split(",")[0] for _, text in found["whole"]] == said
+    said = [called, "starts a completion", "serves PPO"]
+    assert [text.split(",")[0] for _, text in found["begins"]] == said
+    assert found["begins"][-1][1] == "serves PPO, PPO++"
+    assert found["bad"][0][1].startswith(called)
+    assert found["bad"][1][0] == "error"
     assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot continue a prefix"
     with pytest.raises(ConfigError, match="holds no run"):
         checked("run:nowhere", tmp_path)
