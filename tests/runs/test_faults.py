@@ -154,7 +154,7 @@ def test_a_damaged_log_costs_no_whole_line_and_stops_no_run(tmp_path: Path, whol
     assert timeless(run / "metrics.jsonl") == expected
     assert (run / "metrics.jsonl.damaged-1").stat().st_size > 0
     told = [line for line in lines if "metrics.jsonl" in line]
-    assert "that are no whole lines: they are in metrics.jsonl.damaged-1 now" in told[0]
+    assert "that are no usable lines: they are in metrics.jsonl.damaged-1 now" in told[0]
     assert [line for line in told[1:] if missing not in line] == []
     assert bool(told[1:]) == bool(missing)
 
