@@ -34,16 +34,12 @@ div.math math, .md-typeset math { font-size: 1.08em }
 .md-typeset table:not([class]) :is(th, td) { padding: .5em .8em }
 .md-typeset img { background: transparent }
 """
-HEADINGS = {
-    "Training": ("pipeline.run", "pipeline.prepare", "trainer"),
-    "Configs": ("config.recipes", "config.loading", "config.schema"),
-    "Algorithms": ("algorithms.guided",),
-    "Prompts, rollouts and experience": ("types", "rl.tensors"),
-    "Guides": ("guides.base",),
-    "Tasks": ("tasks.base",),
-    "Errors": ("errors",),
-}
-"""The sections of the reference, as in docs/make.py, which imports the library."""
+HEADINGS: dict[str, tuple[str, ...]] = next(
+    ast.literal_eval(node.value)  # read, not imported: docs/make.py imports the library
+    for node in ast.parse((ROOT / "docs" / "make.py").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "HEADINGS"
+)
+"""The sections of the reference, those of `docs/api.md`."""
 
 
 def main() -> int:

@@ -206,7 +206,9 @@ def _choose(model: Any, packs: bool) -> InputFormat:
         try:
             if agree(model, alone, evaluate_rows(model, same, same_sources)):
                 return replace(plain, rows=kind)
-        except Exception:  # a model of transformers may raise anything
+        except (MemoryError, torch.OutOfMemoryError):  # says nothing about the form of the rows
+            raise
+        except Exception:  # the model does not take this form of rows; the next one is tried
             continue
     return replace(plain, rows="single")
 
