@@ -64,6 +64,17 @@ def one_thread(set_threads: Callable[[int], None]) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def built_once() -> Iterator[None]:
+    """The command line is built once, not for each test that runs a command."""
+    import typer.main
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """Connections that leave this machine are refused, whoever tries."""
 

@@ -15,6 +15,7 @@ from rlgf.errors import ConfigError, unknown
 from rlgf.hints import FLAGS, NAMES, NOTES, SYNONYMS, closest, known_as, normalize
 from rlgf.tasks.prompts import Options
 
+KEYS = set(all_keys(Config))
 OPTIONS = [f"task.options.{name}" for name in vars(Options()) if not name.startswith("_")]
 
 
@@ -25,7 +26,7 @@ def hint(key: str) -> str:
 
 
 def test_every_synonym_leads_to_a_key_that_exists_and_to_one_alone() -> None:
-    valid = {*all_keys(Config), *OPTIONS, "--out"}
+    valid = {*KEYS, *OPTIONS, "--out"}
     assert set(SYNONYMS) <= valid
     assert set(FLAGS) <= set(SYNONYMS)
     assert {key for key, _ in NOTES} <= set(SYNONYMS)
@@ -38,7 +39,7 @@ def test_every_synonym_leads_to_a_key_that_exists_and_to_one_alone() -> None:
 @in_turn(pair={f"{name} for {key}": (key, name) for key, names in SYNONYMS.items() for name in names})
 def test_a_name_of_another_tool_is_answered_with_ours(pair: tuple[str, str]) -> None:
     key, typed = pair
-    if typed in all_keys(Config):
+    if typed in KEYS:
         return  # a section of its own name
     assert hint(typed).startswith(f"did you mean '{key}'")
 

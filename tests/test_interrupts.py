@@ -201,6 +201,7 @@ app.main()
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("how", "code", "name"), [("twice", 130, "SIGINT"), ("once", 143, "SIGTERM")])
 def test_the_command_line_leaves_work_that_never_ends(how: str, code: int, name: str) -> None:
     ran = subprocess.run([sys.executable, "-c", CHILD, how], capture_output=True, text=True, timeout=60, check=False)

@@ -34,6 +34,7 @@ for command in sys.argv[1:]:
 """
 
 
+@pytest.mark.integration
 def test_commands_that_show_something_load_only_what_they_need() -> None:
     ran = subprocess.run([sys.executable, "-c", CODE, *COMMANDS], capture_output=True, text=True, check=True)
     lines = [line.partition(" loaded:") for line in ran.stdout.splitlines() if " loaded:" in line]

@@ -66,6 +66,7 @@ def test_a_dry_run_says_the_number_and_its_reason(monkeypatch: pytest.MonkeyPatc
     assert ["threads", "3 (OMP_NUM_THREADS)"] in lines
 
 
+@pytest.mark.integration
 def test_the_first_line_of_a_run_and_its_results_say_the_number(tmp_path: Path) -> None:
     lines: list[str] = []
     torch.set_num_threads(1)

@@ -7,7 +7,6 @@ import sys
 import pytest
 from rich.console import Console
 
-from helpers import with_fast
 from rlgf.cli import terminal
 
 
@@ -32,9 +31,10 @@ def test_loading_is_announced_before_the_libraries_are_loaded(monkeypatch: pytes
     assert said == ["loading torch and transformers …"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "command",
-    with_fast(["train prompts --data nowhere --dry-run", "evaluate quickstart", "check task prompts"], "check task prompts"),
+    ["train prompts --data nowhere --dry-run", "evaluate quickstart", "check task prompts"],
 )
 def test_a_command_says_something_before_it_imports_torch(command: str) -> None:
     code = (

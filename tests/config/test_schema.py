@@ -2,9 +2,9 @@
 
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -245,6 +245,8 @@ def test_configs_are_frozen() -> None:
         ("a.b=3", 3),
         ("a.b=0.5", 0.5),
         ("a.b=true", True),
+        ("a.b=off", "off"),
+        ("a.b=No", "No"),
         ("a.b=null", None),
         ("a.b=", None),
         ("a.b=[tensorboard, trackio]", ["tensorboard", "trackio"]),
@@ -270,6 +272,23 @@ def test_a_learning_rate_in_scientific_notation_is_a_number_on_the_command_line_
     path = tmp_path / "a.yaml"
     path.write_text("ppo:\n  learning_rate: 1e-4\n")
     assert from_dict(read_yaml(path), str(path)).ppo.learning_rate == 1e-4
+
+
+def test_each_choice_of_a_setting_can_be_typed_without_quotes() -> None:
+    def choices(section: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+        for name, hint in get_type_hints(section).items():
+            for part in (hint, *get_args(hint)):
+                if dataclasses.is_dataclass(part) and isinstance(part, type):
+                    yield from choices(part, f"{prefix}{name}.")
+                elif get_origin(part) is Literal:
+                    yield from ((f"{prefix}{name}", choice) for choice in get_args(part) if isinstance(choice, str))
+
+    found = list(choices(Config))
+    assert ("runtime.kernels", "off") in found
+    assert len(found) > 20
+    for key, choice in found:
+        assert parse_assignment(f"{key}={choice}") == (key, choice)
+    assert overridden("runtime.kernels=off").runtime.kernels == "off"
 
 
 def test_overrides_change_what_they_name_and_nothing_else() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import chi_square_p_value
+from helpers import chi_square_p_value, with_fast
 from rlgf.algorithms.guided import aggrevated, ppo, ppo_pp
 from rlgf.algorithms.switch_position import sample_switch
 from rlgf.config.loading import override
@@ -209,10 +209,11 @@ def continues_ids(language_model: LanguageModel) -> FunctionGuide:
     return FunctionGuide(complete)
 
 
-@pytest.mark.parametrize(("options", "positions"), LAW)
+@pytest.mark.parametrize("law", with_fast(LAW, LAW[1], LAW[2]))
 def test_the_switch_of_a_guide_by_token_ids_has_its_law_inside_characters_too(
-    options: Any, positions: range, byte_policy: LanguageModel
+    law: tuple[Any, range], byte_policy: LanguageModel
 ) -> None:
+    options, positions = law
     rows, algorithm = range(25 * HORIZON), options.build()
     is_function = algorithm.name == "ppo_pp" and 0 in positions
     guide = continues_ids(byte_policy) if is_function else ModelGuide(byte_policy, SamplingParams())

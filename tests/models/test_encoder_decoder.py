@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration, T5Model
 
-from helpers import WAYS_TO_ATTEND, let_it_attend
+from helpers import WAYS_TO_ATTEND, let_it_attend, with_fast
 from rlgf.generation import kv_decoder
 from rlgf.generation.base import SampledCompletions
 from rlgf.generation.decoder import sample_completions
@@ -22,6 +22,7 @@ from rlgf.types import SamplingParams
 SOURCES = [[5, 9, 12, 3, 7, 20], [11, 4], [2, 30, 4], [8, 8, 8, 8, 8, 8, 8, 8, 8], [5, 9, 12, 3, 7, 20]]
 BEGUN: list[list[int]] = [[], [6, 7, 8, 9, 10], [22], [3, 17], []]
 GREEDY = SamplingParams(greedy=True)
+RESTRICTED = SamplingParams(temperature=0.8, top_k=5, top_p=0.9)
 
 
 def tiny(kind: str, tokenizer: Any) -> LanguageModel:
@@ -82,7 +83,7 @@ def test_greedily_it_writes_what_generate_writes_restarted_or_not(model: Languag
         assert mine == theirs[0, 1 + len(begun) :].tolist()
 
 
-@pytest.mark.parametrize("sampling", [SamplingParams(), SamplingParams(temperature=0.8, top_k=5, top_p=0.9)])
+@pytest.mark.parametrize("sampling", with_fast([SamplingParams(), RESTRICTED], RESTRICTED))
 def test_neighbours_and_shared_sources_change_nothing(model: LanguageModel, sampling: SamplingParams):
     together = rows_of(write(model, SOURCES, BEGUN, sampling))
     for row, mine in enumerate(together):
@@ -123,7 +124,7 @@ def whole(model: Any, source: Sequence[int], response: Sequence[int]) -> Any:
 
 
 @pytest.mark.parametrize("way", WAYS_TO_ATTEND)
-@pytest.mark.parametrize("begun", [0, 1])  # tokens of a response that nobody asks about
+@pytest.mark.parametrize("begun", with_fast([0, 1], 1))  # tokens of a response that nobody asks about
 def test_the_forward_pass_is_that_of_the_model_with_gradients(
     model: LanguageModel, begun: int, way: str, monkeypatch: pytest.MonkeyPatch
 ):

@@ -95,6 +95,7 @@ def test_a_model_prompts_a_reward_and_a_guide_are_trained_with(call: dict[str, A
     assert texts == PROMPTS
 
 
+@pytest.mark.integration
 def test_the_same_call_reuses_the_run_and_another_is_refused(call: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     assert rlgf.train(**call).iteration == 2
     with pytest.raises(rlgf.ConfigError, match=r"another run \(ppo.epochs"):

@@ -19,6 +19,7 @@ from helpers import (
     tiny_model,
     tiny_trainer,
     uniform_policy,
+    with_fast,
 )
 from rlgf.algorithms.guided import PhaseWeight, aggrevated, d2lols, lols, ppo, ppo_pp
 from rlgf.guides.local import FunctionGuide
@@ -284,8 +285,9 @@ ALGORITHMS = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS.keys())
-def test_order_of_rows_padding_and_micro_batches_change_nothing(algorithm: Any) -> None:
+@pytest.mark.parametrize("name", with_fast(ALGORITHMS, "aggrevated"))
+def test_order_of_rows_padding_and_micro_batches_change_nothing(name: str) -> None:
+    algorithm = ALGORITHMS[name]
     trainer = tiny_trainer(algorithm, config_of(), FunctionGuide(known_word))
     rollout, rewards = trainer.collect_rollout(0), torch.rand(8).tolist()
     models = trainer.components.models

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers import asked
+from helpers import asked, with_fast
 from rlgf.algorithms.guided import (
     Algorithm,
     aggrevated,
@@ -124,7 +124,7 @@ def authors(rollout: Rollout) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-@pytest.mark.parametrize("kind", ["function", "unfinished function", "model"])
+@pytest.mark.parametrize("kind", with_fast(["function", "unfinished function", "model"], "unfinished function"))
 def test_the_guides_word_is_exactly_where_the_guide_wrote(
     name: str, kind: str, policy: LanguageModel, model_guide: ModelGuide, word_id: int
 ) -> None:

@@ -204,6 +204,7 @@ def test_a_stage_that_another_process_has_made_meanwhile_is_used(tmp_path: Path,
     assert [path.name for path in stages.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.integration
 def test_samples_of_a_damaged_log_are_shown_with_a_warning(
     tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

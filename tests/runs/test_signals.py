@@ -201,6 +201,7 @@ def test_commands_that_train_nothing_end_with_a_sentence_too(
     assert "error: interrupted by SIGHUP; finished work is kept, and the same command resumes." in told
 
 
+@pytest.mark.integration
 def test_a_stage_command_says_which_step_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,17 +7,14 @@ from types import ModuleType
 
 import pytest
 
-from helpers import with_fast
 from rlgf.errors import ConfigError
 from rlgf.models.loading import wrap_model
 from rlgf.rl.model_check import check_model
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
-# what is kept of earlier tokens: states, windows of a convolution, keys of some layers only, positions of one's own
-FEW = ("mamba2", "lfm2", "m2m_100 (encoder–decoder)", "openai-gpt")
-MANY = (
-    "qwen3_5_text",
+ARCHITECTURES = (
+    "mamba2", "lfm2", "m2m_100 (encoder–decoder)", "openai-gpt", "qwen3_5_text",
     "qwen3_next", "granitemoehybrid", "falcon_h1", "nemotron_h", "jamba", "olmo_hybrid", "mamba", "falcon_mamba", "rwkv",
     "lfm3", "kimi_linear", "minimax", "deepseek_v4", "bamba", "gemma4_text", "zamba2", "recurrent_gemma", "xlstm",
     "gpt_neo",
@@ -35,7 +32,9 @@ def sweep(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("sweep")
 
 
-def assert_right(sweep: ModuleType, name: str) -> None:
+@pytest.mark.integration
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_trained_on_its_own_numbers(sweep: ModuleType, name: str) -> None:
     kind, _, pair = name.partition(" ")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,17 +44,6 @@ def assert_right(sweep: ModuleType, name: str) -> None:
     assert report.agreement.max_error < 1e-4
     assert report.value_head
     assert bool(report.lora_targets) == (kind not in SHARED)
-
-
-@pytest.mark.parametrize("name", with_fast(FEW, FEW[0]))
-def test_a_model_that_our_cache_does_not_fit_is_trained_on_its_own_numbers(sweep: ModuleType, name: str) -> None:
-    assert_right(sweep, name)
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("name", MANY)
-def test_an_architecture_is_trained_on_its_own_numbers(sweep: ModuleType, name: str) -> None:
-    assert_right(sweep, name)
 
 
 def test_a_model_that_sees_the_future_is_refused_by_its_type(sweep: ModuleType) -> None:

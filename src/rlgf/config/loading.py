@@ -31,12 +31,16 @@ FLOAT = re.compile(
     r"[-+]?(?:[0-9]+\.[0-9]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$"
     r"|\.(?:nan|NaN|NAN)$"
 )
+BOOLEAN = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 MAX_LISTED = 30  # fields of a section that an error lists
-REPLACED = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp")
+REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp"))
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are decimal, also 1e-4, without dates and without repeated keys."""
+    """YAML whose numbers are decimal, also 1e-4, without dates and without repeated keys.
+
+    Booleans are those of YAML 1.2: 'off' is a text, as in `runtime.kernels=off`.
+    """
 
     yaml_implicit_resolvers: ClassVar[dict[Any, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
         first: [(tag, pattern) for tag, pattern in resolvers if tag not in REPLACED]
@@ -52,6 +56,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", BOOLEAN, list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789."))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
@@ -128,14 +133,15 @@ def unknown_key(key: str, where: str) -> ConfigError:
     return ConfigError(f"{where}: unknown key '{key}': {hint}")
 
 
-def all_keys(kind: Any, prefix: str = "") -> list[str]:
+@functools.cache
+def all_keys(kind: Any, prefix: str = "") -> tuple[str, ...]:
     """Return every dotted key of a config dataclass, sections included."""
     keys: list[str] = []
     for name, hint in _hints(kind).items():
         keys.append(prefix + name)
         if dataclasses.is_dataclass(hint):
             keys += all_keys(hint, f"{prefix}{name}.")
-    return keys
+    return tuple(keys)
 
 
 def override(config: Config, changes: Sequence[tuple[str, Any]] | Mapping[str, Any], where: str = "override") -> Config:
