@@ -440,8 +440,8 @@ def guided_metrics(run: Path) -> list[dict[str, Any]]:
     rows = read_complete_lines(run / "metrics.jsonl")
     for row in rows:
         counts = {name.removeprefix("guide_"): value for name, value in row.items() if name.startswith("guide_")}
-        assert counts["attempts"] == counts["answered"] + counts["retried"] + counts["given_up"] > 0
-        ways = ("answered", "cached", "substituted", "dropped")
+        assert counts["attempts"] == counts["succeeded"] + counts["retried"] + counts["given_up"] > 0
+        ways = ("generated", "cached", "substituted", "dropped")
         assert counts["rows_needed"] == sum(counts[f"rows_{way}"] for way in ways) > 0
     times = ("seconds", "tokens_per_second", "guide_latency")
     return [{name: value for name, value in row.items() if not name.startswith(times)} for row in rows]

@@ -167,7 +167,7 @@ def test_numbers_of_a_connection_have_bounds(section: str, name: str, refused: f
 
 
 @pytest.mark.parametrize(
-    "key", ["guide.prefetch", "guide.invalid_retries", "guide.tokens_per_policy_token", "judge.answer_tokens"]
+    "key", ["guide.prefetch", "guide.invalid_retries", "guide.tokens_per_policy_token", "judge.max_new_tokens"]
 )
 def test_a_negative_number_is_refused_for_a_guide_or_judge(key: str) -> None:
     with pytest.raises(ConfigError, match=key):

@@ -112,7 +112,7 @@ def test_a_rate_by_hand():
     assert (found["wins"], found["ties"], found["losses"]) == (2.0, 1.0, 1.0)
     assert win_rate_metrics([1.0])["win_rate_standard_error"] == 0.0
     assert win_rate_metrics([])["win_rate"] != win_rate_metrics([])["win_rate"]  # nobody judged: not a number
-    assert summary({**found, "unparseable": 1.0}) == "62.5 % ± 23.9: 2 wins, 1 ties, 1 losses, 1 unparseable answers"
+    assert summary({**found, "unparseable": 1.0}) == "62.5 % ± 23.9: 2 wins, 1 ties, 1 losses, 1 unparseable responses"
 
 
 PROMPTS = [Prompt("p", (" dull plot", " other")), Prompt("q", (" great plot",)), Prompt("r"), Prompt("s", (" great plot",))]
@@ -185,7 +185,7 @@ def test_answers_that_say_nothing_are_counted_and_left_out():
 
 
 def test_a_server_is_asked_for_the_likeliest_answer_with_the_system_message_apart():
-    settings = server_settings(JudgeConfig(spec="server:m@http://localhost/v1", answer_tokens=99), TEMPLATE)
+    settings = server_settings(JudgeConfig(spec="server:m@http://localhost/v1", max_new_tokens=99), TEMPLATE)
     assert settings.sampling.greedy
     assert settings.continuation == "none"
     assert settings.system is not None
@@ -196,7 +196,7 @@ def test_a_server_is_asked_for_the_likeliest_answer_with_the_system_message_apar
 @pytest.mark.integration
 def test_responses_of_an_earlier_version_are_found(tmp_path: Path):
     """The keys are those of commit b9c0d81, before guide and judge shared a pool."""
-    cache = ResponseCache(tmp_path / "judge-answers.sqlite")
+    cache = ResponseCache(tmp_path / "judge-responses.sqlite")
     cache.put("8d4fb326e3bff252998dc69671a4f795425515b1a4eeb726bfbbebdef9b8250b", {"text": "(A)", "finished": True})
     cache.put("8aa571d3602f8cde8f1f148a0bd42b8a96dbf617b43a57fe3d73a6a6017b0da0", {"text": "(B)", "finished": True})
     endpoint = EndpointConfig(thinking_tokens=3, offline=True)

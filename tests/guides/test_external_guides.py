@@ -266,8 +266,8 @@ def test_no_file_and_no_output_of_a_run_holds_a_secret(tmp_path: Path, stages: P
         "results.json",
         "metrics.jsonl",
         "rollouts.jsonl",
-        "guide-answers.sqlite",
-        "judge-answers.sqlite",
+        "guide-responses.sqlite",
+        "judge-responses.sqlite",
     } <= kinds
     assert b"$PLANTED_BODY" in files[tmp_path / "whole" / "config.yaml"]
     for trace in TRACES:
@@ -386,7 +386,7 @@ def test_a_person_is_not_asked_offline(tmp_path: Path, stages: Path) -> None:
     asked = override(quickstart(), [*SMALL, ("guide.spec", "human"), ("guide.endpoint.offline", True), kept(tmp_path)])
     with pytest.raises(TrainingError, match="completions are not in"):
         train(asked, tmp_path / "run", stages)
-    assert len(ResponseCache(tmp_path / "answers.sqlite")) == 0
+    assert len(ResponseCache(tmp_path / "responses.sqlite")) == 0
 
 
 # --- rlgf check guide -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from rlgf.types import SamplingParams
 OTHER: dict[str, Any] = {
     "api_key_env": "MY_KEY", "extra_body": {"top_k": 5}, "extra_headers": {"X-Title": "films"}, "thinking_tokens": 3,
     "concurrency": 3, "requests_per_minute": 9.0, "timeout_seconds": 9.0, "retries": 9, "retry_seconds": 9.0,
-    "price_input": 1.0, "price_output": 2.0, "max_requests": 9, "max_tokens": 9, "max_cost": 9.0, "cache": "answers.sqlite",
+    "price_input": 1.0, "price_output": 2.0, "max_requests": 9, "max_tokens": 9, "max_cost": 9.0, "cache": "responses.sqlite",
     "offline": True,
 }  # fmt: skip
 IDENTIFYING = {"extra_body", "extra_headers", "thinking_tokens"}

@@ -275,7 +275,7 @@ def test_a_chat_judge_counts_what_it_cannot_read_and_asks_again_where_the_server
     with FaultServer(first(1, "503"), writer=answer) as server:
         config = override(
             tldr_small(),
-            [("judge", {"spec": f"server:fault-model@{server.url}", "answer_tokens": 99, "endpoint": {"retry_seconds": 0.0}})],
+            [("judge", {"spec": f"server:fault-model@{server.url}", "max_new_tokens": 99, "endpoint": {"retry_seconds": 0.0}})],
         )
         judge = prepare_judge(resolve(config).judge, {}, StageCache(tmp_path, lambda line: None))
         assert judge is not None

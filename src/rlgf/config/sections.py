@@ -232,9 +232,9 @@ class JudgeConfig:
     order: Literal["random", "both"] = "random"  # random per row, or each row in both orders
     # json: the choice as a JSON object, by its schema if the server takes one; text: the paper's
     # question, appendix C.2
-    answer: Literal["json", "text"] = "json"
-    template: str | None = None  # file with a question of one's own, answered in text
-    answer_tokens: Length = 256
+    response_format: Literal["json", "text"] = "json"
+    template: str | None = None  # file with a question of one's own, for responses in words
+    max_new_tokens: Length = 256
     max_refused_share: Probability = 0.5  # of an evaluation's questions; it stops beyond it
     seed: Seed = 0  # of the random order
     endpoint: EndpointConfig = EndpointConfig()

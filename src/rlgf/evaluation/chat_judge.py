@@ -36,7 +36,7 @@ state only (A) or (B) to indicate your choice. Your
 response should use hte format:
 Comparison: <one-sentence comparison and explanation>
 Preferred: <(A) or (B)>"""
-# The same question, answered as the JSON object of `VERDICT_SCHEMA`
+# The same question, for a response that is the JSON object of `VERDICT_SCHEMA`
 JSON_TEMPLATE = (
     TEMPLATE[: TEMPLATE.index("FIRST provide")]
     + """Compare the two summaries in one sentence, and choose the better one.
@@ -52,14 +52,14 @@ FEW_QUESTIONS = 16  # before the share of refused ones is measured
 class ChatJudge:
     """A judge that queries a chat model with both texts as (A) and (B).
 
-    The choice is what the response states; refused questions and unclear answers have none.
+    The choice is what the response states; refused questions and unclear ones have none.
     """
 
     pool: EndpointPool
     name: str
     template: str = TEMPLATE
     order: Literal["random", "both"] = "random"
-    answer_tokens: int = 256
+    max_new_tokens: int = 256
     seed: int = 0
     max_refused_share: float = 0.5
 
@@ -74,26 +74,26 @@ class ChatJudge:
                 pair = (other, text) if swapped else (text, other)
                 question, index = fill_template(self.template, prompt, *pair)[1], 2 * row + swapped
                 seed = request_seed(self.seed, index, 0, 0)
-                requests.append(PoolRequest(index, [ServerRequest(question, "", self.answer_tokens, seed)]))
+                requests.append(PoolRequest(index, [ServerRequest(question, "", self.max_new_tokens, seed)]))
         try:
-            answers = self.pool.complete(requests, lambda row, response: response.last)
+            responses = self.pool.complete(requests, lambda row, completion: completion.last)
         except KeyboardInterrupt:
             self.pool.wait()
             raise
-        failed = sum("given_up" in answer for answer in answers)
+        failed = sum("given_up" in response for response in responses)
         if failed:
             raise TrainingError(
                 f"the judge at {self.pool.server.url} failed {failed} of {len(requests)} requests after all retries: "
                 "run the same command again when it is back; its responses are cached."
             )
-        refused = [str(answer["invalid"]) for answer in answers if answer.get("refused")]
+        refused = [str(response["invalid"]) for response in responses if response.get("refused")]
         if len(refused) > self.max_refused_share * max(len(requests), FEW_QUESTIONS):
             raise TrainingError(
                 f"the judge refused {len(refused):,} of {len(requests):,} questions ({refused[-1]}), more than "
                 f"judge.max_refused_share={self.max_refused_share:g}: choose another judge, or raise it."
             )
         values: dict[int, Verdict] = {
-            request.index: _value(answer, request.index % 2) for request, answer in zip(requests, answers)
+            request.index: _value(response, request.index % 2) for request, response in zip(requests, responses)
         }
         return [_combine_orders([values[2 * row + swapped] for swapped in self._orders(row)]) for row in range(len(prompts))]
 
@@ -102,10 +102,10 @@ class ChatJudge:
         return [0, 1] if self.order == "both" else [int(uniforms(self.seed, Purpose.JUDGE_ORDER, row, 1)[0] < 0.5)]
 
 
-def _value(answer: Mapping[str, Any], swapped: int) -> Verdict:
-    if answer.get("refused"):
+def _value(response: Mapping[str, Any], swapped: int) -> Verdict:
+    if response.get("refused"):
         return REFUSED
-    choice = read_verdict(answer.get("text", ""))
+    choice = read_verdict(response.get("text", ""))
     return None if choice is None else float((choice == "A") != bool(swapped))
 
 
@@ -139,10 +139,10 @@ def split_system(template: str) -> tuple[str | None, str]:
     return (found.group(1), found.group(2)) if found else (None, template)
 
 
-def load_template(path: str | None, answer: str = "text") -> str:
-    """Load the template in a file; None: the paper's, or that for answers as JSON."""
+def load_template(path: str | None, response_format: str = "text") -> str:
+    """Load the template in a file; None: the paper's, or that for responses as JSON."""
     if path is None:
-        return JSON_TEMPLATE if answer == "json" else TEMPLATE
+        return JSON_TEMPLATE if response_format == "json" else TEMPLATE
     try:
         template = Path(path).expanduser().read_text(encoding="utf-8").strip()
     except OSError as error:
@@ -171,14 +171,14 @@ def chat_judge(config: JudgeConfig, stages: Path, report: Callable[[str], None])
 
     Its responses are cached next to the stages, or in the file `judge.endpoint.cache`.
     """
-    template = load_template(config.template, config.answer)
-    path = Path(config.endpoint.cache) if config.endpoint.cache else stages / "judge-answers.sqlite"
-    form = VERDICT_SCHEMA if config.answer == "json" and config.template is None else None
+    template = load_template(config.template, config.response_format)
+    path = Path(config.endpoint.cache) if config.endpoint.cache else stages / "judge-responses.sqlite"
+    form = VERDICT_SCHEMA if config.response_format == "json" and config.template is None else None
     settings = server_settings(config, template)
     server = Server(config.spec or "", settings, "none", report, role="judge", response_format=form)
     pool = EndpointPool(server, ResponseCache(path, "judge", report), report)
     name = f"chat model {server.model}, order {config.order}"
-    return ChatJudge(pool, name, template, config.order, config.answer_tokens, config.seed, config.max_refused_share)
+    return ChatJudge(pool, name, template, config.order, config.max_new_tokens, config.seed, config.max_refused_share)
 
 
 def probe_judge(config: JudgeConfig, prompts: Sequence[Prompt], stages: Path, report: Callable[[str], None]) -> None:

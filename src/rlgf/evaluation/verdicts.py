@@ -1,11 +1,11 @@
-"""Verdicts: the choice that a judge's answer states, or None if it is unclear."""
+"""Verdicts: the choice that a judge's response states, or None if it is unclear."""
 
 import json
 import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-# the form of answers as JSON
+# the form of responses as JSON
 VERDICT_SCHEMA: Mapping[str, Any] = {
     "type": "json_schema",
     "json_schema": {
@@ -53,18 +53,18 @@ NEGATED = re.compile(r"\b(?:not|neither|nor|n't|never|cannot|don't|doesn't|isn't
 JSON_CHOICE = re.compile(rf"[\"'](?:{'|'.join(KEYS)})[\"']\s*:\s*[\"'](?P<rest>[^\"']*)", re.IGNORECASE)
 
 
-def parse_choice(answer: str) -> str | None:
-    """Return the choice that an answer states, 'A' or 'B', or None.
+def parse_choice(response: str) -> str | None:
+    """Return the choice that a response states, 'A' or 'B', or None.
 
     It is the value of a JSON object, or what follows a label such as 'Preferred:'; what comes after
     the choice (its reason, the other text) does not count. Without a label the last line must state
     a choice and nothing else. Two labels with different choices, both choices, neither, and a
     negated one are no choice.
     """
-    lines = [line.strip() for line in answer.splitlines() if line.strip(" \t*_`")]
+    lines = [line.strip() for line in response.splitlines() if line.strip(" \t*_`")]
     if not lines:
         return None
-    quoted = [_choice(found.group("rest")) for found in JSON_CHOICE.finditer(answer)]
+    quoted = [_choice(found.group("rest")) for found in JSON_CHOICE.finditer(response)]
     labeled = [found.group("rest") for line in lines if (found := LABEL.match(_untagged(line)))]
     if labeled and not labeled[-1].strip(" *_`\"'") and LABEL.match(_untagged(lines[-1])) is None:
         labeled[-1] = _untagged(lines[-1])  # the choice stands on the line after its label
@@ -98,16 +98,16 @@ def _choice(text: str) -> str | None:
     return (found.group("marked") or found.group("bare")).upper()
 
 
-def read_verdict(answer: str) -> str | None:
-    """Return the choice of an answer that is a JSON object, or of one in words."""
-    bare = answer.strip()
+def read_verdict(response: str) -> str | None:
+    """Return the choice of a response that is a JSON object, or of one in words."""
+    bare = response.strip()
     if bare.startswith("{"):
         try:
             value: Any = json.loads(bare)
         except ValueError:
-            return parse_choice(answer)
+            return parse_choice(response)
         if isinstance(value, Mapping):
             known = {str(key).lower(): item for key, item in cast("Mapping[Any, Any]", value).items()}
             found = [_choice(str(known[key])) for key in KEYS if key in known]
             return found[0] if found and len(set(found)) == 1 else None
-    return parse_choice(answer)
+    return parse_choice(response)

@@ -51,11 +51,11 @@ def win_rate(judge: PairJudge, prompts: Sequence[Prompt], texts: Sequence[str]) 
     counted, but excluded from the rate. Prompts without a reference are excluded.
     """
     rows = [(prompt, text) for prompt, text in zip(prompts, texts) if prompt.references]
-    answers = judge.compare([p for p, _ in rows], [text for _, text in rows], [p.references[0] for p, _ in rows])
-    values = [answer for answer in answers if isinstance(answer, float)]
-    refused = sum(answer == REFUSED for answer in answers)
+    verdicts = judge.compare([p for p, _ in rows], [text for _, text in rows], [p.references[0] for p, _ in rows])
+    values = [verdict for verdict in verdicts if isinstance(verdict, float)]
+    refused = sum(verdict == REFUSED for verdict in verdicts)
     return {
-        **win_rate_metrics(values), "unparseable": len(answers) - len(values) - refused,
+        **win_rate_metrics(values), "unparseable": len(verdicts) - len(values) - refused,
         **({"judge_refused": refused} if refused else {}),
     }  # fmt: skip
 
@@ -80,6 +80,6 @@ def summary(result: Mapping[str, float]) -> str:
     refused = f", {result['judge_refused']:.0f} refused" if result.get("judge_refused") else ""
     return (
         f"{100 * result['win_rate']:.1f} % ± {100 * result['win_rate_standard_error']:.1f}: {result['wins']:.0f} wins, "
-        f"{result['ties']:.0f} ties, {result['losses']:.0f} losses, {result['unparseable']:.0f} unparseable answers"
+        f"{result['ties']:.0f} ties, {result['losses']:.0f} losses, {result['unparseable']:.0f} unparseable responses"
         f"{refused}"
     )

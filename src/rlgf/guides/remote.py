@@ -14,7 +14,7 @@ from rlgf.generation.openai.responses import ServerRequest
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest, open_reply
 
 COUNTS = (
-    "attempts", "answered", "retried", "given_up", "rows_needed", "rows_answered", "rows_cached", "rows_given_up",
+    "attempts", "succeeded", "retried", "given_up", "rows_needed", "rows_generated", "rows_cached", "rows_given_up",
     "refused", "responses_invalid", "responses_stripped", "prompt_tokens", "completion_tokens", "thinking_tokens",
 )  # fmt: skip
 FEW_ROWS = 16  # questions before the share of refused ones is measured
@@ -71,7 +71,7 @@ class RemoteGuide:
         """
         counts = self.pool.usage.pop_counts()
         found = {f"guide_{name}": counts.get(name, 0) for name in COUNTS}
-        found["guide_latency_mean"] = counts.get("seconds", 0.0) / max(1, counts.get("answered", 0))
+        found["guide_latency_mean"] = counts.get("seconds", 0.0) / max(1, counts.get("succeeded", 0))
         cost = self.pool.usage.cost(counts)
         return found if cost is None else {**found, "guide_cost": cost}
 
@@ -133,7 +133,7 @@ class RemoteGuide:
         elif request.prefix and all(stored.get("silent") for stored in response.samples):
             text = Completion("", finished=True)  # every sample was empty: the prefix is complete
         if text is not None:
-            self.pool.usage.count("rows_answered" if response.is_new else "rows_cached")
+            self.pool.usage.count("rows_generated" if response.is_new else "rows_cached")
             return text
         self.pool.usage.count("rows_given_up")
         if last.get("refused"):

@@ -68,7 +68,7 @@ def build_external_guide(
 def response_cache(config: GuideConfig, cache: StageCache) -> ResponseCache:
     """Return the response cache of guides outside this process."""
     path = config.endpoint.cache
-    return ResponseCache(Path(path) if path else cache.folder / "guide-answers.sqlite", report=cache.report)
+    return ResponseCache(Path(path) if path else cache.folder / "guide-responses.sqlite", report=cache.report)
 
 
 def build_model_guide(plan: GuidePlan, reference: LanguageModel, cache: StageCache) -> Guide:

@@ -117,7 +117,7 @@ def _check_judge(judge: JudgePlan) -> None:
     """Raise if the server of a judge or its template cannot be used."""
     if judge.spec is not None and judge.spec.kind == JudgeKind.SERVER:
         parse_spec(judge.spec.text, "judge")
-        load_template(judge.config.template, judge.config.answer)
+        load_template(judge.config.template, judge.config.response_format)
 
 
 def _check_guide(guide: GuidePlan, algorithm: Algorithm) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def fail(line: str) -> None:
 
 def rows_of(path: Path) -> dict[str, Any]:
     with sqlite3.connect(path) as database:
-        found = dict(database.execute("SELECT key, answer FROM answers").fetchall())
+        found = dict(database.execute("SELECT key, response FROM responses").fetchall())
     database.close()
     return found
 
@@ -46,7 +47,7 @@ def test_a_changed_response_is_not_used_but_kept_and_asked_for_again(tmp_path: P
     cache.put("key", RESPONSE)
     text = json.dumps(RESPONSE)
     damaged = text[:place] + chr(ord(text[place]) ^ 1) + text[place + 1 :]
-    change(path, "UPDATE answers SET answer = ?", damaged)
+    change(path, "UPDATE responses SET response = ?", damaged)
     assert cache.get("key") is None
     assert lines == [f"warning: a response in the guide's cache {path} is damaged: it is requested again"]
     assert list(rows_of(path).values()) == [damaged]
@@ -60,19 +61,16 @@ def test_a_changed_response_is_not_used_but_kept_and_asked_for_again(tmp_path: P
 def test_a_row_of_another_shape_counts_as_damaged(tmp_path: Path, row: object) -> None:
     path, lines = tmp_path / "a.sqlite", list[str]()
     cache = ResponseCache(path, report=lines.append)
-    change(path, "INSERT INTO answers VALUES (?, ?, NULL)", "key", row)
+    text = row.decode("latin-1") if isinstance(row, bytes) else str(row)
+    change(path, "INSERT INTO responses VALUES (?, ?, ?)", "key", row, zlib.crc32(f"key {text}".encode()))
     assert cache.get("key") is None
     assert len(lines) == 1
 
 
-def test_rows_from_before_the_checksums_are_still_used(tmp_path: Path) -> None:
-    path = tmp_path / "a.sqlite"
-    change(path, "CREATE TABLE answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
-    change(path, "INSERT INTO answers VALUES (?, ?)", "key", json.dumps(RESPONSE))
-    cache = ResponseCache(path, report=fail)
-    assert cache.get("key") == RESPONSE
-    assert cache.put("new", RESPONSE)
-    assert cache.get("new") == RESPONSE
+def test_a_cache_of_an_earlier_rlgf_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    change(tmp_path / "a.sqlite", "CREATE TABLE answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+    with pytest.raises(ConfigError, match=r"^the guide's cache .*a\.sqlite is of an earlier rlgf: choose another guide\."):
+        ResponseCache(tmp_path / "a.sqlite")
 
 
 def test_a_full_disk_is_one_sentence_and_loses_no_response(tmp_path: Path) -> None:
@@ -92,6 +90,6 @@ def test_a_file_that_is_no_cache_is_refused(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_table_of_another_program_is_refused(tmp_path: Path) -> None:
-    change(tmp_path / "a.sqlite", "CREATE TABLE answers (question TEXT)")
+    change(tmp_path / "a.sqlite", "CREATE TABLE responses (question TEXT)")
     with pytest.raises(ConfigError, match="cannot be opened"):
         ResponseCache(tmp_path / "a.sqlite")

@@ -48,7 +48,7 @@ def remote(server: FaultServer, folder: Path, mode: str = "completion", **option
     quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4}
     config = guide_config(**{**quick, **options})
     spec = f"server:fault-model@{server.url}"
-    cache = ResponseCache(folder / "answers.sqlite")
+    cache = ResponseCache(folder / "responses.sqlite")
     return RemoteGuide(Server(spec, config, mode), config, cache, sleep=lambda seconds: None)
 
 
@@ -57,8 +57,8 @@ def requests(count: int, prefix: str = "") -> list[CompletionRequest]:
 
 
 def sums_hold(counts: dict[str, float]) -> bool:
-    asked = counts["guide_attempts"] == counts["guide_answered"] + counts["guide_retried"] + counts["guide_given_up"]
-    served = counts["guide_rows_answered"] + counts["guide_rows_cached"] + counts["guide_rows_given_up"]
+    asked = counts["guide_attempts"] == counts["guide_succeeded"] + counts["guide_retried"] + counts["guide_given_up"]
+    served = counts["guide_rows_generated"] + counts["guide_rows_cached"] + counts["guide_rows_given_up"]
     return asked and counts["guide_rows_needed"] == served
 
 
@@ -101,7 +101,7 @@ def test_a_transient_failure_is_asked_again_and_leaves_no_trace_in_the_text(tmp_
         counts = guide.pop_metrics()
         assert counts["guide_attempts"] == server.asked  # as the other side counts
     assert counts["guide_retried"] == 2
-    assert counts["guide_answered"] == 2
+    assert counts["guide_succeeded"] == 2
     assert sums_hold(counts)
 
 
@@ -132,7 +132,7 @@ def test_a_permanent_failure_stops_at_once(tmp_path: Path, kind: str) -> None:
 def test_an_address_without_v1_is_told_to_lack_it(healthy: FaultServer, tmp_path: Path) -> None:
     spec = f"server:fault-model@{healthy.url.removesuffix('/v1')}"
     config = GuideConfig()
-    guide = RemoteGuide(Server(spec, config, "completion"), config, ResponseCache(tmp_path / "answers.sqlite"))
+    guide = RemoteGuide(Server(spec, config, "completion"), config, ResponseCache(tmp_path / "responses.sqlite"))
     with pytest.raises(TrainingError, match=r"No such path: /completions; most servers' URLs end in /v1"):
         query_guide(guide, requests(1))
 
@@ -169,7 +169,7 @@ def test_answers_are_kept_and_replayed_without_a_server(tmp_path: Path) -> None:
     gone = remote(server, tmp_path, offline=True)
     assert query_guide(gone, requests(5)) == wanted
     counts = gone.pop_metrics()  # as in the run that is replayed
-    assert (counts["guide_rows_answered"], counts["guide_rows_cached"], counts["guide_attempts"]) == (5, 0, 5)
+    assert (counts["guide_rows_generated"], counts["guide_rows_cached"], counts["guide_attempts"]) == (5, 0, 5)
     assert gone.state() == {"begun": 0}  # but nothing is asked or paid
     with pytest.raises(TrainingError, match="offline"):
         query_guide(gone, requests(6))
@@ -195,7 +195,7 @@ def test_responses_of_an_earlier_version_are_found(tmp_path: Path, mode: str, ke
     """The keys are those of commit b9c0d81, before guide and judge shared a pool."""
     sampling = SamplingParams(temperature=0.7, top_p=0.9)
     config = guide_config(extra_body={"top_k": 5}, thinking_tokens=3, stop=("\n",), sampling=sampling, offline=True)
-    cache = ResponseCache(tmp_path / "answers.sqlite")
+    cache = ResponseCache(tmp_path / "responses.sqlite")
     cache.put(key, {"text": " found", "finished": True})
     server = Server("server:m@http://127.0.0.1:9/v1", config, mode, end_ids=(2,), exact=True)
     ids = mode == "token_ids"
@@ -206,7 +206,7 @@ def test_responses_of_an_earlier_version_are_found(tmp_path: Path, mode: str, ke
 def pool(server: FaultServer, folder: Path, **options: Any) -> EndpointPool:
     config = guide_config(**{"retry_seconds": 0.0, "concurrency": 4, **options})
     reached = Server(f"server:fault-model@{server.url}", config, "none", role="oracle")
-    return EndpointPool(reached, ResponseCache(folder / "answers.sqlite", "oracle"), sleep=lambda seconds: None)
+    return EndpointPool(reached, ResponseCache(folder / "responses.sqlite", "oracle"), sleep=lambda seconds: None)
 
 
 def texts_of(pool: EndpointPool, count: int) -> list[Any]:
@@ -266,7 +266,7 @@ def test_a_signal_leaves_the_pool_at_once_and_requests_in_flight_are_stored_late
         asked.wait()
         assert lines == ["oracle: waiting for requests in flight, 60 s at most"]
         assert 1 <= len(server.requests) <= 2
-        assert asked.usage.state()["answered"] == len(server.requests) == len(asked.cache) / 2  # each with what it took
+        assert asked.usage.state()["succeeded"] == len(server.requests) == len(asked.cache) / 2  # each with what it took
         asked.wait()  # there is nothing more to wait for
         assert len(lines) == 1
 
@@ -428,7 +428,7 @@ def test_a_server_that_refuses_parameters_is_asked_without_them(tmp_path: Path) 
         assert len(query_guide(guide, requests(4))) == 4
         body = server.requests[-1]["body"]
         counts = guide.pop_metrics()
-        assert (counts["guide_attempts"], counts["guide_answered"]) == (server.asked, 4)
+        assert (counts["guide_attempts"], counts["guide_succeeded"]) == (server.asked, 4)
         assert guide.state()["begun"] == server.asked > 8
     assert sums_hold(counts)
     assert "max_completion_tokens" in body
@@ -470,7 +470,7 @@ def test_without_completions_auto_asks_by_instruction_and_remembers_it(tmp_path:
 
 
 def test_a_wrong_key_says_nothing_about_how_to_ask(tmp_path: Path) -> None:
-    cache = ResponseCache(tmp_path / "answers.sqlite")
+    cache = ResponseCache(tmp_path / "responses.sqlite")
     with FaultServer(api_key="right") as server, pytest.raises(ConfigError, match=r"rejects requests \(Error code: 401"):
         connect(f"server:m@{server.url}", GuideConfig(), cache, print)
     assert len(cache) == 0
@@ -485,7 +485,7 @@ def test_having_nothing_to_add_to_a_prefix_is_believed_when_it_is_said_again(tmp
         assert query_guide(guide, requests(1, " and then")) == [Completion("", True)]
         assert server.asked == 3
         counts = guide.pop_metrics()
-        assert (counts["guide_responses_invalid"], counts["guide_rows_answered"], counts["guide_rows_given_up"]) == (3, 1, 0)
+        assert (counts["guide_responses_invalid"], counts["guide_rows_generated"], counts["guide_rows_given_up"]) == (3, 1, 0)
         with pytest.raises(TrainingError, match="generated nothing"):  # to a prompt there is always something to add
             query_guide(guide, requests(1))
     assert query_guide(remote(server, tmp_path, invalid_retries=2, offline=True), requests(1, " and then")) == [
@@ -632,7 +632,7 @@ def answering(*lines: str) -> tuple[list[str], Any]:
 
 
 def test_a_person_continues_skips_undoes_and_is_not_asked_twice(tmp_path: Path) -> None:
-    cache = ResponseCache(tmp_path / "answers.sqlite")
+    cache = ResponseCache(tmp_path / "responses.sqlite")
     shown, (read, show) = answering("goes well.", "wrong", "undo", "right\\nly", "skip")
     texts = HumanGuide(cache, read, show).complete(requests(3, " and then"))
     assert [text.text for text in texts] == [" goes well.", " right\nly", ""]
@@ -642,7 +642,7 @@ def test_a_person_continues_skips_undoes_and_is_not_asked_twice(tmp_path: Path) 
 
 
 def test_answers_of_a_person_who_leaves_are_kept(tmp_path: Path) -> None:
-    cache = ResponseCache(tmp_path / "answers.sqlite")
+    cache = ResponseCache(tmp_path / "responses.sqlite")
     _, (read, show) = answering("one")
     with pytest.raises(TrainingError, match="needs a terminal"):
         query_guide(HumanGuide(cache, read, show), requests(2))
@@ -870,6 +870,6 @@ def test_questions_that_a_judge_refuses_are_left_out_and_counted(tmp_path: Path)
     with FaultServer(writer=writer, complaint=complaint) as server:
         found = judged(server, tmp_path)
         assert (found["losses"], found["unparseable"], found["judge_refused"]) == (18.0, 0, 2)
-        assert summary(found).endswith("0 unparseable answers, 2 refused")
+        assert summary(found).endswith("0 unparseable responses, 2 refused")
         with pytest.raises(TrainingError, match=r"the judge refused 2 of 20 questions .* judge\.max_refused_share=0\.05"):
             judged(server, tmp_path, max_refused_share=0.05)

@@ -37,7 +37,7 @@ def vllm(tokenizer: Any = WORDS, **options: Any) -> Tokens:
 
 def remote(server: FaultServer, folder: Path, reports: list[str] | None = None, **options: Any) -> RemoteGuide:
     quick: dict[str, Any] = {"retry_seconds": 0.0, "timeout_seconds": 1.0, "concurrency": 4, "continuation": "token_ids"}
-    config, cache = guide_config(**{**quick, **options}), ResponseCache(folder / "answers.sqlite")
+    config, cache = guide_config(**{**quick, **options}), ResponseCache(folder / "responses.sqlite")
     tokens = agreement.TokenIdSetup(WORDS, (END,), 32)
     report = (lambda line: None) if reports is None else reports.append
     reached = connect_by_token_ids(f"server:fault-model@{server.url}", config, tokens, cache, report)
@@ -206,8 +206,8 @@ def test_where_lengths_are_fixed_only_what_stands_before_the_switch_is_written(t
 
 def test_the_policys_ids_are_sent_as_they_are_and_the_guides_are_kept_as_they_come(server: FaultServer, tmp_path: Path) -> None:
     _, rollouts = trained(server, tmp_path, aggrevated(0.8).build())
-    cache = ResponseCache(tmp_path / "answers.sqlite")
-    answers = [json.loads(row[0]) for row in cache._execute("SELECT answer FROM answers").rows]  # pyright: ignore[reportPrivateUsage]
+    cache = ResponseCache(tmp_path / "responses.sqlite")
+    answers = [json.loads(row[0]) for row in cache._execute("SELECT response FROM responses").rows]  # pyright: ignore[reportPrivateUsage]
     told = {tuple(answer["ids"]) for answer in answers if "ids" in answer}
     sent = {tuple(body["prompt"]) for body in texts_asked(server)}
     for rollout in rollouts:
@@ -235,5 +235,5 @@ def test_transient_faults_change_nothing_and_a_replay_is_the_same_run(tmp_path: 
         assert first_rollout.ids.equal(third.ids)
     assert timeless(again) == timeless(faulty)
     for row in faulty:
-        assert row["guide_attempts"] == row["guide_answered"] + row["guide_retried"]
+        assert row["guide_attempts"] == row["guide_succeeded"] + row["guide_retried"]
     assert [row["score"] for row in metrics] == [row["score"] for row in faulty]

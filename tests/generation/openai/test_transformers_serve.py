@@ -94,7 +94,7 @@ def served(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 def remote(spec: str, folder: Path, **options: Any) -> RemoteGuide:
     config = guide_config(spec=spec, **{"concurrency": 1, "retry_seconds": 0.1, "extra_body": SAMPLES, **options})
-    cache = ResponseCache(folder / "answers.sqlite")
+    cache = ResponseCache(folder / "responses.sqlite")
     return RemoteGuide(connect(spec, config, cache, lambda line: None), config, cache)
 
 
@@ -128,7 +128,7 @@ def test_it_answers_in_both_ways_and_honours_the_seed(served: Serve, tmp_path: P
     assert all(text.text.strip() and not text.finished for text in texts)  # this model never ends by itself
     assert len({text.text for text in texts}) == 3
     counts = guide.pop_metrics()
-    assert counts["guide_answered"] == 3
+    assert counts["guide_succeeded"] == 3
     assert counts["guide_completion_tokens"] == 3 * 12  # 1.5 times the budget
     assert counts["guide_prompt_tokens"] > 3 * 10
     assert query_guide(remote(served.spec, tmp_path / "two", **options), requests()) == texts
@@ -177,7 +177,7 @@ def comparable(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_it_guides_a_run_and_the_run_replays_without_it(
     served: Serve, reviews: Path, stages: Path, tmp_path: Path, algorithm: str
 ) -> None:
-    cache = tmp_path / "answers.sqlite"
+    cache = tmp_path / "responses.sqlite"
     lines: list[str] = []
     train(config(served.spec, reviews, cache, algorithm), tmp_path / "run", stages, lines.append)
     assert not any("no text completion" in line for line in lines)

@@ -102,7 +102,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 
 def remote(served: Served, folder: Path, policy: Path | None = None, longest: int = 64, **options: Any) -> RemoteGuide:
     config = guide_config(spec=served.spec, continuation="token_ids", **options)
-    tokenizer, cache = load_tokenizer(str(policy or served.policy)), ResponseCache(folder / "answers.sqlite")
+    tokenizer, cache = load_tokenizer(str(policy or served.policy)), ResponseCache(folder / "responses.sqlite")
     tokens = TokenIdSetup(tokenizer, (int(tokenizer.eos_token_id),), longest)
     return RemoteGuide(connect_by_token_ids(served.spec, config, tokens, cache, lambda line: None), config, cache)
 
@@ -164,7 +164,7 @@ def config(served: Served, reviews: Path, cache: Path, algorithm: str, minimum: 
 def test_it_guides_a_run_and_the_run_replays_without_it(
     served: Served, reviews: Path, tmp_path: Path, algorithm: str, minimum: int
 ) -> None:
-    cache, stages = tmp_path / "answers.sqlite", tmp_path / "stages"
+    cache, stages = tmp_path / "responses.sqlite", tmp_path / "stages"
     train(config(served, reviews, cache, algorithm, minimum), tmp_path / "run", stages)
     metrics, texts = guided_metrics(tmp_path / "run"), read_complete_lines(tmp_path / "run" / "rollouts.jsonl")
     authors = [[span["origin"] for span in row["spans"]] for row in texts]

@@ -11,16 +11,14 @@ import time
 import weakref
 import zlib
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from rlgf.errors import ConfigError, TrainingError
 
 TIMEOUT = 60.0  # seconds to wait for a write of another process
-SCHEMA = "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL, crc32 INTEGER)"
-# a row without a checksum is of an earlier rlgf
-ADD_CHECKSUM = "ALTER TABLE answers ADD COLUMN crc32 INTEGER"
+SCHEMA = "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, response TEXT NOT NULL, crc32 INTEGER NOT NULL)"
+TABLES = "SELECT name FROM sqlite_master WHERE type = 'table'"
 TYPES: Mapping[str, type | tuple[type, ...]] = {
     "text": str, "finished": bool, "ids": list, "invalid": str, "silent": bool, "given_up": str, "took": dict, "mode": str,
     "exact": bool, "refused": bool, "final": bool,
@@ -56,11 +54,10 @@ class ResponseCache:
             self._write_ahead()
             # a killed process loses nothing; a power failure may lose the last responses
             self._run("PRAGMA synchronous = NORMAL")
+            if ("answers",) in self._run(TABLES).rows:
+                raise ConfigError(f"the {role}'s cache {path} is of an earlier rlgf: choose another {role}.endpoint.cache.")
             self._run(SCHEMA)
-            if "crc32" not in [column[1] for column in self._run("PRAGMA table_info(answers)").rows]:
-                with suppress(sqlite3.OperationalError):  # another process was first
-                    self._run(ADD_CHECKSUM)
-            self._run("SELECT key, answer, crc32 FROM answers LIMIT 1")  # it may be another table of that name
+            self._run("SELECT key, response, crc32 FROM responses LIMIT 1")  # it may be another table of that name
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(
                 f"the {role}'s cache {path} cannot be opened ({error}): choose another {role}.endpoint.cache."
@@ -68,28 +65,28 @@ class ResponseCache:
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Return the stored response of a key, or None."""
-        rows = self._execute("SELECT answer, crc32 FROM answers WHERE key = ?", key).rows
+        rows = self._execute("SELECT response, crc32 FROM responses WHERE key = ?", key).rows
         if not rows:
             return None
         found = _read_row(key, *rows[0])
         if found is None:
             aside = f"{key}/damaged-{time.time_ns()}"
-            self._execute("UPDATE answers SET key = ? WHERE key = ?", aside, key)
+            self._execute("UPDATE responses SET key = ? WHERE key = ?", aside, key)
             self._report(f"warning: a response in the {self.role}'s cache {self.path} is damaged: it is requested again")
         return found
 
-    def put(self, key: str, answer: Mapping[str, Any], replace: bool = False) -> bool:
+    def put(self, key: str, response: Mapping[str, Any], replace: bool = False) -> bool:
         """Store a response and return whether it was written.
 
         An existing response is kept unless `replace` is set, so that processes with the same
         request continue with the same completion.
         """
-        text = json.dumps(answer)
-        statement = f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO answers (key, answer, crc32) VALUES (?, ?, ?)"
+        text = json.dumps(response)
+        statement = f"INSERT OR {'REPLACE' if replace else 'IGNORE'} INTO responses (key, response, crc32) VALUES (?, ?, ?)"
         return self._execute(statement, key, text, _checksum(key, text)).rowcount > 0
 
     def __len__(self) -> int:
-        return int(self._execute("SELECT count(*) FROM answers").rows[0][0])
+        return int(self._execute("SELECT count(*) FROM responses").rows[0][0])
 
     def _write_ahead(self) -> None:
         """Enable write-ahead logging, so that reads and a write can run concurrently.
@@ -134,7 +131,7 @@ def _checksum(key: str, text: str) -> int:
 
 def _read_row(key: str, text: Any, checksum: Any) -> dict[str, Any] | None:
     """Return the response of a row, or None if it is damaged or has another form."""
-    if not isinstance(text, str) or (checksum is not None and checksum != _checksum(key, text)):
+    if not isinstance(text, str) or checksum != _checksum(key, text):
         return None
     try:
         found: Any = json.loads(text)

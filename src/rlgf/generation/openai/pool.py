@@ -278,10 +278,10 @@ class EndpointPool:
                 stored = {"invalid": str(error), "silent": error.is_empty}
                 stored |= {"refused": True} if error.refused else {}
             except QuestionRefusedError as error:
-                self._count_attempt(key, "answered")
+                self._count_attempt(key, "succeeded")
                 return {"invalid": str(error), "silent": False, "refused": True, "final": True}
         usage = response.usage
-        self._count_attempt(key, "answered")
+        self._count_attempt(key, "succeeded")
         self.usage.add(key, {
             "responses_invalid": int("invalid" in stored), "responses_stripped": int(response.stripped),
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
