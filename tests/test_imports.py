@@ -53,7 +53,7 @@ ORDER = {
     ),
     "rewards": "__init__ base signatures classifier ngram reward_model weighted_sum build",
     "rl": (
-        "__init__ shaping tensors experience rollout kl_controller guards optimizers "
+        "__init__ tensors shaping experience rollout kl_controller guards optimizers "
         "update agreement model_check"
     ),
     "runs": (

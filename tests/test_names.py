@@ -1,12 +1,16 @@
 """Names and docstrings: no old name is left, and every docstring reads like a sentence."""
 
 import ast
+import inspect
 import re
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import rlgf
 from helpers import parsed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +73,30 @@ def test_no_docstring_of_the_scripts_begins_as_a_clause() -> None:
         if re.sub(r"\W+$", "", line.split()[0]) in FORBIDDEN
     ]
     assert wrong == []
+
+
+def public_callables() -> dict[str, tuple[Callable[..., Any], str]]:
+    """Return the public functions and methods, and the docstrings that describe their parameters."""
+    found: dict[str, tuple[Callable[..., Any], str]] = {}
+    for name in rlgf.__all__:
+        thing = getattr(rlgf, name)
+        if inspect.isfunction(thing):
+            found[name] = thing, ""
+        elif inspect.isclass(thing):
+            methods = {key: value for key, value in vars(thing).items() if inspect.isfunction(value) and key[0] != "_"}
+            found |= {f"{name}.{key}": (method, thing.__doc__ or "") for key, method in methods.items()}
+    return found
+
+
+@pytest.mark.parametrize("name", public_callables())
+def test_a_public_function_says_what_it_takes_and_returns(name: str) -> None:
+    function, of_class = public_callables()[name]
+    text = function.__doc__ or ""
+    signature = inspect.signature(function)
+    taken = [parameter for parameter in signature.parameters if parameter != "self"]
+    assert [p for p in taken if not re.search(rf"`{p}`|^ +{p}: ", text + of_class, re.MULTILINE)] == []
+    if signature.return_annotation not in (None, "None"):
+        assert re.match("Return|Build", text) or re.search(r"^ +(Returns|Yields):", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

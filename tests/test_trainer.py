@@ -19,6 +19,8 @@ class NotingSampler:
     def __init__(self, policy: LanguageModel) -> None:
         self.sampler, self.calls = LocalSampler(policy), list[str]()
 
+    is_exact = True
+
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, seed: int, purpose: Purpose
     ) -> SampledCompletions:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -27,18 +26,10 @@ from rlgf.guides.prefetch import Prefetcher
 from rlgf.guides.remote import RemoteGuide
 from rlgf.interrupts import deferred, immediate
 from rlgf.models.language_model import LanguageModel
-from rlgf.models.memory import find_micro_batch_size, run_within_memory, searches_micro_batch_size
+from rlgf.models.memory import run_within_memory, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
-from rlgf.rewards.weighted_sum import Batch, score_components
 from rlgf.rl.agreement import AgreementCheck
-from rlgf.rl.experience import (
-    ForwardConfig,
-    Models,
-    TokenLogProbs,
-    compute_log_probs,
-    make_experience,
-    warm_start_critic,
-)
+from rlgf.rl.experience import ForwardConfig, Models, TokenLogProbs, compute_log_probs, make_experience, warm_start_critic
 from rlgf.rl.guards import Guard, TrainingWarnings, check_kl, find_warning_flags
 from rlgf.rl.kl_controller import KLController
 from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, select_prompts
@@ -96,7 +87,8 @@ class Trainer:
     """The trainer of a policy, which it updates in place; it opens no file.
 
     Iterate over `iterate()`, or call `collect_rollout`, `make_experience` and `update` in a loop of
-    your own.
+    your own, in this order. Their `iteration` is a number from 0, from which, with the seed, all
+    random numbers follow.
 
     Raises:
         ConfigError: the algorithm needs a critic that the components lack.
@@ -132,24 +124,17 @@ class Trainer:
         self.updater = Updater(
             components.models, self.forward_config, config.kl, config.critic, components.sft_targets, config.seed, self.guard
         )
-        self.kl = KLController(config.kl, config.kl.coefficient)
-        self.shaper = RewardShaper(config.reward, components.reward)
+        self.kl, self.shaper = KLController(config.kl, config.kl.coefficient), RewardShaper(config.reward, components.reward)
         self.evaluation_context = EvaluationContext(
             components.task, components.reward, components.models.reference, components.pre_sft_model, self.forward_config
         )
         if not config.runtime.token_budget and searches_micro_batch_size(components.models.policy.device):
-            self._set_token_budget(self._find_token_budget())
+            width = max(map(len, self.codec.prompts(components.task.train))) + config.task.max_new_tokens
+            trained_models, rows = self.updater.trained_models, config.ppo.minibatch_size
+            self._set_token_budget(trained_models.find_token_budget(rows, width, config.task.max_new_tokens))
         self.prefetcher = self._prefetcher()
         self.iteration = 0  # number of iterations done
         self.is_between_iterations = True  # False from the shaping of rewards to the end of the iteration
-
-    def _find_token_budget(self) -> int:
-        """Find the largest number of micro-batch tokens that fits in device memory."""
-        config, codec, horizon = self.config, self.components.models.policy.codec, self.config.task.max_new_tokens
-        width = max(len(codec.prompt(prompt)) for prompt in self.components.task.train) + horizon
-        return find_micro_batch_size(
-            partial(self.updater.trained_models.probe, width=width, max_new_tokens=horizon), config.ppo.minibatch_size * width
-        )
 
     def _set_token_budget(self, token_budget: int) -> None:
         """Set the number of tokens of a micro-batch, if it is another one."""
@@ -159,66 +144,89 @@ class Trainer:
         self.evaluation_context = dataclasses.replace(self.evaluation_context, forward_config=self.forward_config)
 
     def collect_rollout(self, iteration: int) -> Rollout:
-        """Generate the completions of an iteration."""
+        """Generate the completions of an iteration.
+
+        Returns:
+            The rollout: token ids with origins and masks, [rows, width].
+
+        Raises:
+            GuideError: the guide fails, or returns no usable completion.
+            TrainingError: sampler and trainer disagree on the log-probabilities (first call).
+        """
         self.agreement.require(self.forward_config)
         if self.prefetcher is not None:
             self.prefetcher.wait_for(iteration)
-        prompts, indices = self.prompts(iteration)
-        samples = self.config.ppo.samples_per_prompt
-        return collect_rollout(
-            self.rollout_config, self.components.algorithm, self.phase_weights(iteration), prompts, indices, samples
+        algorithm, weights, samples = (
+            self.components.algorithm,
+            self.phase_weights(iteration),
+            self.config.ppo.samples_per_prompt,
         )
+        return collect_rollout(self.rollout_config, algorithm, weights, *self.prompts(iteration), samples)
 
     def prompts(self, iteration: int) -> tuple[list[Prompt], range]:
-        """Return the prompts of an iteration and their global trajectory indices."""
-        ppo = self.config.ppo
-        first = iteration * ppo.completions_per_iteration
-        indices = range(first, first + ppo.completions_per_iteration)
+        """Return the prompts of an iteration, [rows], and their global trajectory indices."""
+        ppo, rows = self.config.ppo, self.config.ppo.completions_per_iteration
+        indices = range(iteration * rows, (iteration + 1) * rows)
         return select_prompts(self.components.task.train, self.config.seed, indices, ppo.samples_per_prompt), indices
 
     def _prefetcher(self) -> Prefetcher | None:
         """Return a prefetcher that queries a remote guide for later rollins, or None."""
-        guide, config = self.components.guide, self.config
+        guide, algorithm = self.components.guide, self.components.algorithm
+        if not isinstance(guide, RemoteGuide) or not self.config.prefetch:
+            return None
 
         def requests_of(iteration: int) -> list[CompletionRequest]:
-            return rollin_requests(
-                self.rollout_config, self.components.algorithm, self.phase_weights(iteration), *self.prompts(iteration)
-            )
+            return rollin_requests(self.rollout_config, algorithm, self.phase_weights(iteration), *self.prompts(iteration))
 
-        if not isinstance(guide, RemoteGuide) or not config.prefetch:
-            return None
-        return Prefetcher(guide, requests_of, config.prefetch, config.ppo.iterations)
+        return Prefetcher(guide, requests_of, self.config.prefetch, self.num_iterations)
 
     def phase_weights(self, iteration: int) -> tuple[PhaseWeight, ...]:
-        """Return the phase weights of an iteration."""
+        """Return the weights of the algorithm's phases in an iteration."""
         return self.components.algorithm.schedule(iteration, float(uniforms(self.config.seed, Purpose.PHASE, iteration, 1)[0]))
 
     def make_experience(self, rollout: Rollout, iteration: int) -> Experience:
         """Score the completions and compute log-probabilities, values and advantages.
 
-        Scoring runs in a second thread; the models run concurrently with it as soon as no reward
-        uses the policy's weights.
+        `rollout` is what `collect_rollout` returned for the iteration. Scoring runs in a second
+        thread; the models run concurrently with it as soon as no reward uses the policy's weights.
+
+        Returns:
+            Scores [rows]; log-probabilities and KL in nats, values, returns and advantages
+            [rows, width].
+
+        Raises:
+            RewardError: the reward fails, or returns no finite number for a completion.
+            TrainingError: a quantity is not finite, or the KL divergence exceeds its bound.
         """
-        shares, parts = self.phase_weights(iteration), self.components
+        phase_weights, components = self.phase_weights(iteration), self.components
         if self.config.critic.warm_start_from_guide:
-            warm_start_critic(parts.models, parts.algorithm, self.phase_weights, iteration)
+            warm_start_critic(components.models, components.algorithm, self.phase_weights, iteration)
 
         def compute(token_budget: int) -> TokenLogProbs:
             forward_config = dataclasses.replace(self.forward_config, token_budget=token_budget)
-            return compute_log_probs(rollout, shares, parts.models, forward_config, self.updater.independent_critics)
+            return compute_log_probs(
+                rollout, phase_weights, components.models, forward_config, self.updater.independent_critics
+            )
 
         with ThreadPoolExecutor(1) as executor:
-            free = Event()
-            scoring = executor.submit(self._score, rollout, free)
-            free.wait()
-            measured, token_budget = run_within_memory(compute, self.forward_config.token_budget, rollout.ids.shape[1])
+            weights_released = Event()
+            scoring = executor.submit(self.shaper.score, rollout, weights_released)
+            weights_released.wait()
+            log_probs, token_budget = run_within_memory(compute, self.forward_config.token_budget, rollout.ids.shape[1])
             self._set_token_budget(token_budget)
             scores, terms = scoring.result()
         shaper_state, self.is_between_iterations = self.shaper.state(), False
         try:
             rewards = self.shaper.shape(scores, rollout.prompts, rollout.ended_with_eos.tolist())
             experience = make_experience(
-                rollout, shares, parts.algorithm.credit, scores, rewards, measured, self.config.ppo, self.kl.coefficient
+                rollout,
+                phase_weights,
+                components.algorithm.credit,
+                scores,
+                rewards,
+                log_probs,
+                self.config.ppo,
+                self.kl.coefficient,
             )
             means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
             stats = {**experience.stats, **means, **find_warning_flags(rollout, scores, experience.stats)}
@@ -230,26 +238,15 @@ class Trainer:
             raise
         return dataclasses.replace(experience, is_finite=is_finite, stats=stats)
 
-    def _score(self, rollout: Rollout, free: Event) -> tuple[list[float], dict[str, list[float]]]:
-        """Score the completions, and the references still needed as baselines.
-
-        `free` is set as soon as no reward uses the policy's weights.
+    def update(self, experience: Experience, iteration: int) -> dict[str, float]:
+        """Update policy, critics and KL coefficient with the iteration's `experience`.
 
         Returns:
-            The scores, [rows], and the scores of each term of a weighted sum by name.
-        """
-        new = self.shaper.missing_baselines(rollout.prompts)
-        batches: list[Batch] = [(rollout.prompts, rollout.completions), (new, [prompt.references[0] for prompt in new])]
-        try:
-            found, *baselines = score_components(self.components.reward, batches if new else batches[:1], free.set)
-        finally:
-            free.set()
-        for values, _ in baselines:
-            self.shaper.add_baselines(new, values)
-        return found
+            The metrics of the update (docs/metrics.md).
 
-    def update(self, experience: Experience, iteration: int) -> dict[str, float]:
-        """Update policy, critics and KL coefficient with an experience; return the metrics."""
+        Raises:
+            TrainingError: a loss or gradient norm is not finite, before the optimizer step.
+        """
         self.agreement.require(self.forward_config, experience.rollout)
         stats = self.updater.update(experience, iteration)
         self._set_token_budget(self.updater.forward_config.token_budget)  # smaller if memory ran out
@@ -265,15 +262,14 @@ class Trainer:
         Returns:
             The metrics of the iteration (docs/metrics.md) and its experience.
         """
-        times, guide, coefficient = [time.monotonic()], self.components.guide, self.kl.coefficient
+        began, guide, coefficient = time.monotonic(), self.components.guide, self.kl.coefficient
         with immediate():  # until the completions are there, the state is that of the last iteration's end
             rollout = self.collect_rollout(iteration)
-        times.append(time.monotonic())
+        collected = time.monotonic()
         experience = self.make_experience(rollout, iteration)
-        times.append(time.monotonic())
+        made = time.monotonic()
         stats = self.update(experience, iteration)
-        times.append(time.monotonic())
-        seconds = {name: after - before for name, before, after in zip(("rollout", "experience", "update"), times, times[1:])}
+        seconds = {"rollout": collected - began, "experience": made - collected, "update": time.monotonic() - made}
         metrics = {
             "iteration": iteration,
             "completions": (iteration + 1) * self.config.ppo.completions_per_iteration,
@@ -336,9 +332,10 @@ class Trainer:
 
     def evaluate_if_due(self) -> dict[str, dict[str, float]]:
         """Return 'evaluation' on the validation split if one follows the iteration just done."""
-        is_last = self.iteration == self.config.ppo.iterations and self.config.evaluation.every > 0
-        prompts = self.components.task.validation[: self.config.evaluation.prompts]
-        return {"evaluation": self.evaluate(prompts)[0]} if is_last or self.is_evaluation_due() else {}
+        is_last = self.iteration == self.num_iterations and self.config.evaluation.every > 0
+        if not is_last and not self.is_evaluation_due():
+            return {}
+        return {"evaluation": self.evaluate(self.components.task.validation[: self.config.evaluation.prompts])[0]}
 
     def is_evaluation_due(self) -> bool:
         """Return whether `evaluation.every` iterations have passed since the last evaluation."""
@@ -355,9 +352,8 @@ class Trainer:
             The metrics, the rollout, and the scores, [rows].
         """
         evaluation = self.config.evaluation
-        context = self.evaluation_context
-        if final:
-            context = dataclasses.replace(context, final=evaluation, judge=self.components.judge)
+        final_fields: dict[str, Any] = {"final": evaluation, "judge": self.components.judge} if final else {}
+        context = dataclasses.replace(self.evaluation_context, **final_fields)
         sampling = evaluation.sampling or self.config.sampling
         rollout_config = dataclasses.replace(self.rollout_config, sampling=sampling, seed=evaluation.seed)
         return evaluate_policy(rollout_config, prompts, context, evaluation.seed)
@@ -375,7 +371,12 @@ class Trainer:
         }
 
     def load_state(self, iteration: int, state: Mapping[str, Any]) -> None:
-        """Load the state of a checkpoint after `iteration` iterations."""
+        """Load the state of a checkpoint.
+
+        Args:
+            iteration: the number of iterations done.
+            state: what `state` returned then, of a trainer with the same components.
+        """
         self.iteration = iteration
         self.updater.load_state(state["updater"])
         self.kl.coefficient = state["kl_coefficient"]
@@ -386,7 +387,7 @@ class Trainer:
         self.sampler.sync(self.components.models.policy)
 
     def save_policy(self, folder: Path) -> None:
-        """Write the policy to a folder, for `from_pretrained`."""
+        """Write weights and tokenizer of the policy to `folder`, for `from_pretrained`."""
         self.components.models.policy.save(folder)
 
     def guide_usage(self) -> Mapping[str, float]:
@@ -394,6 +395,6 @@ class Trainer:
         return self.components.guide.state() if isinstance(self.components.guide, TracksUsage) else {}
 
     def load_guide_usage(self, usage: Mapping[str, float]) -> None:
-        """Add the guide's usage of an earlier part of the run, for limits per run."""
+        """Add the guide's `usage` in an earlier part of the run."""
         if isinstance(self.components.guide, TracksUsage):
             self.components.guide.load_state(usage)

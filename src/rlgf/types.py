@@ -67,7 +67,7 @@ class Prompt:
     template_variables: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def strip_reply_prefix(self, text: str) -> str:
-        """Return a completion without the reply prefix of the chat template."""
+        """Return the completion `text` without the reply prefix of the chat template."""
         return text.removeprefix(self.reply_prefix if text.startswith(self.reply_prefix) else self.reply_prefix_plain)
 
 
@@ -118,7 +118,7 @@ class SamplingParams:
         return self.top_k > 0 or self.top_p < 1.0
 
     def describe(self) -> str:
-        """Describe the parameters in a few words, for tables."""
+        """Return the parameters in a few words, for tables."""
         if self.num_beams > 1:
             return f"beam search, {self.num_beams} beams"
         if self.greedy:

@@ -39,6 +39,8 @@ class Engine:
     def __init__(self, sampler: LocalSampler, error: float, tokens: bool = True) -> None:
         self.sampler, self.error, self.tokens = sampler, error, tokens
 
+    is_exact = False
+
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, seed: int, purpose: Purpose
     ) -> SampledCompletions:

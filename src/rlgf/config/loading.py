@@ -147,9 +147,12 @@ def all_keys(kind: Any, prefix: str = "") -> tuple[str, ...]:
 def override(config: Config, changes: Sequence[tuple[str, Any]] | Mapping[str, Any], where: str = "override") -> Config:
     """Return a copy of a config with the values of keys replaced.
 
-    Changes are pairs of dotted keys and values, or a dict with dotted or nested keys. A value may
-    be a section such as `rlgf.SamplingParams(top_p=0.9)`, or a function that can be imported.
-    `where` is the source of the changes, for errors.
+    Args:
+        config: the config, which stays as it is.
+        changes: pairs of dotted keys and values, or a dict with dotted or nested keys. A value may
+            be a section such as `rlgf.SamplingParams(top_p=0.9)`, or a function that can be
+            imported.
+        where: the source of the changes, for errors.
 
     Raises:
         ConfigError: an unknown key, with the nearest valid one, or a value that cannot be used.

@@ -340,9 +340,7 @@ def controls(config: Config) -> dict[str, Control]:
 
 
 def recipe(name: str) -> Config:
-    """Return a recipe's config by name.
-
-    `rlgf list` lists the names.
+    """Return the config of the recipe `name`; `rlgf list` lists the names.
 
     Raises:
         ConfigError: there is no such recipe.

@@ -48,6 +48,15 @@ class SampledCompletions:
 class Sampler(Protocol):
     """The engine that generates the tokens of a model."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Return whether log-probabilities are the trainer's in fp32, up to rounding.
+
+        They are for the trainer's own model in its own process. Sampler and trainer may then
+        differ less (`rlgf.rl.agreement`).
+        """
+        ...
+
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, seed: int, purpose: Purpose
     ) -> SampledCompletions:

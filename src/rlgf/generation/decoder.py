@@ -115,6 +115,11 @@ class LocalSampler:
     def __init__(self, language_model: LanguageModel, precision: str = "fp32") -> None:
         self.language_model, self.precision = language_model, precision
 
+    @property
+    def is_exact(self) -> bool:
+        """Return whether the model computes in fp32, with unquantized weights."""
+        return self.precision == "fp32" and not getattr(self.language_model.model, "is_quantized", False)
+
     def sample(
         self, requests: Sequence[SampleRequest], params: SamplingParams, seed: int, purpose: Purpose
     ) -> SampledCompletions:

@@ -93,9 +93,16 @@ class Guide(Protocol):
         ...
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
-        """Return one completion for each request, in order.
+        """Return one completion for each request.
 
-        An exception becomes a `GuideError`.
+        Args:
+            requests: prompts with their prefixes, in an order of no meaning.
+
+        Returns:
+            The completions, in the order of the requests.
+
+        Raises:
+            Exception: anything; it becomes a `GuideError`, which ends the run with a checkpoint.
         """
         ...
 

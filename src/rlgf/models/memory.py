@@ -8,6 +8,7 @@ what is learned.
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -40,6 +41,19 @@ class TrainedModels:
     policy_optimizer: torch.optim.Optimizer
     critic_optimizers: Mapping[Origin, torch.optim.Optimizer]  # empty if critics share the backbone
     precision: str
+
+    def find_token_budget(self, rows: int, width: int, max_new_tokens: int) -> int:
+        """Return the largest number of micro-batch tokens that fits in device memory.
+
+        Args:
+            rows: the rows of an optimizer step; more than their tokens are not tried.
+            width: the length of the longest row.
+            max_new_tokens: the number of its last tokens whose logits and values are computed.
+
+        Raises:
+            ConfigError: not even the smallest micro-batch fits.
+        """
+        return find_micro_batch_size(partial(self.probe, width=width, max_new_tokens=max_new_tokens), rows * width)
 
     def probe(self, max_tokens: int, width: int, max_new_tokens: int) -> None:
         """Run forward and backward on the largest micro-batch, to test that memory suffices.

@@ -86,9 +86,8 @@ def train(
 ) -> Trainer:
     """Train and evaluate one run in the folder `out`, and return its trainer.
 
-    The trained policy is `trainer.components.models.policy` and, on disk, `out/policy`. A call has
-    a config, objects in place of its parts, or both; without a config it needs a model, prompts and
-    a reward. A fifth of the prompts is held out.
+    A call has a config, objects in place of its parts, or both; without a config it needs a model,
+    prompts and a reward. A fifth of the prompts is held out.
 
     In the main thread, SIGINT, SIGTERM, SIGHUP and SIGUSR1 are handled until the call ends; then
     the handlers before are restored. The first signal raises `Interrupted`, with a checkpoint: at
@@ -118,6 +117,9 @@ def train(
         accept_changes: go on with other settings, data, code or libraries than the run began with;
             they are recorded in `out/identity.json`.
         progress: whether lines of progress are written where `report` is None.
+
+    Returns:
+        The trainer; the trained policy is `trainer.components.models.policy`, on disk `out/policy`.
 
     Raises:
         ConfigError: the run cannot be trained, or `out` has another run.

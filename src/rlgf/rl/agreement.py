@@ -14,7 +14,6 @@ import torch
 from rlgf.algorithms.guided import Algorithm, PhaseWeight, constant_schedule
 from rlgf.algorithms.switch_position import Phase
 from rlgf.errors import TrainingError
-from rlgf.generation.decoder import LocalSampler
 from rlgf.models.language_model import LanguageModel
 from rlgf.rl.experience import ForwardConfig, RolloutScorer
 from rlgf.rl.rollout import RolloutConfig, collect_rollout
@@ -106,14 +105,8 @@ class AgreementCheck:
                 self._raise_unless_close(agreement, forward_config, " of the first rollout")
             self.first_rollout = agreement
 
-    def is_exact(self, forward_config: ForwardConfig) -> bool:
-        """Return whether sampler and trainer compute in fp32, both in this process."""
-        model = self.rollout_config.policy.model
-        local = isinstance(self.rollout_config.sampler, LocalSampler)
-        return local and forward_config.precision == "fp32" and not getattr(model, "is_quantized", False)
-
     def _raise_unless_close(self, agreement: Agreement, forward_config: ForwardConfig, which: str) -> None:
-        exact = self.is_exact(forward_config)
+        exact = self.rollout_config.sampler.is_exact and forward_config.precision == "fp32"
         error, bound = (agreement.max_error, MAX_ERROR) if exact else (agreement.mean_error, MAX_MEAN_ERROR)
         if error <= bound:  # nan is no pass
             return
@@ -126,8 +119,7 @@ class AgreementCheck:
         )
         raise TrainingError(
             f"the log-probabilities of sampling and of training {differ}: a model of type '{kind}' cannot be trained with "
-            f"this {'sampler' if not isinstance(self.rollout_config.sampler, LocalSampler) else 'version'}; choose another "
-            "model (docs/models.md)."
+            "this version or sampler; choose another model (docs/models.md)."
         )
 
 

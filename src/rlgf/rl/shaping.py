@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from threading import Event
 
 from rlgf.config.sections import RewardConfig
 from rlgf.rewards.base import score
+from rlgf.rewards.weighted_sum import Batch, score_components
+from rlgf.rl.tensors import Rollout
 from rlgf.types import Prompt, RewardFunction
 
 
@@ -37,6 +40,24 @@ class RewardShaper:
         # scores of first references, computed once; keyed by the prompt's id()
         self._baselines: dict[int, tuple[Prompt, float]] = {}
 
+    def score(self, rollout: Rollout, weights_released: Event) -> tuple[list[float], dict[str, list[float]]]:
+        """Score the completions, and the references still needed as baselines.
+
+        `weights_released` is set as soon as no reward uses the policy's weights.
+
+        Returns:
+            The scores, [rows], and the scores of each term of a weighted sum by name.
+        """
+        new = self._missing_baselines(rollout.prompts)
+        batches: list[Batch] = [(rollout.prompts, rollout.completions), (new, [prompt.references[0] for prompt in new])]
+        try:
+            scores, *baselines = score_components(self.reward, batches if new else batches[:1], weights_released.set)
+        finally:
+            weights_released.set()
+        for values, _ in baselines:
+            self._add_baselines(new, values)
+        return scores
+
     def shape(self, scores: Sequence[float], prompts: Sequence[Prompt], ended_with_eos: Sequence[bool]) -> list[float]:
         """Compute the optimized rewards from scores, [rows].
 
@@ -44,9 +65,9 @@ class RewardShaper:
         by the running mean and standard deviation; clip; subtract the penalty of completions
         without an EOS token.
         """
-        new = self.missing_baselines(prompts)
+        new = self._missing_baselines(prompts)
         if new:
-            self.add_baselines(new, score(self.reward, new, [prompt.references[0] for prompt in new]))
+            self._add_baselines(new, score(self.reward, new, [prompt.references[0] for prompt in new]))
         values = list(scores)
         if self.config.subtract_reference:
             values = [value - self._baselines[id(prompt)][1] for value, prompt in zip(values, prompts)]
@@ -59,7 +80,7 @@ class RewardShaper:
         penalty = self.config.missing_eos_penalty
         return [value - (0.0 if ended else penalty) for value, ended in zip(values, ended_with_eos)]
 
-    def missing_baselines(self, prompts: Sequence[Prompt]) -> list[Prompt]:
+    def _missing_baselines(self, prompts: Sequence[Prompt]) -> list[Prompt]:
         """Return the prompts whose first reference still needs a score, each once.
 
         Empty unless references are subtracted.
@@ -68,7 +89,7 @@ class RewardShaper:
             return []
         return list({id(prompt): prompt for prompt in prompts if id(prompt) not in self._baselines}.values())
 
-    def add_baselines(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
+    def _add_baselines(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
         """Store the scores of first references."""
         # the prompt is stored as well, so that its id() stays unique
         self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(prompts, scores)}

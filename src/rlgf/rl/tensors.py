@@ -86,7 +86,7 @@ class Rollout:
     def trained_tokens(self, credit: str) -> Tensor:
         """Return the mask of tokens that the policy trains on, [rows, width].
 
-        All tokens that the policy generated; with credit 'switch', in rows with a guide rollout,
+        All tokens that the policy generated; with `credit` 'switch', in rows with a guide rollout,
         only the last token before the switch.
         """
         if credit != "switch":
