@@ -38,7 +38,7 @@ def twin() -> ModuleType:
 
 def as_library_rollout(written: object, old: Tensor) -> Rollout:
     """The twin's rollout in the library's words; the library reads log-probabilities of the policy's tokens only."""
-    ids, origin, switch = written.ids, written.origin.to(torch.uint8), written.switch  # type: ignore[attr-defined]
+    ids, origin, switch = written.ids, written.origin.to(torch.uint8), written.switch_position  # type: ignore[attr-defined]
     rows = len(ids)
     return Rollout(
         [Prompt("")] * rows, [""] * rows, ids, origin, switch, torch.full((rows,), int(POLICY), dtype=torch.uint8),
@@ -69,10 +69,10 @@ def test_twin_and_library_agree_on_every_number_and_every_weight(twin: ModuleTyp
 
     words = len(twin.WORDS)
     ours = Critic(Backbone(use_fast_paths(copy.deepcopy(policy.transformer))), policy.config.n_embd, 0.0)
-    ours.load_state_dict({key.replace("trunk.", "model."): value for key, value in critic.state_dict().items()})
+    ours.load_state_dict({key.replace("backbone.", "model."): value for key, value in critic.state_dict().items()})
     models = Models(
-        LanguageModel(use_fast_paths(copy.deepcopy(policy)), None, (twin.END,), 32, words),
-        LanguageModel(use_fast_paths(copy.deepcopy(reference)), None, (twin.END,), 32, words),
+        LanguageModel(use_fast_paths(copy.deepcopy(policy)), None, (twin.EOS,), 32, words),
+        LanguageModel(use_fast_paths(copy.deepcopy(reference)), None, (twin.EOS,), 32, words),
         {POLICY: ours},
     )
     config = config_of(
@@ -91,16 +91,16 @@ def test_twin_and_library_agree_on_every_number_and_every_weight(twin: ModuleTyp
         return sum(response[::2]) / 5 - len(response) / 7
 
     for iteration in range(ITERATIONS):
-        written = twin.collect(policy, twin.lock_guide, reward, prompts, settings, generator)
+        written = twin.collect_rollout(policy, twin.lock_guide, reward, prompts, settings, generator)
         assert {twin.GUIDE, twin.PAD} <= set(written.origin.flatten().tolist())
-        theirs = twin.appraise(written, policy, reference, critic, settings)
-        rollout = as_library_rollout(written, theirs.log_probs)
+        theirs = twin.make_experience(written, policy, reference, critic, settings)
+        rollout = as_library_rollout(written, theirs.old_log_probs)
         rewards = written.rewards.tolist()
         measured = compute_log_probs(rollout, shares, models, forward_config)
         mine = make_experience(rollout, shares, "gae", rewards, rewards, measured, config.ppo, config.kl.coefficient)
         selected = rollout.by_policy
         for name, value, expected in (
-            ("log-probabilities", mine.old_log_probs, theirs.log_probs),
+            ("log-probabilities", mine.old_log_probs, theirs.old_log_probs),
             ("values", mine.values, theirs.values),
             ("advantages", mine.advantages, theirs.advantages),
             ("returns", mine.returns, theirs.returns),
@@ -118,6 +118,6 @@ def test_twin_and_library_agree_on_every_number_and_every_weight(twin: ModuleTyp
         for loss in ("policy_loss", "value_loss"):
             assert stats[loss] == pytest.approx(sum(step[loss] for step in history) / len(history), abs=TOLERANCE)
         assert largest_difference(models.policy.model, policy) < TOLERANCE
-        assert largest_difference(ours.get_submodule("model"), critic.trunk) < TOLERANCE
+        assert largest_difference(ours.get_submodule("model"), critic.backbone) < TOLERANCE
         assert largest_difference(ours.head, critic.head) < TOLERANCE
     assert stats["clip_fraction"] > 0  # the clip was reached: the comparison says something about it

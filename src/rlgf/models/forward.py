@@ -69,12 +69,12 @@ class MicroBatch:
     @cached_property
     def packed(self) -> padding_free.PackedInputs:
         """Return the inputs as packed rows; built once for all models that use them."""
-        written, read = padding_free.pack(self.decoder_ids, self.lengths, self.device), None
+        decoder_rows, encoder_rows = padding_free.pack(self.decoder_ids, self.lengths, self.device), None
         if self.encoder_ids is not None and self.encoder_lengths is not None:
-            read = padding_free.pack(self.encoder_ids, self.encoder_lengths, self.device)
+            encoder_rows = padding_free.pack(self.encoder_ids, self.encoder_lengths, self.device)
         first = (self.lengths - 1).clamp(min=0).scatter_reduce(0, self.rows, self.state_index, "amin")
         return padding_free.PackedInputs(
-            written, read, (written.starts[self.rows] + self.state_index).to(self.device), first.tolist()
+            decoder_rows, encoder_rows, (decoder_rows.starts[self.rows] + self.state_index).to(self.device), first.tolist()
         )
 
 
@@ -89,26 +89,27 @@ def micro_batches(model: Any, ids: Tensor, starts: Tensor, selected: Tensor, tok
     selected_rows = needed.nonzero().squeeze(1)
     sources = starts[selected_rows] if is_encoder_decoder(model) else None
     for group in group_rows(input_format(model).rows, needed[selected_rows], sources, token_budget):
-        members = selected_rows[group]
-        width = int(needed[members].max())
-        yield micro_batch(model, members, ids[members, :width], starts[members], selected[members, :width])
+        indices = selected_rows[group]
+        width = int(needed[indices].max())
+        yield micro_batch(model, indices, ids[indices, :width], starts[indices], selected[indices, :width])
 
 
-def micro_batch(model: Any, members: Tensor, ids: Tensor, starts: Tensor, selected: Tensor) -> MicroBatch:
-    """Build a micro-batch of the rows `members` of a whole batch, as `model` needs it.
+def micro_batch(model: Any, indices: Tensor, ids: Tensor, starts: Tensor, selected: Tensor) -> MicroBatch:
+    """Build a micro-batch of the rows `indices` of a whole batch, as `model` needs it.
 
     `ids` are their tokens, [rows, width].
     """
     rows, columns = selected.nonzero(as_tuple=True)
-    written, states, source, lengths = ids[:, :-1], columns - 1, None, None
+    decoder_ids, state_index, encoder_ids, encoder_lengths = ids[:, :-1], columns - 1, None, None
     if is_encoder_decoder(model):
         opening = decoder_opening(model)
-        states, source, lengths = columns - starts[rows] + len(opening) - 1, ids[:, : int(starts.max())], starts
-        following = starts[:, None] - len(opening) + torch.arange(int(states.max()) + 1)
-        written = ids.gather(1, following.clamp(0, ids.shape[1] - 1))
-        written[:, : len(opening)] = torch.tensor(opening)
-    read = torch.zeros(len(ids), dtype=torch.int64).scatter_reduce_(0, rows, states + 1, "amax")
-    return MicroBatch(members, rows, columns, states, written, read, source, lengths, model.device)
+        state_index = columns - starts[rows] + len(opening) - 1
+        encoder_ids, encoder_lengths = ids[:, : int(starts.max())], starts
+        following = starts[:, None] - len(opening) + torch.arange(int(state_index.max()) + 1)
+        decoder_ids = ids.gather(1, following.clamp(0, ids.shape[1] - 1))
+        decoder_ids[:, : len(opening)] = torch.tensor(opening)
+    lengths = torch.zeros(len(ids), dtype=torch.int64).scatter_reduce_(0, rows, state_index + 1, "amax")
+    return MicroBatch(indices, rows, columns, state_index, decoder_ids, lengths, encoder_ids, encoder_lengths, model.device)
 
 
 def is_encoder_decoder(model: Any) -> bool:
