@@ -1,10 +1,10 @@
-"""Memory of training with adapters and with whole models: bytes of weights, of optimizers, and the peak.
+"""Memory of training with adapters and with whole models: weights, optimizer states and the peak.
 
-One iteration of AggreVaTeD on a GPT-2-shaped model and an evaluation: policy, critics, reference, guide, a reward model of
-preferences, a second one that judges, and the model before SFT for output-perplexity. With whole models each is a copy of its
-own (guide, reference and, as no SFT comes between them, the model before it are one); with adapters there is one copy of the
-base weights.
-Each way is a process of its own, so that its peak is its own.
+One iteration of AggreVaTeD on a GPT-2-shaped model and an evaluation: policy, critics, reference,
+guide, a reward model from preferences, a second one as the judge, and the model before SFT for
+output-perplexity. With whole models each is a separate copy, except that guide, reference and the
+model before SFT are the same one, as there is no SFT. With adapters there is one copy of the base
+weights. Each variant runs in a separate process, so that its peak memory is its own.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def megabytes(tensors: Iterable[Any]) -> float:
 
 
 def trainer_of(folder: Path, shared: bool) -> Trainer:
-    """A trainer with everything that AggreVaTeD needs."""
+    """Return a trainer with every model that AggreVaTeD needs."""
     config = Config(
         task=TaskConfig(max_new_tokens=SHAPE.new_tokens, min_new_tokens=SHAPE.new_tokens),
         ppo=PPOConfig(iterations=1, completions_per_iteration=SHAPE.texts, epochs=1, minibatch_size=SHAPE.minibatch_texts),

@@ -1,15 +1,17 @@
-"""The cost of a busy process for an iteration next to it: alone, next to it, alone, … in pairs.
+"""The slowdown of an iteration next to a busy process, from paired runs.
 
     make bench-busy                          # about three minutes: bench/results/busy_machine.json
     python -m bench.busy_machine --rounds 2  # only a look; --out keeps it
 
-The iterations are PPO++'s of the recipe quickstart (two models of 0.1 to 0.2M parameters, 128 completions of 16 tokens), in
-which threads meet often. Each side is a process of its own that waits for its turns: `passive`, waiting threads sleep, as the
-command line sets it if others run when it starts; `default`, they spin for some milliseconds first, as everywhere else; and
-`one` thread.
-In every round each side does iterations alone and next to a process that keeps one core busy, one right after the other, in
-alternating order. What is reported is the ratio within a round; of the command line it is `passive` next to the process over
-`default` alone.
+The iterations are PPO++'s of the recipe quickstart (two models of 0.1 to 0.2M parameters, 128
+completions of 16 tokens), in which threads synchronize often. Each side is a separate process that
+waits for its turns: with `passive`, waiting threads sleep, as the command line sets it if other
+processes run when it starts; with `default`, they spin for some milliseconds first, as everywhere
+else; `one` uses one thread.
+
+In every round each side runs iterations alone and next to a process that keeps one core busy, one
+right after the other, in alternating order. The result is the ratio within a round; for the command
+line it is `passive` next to the process over `default` alone.
 """
 
 import argparse
@@ -42,7 +44,7 @@ SIDES: dict[str, dict[str, str]] = {
 
 
 class Side:
-    """A process that does iterations when it is told to."""
+    """A process that runs iterations on request."""
 
     def __init__(self, name: str, stages: Path) -> None:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_"))}
@@ -54,7 +56,7 @@ class Side:
         self.about = self._answer()
 
     def iterate(self, count: int) -> float:
-        """Do iterations and return the mean of their wall seconds."""
+        """Run iterations and return the mean of their wall seconds."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{count}\n")
         self.process.stdin.flush()
@@ -76,7 +78,7 @@ class Side:
 
 @contextmanager
 def busy_process() -> Iterator[None]:
-    """A process that keeps one core busy for the duration of the block."""
+    """Run a process that keeps one core busy for the duration of the block."""
     with subprocess.Popen([sys.executable, "-c", BUSY]) as process:
         try:
             time.sleep(0.2)
@@ -98,7 +100,7 @@ def pair(side: Side, iterations: int, busy_first: bool) -> dict[str, float]:
 
 
 def work(stages: Path) -> None:
-    """Do iterations as told on stdin; what a side's process runs."""
+    """Run the iterations that stdin requests; the main function of a side's process."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     import rlgf
@@ -128,7 +130,7 @@ def work(stages: Path) -> None:
 
 
 def figures(rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str) -> dict[str, Any]:
-    """Return one side in numbers."""
+    """Return the figures of one side."""
     ratios = [row[name]["busy"] / row[name]["alone"] for row in rounds]
     alone = [row[name]["alone"] / row["default"]["alone"] for row in rounds]
     return {
@@ -140,13 +142,13 @@ def figures(rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str) -> d
 
 
 def command_line(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Return what a busy process costs a run of the command line, whose waiting threads then sleep."""
+    """Return the slowdown of a run of the command line, whose waiting threads then sleep."""
     ratios = [row["passive"]["busy"] / row["default"]["alone"] for row in rounds]
     return {"median": statistics.median(ratios), "interval": interval(ratios)}
 
 
 def printed(result: Mapping[str, Any]) -> str:
-    """Return the result for people."""
+    """Return the result as printed text."""
     lines = [f"{'':9}{'alone':>9}{'busy':>9}   busy / alone          alone / default alone"]
     for name, side in result["sides"].items():
         texts = [

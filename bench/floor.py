@@ -1,14 +1,14 @@
-"""The distance of an iteration from the machine's limits: operations and bytes by stage, at measured rates (bench/README.md).
+"""Lower bounds of an iteration's time: operations and bytes by stage, at measured rates.
 
     make bench-floor             # or: python -m bench.floor --workload S
 
-One iteration is run by torch's operations alone, under a mode that sees every one of them. Matrix products are kept with their
-shapes, strides and counts (those of attention over whole rows, though what is compiled leaves out padding and what lies
-ahead), and each is then repeated alone on fresh numbers, by torch and, where there is one, by the compiled product: what it
-takes at its best is the floor of the products at these shapes. The multiplications over the rate of a large product are the
-floor of any way to do them. Of everything else the bytes read and written are counted, and divided by what adding two tensors
-of an activation's size moves. The iterations that
-are timed run without the mode.
+One iteration runs with torch's operations alone, under a dispatch mode that records each of them.
+Matmuls are recorded with their shapes, strides and counts (attention over whole rows, although the
+C kernel skips padding and later tokens). Each is then repeated alone on random numbers, by torch
+and by the C kernel if there is one: the shortest time is the lower bound of matmuls of these
+shapes. The number of multiplications over the rate of a large matmul is the lower bound of any
+implementation. Of all other operations the bytes read and written are counted, and divided by the
+bandwidth of adding two tensors of an activation's size. The timed iterations run without the mode.
 """
 
 import argparse
@@ -46,7 +46,7 @@ Layout = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype]
 
 
 def rows_and_columns(x: Tensor, y: Tensor) -> int:
-    """Multiplications and additions of x times y."""
+    """Return the multiplications and additions of x times y."""
     return 2 * x.numel() * y.shape[-1]
 
 
@@ -59,13 +59,13 @@ PRODUCTS: dict[str, Callable[..., int]] = {
     "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_, **__: 4 * q.numel() * k.shape[2],
     "_scaled_dot_product_flash_attention_for_cpu_backward": lambda gradient, q, k, *_, **__: 10 * q.numel() * k.shape[2],
 }
-TAKEN = {"embedding", "index_select", "gather", "index"}  # of what these look into they read what they return
-PLACED = {"scatter_add_", "scatter_", "index_put_", "index_copy_", "index_add_"}  # and of this what is placed
-WRITTEN = {"fill_", "zero_", "zeros", "zeros_like", "new_zeros", "copy_"}  # what was there is not read
+TAKEN = {"embedding", "index_select", "gather", "index"}  # these read only the elements that they return
+PLACED = {"scatter_add_", "scatter_", "index_put_", "index_copy_", "index_add_"}  # and these only those that they write
+WRITTEN = {"fill_", "zero_", "zeros", "zeros_like", "new_zeros", "copy_"}  # these do not read the old content
 
 
 class Ledger(TorchDispatchMode):
-    """Counts what passes: products by layout and with their bytes, bytes of everything else."""
+    """A dispatch mode that counts matmuls by layout, and the bytes of all operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ class Ledger(TorchDispatchMode):
         self.bytes = self.product_bytes = self.calls = 0
 
     def total(self) -> int:
-        """Multiplications and additions of all products."""
+        """Return the multiplications and additions of all matmuls."""
         return sum(count * self.operations[product] for product, count in self.products.items())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do the operation and write it down."""
+        """Run the operation and record it."""
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         self.calls += name not in FREE
@@ -96,7 +96,7 @@ class Ledger(TorchDispatchMode):
 
 
 def bytes_passed(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> int:
-    """Bytes that an operation reads and writes."""
+    """Return the bytes that an operation reads and writes."""
     if name in TAKEN:
         return 2 * size(made)
     if name in PLACED:
@@ -107,12 +107,12 @@ def bytes_passed(name: str, given: Sequence[Tensor], made: Sequence[Tensor]) -> 
 
 
 def size(values: Sequence[Tensor]) -> int:
-    """Bytes of tensors, what is expanded not counted again."""
+    """Return the bytes of tensors; expanded dimensions count once."""
     return sum(math.prod(n for n, by in zip(t.shape, t.stride()) if by) * t.element_size() for t in values)
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
-    """The tensors among values, lists of them included."""
+    """Return the tensors among values, including those in lists."""
     for value in values if isinstance(values, (tuple, list)) else (values,):
         if isinstance(value, Tensor):
             yield value
@@ -121,14 +121,14 @@ def tensors(values: Any) -> Iterator[Tensor]:
 
 
 def layout(value: Any) -> Any:
-    """An argument so that it can be made again."""
+    """Return a description from which `made_again` makes an argument of the same layout."""
     if isinstance(value, Tensor):
         return ("tensor", tuple(value.shape), value.stride(), value.dtype)
     return tuple(value) if isinstance(value, list) else value
 
 
 def made_again(value: Any) -> Any:
-    """The inverse, with fresh numbers."""
+    """Return an argument with the described layout and random numbers."""
     if isinstance(value, tuple) and value and value[0] == "tensor":
         _, shape, stride, dtype = value
         return torch.empty_strided(shape, stride, dtype=dtype).normal_() if math.prod(shape) else torch.empty(shape)
@@ -136,7 +136,7 @@ def made_again(value: Any) -> Any:
 
 
 def best(call: Callable[[], Any], least_seconds: float = 0.02) -> float:
-    """Seconds of a call at its best, of as many as fit the time, three at least."""
+    """Return the shortest time of repeated calls, at least three, in seconds."""
     seconds: list[float] = []
     while sum(seconds) < least_seconds or len(seconds) < 3:
         began = time.perf_counter()
@@ -146,7 +146,7 @@ def best(call: Callable[[], Any], least_seconds: float = 0.02) -> float:
 
 
 def alone(product: Product) -> float:
-    """Seconds of a product at its best."""
+    """Return the shortest time of a matmul alone, in seconds."""
     func, arguments = product
     named = [a for a in arguments if isinstance(a, tuple) and len(a) == 2 and isinstance(a[0], str) and a[0] != "tensor"]
     plain = [made_again(a) for a in arguments if a not in named]
@@ -161,7 +161,7 @@ def alone(product: Product) -> float:
 
 
 def rates(dtype: torch.dtype) -> dict[str, float]:
-    """Measure GFLOP/s of a large product, and GB/s of adding two tensors of 4 MB and of 128 MB."""
+    """Measure GFLOP/s of a large matmul, and GB/s of additions in cache and memory."""
     width = 2048
     x, y = torch.randn(width, width).to(dtype), torch.randn(width, width).to(dtype)
     found = {"gflops": 2 * width**3 / best(lambda: linear.linear(x, y), 0.5) / 1e9}
@@ -172,7 +172,7 @@ def rates(dtype: torch.dtype) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time iterations, count one, and repeat its products alone."""
+    """Time iterations, count one, and repeat its matmuls alone."""
     workload, folder = WORKLOADS[arguments.workload], arguments.work.resolve() / arguments.workload
     subprocess.run([sys.executable, "-m", "bench.workload", workload.name, str(folder)], cwd=ROOT, check=True)
     load_before = os.getloadavg()
@@ -215,7 +215,7 @@ def counted(trainer: Trainer, iteration: int) -> dict[str, Ledger]:
 def floor(
     ledger: Ledger, seconds: Mapping[Product, float], machine_rates: Mapping[str, float], measured: float
 ) -> dict[str, float]:
-    """A stage in numbers."""
+    """Return the figures of a stage."""
     operations = ledger.total()
     return {
         "gflop": operations / 1e9,
@@ -230,7 +230,7 @@ def floor(
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as a table."""
     found = result["rates"]
     lines = [
         f"{result['workload']}, {result['precision']}, critic {result['critic']}: this machine does "

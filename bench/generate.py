@@ -1,8 +1,9 @@
-"""Writing: this library's decoder beside `model.generate`, on the same prompts, for the same number of tokens.
+"""Generation: this library's decoder against `model.generate`, same prompts and number of tokens.
 
-Workload S with 64 prompts, the full softmax or top-k 50 at temperature 1, no early end. Every row is a pair of calls that take
-turns; the ratio is that of each pair. `restart` rows finish texts of which a random part stands already, as rollouts after a
-switch do: `generate` reads those as longer prompts and writes as many tokens for each as the one with most left needs.
+Workload S with 64 prompts, the full softmax or top-k 50 at temperature 1, no early EOS. Every row
+compares two calls that take turns; the ratio is that of each pair of calls. `restart` rows continue
+completions from prefixes of random length, as rollouts after a switch do. `generate` takes prompt
+and prefix as a longer prompt, and generates for each the number of tokens that the longest needs.
 """
 
 import argparse
@@ -83,7 +84,7 @@ def theirs(model: Any, end: int, row: Row, prefixes: list[list[int]], budgets: l
                 input_ids=ids, attention_mask=mask, do_sample=True, temperature=1.0, top_k=row.top_k, top_p=1.0,
                 max_new_tokens=most, min_new_tokens=most, pad_token_id=end, disable_compile=True, **options,
             )  # fmt: skip
-        return sum(budgets)  # of what it wrote, those that were asked for
+        return sum(budgets)  # only the requested tokens count
 
     return write
 

@@ -1,16 +1,19 @@
-"""Growth of time and memory: one epoch of workload S, with one number changed at a time (bench/README.md).
+"""Growth of time and memory as one size of workload S changes at a time (bench/README.md).
 
     make bench-growth            # or: python -m bench.growth
 
-Each point is a process of its own: an iteration that is not timed, three that are, of which the fastest counts, stage by stage,
-and one whose operations are counted, as `bench.floor` counts them. Writing is two stages here, reading the prompts at once and
-then a token at a time. What is reported is how often the time of a stage doubles for each doubling of its work between the
-first and the last point: 1 is as many times as the work, less is better, and more is a stage that grows faster than it. These
-two points are measured twice, taking turns, for the spread. Work is told in two ways. Multiplications
-of matrices alone leave out that some are done out of the cache and some wait for memory. So beside them there is the time that
-all operations take at the machine's rates: the multiplications at that of a large product, and all bytes that operations read
-and write, those of products too, at that of memory. Counted are torch's own operations: what is compiled passes over memory
-less often.
+Each point is a separate process: an untimed iteration, three timed ones, of which the fastest
+counts for each stage, and one whose operations are counted, as `bench.floor` does. The rollout is
+two stages here, prefill of the prompts and then decoding. The result is the exponent with which the
+time of a stage grows with its work, from the first to the last point: at 1 both grow alike, above 1
+the stage grows faster than its work. These two points are measured twice, taking turns, for the
+spread.
+
+Work is measured in two ways. The multiplications of matmuls alone ignore that some run from the
+cache and some wait for memory. So the second measure is the time of all operations at the machine's
+rates: multiplications at the rate of a large matmul, and all bytes that operations read and write,
+those of matmuls too, at the bandwidth of memory. Torch's own operations are counted; the C kernels
+pass over memory less often.
 """
 
 import argparse
@@ -36,7 +39,7 @@ from bench.workload import Workload, make
 
 STAGES = ("read", "rollout", "experience", "update")
 PAIRS = 2  # of first and last points, taking turns
-LEAST = 1.5  # times the work, from which on it can be told how time grows with it
+LEAST = 1.5  # smallest growth of the work from which an exponent is computed
 WAYS: dict[str, list[dict[str, int]]] = {
     "texts": [{"texts": count} for count in (16, 32, 64, 128, 256)],
     "prompt": [{"shortest_prompt": n, "longest_prompt": n, "context": n + 48} for n in (16, 64, 256, 512)],
@@ -47,7 +50,7 @@ WAYS: dict[str, list[dict[str, int]]] = {
 
 
 def point(changes: Mapping[str, int], folder: Path, threads: int) -> dict[str, Any]:
-    """One point, in this process: seconds and operations by stage, peak memory."""
+    """Measure one point in this process: seconds and operations by stage, peak memory."""
 
     from bench.floor import Ledger, counted
     from bench.worker import peak_rss_mb
@@ -92,7 +95,7 @@ class Prefills:
 
 @contextmanager
 def prefills() -> Generator[Prefills]:
-    """Watches the sampler read prompts."""
+    """Time the prefills of the sampler for the duration of the block."""
     from rlgf.generation import kv_decoder
 
     found = Prefills()
@@ -112,12 +115,12 @@ def prefills() -> Generator[Prefills]:
 
 
 def exponent(first: Mapping[str, Any], last: Mapping[str, Any], stage: str, work: str) -> float:
-    """Return the exponent with which the seconds of a stage grow with its work, between two points."""
+    """Return the exponent of a stage's time as a function of its work, between two points."""
     return math.log(last["seconds"][stage] / first["seconds"][stage]) / math.log(last[work][stage] / first[work][stage])
 
 
 def exponents(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], work: str) -> dict[str, dict[str, float]]:
-    """The same of each stage whose work grows, over pairs of points: median, least and most."""
+    """Return the exponents of each stage whose work grows: median, minimum and maximum over pairs."""
     first, last = pairs[0]
     growing = [stage for stage in STAGES if last[work][stage] >= LEAST * first[work][stage]]
     found = {stage: [exponent(*pair, stage, work) for pair in pairs] for stage in growing}
@@ -125,7 +128,7 @@ def exponents(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], work
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All points, each in a process of its own."""
+    """Measure all points, each in a separate process."""
     from bench.floor import rates
 
     load_before = os.getloadavg()
@@ -165,7 +168,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(found: Mapping[str, Any]) -> str:
-    """A point for people."""
+    """Return a point as printed text."""
     seconds = ", ".join(
         f"{stage} {found['seconds'][stage]:.2f} s / {found['gflop'][stage]:.0f} GFLOP, {found['gigabytes'][stage]:.1f} GB"
         for stage in STAGES

@@ -1,15 +1,17 @@
-"""The cost of guidance: PPO, PPO++ and AggreVaTeD on workload S with a guide of the policy's size (bench/README.md).
+"""The cost of guidance: PPO, PPO++ and AggreVaTeD on workload S (bench/README.md).
 
     make bench-guided            # or: python -m bench.guided --rounds 5
 
-All trainers are alive in one process and take turns, one iteration at a time, in an order that rotates; what is reported is the
-ratio to PPO's iteration of the same round. The guide is a second copy of the policy's initial weights with the paper's
-decoding (top-k 50, top-p .92), so its time is the policy's own. `generated`: it writes whenever it is asked, in this process.
-`cached`: PPO++'s rollins, which depend on prompt and trajectory alone, were written before the clock started; a guide
-elsewhere that is asked ahead costs the same (`make bench-prefetch`). AggreVaTeD's guide finishes what the policy has begun, so
-nothing can be written ahead.
+All trainers are in one process and take turns, one iteration at a time, in an order that rotates.
+The result is the ratio to PPO's iteration of the same round. The guide is a second copy of the
+policy's initial weights with the paper's sampling parameters (top-k 50, top-p .92), so it takes as
+long as the policy. `generated`: the guide generates when it is queried, in this process. `cached`:
+PPO++'s rollins, which depend on prompt and trajectory alone, were generated before the clock
+started; a prefetched guide outside the process costs the same (`make bench-prefetch`). AggreVaTeD's
+guide continues what the policy began, so its completions cannot be prefetched.
 
-TRIL's PPO and PPO++ take their turns in processes of their own, in each round; PPO++ is compared with TRIL's PPO.
+TRIL's PPO and PPO++ take their turns in separate processes, in each round; PPO++ is compared with
+TRIL's PPO.
 """
 
 import argparse
@@ -43,7 +45,7 @@ TRIL_BETAS = ("none", "0.2", "0.8")  # none: its PPO; each is a process of two g
 
 
 class Clocked:
-    """A guide whose time is taken, and which remembers its answers where they are to be cached."""
+    """A guide with clocks, and with a cache of its completions if requested."""
 
     def __init__(self, guide: Guide, cached: bool) -> None:
         self.guide, self.cached = guide, cached
@@ -56,7 +58,7 @@ class Clocked:
         return self.guide.capabilities
 
     def complete(self, requests: Sequence[CompletionRequest]) -> list[Completion]:
-        """The guide's texts."""
+        """Return the guide's completions."""
         wall, cpu = time.perf_counter(), time.process_time()
         keys = [(request.index, request.max_new_tokens) for request in requests]
         if not self.cached or any(key not in self.answers for key in keys):
@@ -69,7 +71,7 @@ class Clocked:
 
 
 def trainer(workload: Workload, folder: Path, algorithm: Algorithm, cached: bool, iterations: int) -> tuple[Trainer, Clocked]:
-    """One of those that are compared, and its guide."""
+    """Return one of the compared trainers and its guide."""
     made = build(workload, folder, iterations)
     policy = made.components.models.policy
     guide = Clocked(ModelGuide(policy.frozen_copy(), SamplingParams(top_k=50, top_p=0.92)), cached)
@@ -79,9 +81,9 @@ def trainer(workload: Workload, folder: Path, algorithm: Algorithm, cached: bool
 
 
 def timed(one: Trainer, guide: Clocked, iteration: int) -> dict[str, Any]:
-    """One iteration: wall and CPU seconds, those of the guide among them, and what was done."""
+    """Run one iteration; return wall and CPU seconds, also of the guide, and token counts."""
     if guide.cached:
-        one.collect_rollout(iteration)  # the guide's answers are remembered
+        one.collect_rollout(iteration)  # the guide's completions are cached
     guide.wall = guide.cpu = 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     metrics, experience = one.step(iteration)
@@ -94,7 +96,7 @@ def timed(one: Trainer, guide: Clocked, iteration: int) -> dict[str, Any]:
 
 
 def tril_workers(arguments: argparse.Namespace, folder: Path, iterations: int) -> dict[str, Worker]:
-    """TRIL's algorithms, each in a process of its own."""
+    """Start TRIL's algorithms, each in a separate process."""
     python = peers.tril(arguments.environments.resolve())
     told = ["--workload", "S", "--folder", str(folder), "--turns", str(iterations)]
     names = {beta: f"TRIL's {PPO}" if beta == "none" else f"TRIL's PPO++ {beta}" for beta in TRIL_BETAS}
@@ -107,7 +109,7 @@ def tril_workers(arguments: argparse.Namespace, folder: Path, iterations: int) -
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All trainers in turn, round by round."""
+    """Run all trainers in turn, round by round."""
     workload, folder = Workload(), arguments.work.resolve() / "S"
     subprocess.run([sys.executable, "-m", "bench.workload", "S", str(folder)], cwd=ROOT, check=True)
     load_before, iterations = os.getloadavg(), 1 + arguments.rounds
@@ -141,7 +143,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One kind in numbers: the ratios to PPO within each round, and medians."""
+    """Return the figures of one kind: ratios to PPO within each round, and medians."""
     rows = [row[name] for row in rounds]
     clocks = ("seconds", "cpu_seconds", "guide_seconds", "guide_cpu_seconds")
     return {
@@ -154,7 +156,7 @@ def summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def peer_summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One of TRIL's in numbers: the ratios to TRIL's PPO and to PPO here within each round, and medians."""
+    """Return the figures of one of TRIL's algorithms: ratios within each round, and medians."""
     return {
         "ratio_to_trils_ppo": spread([row[name]["seconds"] / row[f"TRIL's {PPO}"]["seconds"] for row in rounds]),
         "ratio_to_ppo": spread([row[name]["seconds"] / row[PPO]["seconds"] for row in rounds]),
@@ -165,7 +167,7 @@ def peer_summary(name: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as a table."""
     lines = [f"{'':<24}{'x PPO (min-max)':>20}{'CPU s':>8}{'guide CPU s':>13}{'trained tokens':>16}  seconds by stage"]
     for name, kind in result["kinds"].items():
         ratio = kind["ratio_to_ppo"]

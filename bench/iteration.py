@@ -1,4 +1,4 @@
-"""One PPO iteration of rlgf beside one of its peers: same work, one run, taking turns (bench/README.md)."""
+"""One PPO iteration of rlgf against its peers: same work, one run, taking turns (bench/README.md)."""
 
 import argparse
 import datetime
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Side:
-    """One of those that are compared: whose code it is, and what its worker is told besides."""
+    """One of the compared sides: its code and the options of its worker."""
 
     code: str  # rlgf, or a peer of `bench.peers`
     flags: tuple[str, ...] = ()
@@ -47,7 +47,7 @@ LONG = {
 
 
 class Worker:
-    """A side of the comparison: a process that does one iteration whenever it is told to."""
+    """A side of the comparison: a process that runs one iteration on request."""
 
     def __init__(self, name: str, command: Sequence[str], threads: int, log: Path) -> None:
         self.name, self.log = name, log
@@ -66,7 +66,7 @@ class Worker:
         self.about = self._answer()
 
     def turn(self) -> dict[str, Any]:
-        """One iteration, and what it took."""
+        """Run one iteration; return its time and counts."""
         assert self.process.stdin is not None
         self.process.stdin.write("go\n")
         self.process.stdin.flush()
@@ -91,19 +91,19 @@ class Worker:
 
 
 def check(name: str, turns: Sequence[Mapping[str, Any]], expected: Mapping[str, int]) -> None:
-    """Refuse to report unless every iteration of a side did exactly the work of the workload."""
+    """Raise unless every iteration of a side did exactly the work of the workload."""
     for number, turn in enumerate(turns):
         if turn["counts"] != dict(expected):
             raise SystemExit(f"iteration {number} of {name} did other work: {turn['counts']}, not {dict(expected)}.")
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def summary(about: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], expected: Mapping[str, int]) -> dict[str, Any]:
-    """One side's timed iterations in numbers."""
+    """Return the figures of one side's timed iterations."""
     return {
         "seconds": spread([turn["seconds"] for turn in turns]),
         "cpu_seconds": spread([turn["cpu_seconds"] for turn in turns]),
@@ -117,7 +117,7 @@ def summary(about: Mapping[str, Any], turns: Sequence[Mapping[str, Any]], expect
 
 
 def ratios(turns: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Return the ratio of each peer's time to that of each of rlgf's sides, per round."""
+    """Return the ratio of each peer's time to each rlgf side's, per round."""
     found: dict[str, dict[str, Any]] = {}
     for theirs in (name for name in turns if SIDES[name].code != "rlgf"):
         for ours in (name for name in turns if SIDES[name].code == "rlgf"):
@@ -129,7 +129,7 @@ def ratios(turns: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[s
 
 
 def compare(name: str, sides: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Set all sides of a workload up, let them take turns, and sum up."""
+    """Start all sides of a workload, let them take turns, and return the figures."""
     workload, folder = WORKLOADS[name], arguments.work.resolve() / name
     pythons = {peer: make(arguments.environments.resolve()) for peer, make in PEERS.items() if peer in sides_of(sides)}
     subprocess.run([sys.executable, "-m", "bench.workload", name, str(folder)], cwd=ROOT, check=True)
@@ -168,7 +168,7 @@ def sides_of(names: Sequence[str]) -> set[str]:
 
 
 def measure(plan: Mapping[str, Sequence[str]], arguments: argparse.Namespace) -> dict[str, Any]:
-    """All workloads of a plan, and what they ran on."""
+    """Measure all workloads of a plan, and describe the machine."""
     load_before = os.getloadavg()
     workloads = {name: compare(name, sides, arguments) for name, sides in plan.items()}
     first = next(iter(next(iter(workloads.values()))["sides"].values()))
@@ -187,7 +187,7 @@ def keep(result: Mapping[str, Any], out: Path) -> None:
 
 
 def machine(about: Mapping[str, Any], threads: int, load_before: Sequence[float]) -> dict[str, Any]:
-    """Describe the machine; `about` is what a worker on it says of itself."""
+    """Describe the machine; `about` is a worker's description of itself."""
     return {
         "processor": processor(),
         "cpu_family": cpu_info("cpu family"),  # virtual machines hide the name of the model
@@ -200,7 +200,7 @@ def machine(about: Mapping[str, Any], threads: int, load_before: Sequence[float]
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     return cpu_info("model name") or platform.processor()
 
 
@@ -215,7 +215,7 @@ def cpu_info(field: str) -> str | None:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The result for people."""
+    """Return the result as a table."""
     lines: list[str] = []
     for name, found in result["workloads"].items():
         lines.append(f"{name:<13}{'seconds (min-max)':>24}{'CPU s':>9}{'peak MB':>9}  seconds by stage")

@@ -1,4 +1,4 @@
-"""The fast paths measured: iterations with all, without the C kernels, without any, and without each one."""
+"""The time that the fast paths save: with all, without C, none, and without each."""
 
 import argparse
 import datetime
@@ -27,12 +27,12 @@ RESAMPLES, SEED = 10_000, 0
 
 
 def flags(side: str) -> list[str]:
-    """Return the options of a side's worker; a side is a mode, or a path that is switched off."""
+    """Return the options of a side's worker; a side is a mode or a disabled path."""
     return ["--kernels", side] if side in MODES else ["--kernels", BASE, "--without", side]
 
 
 class Rounds:
-    """The finished rounds of a workload, in a file to which each is appended, so that a killed run goes on."""
+    """The finished rounds of a workload, appended to a file so that runs can resume."""
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
         self.path, self.key = path, dict(key)
@@ -44,7 +44,7 @@ class Rounds:
             self.about, self.load_before, self.turns = rows[0]["about"], rows[0]["load_before"], rows[1:]
 
     def start(self, about: Mapping[str, dict[str, Any]], load_before: Sequence[float]) -> None:
-        """Write the file anew with the rounds that it is known to hold."""
+        """Rewrite the file with its known rounds."""
         self.about, self.load_before = self.about or dict(about), self.load_before if self.about else load_before
         rows = [{"key": self.key, "about": self.about, "load_before": self.load_before}, *self.turns]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -107,10 +107,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def compared(rounds: Rounds, expected: Mapping[str, int]) -> dict[str, Any]:
-    """Return every side in numbers.
+    """Return the figures of every side.
 
     `ratio` is the median over rounds of a side's seconds over those of all fast paths in the same
-    round. `saved` is 1 - 1 / ratio: the share of the side's iteration that what it lacks saves.
+    round. `saved` is 1 - 1 / ratio: the share of the side's iteration that the missing paths save.
     """
     found: dict[str, Any] = {}
     for side, about in rounds.about.items():
@@ -150,7 +150,7 @@ def result_of(measured: Mapping[str, Rounds], arguments: argparse.Namespace) -> 
 
 
 def commit() -> str:
-    """Return the last commit of what is timed, with `-dirty` after it if that has changed since."""
+    """Return the last commit of the timed code, with `-dirty` if changed since."""
     timed = ("src", "native", "bench/worker.py", "bench/worker_rlgf.py", "bench/workload.py")
     found = _git("log", "-1", "--format=%h", "--abbrev=12", "--", *timed)
     return found + ("-dirty" if _git("status", "--porcelain", "--", *timed) else "")
@@ -161,7 +161,7 @@ def _git(*arguments: str) -> str:
 
 
 def identity() -> str:
-    """Return the name of the processor with its family and model, which virtual machines do not hide."""
+    """Return the processor's name with family and model, which virtual machines do not hide."""
     numbers = [f"{word} {cpu_info(field)}" for word, field in (("family", "cpu family"), ("model", "model")) if cpu_info(field)]
     return " ".join([processor(), *numbers])
 
@@ -178,7 +178,7 @@ def percent(saved: Mapping[str, Any]) -> str:
 
 
 def printed(result: Mapping[str, Any]) -> str:
-    """Return the result for people."""
+    """Return the result as printed text."""
     lines: list[str] = []
     for name, found in result["workloads"].items():
         lines.append(f"{name:<22}{'seconds (min-max)':>22}{'CPU s':>8}{'ratio to native':>24}  saved share of the iteration")
@@ -204,7 +204,7 @@ ROWS = {"off": "all of them", "torch": "all C kernels"}
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return the saved shares of all results as one table: a row a path, a column a processor and workload."""
+    """Return the saved shares of all results as one table, one row per path."""
     columns = [(result["machine"], name, found) for result in results for name, found in result["workloads"].items()]
     sides = dict.fromkeys(
         side for _, _, found in columns for side in (*MODES, *found["sides"], *found["unused"]) if side != BASE

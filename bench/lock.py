@@ -1,7 +1,8 @@
-"""Combination lock: texts until solved: `python -m bench.lock --out docs/results/theory`.
+"""Combination lock: completions until solved: `python -m bench.lock --out docs/results/theory`.
 
-A reward of 1 for the whole key of n tokens out of 4 each, a guide that plays each right with probability .9, tabular
-policy and critics, everything else the library's own. "Solved": the policy's exact value is at least .9.
+The reward is 1 for the whole key of n tokens out of 4 each. The guide chooses each token correctly
+with probability .9. Policy and critics are tabular; everything else is the library's own. "Solved"
+means that the policy's exact value is at least .9.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The peers' environments: each in a folder of its own, made when it is not there."""
+"""The peers' environments: each in a separate folder, created if it does not exist."""
 
 import subprocess
 import venv
@@ -8,7 +8,7 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 TRL = "trl==1.12.0"
 TRIL = "tril==0.2.1"
-# What TRIL imports, as old as TRIL where newer ones break it. Its own list asks for DeepSpeed too, which it does without here.
+# The packages that TRIL imports, of TRIL's time where newer ones break it. Its own list also has DeepSpeed, not needed here.
 TRIL_NEEDS = (
     "transformers==4.35.2", "accelerate==0.24.1", "peft==0.5.0", "datasets==2.14.7", "bitsandbytes==0.41.3",
     "numpy==1.26.4", "pandas==2.1.4", "pyarrow==14.0.2", "scipy==1.17.1", "hydra-core==1.3.8", "spacy==3.7.5",
@@ -18,20 +18,20 @@ TRIL_NEEDS = (
 
 
 def trl(folder: Path) -> str:
-    """The interpreter of TRL's environment."""
+    """Return the interpreter of TRL's environment."""
     return environment(folder / "bench-trl", [[TORCH], [TORCH, TRL]], {"torch": TORCH, "trl": TRL})
 
 
 def tril(folder: Path) -> str:
-    """The interpreter of TRIL's environment."""
+    """Return the interpreter of TRIL's environment."""
     installs = [[TORCH], [TORCH, *TRIL_NEEDS], ["--no-deps", TRIL]]
     return environment(folder / "bench-tril", installs, {"torch": TORCH, "tril": TRIL})
 
 
 def environment(folder: Path, installs: Sequence[Sequence[str]], wanted: dict[str, str]) -> str:
-    """The interpreter of the environment in `folder`, made by these calls of pip unless it has what is wanted.
+    """Return the interpreter in `folder`, created with these calls of pip unless it matches.
 
-    torch comes first and exact: an open range would pull gigabytes.
+    torch is installed first, with its exact version: an open range would download gigabytes.
     """
     python = folder / "bin" / "python"
     probe = f"import importlib.metadata as m; print(*(m.version(name).split('+')[0] for name in {list(wanted)}))"

@@ -1,13 +1,15 @@
-"""PPO++ with a guide that takes its time: asked ahead, beside the same iterations with cached rollins (docs/guides.md).
+"""PPO++ with a slow guide: prefetched rollins against cached rollins (docs/guides.md).
 
     make bench-prefetch          # or, with tests/ on PYTHONPATH: python -m bench.prefetch --rounds 20
 
-A server of ours (tests/fault_server.py, in a process of its own) sleeps before each answer. The policy, its texts and its
-optimizer steps are those of the recipe imdb-small. Three trainers are alive at once and take turns, one iteration at a time,
-in an order that rotates: rollins from the cache; the same once more, which shows how far two equal things differ on this
-machine; and a guide that takes half as long as an iteration's training, asked two iterations ahead. They do the same work,
-which is checked. What is reported is the ratio within each round, in wall clock and in CPU time of the process (client and
-training together). Then a guide that takes twice as long as training, alone, beside the time that the guide needs.
+A server of ours (tests/fault_server.py, in a separate process) sleeps before each response. The
+policy, its completions and its optimizer steps are those of the recipe imdb-small. Three trainers
+are in one process and take turns, one iteration at a time, in an order that rotates: rollins from
+the cache; the same once more, which shows how much two equal trainers differ on this machine; and a
+guide that takes half as long as an iteration's training, prefetched two iterations ahead. The
+benchmark checks that they do the same work. The result is the ratio within each round, in wall time
+and in CPU time of the process (client and training together). Then a guide that takes twice as long
+as training runs alone, and its iterations are compared with the time that the guide needs.
 """
 
 import argparse
@@ -45,7 +47,7 @@ from rlgf.types import POLICY, Prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS, PROMPT_WORDS, CONCURRENCY, BETA = 256, 32, 8, 0.5
-UNTIMED = 2  # iterations at the beginning, which fill the pipe
+UNTIMED = 2  # iterations at the beginning, which fill the queue of requests
 SERVE = (
     "import sys; from fault_server import FaultServer; "
     "server = FaultServer(delay=float(sys.argv[1])).start(); print(server.url, flush=True); sys.stdin.read(); server.stop()"
@@ -54,7 +56,7 @@ SERVE = (
 
 @contextmanager
 def serving(delay: float) -> Iterator[str]:
-    """The address of a server in a process of its own that sleeps `delay` seconds before each answer."""
+    """Start a server that sleeps `delay` seconds before each response; yield its address."""
     command = [sys.executable, "-c", SERVE, str(delay)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -63,7 +65,7 @@ def serving(delay: float) -> Iterator[str]:
 
 
 def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Trainer:
-    """PPO++ on imdb-small's sizes, with random weights, random prompts and a cheap reward."""
+    """Return PPO++ at imdb-small's sizes, with random weights and prompts and a cheap reward."""
     settings: list[tuple[str, Any]] = [
         ("algorithm.name", "ppo_pp"), ("algorithm.options.ppo_pp.beta", BETA), ("ppo.iterations", iterations),
         ("ppo.mle_coefficient", 0.0), ("sampling.top_k", 0), ("runtime.threads", 1),
@@ -89,19 +91,19 @@ def trainer(url: str, cache: Path, iterations: int, offline: bool = False) -> Tr
     task = Task("prefetch", prompts, prompts, prompts, judge)
     made = Trainer(Components(config.trainer, config.algorithm.build(), task, judge, parts, guide, [], None))
     assert made.prefetcher is not None
-    made.prefetcher.iterations += config.guide.prefetch  # what is asked ahead does not run dry before the last timed one
+    made.prefetcher.iterations += config.guide.prefetch  # so that the last timed iteration still prefetches
     return made
 
 
 def critic_of(policy: Any) -> Any:
-    """A critic that starts as the policy does."""
+    """Return a critic that starts from the policy's weights."""
     with tempfile.TemporaryDirectory() as folder:
         policy.save(Path(folder))
         return new_critic("separate", folder, policy, 0.0)
 
 
 def timed(one: Trainer, iteration: int) -> dict[str, Any]:
-    """One iteration: wall seconds, CPU seconds of this process, and what came of it."""
+    """Run one iteration; return wall and CPU seconds of this process, score and loss."""
     wall, cpu = time.perf_counter(), time.process_time()
     metrics, _ = one.step(iteration)
     return {
@@ -111,14 +113,14 @@ def timed(one: Trainer, iteration: int) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
+    """Return median, quartiles and extremes."""
     quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
     named = zip(("quartile", "median", "third_quartile"), quarters)
     return {**dict(named), "min": min(values), "max": max(values), "rounds": len(values)}
 
 
 def rounds(count: int, kept: Path, url: str, fresh: Path) -> list[dict[str, Any]]:
-    """One iteration of each trainer after another, `count` timed rounds."""
+    """Run `count` timed rounds: one iteration of each trainer after another."""
     total = UNTIMED + count
     nowhere = "http://127.0.0.1:9/v1"
     three = {
@@ -145,7 +147,7 @@ def rounds(count: int, kept: Path, url: str, fresh: Path) -> list[dict[str, Any]
 
 
 def alone(iterations: int, url: str, fresh: Path) -> list[float]:
-    """Seconds of each timed iteration of one trainer alone."""
+    """Return the seconds of each timed iteration of one trainer alone."""
     one = trainer(url, fresh, UNTIMED + iterations)
     seconds = [timed(one, iteration)["wall"] for iteration in range(UNTIMED + iterations)]
     assert one.prefetcher is not None
@@ -154,7 +156,7 @@ def alone(iterations: int, url: str, fresh: Path) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="PPO++ with a guide asked ahead, beside cached rollins.")
+    parser = argparse.ArgumentParser(description="PPO++ with a prefetched guide, against cached rollins.")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--slow-iterations", type=int, default=8)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "prefetch.json")

@@ -1,8 +1,9 @@
 """The cost of text metrics as rewards: milliseconds for a batch of 128 texts (docs/scoring.md).
 
-CommonGen: document frequencies from the whole training split, prompts and references of the validation split, the texts of one
-system. Every batch has new texts, as in training; references are new in the first passage and known in the second, in which
-the texts are another system's. SPICE starts with an empty folder of parses.
+CommonGen: document frequencies from the whole training split, prompts and references of the
+validation split, the outputs of one system. Every batch has new texts, as in training. References
+are new in the first passage and known in the second, whose texts are the outputs of another system.
+SPICE starts with an empty folder of parses.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def prompts_of(path: Path) -> list[Prompt]:
 
 
 def passage(function: RewardFunction, prompts: list[Prompt], texts: list[str], batches: int) -> list[float]:
-    """Milliseconds of each batch."""
+    """Return the milliseconds of each batch."""
     found: list[float] = []
     for number in range(batches):
         part = slice(number * BATCH, (number + 1) * BATCH)

@@ -1,4 +1,4 @@
-"""The worker process of each side: wait for a turn, run one iteration, report its time."""
+"""The worker process of each side: runs one iteration per turn and reports its time."""
 
 import argparse
 import contextlib
@@ -18,9 +18,9 @@ from bench.workload import WORKLOADS
 
 
 class Turns:
-    """The worker's end of the talk with `bench.iteration`: a line on stdin is a turn, a line of JSON the answer.
+    """The worker's side of the protocol: a turn per line of stdin, JSON as response.
 
-    The libraries print to stdout as they like, so the answers go out through a copy of it made before, and what
+    The libraries print to stdout too, so responses go through an earlier copy of it, and what
     they print ends up in the log.
     """
 
@@ -32,7 +32,7 @@ class Turns:
         self.began = self.began_cpu = 0.0
 
     def say(self, **answer: Any) -> None:
-        """Answer the turn."""
+        """Send the response of the turn."""
         print(json.dumps(answer), file=self.answers, flush=True)
 
     def begin(self) -> None:
@@ -48,7 +48,7 @@ class Turns:
         self.stages[name] = time.perf_counter() - self.began
 
     def end(self, score: float) -> None:
-        """Stop the clocks and answer."""
+        """Stop the clocks and send the response."""
         seconds, cpu_seconds = time.perf_counter() - self.began, time.process_time() - self.began_cpu
         ends = [0.0, *self.stages.values()]
         self.say(
@@ -84,7 +84,7 @@ def arguments(description: str | None, **choices: tuple[str, ...]) -> argparse.N
 
 
 def peak_rss_mb() -> float:
-    """The most memory this process ever held, in MB."""
+    """Return the peak resident memory of this process, in MB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
@@ -103,7 +103,7 @@ def machine(*packages: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, wrapper: Any) -> Any:
-    """Replace `owner.name` by `wrapper(original)` within the block, to count work inside it."""
+    """Replace `owner.name` by `wrapper(original)` for the duration of the block, to count its work."""
     original = getattr(owner, name)
     setattr(owner, name, wrapper(original))
     try:

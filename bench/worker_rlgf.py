@@ -1,4 +1,4 @@
-"""The side of rlgf: `Trainer.step` on parts built by hand."""
+"""The side of rlgf: `Trainer.step` on components built directly."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ from rlgf.types import POLICY, Prompt, SamplingParams
 
 
 def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32", critic: str = "separate") -> Trainer:
-    """A trainer for the workload."""
+    """Return a trainer for the workload."""
     model = str(folder / "model")
     config = Config(
         seed=workload.seed,
@@ -64,14 +64,14 @@ def build(workload: Workload, folder: Path, turns: int, precision: str = "fp32",
 
 
 def set_up(threads: int) -> None:
-    """The process as the command line sets it up."""
+    """Configure the process as the command line does."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     quiet()
 
 
 def unused_paths(model: Path, threads: int) -> dict[str, str]:
-    """Return the fast paths that cannot matter here for a causal model, each with the reason.
+    """Return the fast paths that a causal model cannot use here, each with the reason.
 
     Selects all fast paths.
     """

@@ -1,4 +1,4 @@
-"""The side of TRIL: `PPO.learn` (with `--beta` `PPO_PP.learn`), held up before each iteration. Runs in TRIL's environment."""
+"""The side of TRIL: `PPO.learn` (with `--beta` `PPO_PP.learn`), paused before each iteration. Runs in TRIL's environment."""
 
 import contextlib
 import random
@@ -28,11 +28,11 @@ with contextlib.redirect_stdout(sys.stderr):
 
 
 class Prompts(BaseTask):
-    """TRIL takes prompts as text; each of these is the text of one prompt's ids."""
+    """The prompts as text, which TRIL needs; each is the decoded ids of one prompt."""
 
     @classmethod
     def prepare(cls, split: str, folder: str) -> "Prompts":
-        """The prompts in `folder`, for training; nothing is evaluated."""
+        """Return the prompts in `folder`, for training; nothing is evaluated."""
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         prompts = read_prompts(Path(folder).parent) if split == "train" else []
         # a task must have references, though a reward need not look at them
@@ -52,29 +52,29 @@ class PythonReward(BaseReward):
         self.mean = 0.0
 
     def compute_reward(self, prompts: list[str], texts: list[str], references: Any, *_: Any) -> Tensor:
-        """The reward of each text, [texts]."""
+        """Return the reward of each completion, [completions]."""
         rewards = torch.tensor(reward(texts))
         self.mean = float(rewards.mean())
         return rewards
 
 
 class Pausing(PPO):
-    """An algorithm of TRIL on a plain CPU, an iteration of which begins when its turn comes."""
+    """An algorithm of TRIL on a CPU that waits for its turn before iterations."""
 
     turns: Turns
 
     def _prepare_accelerate(self) -> None:
-        """TRIL refuses anything but FSDP and DeepSpeed; what it does for DeepSpeed works without."""
+        """Use TRIL's path for DeepSpeed, which works without it; other setups raise."""
         self.dist_type = self.accelerator.distributed_type
         self._prepare_deepspeed()
 
     def collect_rollouts(self) -> None:
-        """The first thing of an iteration."""
+        """Begin an iteration: wait for the turn, then collect rollouts."""
         self.turns.begin()
         super().collect_rollouts()
 
     def train_step(self) -> None:
-        """The last thing of an iteration; what comes before and is not generation is scoring."""
+        """End an iteration; the time before that is not generation counts as scoring."""
         self.turns.stage("score")
         super().train_step()
         self.turns.stage("update")
@@ -86,14 +86,14 @@ class PausingPPO(Pausing):
 
 
 class PausingPPOPlusPlus(Pausing, PPO_PP):
-    """TRIL's PPO++: its guide writes every text to the end, then the policy's turn decodes the beginning again."""
+    """TRIL's PPO++: its guide generates whole completions, whose beginnings the policy then continues."""
 
-    seed = 0  # which it reads and nobody sets
+    seed = 0  # TRIL reads it and sets it nowhere
 
 
 @contextlib.contextmanager
 def no_gauge() -> Any:
-    """TRIL's memory gauge reads CUDA's."""
+    """Replace TRIL's memory gauge, which reads CUDA's, by a no-op."""
     yield
 
 
@@ -168,10 +168,10 @@ def settings(workload: Workload, folder: Path, iterations: int, beta: str) -> di
 
 
 def build(workload: Workload, folder: Path, turns: Turns, iterations: int, beta: str) -> Pausing:
-    """An algorithm for the workload."""
+    """Return an algorithm for the workload."""
     own = folder / "tril"
     own.mkdir(exist_ok=True)
-    # this transformers reads the new one's tokenizer.json, but not the name of the class in the config beside it
+    # this transformers reads the new one's tokenizer.json, but not the class name in the config next to it
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "model" / "tokenizer.json"), eos_token="<end>")
     tokenizer.save_pretrained(own)
     TaskRegistry.add("prompts", Prompts)

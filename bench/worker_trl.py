@@ -18,15 +18,15 @@ from bench.workload import Workload, read_prompts, reward
 
 
 class Ids(nn.Module):
-    """A backbone that hands token ids on as if they were hidden states."""
+    """A backbone that returns token ids as if they were hidden states."""
 
     def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        """The ids, [texts, width, 1]."""
+        """Return the ids, [completions, width, 1]."""
         return SimpleNamespace(hidden_states=[input_ids.unsqueeze(-1)])
 
 
 class PythonReward(nn.Module):
-    """TRL takes a model for a reward; this one decodes the responses and calls the Python function."""
+    """The reward as a model: decodes responses and calls the Python function."""
 
     base_model_prefix = "ids"
 
@@ -35,27 +35,27 @@ class PythonReward(nn.Module):
         self.ids, self.tokenizer, self.new_tokens = Ids(), tokenizer, new_tokens
 
     def score(self, ids: Tensor) -> Tensor:
-        """The reward of each text at each of its positions (TRL reads the last), [texts, width, 1]."""
+        """Return each completion's reward at every position, [completions, width, 1]; TRL reads the last."""
         texts = self.tokenizer.batch_decode(ids[:, -self.new_tokens :, 0], skip_special_tokens=True)
         return torch.tensor(reward(texts))[:, None, None].expand(ids.shape)
 
 
 class Pauses(TrainerCallback):
-    """Ends the turn after each iteration of TRL's loop and waits for the next."""
+    """A callback that ends the turn after each iteration and awaits the next."""
 
     def __init__(self, turns: Turns, iterations: int) -> None:
         self.turns, self.left, self.score = turns, iterations, 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The first iteration is about to begin."""
+        """Wait for the turn of the first iteration."""
         self.turns.begin()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """TRL logs once at the end of an iteration."""
+        """Note the result of the iteration: TRL logs once, at its end."""
         self.score = (logs or {}).get("objective/scores", self.score)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
-        """TRL calls this once for each iteration, when its update is done."""
+        """End the turn: TRL calls this once per iteration, after its update."""
         self.turns.stage("update")
         self.turns.end(self.score)
         self.left -= 1
@@ -92,10 +92,10 @@ def watch(turns: Turns, pad: int) -> None:
 
 
 def build(workload: Workload, folder: Path, turns: Turns, iterations: int, precision: str) -> PPOTrainer:
-    """A trainer for the workload."""
+    """Return a trainer for the workload."""
     model = str(folder / "model")
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-    # TRL takes every pad token for padding, wherever it stands: one outside the vocabulary can't be drawn
+    # TRL treats every pad token as padding, wherever it occurs: one outside the vocabulary can't be sampled
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     watch(turns, tokenizer.pad_token_id)
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""The workloads: what all sides are given, byte for byte. Runs in every side's environment, so it knows none of them."""
+"""The workloads: inputs that all sides share byte for byte. Imports no side's library."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Workload:
-    """The numbers of one PPO iteration."""
+    """The sizes and settings of one PPO iteration."""
 
     name: str = "S"
     architecture: str = "gpt2"  # or llama, t5 (which has as many layers in its encoder as in its decoder)
@@ -69,12 +69,12 @@ WORKLOADS = {
 
 
 def reward(texts: Sequence[str]) -> list[float]:
-    """The cheap Python function that both sides maximize: the share of words with an even number."""
+    """Return the reward that all sides maximize: the share of words with an even number."""
     return [sum(word[-1] in "02468" for word in text.split()) / max(1, len(text.split())) for text in texts]
 
 
 def read_prompts(folder: Path) -> list[list[int]]:
-    """The token ids of the prompts, as `make` wrote them."""
+    """Return the token ids of the prompts that `make` wrote."""
     return json.loads((folder / "prompts.json").read_text())
 
 
@@ -101,7 +101,7 @@ def make(workload: Workload, folder: Path) -> None:
 
 
 def model_config(workload: Workload, end: int) -> Any:
-    """A transformers config of the workload's shape, without dropout, whose one special token is `end`."""
+    """Return a transformers config of the workload's shape, without dropout; `end` is its special token."""
     from transformers import GPT2Config, LlamaConfig, T5Config
 
     size: dict[str, int] = {"vocab_size": workload.vocabulary, "bos_token_id": end, "eos_token_id": end}

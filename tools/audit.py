@@ -2,7 +2,7 @@
 
 pip-audit has an environment of its own, build/audit, made on first use. It asks a service of PyPI
 about each package of the lock file and torch. Where it cannot be installed or reach that service,
-this prints *not audited* with the reason and succeeds, as nothing was found out. The exit status is
+this prints *not audited* with the reason and succeeds, as there is no result. The exit status is
 1 if a package has a known vulnerability.
 """
 

@@ -60,7 +60,7 @@ class Journey:
 
 
 def main() -> int:
-    """Trace each commit and print its counts, then the most frequent steps back up of the last."""
+    """Trace each commit; print its counts and the last one's most frequent steps back up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("commits", nargs="*", default=["."], help="commits to measure; '.' is the working tree")
     parser.add_argument("--show", type=int, default=0, metavar="N", help="list the N rooms of the last with most steps back up")
@@ -96,7 +96,7 @@ def describe(journey: Journey) -> str:
 
 
 def most_frequent(journey: Journey, number: int) -> list[str]:
-    """Return a line for each of the rooms that most steps back up lead to, with their origins."""
+    """Return a line for each room with the most steps back up, with their origins."""
     lines: list[str] = []
     ends: Counter[Place] = Counter()
     for (_, end), times in journey.back_up.items():
@@ -108,7 +108,7 @@ def most_frequent(journey: Journey, number: int) -> list[str]:
 
 
 def trace(commit: str) -> list[Place]:
-    """Return the places that a config passes in a commit, traced in a process of its own."""
+    """Return the places that a config passes in a commit, traced in a separate process."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         tree = ROOT if commit == "." else extract(commit, folder / "tree")
@@ -131,7 +131,7 @@ def extract(commit: str, folder: Path) -> Path:
 
 
 def trace_training() -> list[Place]:
-    """Train a short run in the current folder with the importable rlgf, and return its places."""
+    """Train a short run in the current folder and return its places."""
     import golden
     import torch
 
@@ -146,7 +146,7 @@ def trace_training() -> list[Place]:
 
 
 def resolved_run() -> tuple[type, ...]:
-    """Return the class of resolved runs, if this commit has one: it is followed like a config."""
+    """Return the class of resolved runs, traced like a config; empty if there is none."""
     try:
         from rlgf.pipeline.resolve import ResolvedRun
     except ImportError:
@@ -205,7 +205,7 @@ class Recorder:
         return any(isinstance(values.get(name), self.kinds) for name in names)
 
     def _add(self, frame: FrameType | None) -> None:
-        """Add the place of the innermost frame of the package, unless it is the last one."""
+        """Add the place of the package's innermost frame, unless it was added last."""
         while frame is not None and not self._is_inside(frame):
             frame = frame.f_back
         if frame is not None:

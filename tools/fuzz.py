@@ -1,8 +1,8 @@
 """Try random nonsense on everything that rlgf reads: `python tools/fuzz.py --count 2000`.
 
 Sorts of input: configs as typed (`command line`) and as objects (`python`), data files, files of a
-run (flipped, cut, emptied, removed), answers of guides and of rewards. What is tried is drawn by
-hypothesis. Each input must be used rightly or refused with one sentence by an error of rlgf; a
+run (flipped, cut, emptied, removed), responses of guides and of rewards. Hypothesis draws
+the inputs. Each input must be used correctly or refused with one sentence by an error of rlgf; a
 traceback, or silence where a number is nonsense, fails. The counts are printed.
 """
 
@@ -47,7 +47,7 @@ TINY: list[tuple[str, Any]] = [
 
 
 class FoundError(AssertionError):
-    """An input that was neither used rightly nor refused in one sentence."""
+    """An input that was neither used correctly nor refused in one sentence."""
 
 
 def refused(error: RlgfError) -> str:
@@ -73,7 +73,7 @@ RECIPES = ("quickstart", "prompts", "imdb-small", "commongen-small", "tldr-small
 
 
 def check_numbers(value: Any, key: str) -> None:
-    """Raise if a value of a config that was accepted holds a number that is nonsense."""
+    """Raise if an accepted config holds a number that is nonsense."""
     if isinstance(value, dict):
         for name, item in value.items():
             check_numbers(item, f"{key}.{name}")
@@ -225,7 +225,7 @@ def make_run(folder: Path) -> Path:
 
 
 def try_files(data: st.DataObject, folder: Path) -> str:
-    """Damage one file of a run, and read the run as resuming, reusing and evaluating do."""
+    """Damage one file of a run, then read it as resuming, reusing and evaluating do."""
     original = folder / "run"
     files = sorted(file for pattern in READ_FILES for file in original.glob(pattern) if file.is_file())
     file = data.draw(st.sampled_from(files)).relative_to(original)
@@ -299,7 +299,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def reuse_stage(cache: Any, stage: Path, checksum: Callable[[Path], str]) -> Any:
-    """Reuse a stage, or make it again from the whole one; return the checksums of its files."""
+    """Reuse a stage, or rebuild it from the undamaged one; return its files' checksums."""
     from rlgf.pipeline.stage_cache import build_at
 
     whole = cache.folder.parent.parent / "run" / "stages" / stage.name
@@ -370,7 +370,7 @@ def try_rewards(data: st.DataObject, folder: Path) -> str:
 
 
 def raising(answer: Any) -> Any:
-    """Return a function that returns an answer, or raises it."""
+    """Return a function that returns a value, or raises it."""
 
     def function(*_: Any) -> Any:
         if isinstance(answer, BaseException):

@@ -151,7 +151,7 @@ def record_case(rlgf: Any, changes: list[tuple[str, Any]], out: Path, case: str)
 
 
 def configure(rlgf: Any, changes: list[tuple[str, Any]]) -> Any:
-    """Apply settings, each by its old name and value where this rlgf does not know the new ones."""
+    """Apply settings, with old names and values where this rlgf lacks the new ones."""
     valid = valid_keys(type(rlgf.recipe("quickstart")))
     old_keys = {
         new: old

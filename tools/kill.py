@@ -1,4 +1,4 @@
-"""Kill training runs with SIGKILL and compare what they become with runs that were left alone.
+"""Kill training runs with SIGKILL and compare their results with uninterrupted runs.
 
 `python tools/kill.py --trials 50` trains a small run once without interruption, then kills it in
 each trial at a random instant or within a named phase, starts it again until it ends, and compares
@@ -120,7 +120,7 @@ def run_setting(folder: Path, algorithm: str, threads: int, trials: int, draws: 
 def run_trial(
     arguments: Sequence[str], out: Path, phase: str | None, draws: random.Random, seconds: float, signal_number: signal.Signals
 ) -> tuple[bool, str]:
-    """Kill a run once, let it end, and return whether it was killed and what differs."""
+    """Kill a run once, resume it, and return whether it was killed and what differs."""
     command, log = [*arguments, "--out", str(out)], out.with_suffix(".log")
     hook: Callable[[], None] | None = None
     if phase is not None:
@@ -146,7 +146,7 @@ def run_trial(
 
 
 def start(arguments: Sequence[str], log: Path, hook: Callable[[], None] | None = None) -> int:
-    """Start the command line in a process that shares the imports of this one; return its pid."""
+    """Start the command line in a fork of this process; return its pid."""
     import rlgf.cli.console
     import rlgf.pipeline.run  # noqa: F401
 
@@ -185,7 +185,7 @@ def wait(process: int) -> int:
 
 
 def die_at_call(module: str, name: str, number: int, signal_number: signal.Signals) -> None:
-    """Send a signal to this process at a call of a function, or after it for odd numbers."""
+    """Send a signal to this process at a function's call, or after it for odd numbers."""
     import importlib
 
     place = importlib.import_module(module)

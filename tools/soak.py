@@ -137,13 +137,13 @@ def block_medians(values: Sequence[float], blocks: int = BLOCKS) -> list[float]:
 
 
 def total_growth(blocks: Sequence[float]) -> float:
-    """Return the median slope over all pairs of blocks, times the number of steps between them."""
+    """Return the median slope over all pairs of blocks, times the steps between them."""
     slopes = [(late - early) / (j - i) for (i, early), (j, late) in itertools.combinations(enumerate(blocks), 2)]
     return statistics.median(slopes) * (len(blocks) - 1) if slopes else 0.0
 
 
 def printed(result: Mapping[str, Any]) -> str:
-    """Return the verdict for people."""
+    """Return the verdict as printed text."""
     lines = [
         f"{name}: median {statistics.median(row['block_medians']):.4g}, growth {row['growth']:+.3g} {row['unit']} "
         f"(limit {row['limit']:g}): {'flat' if row['flat'] else 'GROWS'}"

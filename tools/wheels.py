@@ -17,7 +17,7 @@ PLATFORM = "x86_64-manylinux_2_28"
 
 
 def main() -> int:
-    """Resolve for each Python and print what has no wheel; return 1 if the library needs it."""
+    """Resolve for each Python; print packages without a wheel; return 1 if one is required."""
     versions = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", line)]
     failed = False
     for version in versions:
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def resolve(requirements: list[str], version: str) -> tuple[int, str | None]:
-    """Return the number of packages that are needed, and the error if one has no wheel."""
+    """Return the number of required packages, and the error if one has no wheel."""
     command = [
         str(Path(sys.executable).with_name("uv")), "pip", "compile", "--quiet", "--only-binary", ":all:", "--no-header",
         "--no-annotate", "--python-version", version, "--python-platform", PLATFORM, "-",
