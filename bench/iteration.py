@@ -240,7 +240,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--long", action="store_true", help="all workloads and sides instead of S beside TRL")
+    parser.add_argument("--long", action="store_true", help="all workloads and sides instead of S against TRL")
     parser.add_argument("--workload", choices=WORKLOADS, help="this one alone")
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="these")
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of each side")

@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10, 12])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--longest-ppo", type=int, default=8)
-    parser.add_argument("--cap", type=int, default=30_000, help="texts after which PPO gives up")
+    parser.add_argument("--cap", type=int, default=30_000, help="completions after which PPO gives up")
     parser.add_argument("--guided-cap", type=int, default=15_000, help="the same for the others")
     parser.add_argument("--learning-rate", type=float, default=LEARNING.learning_rate)
     parser.add_argument("--name", default="lock", help="of the files that are written")
