@@ -22,7 +22,7 @@ import torch
 
 from bench.worker import machine, peak_rss_mb
 from bench.workload import Workload, make, read_prompts
-from rlgf.algorithms.guided import aggrevated
+from rlgf.algorithms.registry import aggrevated
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.config.schema import Config
 from rlgf.config.sections import (

@@ -31,7 +31,8 @@ from bench.iteration import ROOT, Worker, keep, processor, spread
 from bench.worker import machine
 from bench.worker_rlgf import build, set_up
 from bench.workload import Workload
-from rlgf.algorithms.guided import Algorithm, aggrevated, ppo, ppo_pp
+from rlgf.algorithms.base import Algorithm
+from rlgf.algorithms.registry import aggrevated, ppo, ppo_pp
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest, Guide
 from rlgf.guides.local import ModelGuide
 from rlgf.models.critic import new_critic

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from tests.theory.tabular import LEARNING, solve_lock
 
-from rlgf.algorithms import guided
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms import registry
+from rlgf.algorithms.base import Algorithm
 from rlgf.config.sections import PPOConfig
 
 MAKERS: dict[str, Callable[[], Algorithm]] = {
-    "PPO": lambda: guided.ppo().build(),
-    "PPO++ (β = .5)": lambda: guided.ppo_pp(0.5).build(),
-    "D2LOLS (switch at 10)": lambda: guided.d2lols(0.5, 0.8, 10, credit="td").build(),
+    "PPO": lambda: registry.ppo().build(),
+    "PPO++ (β = .5)": lambda: registry.ppo_pp(0.5).build(),
+    "D2LOLS (switch at 10)": lambda: registry.d2lols(0.5, 0.8, 10, credit="td").build(),
 }
 
 

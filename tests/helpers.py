@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.algorithms.base import Algorithm, PhaseWeight
 from rlgf.config.loading import override
 from rlgf.config.recipes import Control, imdb_small, quickstart
 from rlgf.config.schema import Config
@@ -146,7 +146,7 @@ def experience_of(rollout: Rollout, credit: str = "gae", **measured: Tensor) -> 
     """An experience with the given measurements and zeros for the rest."""
     names = ("old_log_probs", "reference_log_probs", "kl", "values", "returns", "advantages")
     zeros = {name: torch.zeros(rollout.ids.shape) for name in names}
-    return Experience(rollout, credit, torch.zeros(len(rollout.ids)), **{**zeros, **measured})
+    return Experience(rollout, rollout.trained_tokens(credit), torch.zeros(len(rollout.ids)), **{**zeros, **measured})
 
 
 # --- models of which everything is known ------------------------------------------------------------------------------

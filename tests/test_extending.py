@@ -11,7 +11,7 @@ import pytest
 
 import rlgf
 from helpers import tiny_model
-from rlgf.algorithms.guided import ALGORITHMS
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.cli.options import read_config
 from rlgf.config.base import flatten, to_dict
 from rlgf.config.loading import override

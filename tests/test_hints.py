@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from helpers import in_turn
-from rlgf.algorithms.guided import ALGORITHMS
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.cli.app import app
 from rlgf.config.loading import all_keys, override
 from rlgf.config.schema import Config

@@ -16,7 +16,7 @@ ORDER = {
         "bounds types algorithms data config models tasks text_metrics generation guides "
         "rewards supervised rl evaluation runs trainer pipeline experiments cli"
     ),
-    "algorithms": "__init__ advantages losses schedules switch_position guided",
+    "algorithms": "__init__ schedules switch_position baselines advantages losses base guided grouped registry",
     "cli": (
         "__init__ task_checks diagnose terminal options console check compare evaluate "
         "inspect train app"
@@ -53,7 +53,7 @@ ORDER = {
     ),
     "rewards": "__init__ base signatures classifier ngram reward_model weighted_sum build",
     "rl": (
-        "__init__ tensors shaping experience rollout kl_controller guards optimizers "
+        "__init__ tensors metrics shaping experience rollout kl_controller guards optimizers "
         "update agreement model_check"
     ),
     "runs": (

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from helpers import config_of, tiny_trainer
-from rlgf.algorithms.guided import ppo
+from rlgf.algorithms.registry import ppo
 from rlgf.generation.base import SampledCompletions, SampleRequest
 from rlgf.generation.decoder import LocalSampler
 from rlgf.models.language_model import LanguageModel

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlgf.algorithms.guided import aggrevated, d2lols, lols, ppo, ppo_pp
+    from rlgf.algorithms.registry import aggrevated, d2lols, grpo, guided_grpo, lols, ppo, ppo_pp, rloo
     from rlgf.config.loading import override
     from rlgf.config.recipes import recipe
     from rlgf.config.schema import Config
@@ -36,12 +36,12 @@ __all__ = [
     "Experience",
     "Guide", "GuideError", "Interrupted", "Prompt", "RewardError", "RlgfError", "Rollout", "SamplingParams", "Task",
     "TaskDefinition",
-    "Trainer", "TrainingError", "__version__", "aggrevated", "d2lols", "evaluate", "lols", "override", "ppo",
-    "ppo_pp", "prepare", "recipe", "train",
+    "Trainer", "TrainingError", "__version__", "aggrevated", "d2lols", "evaluate", "grpo", "guided_grpo", "lols",
+    "override", "ppo", "ppo_pp", "prepare", "recipe", "rloo", "train",
 ]  # fmt: skip
 
 _MODULES = {
-    "rlgf.algorithms.guided": ("aggrevated", "d2lols", "lols", "ppo", "ppo_pp"),
+    "rlgf.algorithms.registry": ("aggrevated", "d2lols", "grpo", "guided_grpo", "lols", "ppo", "ppo_pp", "rloo"),
     "rlgf.config.loading": ("override",),
     "rlgf.config.recipes": ("recipe",),
     "rlgf.config.schema": ("Config",),

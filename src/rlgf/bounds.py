@@ -75,6 +75,7 @@ Length = Annotated[int, Bounds(1, 2**24)]  # int, 1 to 2²⁴
 LengthOrZero = Annotated[int, Bounds(0, 2**24)]  # int, 0 to 2²⁴
 Budget = Annotated[int, Bounds(1, 10**15)]  # int, 1 to 10¹⁵
 FiniteFloat = Annotated[float, Bounds(-1e9, 1e9)]  # float, −10⁹ to 10⁹
+DualClip = Annotated[float, Bounds(1, 1e9, open_low=True)]  # float, above 1 to 10⁹
 PositiveFloat = Annotated[float, Bounds(0, 1e9, open_low=True)]  # float, above 0 to 10⁹
 NonNegativeFloat = Annotated[float, Bounds(0, 1e9)]  # float, 0 to 10⁹
 Coefficient = Annotated[float, Bounds(0, 1e4)]  # float, 0 to 10,000

@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.algorithms.base import Algorithm, PhaseWeight
 from rlgf.config.schema import TrainerConfig
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
@@ -112,7 +112,11 @@ class Trainer:
             )
         self.components, self.config = components, config
         self.forward_config = ForwardConfig(
-            config.sampling, config.ppo, config.runtime.micro_batch_tokens, config.runtime.precision
+            config.sampling,
+            config.ppo,
+            config.runtime.micro_batch_tokens,
+            config.runtime.precision,
+            config.task.max_new_tokens,
         )
         self.sampler = components.sampler or LocalSampler(components.models.policy, config.runtime.precision)
         self.rollout_config = RolloutConfig(
@@ -176,7 +180,8 @@ class Trainer:
             return None
 
         def requests_of(iteration: int) -> list[CompletionRequest]:
-            return rollin_requests(self.rollout_config, algorithm, self.phase_weights(iteration), *self.prompts(iteration))
+            weights, samples = self.phase_weights(iteration), self.config.ppo.samples_per_prompt
+            return rollin_requests(self.rollout_config, algorithm, weights, *self.prompts(iteration), samples)
 
         return Prefetcher(guide, requests_of, self.config.prefetch, self.num_iterations)
 
@@ -219,15 +224,9 @@ class Trainer:
         try:
             rewards = self.shaper.shape(scores, rollout.prompts, rollout.ended_with_eos.tolist())
             experience = make_experience(
-                rollout,
-                phase_weights,
-                components.algorithm.credit,
-                scores,
-                rewards,
-                log_probs,
-                self.config.ppo,
-                self.kl.coefficient,
-            )
+                rollout, phase_weights, components.algorithm.credit, scores, rewards, log_probs, self.config.ppo,
+                self.kl.coefficient, components.algorithm.baseline,
+            )  # fmt: skip
             means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
             stats = {**experience.stats, **means, **find_warning_flags(rollout, scores, experience.stats)}
             is_finite = self.guard.check_experience(experience, rewards, iteration, self.updater.steps_per_iteration)

@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 import rlgf
 from helpers import parsed
 from rlgf.algorithms import guided
-from rlgf.algorithms.guided import (
-    ALGORITHMS,
-    Algorithm,
-    PhaseWeight,
-    aggrevated,
-    constant_schedule,
-    d2lols,
-    lols,
-    ppo,
-    ppo_pp,
-    single_phase,
-)
+from rlgf.algorithms.base import Algorithm, PhaseWeight, constant_schedule, single_phase
+from rlgf.algorithms.registry import ALGORITHMS, aggrevated, d2lols, lols, ppo, ppo_pp
 from rlgf.algorithms.switch_position import Phase, SwitchRule, sample_switch
 from rlgf.bounds import declared_numbers
 from rlgf.errors import ConfigError
@@ -130,7 +120,7 @@ def test_a_beta_that_is_no_probability_is_refused(beta: Any) -> None:
 
 def test_every_numeric_option_has_a_bound() -> None:
     numbers = [(kind, name) for kind in ALGORITHMS.values() for name in declared_numbers(kind)]
-    assert len(numbers) == 8
+    assert len(numbers) == 13
     for kind, name in numbers:
         with pytest.raises(ConfigError, match=f"^{name} is -1"):
             kind(**{name: -1})
@@ -171,6 +161,7 @@ def test_an_unknown_mix_is_refused_with_the_nearest() -> None:
 def test_the_public_names_are_the_classes_of_options() -> None:
     assert {
         "ppo": rlgf.ppo, "ppo_pp": rlgf.ppo_pp, "aggrevated": rlgf.aggrevated, "lols": rlgf.lols, "d2lols": rlgf.d2lols,
+        "grpo": rlgf.grpo, "rloo": rlgf.rloo, "guided_grpo": rlgf.guided_grpo,
     } == ALGORITHMS  # fmt: skip
     assert rlgf.ppo_pp(beta=0.5) == guided.PPOPlusPlus(0.5, "uniform")
     assert {name: (kind.name, kind().build().name, kind().build().title) for name, kind in ALGORITHMS.items()} == {
@@ -255,6 +246,7 @@ def test_each_member_says_what_it_asks_of_a_guide() -> None:
             aggrevated(0.8).build(),
             lols(0.2, 0.8, 0.5).build(),
             d2lols(0.2, 0.8, 5).build(),
+            *(ALGORITHMS[name]().build() for name in ("grpo", "rloo", "guided_grpo")),
         )
     }
     assert asked == {
@@ -263,6 +255,9 @@ def test_each_member_says_what_it_asks_of_a_guide() -> None:
         "aggrevated": (False, True),
         "lols": (True, True),
         "d2lols": (True, True),
+        "grpo": (False, False),
+        "rloo": (False, False),
+        "guided_grpo": (True, False),
     }
     assert tuple(asked) == tuple(ALGORITHMS)
     assert not ppo_pp(0.0).build().needs_guide_rollin
@@ -313,7 +308,7 @@ def test_the_family_is_frozen() -> None:
 
 def test_the_family_imports_no_model_no_guide_and_no_task() -> None:
     imported: set[str] = set()
-    for name in ("guided", "switch_position"):
+    for name in ("base", "baselines", "grouped", "guided", "registry", "switch_position"):
         path = Path(guided.__file__).with_name(f"{name}.py")
         for node in ast.walk(parsed(path)):
             if isinstance(node, ast.Import):
@@ -321,6 +316,7 @@ def test_the_family_imports_no_model_no_guide_and_no_task() -> None:
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module or "")
     assert imported == {
-        "collections.abc", "dataclasses", "difflib", "math", "typing", "rlgf.algorithms.switch_position", "rlgf.bounds",
-        "rlgf.errors", "rlgf.types",
+        "collections.abc", "dataclasses", "difflib", "math", "typing", "rlgf.algorithms.base", "rlgf.algorithms.baselines",
+        "rlgf.algorithms.grouped", "rlgf.algorithms.guided", "rlgf.algorithms.switch_position", "rlgf.bounds", "rlgf.errors",
+        "rlgf.types",
     }  # fmt: skip

@@ -33,6 +33,13 @@ def same(found: Tensor, expected: object, tolerance: float = 1e-6) -> None:
 # token weights
 
 
+def test_a_constant_weighs_every_token_of_every_row_alike() -> None:
+    weights = losses.token_weights(mask("110", "100", "000"), "constant", max_new_tokens=4)
+    same(weights, [[1 / 12, 1 / 12, 0], [1 / 12, 0, 0], [0, 0, 0]])
+    assert losses.weight_total(mask("110", "000"), "constant", 4) == 8
+    assert losses.weight_total(mask("000", "000"), "constant", 4) == 0
+
+
 def test_token_mean_weighs_tokens_alike() -> None:
     same(losses.token_weights(mask("110", "100")), [[1 / 3, 1 / 3, 0], [1 / 3, 0, 0]])
 
@@ -124,6 +131,46 @@ def test_ppo_loss_clips_only_what_would_gain_from_leaving() -> None:
     loss, ratio = losses.ppo_loss(log_probs, torch.zeros(4), advantages, torch.full((4,), 0.25), clip_range=0.2)
     same(ratio, [2, 2, 0.5, 0.5])
     same(loss, -(1.2 - 2.0 + 0.5 - 0.8) / 4)
+
+
+def test_an_asymmetric_clip_lets_ratios_rise_further_than_fall() -> None:
+    log_probs, advantages = logs(1.25, 1.4, 0.7, 0.7), torch.tensor([1.0, 1.0, -1.0, 1.0])
+    loss, _ = losses.ppo_loss(log_probs, torch.zeros(4), advantages, torch.ones(4), clip_range=0.2, clip_range_high=0.28)
+    same(loss, -(1.25 + 1.28 - 0.8 + 0.7))
+
+
+def test_a_dual_clip_bounds_what_a_negative_advantage_pays() -> None:
+    log_probs, advantages = logs(5.0, 2.0, 5.0), torch.tensor([-1.0, -1.0, 1.0])
+    loss, _ = losses.ppo_loss(log_probs, torch.zeros(3), advantages, torch.ones(3), clip_range=0.2, dual_clip=3.0)
+    same(loss, -(-3.0 - 2.0 + 1.2))
+
+
+def test_the_ratio_of_a_sequence_is_the_mean_or_the_sum_of_its_logarithms() -> None:
+    log_ratio, rows = torch.tensor([LOG_2, 0.0, LOG_3, LOG_2]), torch.tensor([7, 7, 2, 7])
+    same(losses.importance_ratio(log_ratio, rows, "token"), [2, 1, 3, 2])
+    same(losses.importance_ratio(log_ratio, rows, "sequence"), [4 ** (1 / 3), 4 ** (1 / 3), 3, 4 ** (1 / 3)])
+    same(losses.importance_ratio(log_ratio, rows, "sequence_sum"), [4, 4, 3, 4])
+    assert losses.importance_ratio(torch.zeros(0), torch.zeros(0, dtype=torch.int64), "sequence").numel() == 0
+    with pytest.raises(ValueError, match="unknown level 'row'"):
+        losses.importance_ratio(log_ratio, rows, "row")
+
+
+def test_every_token_of_a_sequence_ratio_has_a_gradient() -> None:
+    log_probs = torch.tensor([LOG_2, 0.0, 0.0], requires_grad=True)
+    ratio = losses.importance_ratio(log_probs, torch.tensor([0, 0, 1]), "sequence_sum")
+    losses.ppo_loss(log_probs, torch.zeros(3), torch.tensor([1.0, 1.0, 1.0]), torch.ones(3), 2.0, ratio=ratio)[0].backward()
+    assert log_probs.grad is not None
+    same(log_probs.grad, [-4, -4, -1])  # both tokens of the first row move both copies of its ratio
+
+
+def test_cispo_keeps_the_gradient_of_a_token_whose_weight_is_clipped() -> None:
+    log_probs = torch.tensor([LOG_3, LOG_3, -LOG_2], requires_grad=True)
+    ratio = losses.importance_ratio(log_probs, torch.arange(3), "token")
+    loss = losses.cispo_loss(log_probs, torch.tensor([1.0, -2.0, 1.0]), torch.full((3,), 0.5), ratio, clip_range_high=1.0)
+    loss.backward()
+    same(loss.detach(), -(2 * LOG_3 - 4 * LOG_3 - 0.5 * LOG_2) / 2)
+    assert log_probs.grad is not None
+    same(log_probs.grad, [-1, 2, -0.25])
 
 
 def test_ppo_gradient_at_ratio_1_is_minus_the_weighted_advantage_and_zero_where_clipped() -> None:

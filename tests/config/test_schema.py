@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hostile import PRINTABLE, is_clean
-from rlgf.algorithms import guided
-from rlgf.algorithms.guided import ALGORITHMS, Algorithm
+from rlgf.algorithms import base, guided
+from rlgf.algorithms.base import Algorithm
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.algorithms.switch_position import Phase
 from rlgf.cli.options import read_config
 from rlgf.config.base import to_dict
@@ -466,7 +467,7 @@ def test_a_new_algorithm_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPa
         period: int = 2
 
         def build(self) -> Algorithm:
-            ones = tuple(guided.single_phase(phase, POLICY) for phase in (0, 1))
+            ones = tuple(base.single_phase(phase, POLICY) for phase in (0, 1))
             phases = (Phase(GUIDE, POLICY, 1.0), Phase(None, POLICY))
             return Algorithm(
                 self.name,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from helpers import FEW_PROMPTS
-from rlgf.algorithms.guided import ALGORITHMS
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.cli import app
 from rlgf.cli.options import read_typed_config
 from rlgf.config.base import flatten
@@ -31,6 +31,7 @@ from rlgf.errors import ConfigError
 REPOSITORY = Path(__file__).resolve().parents[2]
 Changes = dict[str, Any]
 GUIDED: Changes = {"algorithm.name": "ppo_pp"}
+GROUPED: Changes = {"algorithm.name": "grpo", "ppo.samples_per_prompt": 4}
 TRAINED: Changes = {**GUIDED, "guide.spec": "trained"}
 SERVER: Changes = {**GUIDED, "guide.spec": "server:m@http://h/v1"}
 
@@ -45,6 +46,11 @@ CASES: list[tuple[str, Changes, Changes]] = [
     ("critic.value_coefficient", {"critic.kind": "lora", "lora.rank": 2}, {"critic.kind": "value_head"}),
     ("critic.learning_rate", {"critic.kind": "value_head"}, {}),
     ("critic.warm_start_from_guide", GUIDED, {"algorithm.name": "d2lols"}),
+    ("critic.learning_rate", GROUPED, {}),
+    ("ppo.gae_lambda", GROUPED, {}),
+    ("ppo.whiten_advantages", GROUPED, {}),
+    ("ppo.dual_clip", {"ppo.surrogate": "cispo"}, {}),
+    ("ppo.clip_range", {"ppo.surrogate": "cispo", "ppo.clip_range_high": 4.0}, {"ppo.surrogate": "cispo"}),
     ("kl.target", {}, {"kl.controller": "adaptive"}),
     ("kl.horizon", {}, {"kl.controller": "adaptive"}),
     ("kl.loss_estimator", {}, {"kl.loss_coefficient": 0.1}),
@@ -94,6 +100,9 @@ CASES: list[tuple[str, Changes, Changes]] = [
             ("d2lols", "switch_iteration", "lols"),
         )
     ),
+    ("algorithm.options.grpo.normalize", {}, GROUPED),
+    ("algorithm.options.guided_grpo.beta", GROUPED, {**GROUPED, "algorithm.name": "guided_grpo"}),
+    ("algorithm.options.rloo.none", GROUPED, {**GROUPED, "algorithm.name": "rloo"}),
     *(
         case
         for section, needed in TRAINED_IN.items()
@@ -133,7 +142,7 @@ ON: Changes = {  # fields that are off by default; what is off is no mistake
     "critic.warm_start_from_guide": True, "evaluation.also_sampled": True, "guide.endpoint.cache": "there",
     "lora.in_sft": True, "model.path": "there", "ppo.mle_batch": 4, "sft.seed": 3, "guide.sft.steps": 2,
     "distill.steps": 2, "sft.steps": 2, "pretrain.steps": 2, "reward.seed": 3, "lora.dropout": 0.1,
-    "evaluation.sampling.top_k": 5,
+    "evaluation.sampling.top_k": 5, "ppo.dual_clip": 3.0,
 }  # fmt: skip
 
 
@@ -190,7 +199,8 @@ def test_a_section_given_as_a_whole_is_its_fields() -> None:
 def test_a_recipes_own_settings_are_no_mistake_and_are_listed() -> None:
     for name in RECIPES:
         for algorithm in ALGORITHMS:
-            given = read_typed_config(name, algorithm=algorithm)
+            groups = ["ppo.samples_per_prompt=2"] if ALGORITHMS[algorithm]().build().baseline else []
+            given = read_typed_config(name, groups, algorithm=algorithm)
             require_read(given.typed, [given.config])
     lines = describe_unread(recipe("tldr"))
     assert "critic.value_coefficient, as critic.kind is 'lora'" in lines
@@ -341,6 +351,8 @@ def test_the_documents_type_nothing_that_is_not_read() -> None:
         given = read_typed_config(words[0], overrides, **{name: TYPES.get(name, str)(flags[name]) for name in known})
         rows = [given.config]
         if command == "compare":
-            names = flags["algorithms"].split(",") if "algorithms" in flags else list(ALGORITHMS)
+            names = (
+                flags["algorithms"].split(",") if "algorithms" in flags else ["ppo", "ppo_pp", "aggrevated", "lols", "d2lols"]
+            )
             rows = [override(given.config, [("algorithm.name", name)]) for name in names]
         require_read(given.typed, rows)

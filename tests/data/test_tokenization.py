@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlgf.algorithms.guided import aggrevated
+from rlgf.algorithms.registry import aggrevated
 from rlgf.config.sections import ModelConfig
 from rlgf.data.files import read_jsonl
 from rlgf.data.tokenization import (

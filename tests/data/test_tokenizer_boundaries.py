@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from helpers import chi_square_p_value, with_fast
-from rlgf.algorithms.guided import aggrevated, ppo, ppo_pp
+from rlgf.algorithms.registry import aggrevated, ppo, ppo_pp
 from rlgf.algorithms.switch_position import sample_switch
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from helpers import config_of, reading_of, updater_of
-from rlgf.algorithms.guided import ppo_pp
+from rlgf.algorithms.registry import ppo_pp
 from rlgf.models.critic import Critic
 from rlgf.models.language_model import Backbone, LanguageModel
 from rlgf.models.loading import use_fast_paths

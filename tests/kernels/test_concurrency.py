@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from helpers import config_of, requires_bf16_products, tiny_trainer, with_fast
-from rlgf.algorithms.guided import d2lols, ppo
+from rlgf.algorithms.registry import d2lols, ppo
 from rlgf.kernels import concurrency, linear
 from rlgf.kernels.concurrency import ConcurrentPair, DeferredGradients, deferred_gradients
 from rlgf.models.language_model import LanguageModel

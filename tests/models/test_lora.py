@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM
 
 from helpers import asked, config_of, parameters, tiny_model, word_reward
-from rlgf.algorithms.guided import lols, ppo
+from rlgf.algorithms.registry import lols, ppo
 from rlgf.config.sections import LoraConfig
 from rlgf.errors import ConfigError
 from rlgf.guides.local import ModelGuide

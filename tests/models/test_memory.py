@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers import config_of, parameters, tiny_trainer
-from rlgf.algorithms.guided import ppo
+from rlgf.algorithms.registry import ppo
 from rlgf.errors import ConfigError
 from rlgf.models.memory import find_micro_batch_size
 from rlgf.trainer import Trainer

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from helpers import config_of, tiny_model, tiny_parts
-from rlgf.algorithms.guided import Algorithm, d2lols
+from rlgf.algorithms.base import Algorithm
+from rlgf.algorithms.registry import d2lols
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers import config_of, parameters, tiny_trainer
-from rlgf.algorithms.guided import ppo, ppo_pp
+from rlgf.algorithms.registry import ppo, ppo_pp
 from rlgf.errors import TrainingError
 from rlgf.generation.base import SampledCompletions, SampleRequest
 from rlgf.generation.decoder import LocalSampler

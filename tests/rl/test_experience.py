@@ -14,18 +14,22 @@ from helpers import (
     config_of,
     known_word,
     measure,
+    parameters,
     reading_of,
     rollout_of,
     tiny_model,
+    tiny_parts,
     tiny_trainer,
     uniform_policy,
     with_fast,
 )
-from rlgf.algorithms.guided import PhaseWeight, aggrevated, d2lols, lols, ppo, ppo_pp
+from rlgf.algorithms.base import PhaseWeight
+from rlgf.algorithms.registry import aggrevated, d2lols, grpo, guided_grpo, lols, ppo, ppo_pp
 from rlgf.guides.local import FunctionGuide
 from rlgf.rl import experience
 from rlgf.rl.experience import Models, RolloutScorer
 from rlgf.rl.tensors import Experience, Rollout
+from rlgf.trainer import Trainer
 from rlgf.types import GUIDE, POLICY, SamplingParams
 
 OWN_POLICY = (PhaseWeight(0, 1.0, 1.0, 0.0),)
@@ -353,3 +357,42 @@ def test_a_head_on_the_policys_trunk_takes_the_states_that_were_read_for_the_log
     assert float(values[0].abs().max()) > 0.1
     torch.testing.assert_close(values[0], values[1], rtol=0, atol=1e-6)
     assert reads[0] == reads[1] > 0  # once for both, not once for each
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_with_a_group_every_trained_token_has_the_advantage_of_its_completion(kl: float) -> None:
+    config = config_of(kl__coefficient=kl, ppo__samples_per_prompt=4)
+    trainer = tiny_trainer(guided_grpo(0.5).build(), config)
+    rollout = trainer.collect_rollout(0)
+    found = trainer.make_experience(rollout, 0)
+    rewards = found.score - kl * found.kl.sum(1)
+    by_hand = torch.cat([(part - part.mean()) / (part.std() + 1e-4) for part in rewards.split(4)])
+    torch.testing.assert_close(found.advantages, by_hand[:, None] * rollout.by_policy, rtol=0, atol=1e-5)
+    assert torch.equal(found.trained, rollout.by_policy)
+    assert not bool(found.values.any() or found.returns.any())
+    assert found.stats["zero_variance_groups"] == 0
+    moved = trainer.update(found, 0)
+    assert moved["policy_grad_norm"] > 0
+    assert "value_loss" not in moved
+
+
+def test_groups_without_variance_are_counted_and_leave_the_policy_alone() -> None:
+    config = config_of(kl__coefficient=0.0, ppo__samples_per_prompt=4)
+    parts = tiny_parts(grpo().build(), config)
+    trainer = Trainer(replace(parts, reward=lambda prompts, texts: [0.25] * len(texts)))
+    before = parameters(trainer.components.models.policy.model)
+    before = [value.clone() for value in before]
+    experience = trainer.make_experience(trainer.collect_rollout(0), 0)
+    assert experience.stats["zero_variance_groups"] == 1
+    assert trainer.update(experience, 0)["policy_grad_norm"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer.components.models.policy.model)))
+
+
+def test_truncated_completions_are_not_trained_where_that_is_asked_for() -> None:
+    trainer = tiny_trainer(ppo().build(), config_of(ppo__mask_truncated=True))
+    rollout = trainer.collect_rollout(0)
+    rollout = replace(rollout, ended_with_eos=torch.arange(8) % 2 == 0)
+    found = trainer.make_experience(rollout, 0)
+    assert bool(found.trained[::2].any())
+    assert not bool(found.trained[1::2].any())
+    assert not bool(found.advantages[1::2].any())

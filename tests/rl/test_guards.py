@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers import config_of, experience_of, known_word, parameters, rollout_of, small, tiny_trainer, with_fast, word_reward
-from rlgf.algorithms import guided
+from rlgf.algorithms import registry
 from rlgf.config.schema import Config
 from rlgf.data.files import read_complete_lines
 from rlgf.errors import TrainingError
@@ -40,7 +40,7 @@ def large_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
 
 
 def trainer_of(config: Config, reward: Any = word_reward) -> Trainer:
-    trainer = tiny_trainer(guided.ppo().build(), config)
+    trainer = tiny_trainer(registry.ppo().build(), config)
     object.__setattr__(trainer.components, "reward", reward)
     return trainer
 
@@ -84,7 +84,7 @@ def test_a_learning_rate_that_breaks_the_weights_stops_before_a_checkpoint_of_th
 
 
 def test_no_optimizer_moves_by_a_loss_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = tiny_trainer(guided.ppo().build(), config_of())
+    trainer = tiny_trainer(registry.ppo().build(), config_of())
     experience = trainer.make_experience(trainer.collect_rollout(0), 0)
     experience.returns[0, -1] = math.inf
     experience.returns[:] = math.inf
@@ -156,7 +156,7 @@ def test_a_kl_above_its_bound_stops_between_iterations(tmp_path: Path) -> None:
     check_kl(1.0, 1.0, 0)
     with pytest.raises(TrainingError, match=r"iteration 3: the KL is 2 nats per completion, above kl\.stop_above=1"):
         check_kl(2.0, 1.0, 3)
-    trainer = tiny_trainer(guided.ppo().build(), config_of(kl__stop_above=1e-9))
+    trainer = tiny_trainer(registry.ppo().build(), config_of(kl__stop_above=1e-9))
     with pytest.raises(TrainingError, match=r"kl\.stop_above"):
         trainer.step(0)
     assert trainer.is_between_iterations
@@ -174,7 +174,7 @@ def test_identical_rewards_are_said_once_and_counted_always() -> None:
 
 
 def test_an_iteration_without_tokens_of_the_policy_is_said_once() -> None:
-    algorithm = guided.aggrevated(beta=0.0).build()
+    algorithm = registry.aggrevated(beta=0.0).build()
     trainer = tiny_trainer(algorithm, config_of(evaluation__every=0), FunctionGuide(known_word))
     progress = list(trainer.iterate())
     assert [step.metrics["no_policy_tokens"] for step in progress] == [1.0, 1.0, 1.0]
@@ -192,8 +192,8 @@ def test_a_critic_that_diverges_for_long_is_said_once() -> None:
 @pytest.mark.integration
 def test_a_device_without_memory_gets_smaller_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(runtime__token_budget=64, evaluation__every=0, ppo__iterations=1)
-    plain = next(iter(tiny_trainer(guided.ppo().build(), config).iterate())).metrics
-    trainer, original, failures = tiny_trainer(guided.ppo().build(), config), Updater._policy_gradients, [0]
+    plain = next(iter(tiny_trainer(registry.ppo().build(), config).iterate())).metrics
+    trainer, original, failures = tiny_trainer(registry.ppo().build(), config), Updater._policy_gradients, [0]
 
     def fails_when_large(self: Updater, *arguments: Any) -> Any:
         if self.forward_config.token_budget > 20:

@@ -8,16 +8,8 @@ import pytest
 import torch
 
 from helpers import asked, with_fast
-from rlgf.algorithms.guided import (
-    Algorithm,
-    aggrevated,
-    constant_schedule,
-    d2lols,
-    lols,
-    ppo,
-    ppo_pp,
-    single_phase,
-)
+from rlgf.algorithms.base import Algorithm, constant_schedule, single_phase
+from rlgf.algorithms.registry import aggrevated, d2lols, guided_grpo, lols, ppo, ppo_pp
 from rlgf.algorithms.switch_position import Phase, sample_switch
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.generation.decoder import LocalSampler
@@ -27,7 +19,7 @@ from rlgf.models.forward import token_logits
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import token_log_probs
 from rlgf.randomness import Purpose, uniforms
-from rlgf.rl.rollout import RolloutConfig, allocate_rows, collect_rollout, select_prompts
+from rlgf.rl.rollout import RolloutConfig, allocate_rows, collect_rollout, rollin_requests, select_prompts
 from rlgf.rl.tensors import Rollout
 from rlgf.types import GUIDE, POLICY, Origin, Prompt, SamplingParams
 
@@ -118,6 +110,59 @@ def responses(rollout: Rollout) -> list[list[tuple[int, int]]]:
 
 def authors(rollout: Rollout) -> list[str]:
     return ["".join({int(POLICY): "p", int(GUIDE): "g"}[origin] for _, origin in row) for row in responses(rollout)]
+
+
+# groups
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_completions_of_a_group_continue_one_start_state(policy: LanguageModel, beta: float) -> None:
+    listener = Listener()
+    algorithm = guided_grpo(beta).build()
+    setting = rollout_config(policy, FunctionGuide(listener))
+    prompts = [prompt for prompt in PROMPTS[:4] for _ in range(4)]
+    rollout = collect_rollout(setting, algorithm, algorithm.schedule(0, 0.5), prompts, range(16), 4)
+    assert rollout.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    rows = responses(rollout)
+    guided = 0
+    for first in range(0, 16, 4):
+        switches = rollout.switch_position[first : first + 4]
+        assert len(set(switches.tolist())) == 1
+        prefixes = {tuple(row[: int(switches[0])]) for row in rows[first : first + 4]}
+        assert len(prefixes) == 1
+        assert all(origin == GUIDE for _, origin in next(iter(prefixes)))
+        guided += rollout.guide_completions[first] is not None
+        assert len({*rollout.guide_completions[first : first + 4]}) == 1
+    assert len({tuple(row) for row in rows}) > 8  # the policy's tokens differ within a group
+    assert len(listener.requests) == guided == rollout.counters["guide_requests"]
+    assert guided == 4 if beta == 1 else 0 < guided < 4
+    assert [asked.index % 4 for asked in listener.requests] == [0] * guided
+    ahead = rollin_requests(setting, algorithm, algorithm.schedule(0, 0.5), prompts, range(16), 4)
+    assert [(asked.index, asked.prompt) for asked in ahead] == [(asked.index, asked.prompt) for asked in listener.requests]
+
+
+def test_over_a_prompt_every_completion_has_its_own_start_state(policy: LanguageModel) -> None:
+    listener = Listener()
+    algorithm = guided_grpo(1.0, over="prompt").build()
+    prompts = [PROMPTS[0]] * 8
+    setting = rollout_config(policy, FunctionGuide(listener))
+    rollout = collect_rollout(setting, algorithm, algorithm.schedule(0, 0.5), prompts, range(8), 8)
+    assert len(listener.requests) == 8
+    assert len(set(rollout.switch_position.tolist())) > 1
+    same = run(setting, ppo_pp(1.0).build(), prompts, range(8))
+    assert torch.equal(rollout.ids, same.ids)  # the rows of PPO++
+
+
+def test_a_group_whose_guide_fails_starts_at_its_prompt(policy: LanguageModel) -> None:
+    def failing(requests: Sequence[CompletionRequest]) -> list[Completion]:
+        return [Completion("", finished=True, failed=True, dropped=asked.index == 0) for asked in requests]
+
+    algorithm = guided_grpo(1.0).build()
+    setting = rollout_config(policy, FunctionGuide(failing))
+    rollout = collect_rollout(setting, algorithm, algorithm.schedule(0, 0.5), [PROMPTS[0]] * 8, range(8), 4)
+    assert rollout.index.tolist() == [4, 5, 6, 7]
+    assert not bool(rollout.by_guide.any())
+    assert rollout.counters["guide_rows_substituted"] == rollout.counters["guide_rows_dropped"] == 1  # one request each
 
 
 # a known word

@@ -28,8 +28,8 @@ from helpers import (
     updater_of,
     with_fast,
 )
-from rlgf.algorithms import guided
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms import registry
+from rlgf.algorithms.base import Algorithm
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError, TrainingError
 from rlgf.models.forward import iter_logits
@@ -49,12 +49,12 @@ def step(models: Models, config: Config, experience: Experience, iteration: int 
 
 # --- who is trained on what -------------------------------------------------------------------------------------------
 
-FAMILY: dict[str, Algorithm] = {"ppo": guided.ppo().build(), "ppo_pp": guided.ppo_pp(0.7).build()}
+FAMILY: dict[str, Algorithm] = {"ppo": registry.ppo().build(), "ppo_pp": registry.ppo_pp(0.7).build()}
 for _credit in ("gae", "td", "switch"):
-    FAMILY[f"aggrevated {_credit}"] = guided.aggrevated(0.7, _credit).build()
-    FAMILY[f"d2lols {_credit}"] = guided.d2lols(0.7, 0.7, 1, _credit).build()
+    FAMILY[f"aggrevated {_credit}"] = registry.aggrevated(0.7, _credit).build()
+    FAMILY[f"d2lols {_credit}"] = registry.d2lols(0.7, 0.7, 1, _credit).build()
     for _mix in ("advantage", "iteration"):
-        FAMILY[f"lols {_mix} {_credit}"] = guided.lols(0.7, 0.7, 0.5, _mix, _credit).build()
+        FAMILY[f"lols {_mix} {_credit}"] = registry.lols(0.7, 0.7, 0.5, _mix, _credit).build()
 
 
 def moved_rows(before: Tensor, after: Tensor) -> set[int]:
@@ -123,7 +123,7 @@ def test_a_batch_by_the_guide_alone_leaves_the_policy_as_it_is_and_teaches_its_c
     models = Models(lookup_policy(size), lookup_policy(size, 1), {GUIDE: lookup_critic(size)})
     updater = updater_of(models, config)
     before, value_before = parameters(models.policy.model), parameters(models.critics[GUIDE])
-    shares = guided.aggrevated(0.5).build().schedule(0, 0.0)
+    shares = registry.aggrevated(0.5).build().schedule(0, 0.0)
     experience = measure(rollout, shares, [1.0] * len(authors), models, config)
     stats = updater.update(experience, 0)
     assert all(math.isfinite(value) for value in stats.values())
@@ -138,9 +138,9 @@ def test_a_text_by_the_guide_does_not_let_the_policys_momentum_move_it() -> None
     models = Models(lookup_policy(4), lookup_policy(4, 1), {GUIDE: lookup_critic(4), POLICY: lookup_critic(4)})
     config = config_of(ppo__old_log_probs="recompute", ppo__whiten_advantages=False)
     updater = updater_of(models, config)
-    updater.update(measure(mine, guided.ppo().build().schedule(0, 0.0), [1.0], models, config), 0)
+    updater.update(measure(mine, registry.ppo().build().schedule(0, 0.0), [1.0], models, config), 0)
     before = parameters(models.policy.model)
-    updater.update(measure(others, guided.aggrevated(0.5).build().schedule(1, 0.0), [1.0], models, config), 1)
+    updater.update(measure(others, registry.aggrevated(0.5).build().schedule(1, 0.0), [1.0], models, config), 1)
     assert farthest(before, parameters(models.policy.model)) == 0
 
 
@@ -150,7 +150,7 @@ def test_texts_that_the_policy_wrote_to_the_end_for_the_guide_teach_no_critic() 
     config = config_of(ppo__old_log_probs="recompute")
     models = Models(lookup_policy(size), lookup_policy(size, 1), {GUIDE: lookup_critic(size)})
     before, value_before = parameters(models.policy.model), parameters(models.critics[GUIDE])
-    experience = measure(rollout, guided.aggrevated(1.0).build().schedule(0, 0.0), [1.0, 0.0], models, config)
+    experience = measure(rollout, registry.aggrevated(1.0).build().schedule(0, 0.0), [1.0, 0.0], models, config)
     stats = updater_of(models, config).update(experience, 0)
     assert all(math.isfinite(value) for value in stats.values())
     assert farthest(before, parameters(models.policy.model)) > 0
@@ -158,7 +158,7 @@ def test_texts_that_the_policy_wrote_to_the_end_for_the_guide_teach_no_critic() 
 
 
 def test_order_of_rows_padding_and_micro_batches_do_not_change_losses_and_gradients() -> None:
-    trainer = tiny_trainer(guided.lols(0.7, 0.7, 0.5).build(), config_of())
+    trainer = tiny_trainer(registry.lols(0.7, 0.7, 0.5).build(), config_of())
     rollout, shares = trainer.collect_rollout(0), trainer.phase_weights(0)
     rewards = torch.rand(8, generator=torch.Generator().manual_seed(0))
     order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
@@ -174,7 +174,7 @@ def test_order_of_rows_padding_and_micro_batches_do_not_change_losses_and_gradie
     )  # fmt: skip
     results: list[tuple[dict[str, float], list[Tensor]]] = []
     for texts, scores, budget in ((rollout, rewards, 10**6), (rollout, rewards, 1), (moved, rewards[order], 40)):
-        models = tiny_trainer(guided.lols(0.7, 0.7, 0.5).build(), config_of()).components.models
+        models = tiny_trainer(registry.lols(0.7, 0.7, 0.5).build(), config_of()).components.models
         config = plain_config(runtime__token_budget=budget, kl__loss_coefficient=0.1)
         modules = [models.policy.model, *models.critics.values()]
         stats = step(models, config, measure(texts, shares, scores.tolist(), models, config))
@@ -199,12 +199,12 @@ def metrics_and_weights(algorithm: Algorithm, iterations: int = 2) -> tuple[list
 @pytest.mark.parametrize(
     "members",
     [
-        (guided.ppo().build(), guided.ppo_pp(0.0).build()),
-        (guided.ppo_pp(0.5).build(), guided.lols(0.5, 0.8, 1.0, "iteration").build(), guided.d2lols(0.5, 0.8, 0).build()),
+        (registry.ppo().build(), registry.ppo_pp(0.0).build()),
+        (registry.ppo_pp(0.5).build(), registry.lols(0.5, 0.8, 1.0, "iteration").build(), registry.d2lols(0.5, 0.8, 0).build()),
         (
-            guided.aggrevated(0.8, "td").build(),
-            guided.lols(0.5, 0.8, 0.0, "iteration", "td").build(),
-            guided.d2lols(0.5, 0.8, 100, "td").build(),
+            registry.aggrevated(0.8, "td").build(),
+            registry.lols(0.5, 0.8, 0.0, "iteration", "td").build(),
+            registry.d2lols(0.5, 0.8, 100, "td").build(),
         ),
     ],
     ids=["the guide never begins", "only PPO++", "only AggreVaTeD"],
@@ -217,7 +217,7 @@ def test_algorithms_that_are_the_same_give_the_same_bits(members: Sequence[Algor
 
 
 def test_mixing_advantages_with_all_weight_on_one_still_trains_the_texts_that_the_guide_finishes() -> None:
-    trainer = tiny_trainer(guided.lols(0.5, 0.8, 1.0, "advantage").build(), config_of())
+    trainer = tiny_trainer(registry.lols(0.5, 0.8, 1.0, "advantage").build(), config_of())
     experience = trainer.make_experience(trainer.collect_rollout(0), 0)
     finished_by_guide = (experience.rollout.rollout_by == GUIDE)[:, None]
     assert bool((experience.advantages * finished_by_guide).any())
@@ -245,13 +245,13 @@ def test_the_first_ratio_is_one_however_texts_were_sampled(name: str, support: s
         sampling=values, ppo__old_log_probs=source, ppo__ratio_support=support, ppo__check_first_ratio=True,
         task__min_new_tokens=2, ppo__minibatch_size=8, ppo__epochs=1,
     )  # fmt: skip
-    metrics, _ = tiny_trainer(guided.ppo_pp(0.5).build(), config).step(0)
+    metrics, _ = tiny_trainer(registry.ppo_pp(0.5).build(), config).step(0)
     assert metrics["first_ratio_error"] < 1e-4
 
 
 def test_without_the_stored_support_the_first_ratio_would_be_wrong() -> None:
     config = config_of(sampling={"top_k": 4}, ppo__check_first_ratio=True)
-    trainer = tiny_trainer(guided.ppo().build(), config)
+    trainer = tiny_trainer(registry.ppo().build(), config)
     experience = trainer.make_experience(trainer.collect_rollout(0), 0)
     forgotten = replace(experience, rollout=replace(experience.rollout, support=None))
     with pytest.raises(TrainingError, match="first ratio"):
@@ -260,7 +260,7 @@ def test_without_the_stored_support_the_first_ratio_would_be_wrong() -> None:
 
 def test_entropy_is_that_of_the_full_softmax_at_the_trained_tokens() -> None:
     trainer = tiny_trainer(
-        guided.ppo_pp(0.5).build(), config_of(sampling__top_k=3, sampling__temperature=0.5, ppo__minibatch_size=8)
+        registry.ppo_pp(0.5).build(), config_of(sampling__top_k=3, sampling__temperature=0.5, ppo__minibatch_size=8)
     )
     policy, rollout = trainer.components.models.policy, trainer.collect_rollout(0)
     ids, starts = rollout.ids, rollout.prompt_lengths
@@ -273,7 +273,7 @@ def test_entropy_is_that_of_the_full_softmax_at_the_trained_tokens() -> None:
 
 
 def test_a_trainer_without_the_critic_that_its_algorithm_needs_is_refused() -> None:
-    trainer = tiny_trainer(guided.d2lols(0.5, 0.5, 1).build(), config_of())
+    trainer = tiny_trainer(registry.d2lols(0.5, 0.5, 1).build(), config_of())
     models = trainer.components.models
     lacking = replace(trainer.components, models=replace(models, critics={POLICY: models.critics[POLICY]}))
     with pytest.raises(ConfigError, match="D2LOLS needs a critic for rollouts by the guide"):
@@ -283,7 +283,7 @@ def test_a_trainer_without_the_critic_that_its_algorithm_needs_is_refused() -> N
 def test_dropout_is_off_unless_it_is_asked_for() -> None:
     for dropout in (False, True):
         policy = tiny_model(dropout=0.5)
-        metrics, _ = tiny_trainer(guided.ppo().build(), config_of(ppo__dropout=dropout), policy=policy).step(0)
+        metrics, _ = tiny_trainer(registry.ppo().build(), config_of(ppo__dropout=dropout), policy=policy).step(0)
         assert (metrics["first_ratio_error"] > 1e-2) == dropout
         assert not policy.model.training  # texts are never written with dropout
 
@@ -291,7 +291,7 @@ def test_dropout_is_off_unless_it_is_asked_for() -> None:
 def test_the_check_of_the_first_ratio_stops_a_run_and_is_off_by_default() -> None:
     config = config_of(ppo__dropout=True, ppo__check_first_ratio=True)
     with pytest.raises(TrainingError, match="recompute"):
-        tiny_trainer(guided.ppo().build(), config, policy=tiny_model(dropout=0.5)).step(0)
+        tiny_trainer(registry.ppo().build(), config, policy=tiny_model(dropout=0.5)).step(0)
     assert not Config().ppo.check_first_ratio
 
 
@@ -362,7 +362,7 @@ def test_the_value_loss_is_the_same_mean_for_every_kind_of_critic() -> None:
     found: list[dict[str, float]] = []
     for kind in ("separate", "value_head"):
         still = {"ppo__learning_rate": 0.0, "critic__learning_rate": 0.0, "ppo__minibatch_size": 1, "ppo__epochs": 1}
-        trainer = tiny_trainer(guided.aggrevated(1.0).build(), config_of(critic__kind=kind, **still))
+        trainer = tiny_trainer(registry.aggrevated(1.0).build(), config_of(critic__kind=kind, **still))
         rollout = trainer.collect_rollout(0)
         assert 0 < int(rollout.after_switch.any(1).sum()) < len(rollout.ids)
         found.append(trainer.update(trainer.make_experience(rollout, 0), 0))
@@ -407,12 +407,12 @@ def test_the_kl_loss_pulls_the_policy_to_its_reference(estimator: str) -> None:
     )  # fmt: skip
 
     def distance() -> float:
-        experience = measure(rollout, guided.ppo().build().schedule(0, 0.0), [0.0, 0.0], models, config)
+        experience = measure(rollout, registry.ppo().build().schedule(0, 0.0), [0.0, 0.0], models, config)
         return float(experience.kl.square().sum())
 
     before = distance()
     for iteration in range(5):
-        experience = measure(rollout, guided.ppo().build().schedule(0, 0.0), [0.0, 0.0], models, config)
+        experience = measure(rollout, registry.ppo().build().schedule(0, 0.0), [0.0, 0.0], models, config)
         step(models, config, replace(experience, advantages=torch.zeros(rollout.ids.shape)), iteration)
     assert distance() < before
 
@@ -421,11 +421,11 @@ def test_the_kl_loss_pulls_the_policy_to_its_reference(estimator: str) -> None:
 
 
 def test_adam_has_its_own_epsilon_for_every_model() -> None:
-    updater = tiny_trainer(guided.lols(0.5, 0.5, 0.5).build(), config_of()).updater
+    updater = tiny_trainer(registry.lols(0.5, 0.5, 0.5).build(), config_of()).updater
     optimizers = [updater.policy_optimizer, *updater.critic_optimizers.values()]
     assert len(optimizers) == 3
     assert {group["eps"] for optimizer in optimizers for group in optimizer.param_groups} == {1e-5}
-    trainer = tiny_trainer(guided.ppo().build(), config_of(ppo__adam_epsilon=1e6))
+    trainer = tiny_trainer(registry.ppo().build(), config_of(ppo__adam_epsilon=1e6))
     before = parameters(trainer.components.models.policy.model)
     trainer.step(0)
     assert farthest(before, parameters(trainer.components.models.policy.model)) < 1e-6
@@ -436,7 +436,7 @@ def test_policy_and_critic_have_learning_rates_of_their_own_and_a_common_schedul
         ppo__schedule="linear", ppo__iterations=2, ppo__learning_rate=1e-2, critic__learning_rate=4e-3, ppo__minibatch_size=8,
         ppo__epochs=2,
     )  # fmt: skip
-    trainer = tiny_trainer(guided.ppo().build(), config)
+    trainer = tiny_trainer(registry.ppo().build(), config)
     for iteration, last in ((0, 0.75), (1, 0.25)):  # four steps in all, the factors 1, .75, .5, .25
         metrics, _ = trainer.step(iteration)
         assert metrics["learning_rate"] == pytest.approx(1e-2 * (last + 0.125))
@@ -445,13 +445,13 @@ def test_policy_and_critic_have_learning_rates_of_their_own_and_a_common_schedul
 
 
 def test_a_constant_schedule_is_constant() -> None:
-    trainer = tiny_trainer(guided.ppo().build(), config_of())
+    trainer = tiny_trainer(registry.ppo().build(), config_of())
     assert [trainer.step(iteration)[0]["learning_rate"] for iteration in range(2)] == [pytest.approx(1e-2)] * 2
 
 
 def test_gradients_are_clipped_for_each_model_by_itself() -> None:
     config = plain_config(ppo__max_grad_norm=1e-2, ppo__completions_per_iteration=8)
-    trainer = tiny_trainer(guided.ppo().build(), config)
+    trainer = tiny_trainer(registry.ppo().build(), config)
     models = trainer.components.models
     descends_by_its_gradient(trainer.updater)
     modules = [models.policy.model, models.critics[POLICY]]
@@ -466,14 +466,14 @@ def test_gradients_are_clipped_for_each_model_by_itself() -> None:
 @pytest.mark.integration
 def test_epochs_stop_early_once_the_policy_has_moved_too_far() -> None:
     for target, stops in ((None, False), (1e-6, True), (1e6, False)):
-        metrics, _ = tiny_trainer(guided.ppo().build(), config_of(ppo__target_kl=target, ppo__epochs=3)).step(0)
+        metrics, _ = tiny_trainer(registry.ppo().build(), config_of(ppo__target_kl=target, ppo__epochs=3)).step(0)
         assert metrics["stopped_early"] == float(stops)
         assert (metrics["optimizer_steps"] == 6) != stops
 
 
 def test_an_early_stop_shifts_no_later_draw_and_no_schedule() -> None:
     config = config_of(ppo__target_kl=1e-6, ppo__schedule="linear", ppo__iterations=2, ppo__epochs=1, ppo__minibatch_size=2)
-    trainer = tiny_trainer(guided.ppo().build(), config)
+    trainer = tiny_trainer(registry.ppo().build(), config)
     assert trainer.step(0)[0]["optimizer_steps"] < 4
     trainer.updater.forward_config = replace(trainer.updater.forward_config, ppo=replace(config.ppo, target_kl=None))
     trainer.step(1)
@@ -484,7 +484,7 @@ def test_an_early_stop_shifts_no_later_draw_and_no_schedule() -> None:
 
 
 def test_a_head_on_the_policys_trunk_has_one_optimizer_with_it() -> None:
-    trainer = tiny_trainer(guided.ppo_pp(0.5).build(), config_of(critic__kind="value_head"))
+    trainer = tiny_trainer(registry.ppo_pp(0.5).build(), config_of(critic__kind="value_head"))
     critic = trainer.components.models.critics[POLICY]
     assert critic.backbone is None
     assert not trainer.updater.critic_optimizers
@@ -497,7 +497,7 @@ def test_a_head_on_the_policys_trunk_has_one_optimizer_with_it() -> None:
 
 def trunk_changes(config: Config, critic_weight: float = 0.3) -> tuple[list[Tensor], list[Tensor], dict[str, float]]:
     """Return the changes of policy and head by a step with zero advantages, and its metrics."""
-    trainer = tiny_trainer(guided.ppo().build(), config)
+    trainer = tiny_trainer(registry.ppo().build(), config)
     models = trainer.components.models
     nn.init.constant_(models.critics[POLICY].head.weight, critic_weight)
     rollout = trainer.collect_rollout(0)
@@ -523,7 +523,7 @@ def test_a_shared_trunk_has_the_values_and_the_value_loss_of_a_separate_one() ->
 
 
 def test_during_warm_up_only_the_critic_learns() -> None:
-    trainer = tiny_trainer(guided.ppo().build(), config_of(critic__warmup_iterations=1, ppo__mle_coefficient=1.0))
+    trainer = tiny_trainer(registry.ppo().build(), config_of(critic__warmup_iterations=1, ppo__mle_coefficient=1.0))
     models = trainer.components.models
     policy, critic = parameters(models.policy.model), parameters(models.critics[POLICY])
     trainer.step(0)
@@ -534,7 +534,7 @@ def test_during_warm_up_only_the_critic_learns() -> None:
 
 
 def test_during_warm_up_a_shared_trunk_stays_as_it_is() -> None:
-    trainer = tiny_trainer(guided.ppo().build(), config_of(critic__warmup_iterations=1, critic__kind="value_head"))
+    trainer = tiny_trainer(registry.ppo().build(), config_of(critic__warmup_iterations=1, critic__kind="value_head"))
     models = trainer.components.models
     nn.init.constant_(models.critics[POLICY].head.weight, 0.3)
     policy, critic = parameters(models.policy.model), parameters(models.critics[POLICY])
@@ -545,7 +545,7 @@ def test_during_warm_up_a_shared_trunk_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_v_pi_may_start_as_a_copy_of_v_g_where_the_policy_first_finishes(warm: bool) -> None:
-    trainer = tiny_trainer(guided.d2lols(0.5, 0.8, 1).build(), config_of(critic__warm_start_from_guide=warm))
+    trainer = tiny_trainer(registry.d2lols(0.5, 0.8, 1).build(), config_of(critic__warm_start_from_guide=warm))
     critics = trainer.components.models.critics
     initial = parameters(critics[POLICY])
     trainer.step(0)
@@ -586,14 +586,14 @@ def drawn_targets(monkeypatch: pytest.MonkeyPatch, authors: str, algorithm: Algo
 
 
 def test_targets_are_drawn_for_each_step_whatever_the_rollouts_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    batches = drawn_targets(monkeypatch, "xPPP", guided.ppo().build(), ppo__mle_coefficient=0.5, ppo__mle_batch=5)
-    other = drawn_targets(monkeypatch, "xGG", guided.aggrevated(0.8).build(), ppo__mle_coefficient=0.5, ppo__mle_batch=5)
+    batches = drawn_targets(monkeypatch, "xPPP", registry.ppo().build(), ppo__mle_coefficient=0.5, ppo__mle_batch=5)
+    other = drawn_targets(monkeypatch, "xGG", registry.aggrevated(0.8).build(), ppo__mle_coefficient=0.5, ppo__mle_batch=5)
     assert batches == other
     assert [len(batch) for batch in batches] == [5] * 8  # two iterations of two epochs of two minibatches
     assert len({str(batch) for batch in batches}) == 8
-    default = drawn_targets(monkeypatch, "xPPP", guided.ppo().build(), ppo__mle_coefficient=0.5)
+    default = drawn_targets(monkeypatch, "xPPP", registry.ppo().build(), ppo__mle_coefficient=0.5)
     assert {len(batch) for batch in default} == {4}  # the minibatch size
-    assert drawn_targets(monkeypatch, "xPPP", guided.ppo().build()) == []
+    assert drawn_targets(monkeypatch, "xPPP", registry.ppo().build()) == []
 
 
 def test_the_likelihood_term_is_the_token_mean_times_its_coefficient() -> None:
@@ -604,7 +604,7 @@ def test_the_likelihood_term_is_the_token_mean_times_its_coefficient() -> None:
         models = Models(lookup_policy(3), lookup_policy(3, 1), {GUIDE: lookup_critic(3)})
         before = parameters(models.policy.model)
         config = plain_config(ppo__mle_coefficient=coefficient, ppo__mle_batch=6)
-        experience = measure(rollout, guided.aggrevated(0.5).build().schedule(0, 0.0), [1.0], models, config)
+        experience = measure(rollout, registry.aggrevated(0.5).build().schedule(0, 0.0), [1.0], models, config)
         updater = updater_of(models, config, targets)
         batch = updater._mle_batch(0)
         log_probs = models.policy.model(torch.arange(3)).logits.log_softmax(-1).detach()
@@ -617,7 +617,9 @@ def test_the_likelihood_term_is_the_token_mean_times_its_coefficient() -> None:
 
 
 def test_likelihood_raises_the_probability_of_the_targets() -> None:
-    trainer = tiny_trainer(guided.ppo().build(), config_of(ppo__mle_coefficient=1.0, ppo__mle_batch=8, ppo__learning_rate=3e-3))
+    trainer = tiny_trainer(
+        registry.ppo().build(), config_of(ppo__mle_coefficient=1.0, ppo__mle_batch=8, ppo__learning_rate=3e-3)
+    )
     losses = [trainer.step(iteration)[0]["mle_loss"] for iteration in range(3)]
     assert losses[2] < losses[0]
 
@@ -636,14 +638,14 @@ def test_defaults_are_those_of_the_specification() -> None:
 
 def test_an_adaptive_coefficient_follows_the_kl_of_every_iteration() -> None:
     config = config_of(kl__controller="adaptive", kl__target=1e-6, kl__horizon=80, ppo__learning_rate=0.0)
-    trainer = tiny_trainer(guided.ppo().build(), config)
+    trainer = tiny_trainer(registry.ppo().build(), config)
     found = [trainer.step(iteration)[0]["kl_coefficient"] for iteration in range(3)]
     # far above the target the error is .2, and 8 of 80 texts are a tenth of the horizon
     assert found == pytest.approx([0.05, 0.05 * 1.02, 0.05 * 1.02**2])
 
 
 def test_recomputed_log_probabilities_follow_the_policy() -> None:
-    trainer = tiny_trainer(guided.ppo().build(), config_of())
+    trainer = tiny_trainer(registry.ppo().build(), config_of())
     rollout = trainer.collect_rollout(0)
     before, _, _ = RolloutScorer(rollout, trainer.forward_config).recompute(trainer.components.models.policy)
     trainer.step(0)
@@ -656,7 +658,7 @@ def test_dropout_depends_on_seed_and_iteration_alone() -> None:
     """A resumed process has another state of torch's generator, which checkpoints do not hold."""
     ends = list[list[Tensor]]()
     for before in (1, 2):
-        trainer = tiny_trainer(guided.ppo().build(), config_of(ppo__dropout=True), policy=tiny_model(dropout=0.3))
+        trainer = tiny_trainer(registry.ppo().build(), config_of(ppo__dropout=True), policy=tiny_model(dropout=0.3))
         for iteration in range(2):
             torch.manual_seed(before)
             trainer.step(iteration)

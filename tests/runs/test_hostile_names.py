@@ -10,7 +10,7 @@ import pytest
 
 from helpers import config_of, tiny_trainer
 from hostile import CONCENTRATE, HOSTILE, is_clean
-from rlgf.algorithms.guided import ppo
+from rlgf.algorithms.registry import ppo
 from rlgf.data.files import json_safe, read_complete_lines, read_json, to_json, to_line, write_json
 from rlgf.pipeline.final_evaluation import final_results
 from rlgf.pipeline.resolve import resolve

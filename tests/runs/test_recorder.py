@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers import FinishedRun, config_of, experience_of, known_word, rollout_of, tiny_trainer
-from rlgf.algorithms import guided
+from rlgf.algorithms import registry
 from rlgf.config.base import to_dict
 from rlgf.config.loading import override
 from rlgf.config.runtime import RuntimeConfig
@@ -207,7 +207,7 @@ class NotingPrefetcher:
 def guided_trainer(**values: Any) -> tuple[Trainer, PricedGuide, NotingPrefetcher]:
     """A trainer of PPO++ whose rollins all come from a guide with costs, prefetched."""
     guide, prefetcher = PricedGuide(), NotingPrefetcher()
-    trainer = tiny_trainer(guided.ppo_pp(1.0).build(), config_of(**values), guide)
+    trainer = tiny_trainer(registry.ppo_pp(1.0).build(), config_of(**values), guide)
     trainer.prefetcher = prefetcher  # pyright: ignore[reportAttributeAccessIssue]
     return trainer, guide, prefetcher
 

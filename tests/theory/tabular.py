@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms.base import Algorithm
 from rlgf.config.schema import Config
 from rlgf.config.sections import CriticConfig, EvaluationConfig, KLConfig, PPOConfig, TaskConfig
 from rlgf.guides.local import ModelGuide

@@ -1,19 +1,20 @@
 """The theory's claims, tested on the library's own rollout, experience and update."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlgf.algorithms import guided
-from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.algorithms import base, registry
+from rlgf.algorithms.base import Algorithm, AlgorithmOptions, PhaseWeight
+from rlgf.algorithms.baselines import GroupBaseline, GroupOver
 from rlgf.algorithms.switch_position import Phase, SwitchRule
 from rlgf.config.sections import CriticConfig, PPOConfig
 from rlgf.rl.experience import RolloutScorer
 from rlgf.types import GUIDE, POLICY, Origin
-from tabular import Game, Play, Text, completions, play, probabilities, solve_lock, sure_guide, tree, values
+from tabular import LEARNING, Game, Play, Text, completions, play, probabilities, solve_lock, sure_guide, tree, values
 
 GAMMA, LAM = 0.9, 0.7  # unlike 1 and unlike each other, so that each shows
 KL = 0.3
@@ -123,13 +124,27 @@ def text_advantages(
     return advantages
 
 
+def text_returns(setting: Setting, written: Written) -> list[float]:
+    """The whole return of a text at each token of the policy: any baseline that ignores them leaves its mean."""
+    states = [setting.game.state(written.tokens[:t]) for t in range(len(written.tokens))]
+    by_policy = [writer == POLICY for writer in written.writers]
+    costs = setting.penalty()[states, list(written.tokens)]
+    whole = setting.game.payoff(written.tokens) - float(costs[by_policy].sum())
+    return [whole * own for own in by_policy]
+
+
 def expected_gradient(setting: Setting, algorithm: Algorithm, shares: Sequence[PhaseWeight]) -> Tensor:
     """The mean over texts of −Σ_t A_t ∇ log π(a_t|s_t), by exhaustive enumeration."""
     game, critics = setting.game, setting.critics()
     gradient = torch.zeros(setting.policy.shape, dtype=torch.float64)
     for share in shares:
         for written, chance in all_texts(setting, algorithm.phases[share.phase]):
-            for t, advantage in enumerate(text_advantages(setting, written, algorithm.credit, share, critics)):
+            advantages = (
+                text_advantages(setting, written, algorithm.credit, share, critics)
+                if algorithm.baseline is None
+                else text_returns(setting, written)
+            )
+            for t, advantage in enumerate(advantages):
                 prefix = written.tokens[:t]
                 score = -probabilities(game, setting.policy, prefix)
                 score[written.tokens[t]] += 1
@@ -164,6 +179,7 @@ def measure(
     ppo = PPOConfig(
         iterations=10**6, completions_per_iteration=texts, minibatch_size=texts, epochs=1, learning_rate=STILL, gamma=GAMMA,
         gae_lambda=LAM, whiten_advantages=False, check_first_ratio=True,
+        samples_per_prompt=1 if algorithm.baseline is None else 4,
     )  # fmt: skip
     critics = setting.critics()
     played = play(
@@ -212,16 +228,16 @@ def check(
         assert float(far.max()) > STANDARD_ERRORS, f"{algorithm.title}: {other.title} looks the same ({far.max():.1f})"
 
 
-PLUS_PLUS, ONLY_PPO = guided.ppo_pp(0.9).build(), guided.ppo().build()
-TD, GAE = guided.aggrevated(0.9, "td").build(), guided.aggrevated(0.9, "gae").build()
-PAPER_PLUS_PLUS, PAPER_TD = guided.ppo_pp(0.9, "paper").build(), guided.aggrevated(0.9, "td", "paper").build()
+PLUS_PLUS, ONLY_PPO = registry.ppo_pp(0.9).build(), registry.ppo().build()
+TD, GAE = registry.aggrevated(0.9, "td").build(), registry.aggrevated(0.9, "gae").build()
+PAPER_PLUS_PLUS, PAPER_TD = registry.ppo_pp(0.9, "paper").build(), registry.aggrevated(0.9, "td", "paper").build()
 
 
 @pytest.mark.slow
 def test_expected_update_is_that_of_enumeration() -> None:
     check(setting("ending"), PLUS_PLUS, [ONLY_PPO], texts=64)
     check(setting("ending"), TD, [PAPER_TD], texts=64)
-    check(setting("fixed", KL), guided.lols(0.6, 0.7, 0.4).build(), [guided.lols(0.6, 0.7, 0.9).build()], texts=64)
+    check(setting("fixed", KL), registry.lols(0.6, 0.7, 0.4).build(), [registry.lols(0.6, 0.7, 0.9).build()], texts=64)
 
 
 @pytest.mark.slow
@@ -233,10 +249,10 @@ def test_expected_update_is_not_that_of_another_law_or_credit(kind: str) -> None
 
 RULES: tuple[SwitchRule, ...] = ("uniform", "paper", "horizon")
 SHARED = [
-    guided.ppo().build(),
-    *(guided.ppo_pp(0.6, rule).build() for rule in ("uniform", "paper")),
-    *(guided.aggrevated(0.7, credit, rule).build() for credit in ("td", "gae", "switch") for rule in RULES),
-    *(guided.lols(0.6, 0.7, 0.4, credit=credit).build() for credit in ("td", "gae", "switch")),
+    registry.ppo().build(),
+    *(registry.ppo_pp(0.6, rule).build() for rule in ("uniform", "paper")),
+    *(registry.aggrevated(0.7, credit, rule).build() for credit in ("td", "gae", "switch") for rule in RULES),
+    *(registry.lols(0.6, 0.7, 0.4, credit=credit).build() for credit in ("td", "gae", "switch")),
 ]
 
 
@@ -248,10 +264,27 @@ def test_expected_update_of_every_algorithm_credit_and_law(algorithm: Algorithm,
     check(setting(kind, kl), algorithm)
 
 
+LEAVE_ONE_OUT = [
+    registry.rloo().build(),
+    *(
+        replace(registry.guided_grpo(0.6, over=over).build(), baseline=GroupBaseline("leave_one_out", over))
+        for over in ("start_state", "prompt")
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kl", [0.0, KL])
+@pytest.mark.parametrize("algorithm", LEAVE_ONE_OUT, ids=lambda a: f"{a.name}-{a.baseline.over}")
+def test_leave_one_out_updates_along_the_policy_gradient_from_its_start_states(algorithm: Algorithm, kl: float) -> None:
+    unguided = registry.rloo().build()
+    check(setting("ending", kl), algorithm, [unguided] if algorithm.needs_guide else [], iterations=range(64))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fixed", "ending"])
 def test_lols_by_iteration_and_d2lols_are_one_algorithm_at_a_time(kind: str) -> None:
-    lols = guided.lols(0.6, 0.7, 0.4, "iteration", "td").build()
+    lols = registry.lols(0.6, 0.7, 0.4, "iteration", "td").build()
     played = play(setting(kind).game, lols, setting(kind).policy, setting(kind).guide, PPOConfig())
     turns: dict[int, list[int]] = {0: [], 1: []}
     for iteration in range(400):
@@ -260,15 +293,15 @@ def test_lols_by_iteration_and_d2lols_are_one_algorithm_at_a_time(kind: str) -> 
     assert len(turns[0]) == pytest.approx(160, abs=40)  # α = .4; four standard deviations
     for phase in turns:
         check(setting(kind), lols, iterations=turns[phase][:16])
-    d2lols = guided.d2lols(0.6, 0.7, 16, "td").build()
-    check(setting(kind), d2lols, [guided.ppo_pp(0.6).build()], iterations=range(16))
-    check(setting(kind), d2lols, [guided.aggrevated(0.7, "td").build()], iterations=range(16, 32))
+    d2lols = registry.d2lols(0.6, 0.7, 16, "td").build()
+    check(setting(kind), d2lols, [registry.ppo_pp(0.6).build()], iterations=range(16))
+    check(setting(kind), d2lols, [registry.aggrevated(0.7, "td").build()], iterations=range(16, 32))
 
 
 @pytest.mark.parametrize("kind", ["fixed", "ending"])
 def test_sampler_and_full_forward_agree_on_the_double(kind: str) -> None:
     scene = setting(kind)
-    played = play(scene.game, guided.ppo_pp(0.6).build(), scene.policy, scene.guide, PPOConfig(), prompt_lengths=(1, 4, 2))
+    played = play(scene.game, registry.ppo_pp(0.6).build(), scene.policy, scene.guide, PPOConfig(), prompt_lengths=(1, 4, 2))
     rollout = played.trainer.collect_rollout(0)
     sampled, _, _ = RolloutScorer(rollout, played.trainer.forward_config).recompute(played.trainer.components.models.policy)
     assert torch.allclose(rollout.log_probs, sampled, atol=1e-6)
@@ -294,7 +327,7 @@ def best_of_guide(game: Game, guide: Tensor) -> float:
     return game.payoff(tokens)
 
 
-def learn_on_tree(seed: int, credit: guided.Credit, iterations: int, rate: float = 0.1) -> tuple[float, float, float]:
+def learn_on_tree(seed: int, credit: base.Credit, iterations: int, rate: float = 0.1) -> tuple[float, float, float]:
     """Values of the policy that AggreVaTeD finds, of its guide, and of argmax A^g."""
     game, guide = random_tree(seed)
     ppo = PPOConfig(
@@ -303,7 +336,7 @@ def learn_on_tree(seed: int, credit: guided.Credit, iterations: int, rate: float
     )  # fmt: skip
     start = torch.zeros(game.states, game.vocabulary)
     critic = CriticConfig(learning_rate=0.05, value_clip=None)
-    played = play(game, guided.aggrevated(0.8, credit).build(), start, guide, ppo, seed, critic=critic)
+    played = play(game, registry.aggrevated(0.8, credit).build(), start, guide, ppo, seed, critic=critic)
     for iteration in range(iterations):
         played.trainer.step(iteration)
     return played.value(), float(values(game, guide)[0]), best_of_guide(game, guide)
@@ -318,7 +351,7 @@ def test_aggrevated_exceeds_its_guide() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("credit", ["td", "gae"])
-def test_aggrevated_exceeds_its_guide_with_every_credit(seed: int, credit: guided.Credit) -> None:
+def test_aggrevated_exceeds_its_guide_with_every_credit(seed: int, credit: base.Credit) -> None:
     reached, guide, best = learn_on_tree(seed, credit, 200)
     print(f"tree {seed} {credit}: {reached:.3f}, guide {guide:.3f}, argmax {best:.3f}")
     assert reached > guide + 0.1
@@ -335,10 +368,27 @@ def test_aggrevated_at_the_switch_acts_by_the_best_advantage_of_its_guide(seed: 
 
 
 SOLVERS = {
-    "ppo": (guided.ppo().build(), 2000),
-    "ppo_pp": (guided.ppo_pp(0.5).build(), 1300),
-    "d2lols": (guided.d2lols(0.5, 0.8, 10, "td").build(), 1300),
+    "ppo": (registry.ppo().build(), 2000),
+    "ppo_pp": (registry.ppo_pp(0.5).build(), 1300),
+    "d2lols": (registry.d2lols(0.5, 0.8, 10, "td").build(), 1300),
 }
+
+
+GROUPS = replace(LEARNING, samples_per_prompt=8, completions_per_iteration=64, minibatch_size=64)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("over", ["start_state", "prompt"])
+def test_groups_that_continue_a_guides_prefixes_solve_the_lock(over: GroupOver) -> None:
+    texts, _ = solve_lock(4, registry.guided_grpo(0.5, over=over).build(), seed=0, cap=6400, ppo=GROUPS)
+    assert texts is not None
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("options", [registry.grpo(), registry.grpo(normalize=False), registry.rloo()])
+def test_groups_without_a_guide_solve_a_short_lock(options: AlgorithmOptions) -> None:
+    texts, _ = solve_lock(2, options.build(), seed=0, cap=6400, ppo=GROUPS)
+    assert texts is not None
 
 
 @pytest.mark.integration
@@ -350,11 +400,11 @@ def test_lock_of_four_is_solved_by_all(name: str) -> None:
 
 @pytest.mark.integration
 def test_released_law_never_trains_the_last_token_of_aggrevated_nor_the_first_of_ppo_pp() -> None:
-    texts, played = solve_lock(4, guided.aggrevated(0.8, "td", "paper").build(), seed=0, cap=320)
+    texts, played = solve_lock(4, registry.aggrevated(0.8, "td", "paper").build(), seed=0, cap=320)
     assert texts is None
     assert torch.equal(played.table[3], torch.zeros(5))
     assert bool((played.table[:3] != 0).any(1).all())
-    texts, played = solve_lock(4, guided.ppo_pp(1.0, "paper").build(), seed=0, cap=320)
+    texts, played = solve_lock(4, registry.ppo_pp(1.0, "paper").build(), seed=0, cap=320)
     assert texts is None
     assert torch.equal(played.table[0], torch.zeros(5))
     assert bool((played.table[1:4] != 0).any(1).all())
@@ -362,9 +412,9 @@ def test_released_law_never_trains_the_last_token_of_aggrevated_nor_the_first_of
 
 @pytest.mark.slow
 def test_restarts_solve_the_long_lock() -> None:
-    algorithms = guided.ppo_pp(0.5).build(), guided.d2lols(0.5, 0.8, 10, "td").build()
+    algorithms = registry.ppo_pp(0.5).build(), registry.d2lols(0.5, 0.8, 10, "td").build()
     counts = [[solve_lock(8, algorithm, seed, 8000)[0] for seed in range(3)] for algorithm in algorithms]
-    alone = [solve_lock(8, guided.ppo().build(), seed, 8000)[0] for seed in range(3)]
+    alone = [solve_lock(8, registry.ppo().build(), seed, 8000)[0] for seed in range(3)]
     print(f"lock of 8: PPO++ {counts[0]}, D2LOLS {counts[1]}, PPO {alone}")
     assert all(texts is not None and texts < 4000 for texts in [*counts[0], *counts[1]])
     assert sum(texts is None for texts in alone) >= 2
@@ -393,22 +443,22 @@ def gap(algorithm: Algorithm, seed: int, iterations: int, learning_rate: float) 
 
 @pytest.mark.slow
 def test_lols_with_summed_advantages_stalls_where_ppo_goes_on() -> None:
-    assert gap(guided.lols(0.5, 0.8, 0.8, "advantage", "td").build(), 0, 40, 0.25) == pytest.approx(0.9, abs=0.005)
-    assert gap(guided.ppo_pp(0.5).build(), 0, 40, 0.25) > 0.99
+    assert gap(registry.lols(0.5, 0.8, 0.8, "advantage", "td").build(), 0, 40, 0.25) == pytest.approx(0.9, abs=0.005)
+    assert gap(registry.ppo_pp(0.5).build(), 0, 40, 0.25) > 0.99
 
 
 REACHING = {
-    "lols-iteration": guided.lols(0.5, 0.8, 0.8, "iteration", "td").build(),
-    "d2lols": guided.d2lols(0.5, 0.8, 20, "td").build(),
-    "ppo": guided.ppo().build(),
-    "ppo_pp": guided.ppo_pp(0.5).build(),
+    "lols-iteration": registry.lols(0.5, 0.8, 0.8, "iteration", "td").build(),
+    "d2lols": registry.d2lols(0.5, 0.8, 20, "td").build(),
+    "ppo": registry.ppo().build(),
+    "ppo_pp": registry.ppo_pp(0.5).build(),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_lols_with_summed_advantages_stalls(seed: int) -> None:
-    assert gap(guided.lols(0.5, 0.8, 0.8, "advantage", "td").build(), seed, 300, 0.05) == pytest.approx(0.9, abs=0.005)
+    assert gap(registry.lols(0.5, 0.8, 0.8, "advantage", "td").build(), seed, 300, 0.05) == pytest.approx(0.9, abs=0.005)
 
 
 @pytest.mark.slow

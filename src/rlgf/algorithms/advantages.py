@@ -1,8 +1,9 @@
-"""Advantages: temporal differences, GAE and whitening, as functions of tensors."""
+"""Advantages: temporal differences, GAE, groups and whitening, as functions of tensors."""
 
 import torch
 from torch import Tensor
 
+from rlgf.algorithms.baselines import GroupBaseline
 from rlgf.distributed import Moments
 
 
@@ -68,6 +69,48 @@ def gae(rewards: Tensor, values: Tensor, selected: Tensor, gamma: float, gae_lam
         running = deltas[:, column] + gamma * gae_lambda * running
         advantages[:, column] = running
     return advantages * selected
+
+
+def group_advantages(rewards: Tensor, groups: Tensor, baseline: GroupBaseline) -> tuple[Tensor, Tensor]:
+    """Compute the advantage of each completion over its group.
+
+    With R_i the reward of completion i and G the size of its group:
+
+    - 'leave_one_out': R_i − mean_{j≠i} R_j (RLOO).
+    - 'group_mean': R_i − mean_j R_j (Dr. GRPO).
+    - 'group_normalized': (R_i − mean_j R_j) / (std_j R_j + ε), with Bessel's correction (GRPO).
+
+    A group of one has advantage 0.
+
+    Args:
+        rewards: R, [rows].
+        groups: int64 [rows], the group of each row.
+        baseline: the kind of advantage and ε.
+
+    Returns:
+        The advantages, [rows], and bool [rows]: whether the rewards of the row's group differ.
+
+    Source: Ahmadian et al. 2024 (arXiv:2402.14740); Liu et al. 2025 (arXiv:2503.20783); Shao et al.
+    2024 (arXiv:2402.03300).
+    """
+    _, members = groups.unique(return_inverse=True)
+    count = int(members.max()) + 1 if len(members) else 0
+
+    def group_sum(values: Tensor) -> Tensor:
+        return torch.zeros(count, dtype=values.dtype).index_add_(0, members, values)[members]
+
+    values = rewards.double()
+    size = group_sum(torch.ones_like(values))
+    centered = values - group_sum(values) / size
+    lowest = torch.full((count,), torch.inf, dtype=values.dtype).scatter_reduce_(0, members, values, "amin")[members]
+    highest = torch.full((count,), -torch.inf, dtype=values.dtype).scatter_reduce_(0, members, values, "amax")[members]
+    differs = highest > lowest
+    if baseline.advantage == "leave_one_out":
+        centered = centered * size / (size - 1).clamp(min=1)
+    elif baseline.advantage == "group_normalized":
+        deviation = (group_sum(centered.square()) / (size - 1).clamp(min=1)).sqrt()
+        centered = centered / (deviation + baseline.epsilon)
+    return torch.where(differs, centered, 0.0).to(rewards.dtype), differs
 
 
 def moments(values: Tensor, selected: Tensor) -> Moments:

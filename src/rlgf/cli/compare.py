@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rlgf.algorithms import guided
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.cli.options import Data, DryRun, GuideSpec, Iterations, Out, Overrides, Policy, Recipe, SftFrom, read_typed_config
 from rlgf.errors import ConfigError, DataError, unknown
 from rlgf.untrusted_text import as_file_name, describe_failure, shorten
@@ -40,10 +40,11 @@ def compare(
         recipe_or_yaml, overrides, guide=guide, policy=policy, sft_from=sft_from, data=data, iterations=iterations
     )
     config = given.config
-    names = list(dict.fromkeys(name.strip() for name in algorithms_.split(",") if name.strip())) or list(guided.ALGORITHMS)
+    names = list(dict.fromkeys(name.strip() for name in algorithms_.split(",") if name.strip()))
+    names = names or [name for name, options in ALGORITHMS.items() if options().build().baseline is None]
     for name in names:
-        if name not in guided.ALGORITHMS:
-            raise unknown("algorithm", name, guided.ALGORITHMS)
+        if name not in ALGORITHMS:
+            raise unknown("algorithm", name, ALGORITHMS)
     try:
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
         if not all(0 <= number < 2**63 for number in numbers):

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms.base import Algorithm
 from rlgf.cli.terminal import Part, describe_phases, escape_log_lines, log, out, print_table, report, write
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread

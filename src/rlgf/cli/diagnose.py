@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlgf.algorithms import guided
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.cli.task_checks import Finding
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
@@ -230,7 +230,7 @@ def _send(server: Server, request: ServerRequest) -> tuple[ServerResponse, float
 def _describe_support(can_continue: bool) -> str:
     served = [
         algorithm.title
-        for name in guided.ALGORITHMS
+        for name in ALGORITHMS
         if not (algorithm := override(Config(), [("algorithm.name", name)]).algorithm.build()).needs_guide_rollout
         or can_continue
     ]

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from rlgf.algorithms import guided
+from rlgf.algorithms.base import Algorithm
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.cli.options import COMMAND_LINE, Alpha, Beta, alpha_change, beta_changes, check_writable, emit
 from rlgf.errors import ConfigError, DataError, unknown
 from rlgf.untrusted_text import describe_failure
@@ -78,7 +79,7 @@ def show(
     seed: Annotated[int, typer.Option(help="Seed of lols with mix=iteration.", min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Draw an algorithm's phases over training, or print a recipe or the default config."""
-    if what not in guided.ALGORITHMS:
+    if what not in ALGORITHMS:
         _show_config(what)
         return
     from rlgf.cli.terminal import print_algorithm
@@ -96,14 +97,14 @@ def _show_config(what: str) -> None:
     from rlgf.config.schema import Config
 
     if what != "config" and what not in RECIPES:
-        raise unknown("algorithm or recipe", what, [*guided.ALGORITHMS, *RECIPES, "config"])
+        raise unknown("algorithm or recipe", what, [*ALGORITHMS, *RECIPES, "config"])
     terminal.write_block(dump(Config() if what == "config" else recipe(what)))
 
 
-def _algorithm(name: str, alpha: float | None, beta: float | None) -> guided.Algorithm:
+def _algorithm(name: str, alpha: float | None, beta: float | None) -> Algorithm:
     """Return an algorithm with the values of `--alpha` and `--beta`, otherwise its defaults."""
     if alpha is None and beta is None:  # the config's classes are slow to import
-        return guided.ALGORITHMS[name]().build()
+        return ALGORITHMS[name]().build()
     from rlgf.config.loading import override
     from rlgf.config.schema import Config
 
@@ -128,7 +129,7 @@ def list_() -> None:
         "tasks": {name: (sys.modules[kind.build.__module__].__doc__ or "").split("\n")[0] for name, kind in TASKS.items()},
         "algorithms": {
             name: f"{built.title}: {built.summary}"
-            for name, built in ((name, options().build()) for name, options in guided.ALGORITHMS.items())
+            for name, built in ((name, options().build()) for name, options in ALGORITHMS.items())
         },
         "guides": {
             "sft": "the policy's starting point, sampled as guide.sampling says",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rlgf.algorithms import guided
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.bounds import check_number
 from rlgf.errors import ConfigError, FieldError, unknown
 
@@ -33,7 +34,7 @@ def complete_recipe(incomplete: str) -> list[str]:
 
 def complete_algorithm(incomplete: str) -> list[str]:
     """Return the algorithms that begin as typed, for shell completion."""
-    return [name for name in guided.ALGORITHMS if name.startswith(incomplete)]
+    return [name for name in ALGORITHMS if name.startswith(incomplete)]
 
 
 Recipe = Annotated[
@@ -109,8 +110,8 @@ def read_typed_config(
         config, typed = _from_yaml(Path(source))
     else:
         raise unknown("recipe", source, RECIPES)
-    if algorithm is not None and algorithm not in guided.ALGORITHMS:
-        raise unknown("algorithm", algorithm, guided.ALGORITHMS)
+    if algorithm is not None and algorithm not in ALGORITHMS:
+        raise unknown("algorithm", algorithm, ALGORITHMS)
     if policy is not None and sft_from is not None:
         raise ConfigError("--policy starts from a model as it is, --sft-from fine-tunes it first: give one of them.")
     name = algorithm or config.algorithm.name
@@ -188,7 +189,7 @@ def beta_changes(beta: float) -> list[tuple[str, Any]]:
     _require_within_bounds("--beta", guided.PPOPlusPlus, "beta", beta)
     return [
         (f"algorithm.options.{name}.{field.name}", beta)
-        for name, kind in guided.ALGORITHMS.items()
+        for name, kind in ALGORITHMS.items()
         for field in dataclasses.fields(kind)
         if field.name.startswith("beta")
     ]

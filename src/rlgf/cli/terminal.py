@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms.base import Algorithm
 from rlgf.credentials import mask_credentials
 from rlgf.types import GUIDE, POLICY
 from rlgf.untrusted_text import escape_control_characters, escape_lines

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rlgf.algorithms import guided
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.cli.options import (
     COMMAND_LINE,
     Alpha,
@@ -33,7 +33,7 @@ from rlgf.untrusted_text import as_file_name
 def train(
     recipe_or_yaml: Recipe,
     overrides: Overrides = None,
-    algorithm: Annotated[str | None, typer.Option(help=", ".join(guided.ALGORITHMS), autocompletion=complete_algorithm)] = None,
+    algorithm: Annotated[str | None, typer.Option(help=", ".join(ALGORITHMS), autocompletion=complete_algorithm)] = None,
     beta: Beta = None,
     alpha: Alpha = None,
     guide: GuideSpec = None,

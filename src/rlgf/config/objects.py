@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rlgf.algorithms import guided
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.config.loading import override
 from rlgf.config.recipes import RECIPES, recipe
 from rlgf.config.schema import Config
@@ -197,11 +197,11 @@ def _algorithm(algorithm: Any, has_guide: bool) -> tuple[str, dict[str, Any]]:
     if algorithm is None:
         return ("ppo_pp" if has_guide else "ppo"), {}
     name = algorithm if isinstance(algorithm, str) else getattr(algorithm, "name", type(algorithm).__name__)
-    if name not in guided.ALGORITHMS:
-        raise unknown("algorithm", str(name), guided.ALGORITHMS)
+    if name not in ALGORITHMS:
+        raise unknown("algorithm", str(name), ALGORITHMS)
     if isinstance(algorithm, str):
         return name, {}
-    if not isinstance(algorithm, guided.ALGORITHMS[name]):
+    if not isinstance(algorithm, ALGORITHMS[name]):
         raise ConfigError(f"algorithm is a {type(algorithm).__name__}, but must be options such as rlgf.{name}().")
     return name, dataclasses.asdict(algorithm)
 

@@ -3,10 +3,12 @@
 import dataclasses
 from typing import Any, Literal
 
-from rlgf.algorithms import guided
+from rlgf.algorithms.base import Algorithm, AlgorithmOptions
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.bounds import (
     Budget,
     Coefficient,
+    DualClip,
     Epsilon,
     FiniteFloat,
     Flag,
@@ -289,16 +291,16 @@ class AlgorithmConfig:
     def __post_init__(self) -> None:
         """Validate the options of every algorithm and complete them with its defaults."""
         for name in (self.name, *self.options):
-            if name not in guided.ALGORITHMS:
-                raise unknown("algorithm", name, guided.ALGORITHMS)
-        complete = {name: dataclasses.asdict(self._read_options(name)) for name in guided.ALGORITHMS}
+            if name not in ALGORITHMS:
+                raise unknown("algorithm", name, ALGORITHMS)
+        complete = {name: dataclasses.asdict(self._read_options(name)) for name in ALGORITHMS}
         object.__setattr__(self, "options", complete)
 
-    def _read_options(self, name: str) -> guided.AlgorithmOptions:
+    def _read_options(self, name: str) -> AlgorithmOptions:
         options = self.options.get(name, {})
-        return read_options(options, guided.ALGORITHMS[name], f"algorithm '{name}'", f"algorithm.options.{name}.")
+        return read_options(options, ALGORITHMS[name], f"algorithm '{name}'", f"algorithm.options.{name}.")
 
-    def build(self) -> guided.Algorithm:
+    def build(self) -> Algorithm:
         """Return the algorithm with its options."""
         return self._read_options(self.name).build()
 
@@ -319,9 +321,15 @@ class PPOConfig:
     max_grad_norm: PositiveFloat = 1.0  # per model
     gamma: Probability = 1.0
     gae_lambda: Probability = 0.95
+    surrogate: Literal["clip", "cispo"] = "clip"  # cispo: clipped, constant importance weights
+    ratio_level: Literal["token", "sequence", "sequence_sum"] = "token"  # sequence: GSPO
     clip_range: PositiveFloat = 0.2
+    clip_range_high: PositiveFloat | None = None  # above the ratio 1; None: clip_range
+    dual_clip: DualClip | None = None  # bound on the ratio where advantages are negative
+    mask_truncated: Flag = False  # train no token of completions without EOS
+    entropy_coefficient: Coefficient = 0.0  # bonus in the loss, per nat of the full softmax
     whiten_advantages: Flag = True
-    loss_aggregation: Literal["token_mean", "sequence_mean"] = "token_mean"
+    loss_aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     old_log_probs: Literal["sampler", "recompute"] = "sampler"
     ratio_support: Literal["sampled", "full"] = "sampled"  # full: no top-k, top-p; a biased ratio
     dropout: Flag = False

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from rlgf.algorithms.guided import ALGORITHMS
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.config.base import flatten, to_dict
 from rlgf.config.loading import override
 from rlgf.config.schema import Config
@@ -258,6 +258,18 @@ CONDITIONS = (
     Condition(
         ("critic.learning_rate",), lambda c: c.critic.kind != "value_head",
         _says("critic.kind is 'value_head', whose optimizer is the policy's"), "set ppo.learning_rate",
+    ),
+    Condition(
+        ("critic.*", *_of_section("ppo", "gamma", "gae_lambda", "whiten_advantages")),
+        lambda c: c.algorithm.build().baseline is None, lambda c: f"{_title(c)} has no critic",
+        "choose an algorithm with a critic, such as ppo_pp",
+    ),
+    Condition(
+        ("ppo.dual_clip",), lambda c: c.ppo.surrogate == "clip", _says("ppo.surrogate is cispo"), "set ppo.surrogate=clip"
+    ),
+    Condition(
+        ("ppo.clip_range",), lambda c: c.ppo.surrogate == "clip" or c.ppo.clip_range_high is None,
+        _says("ppo.surrogate is cispo, which uses ppo.clip_range_high"), "set ppo.clip_range_high=null",
     ),
     Condition(
         ("critic.warm_start_from_guide",), lambda c: len(c.algorithm.build().critics) > 1,

@@ -187,6 +187,12 @@ def _check_pairs(config: Any) -> None:
             f"ppo.completions_per_iteration ({ppo.completions_per_iteration}) must be a multiple of ppo.samples_per_prompt "
             f"({ppo.samples_per_prompt})."
         )
+    algorithm = config.algorithm.build()
+    if algorithm.baseline is not None and ppo.samples_per_prompt < 2:
+        raise ConfigError(
+            f"{algorithm.title} compares the completions of a prompt, and ppo.samples_per_prompt is {ppo.samples_per_prompt}: "
+            "set it to 2 or more, for example 8."
+        )
     lora = config.lora
     if config.critic.kind == "lora" and not lora.rank:
         raise ConfigError("critic.kind is 'lora', but lora.rank is 0: set lora.rank, or choose another critic.kind.")

@@ -84,7 +84,8 @@ def _same_algorithm(one: Config, other: Config) -> bool:
     Compared for all values of the iteration's random number, in steps of 0.01.
     """
     algorithm, other_algorithm = one.algorithm.build(), other.algorithm.build()
-    if (algorithm.phases, algorithm.credit) != (other_algorithm.phases, other_algorithm.credit):
+    alike = [(one.phases, one.credit, one.baseline) for one in (algorithm, other_algorithm)]
+    if alike[0] != alike[1]:
         return False
     inputs = [(iteration, coin / 100) for iteration in range(one.ppo.iterations) for coin in range(100)]
     return all(algorithm.schedule(*values) == other_algorithm.schedule(*values) for values in inputs)

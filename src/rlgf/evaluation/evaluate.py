@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlgf.algorithms.guided import PPO, Algorithm, guide_only
+from rlgf.algorithms.base import Algorithm
+from rlgf.algorithms.guided import PPO, guide_only
 from rlgf.config.base import read_options
 from rlgf.config.sections import EvaluationConfig
 from rlgf.errors import ConfigError, TrainingError, user_code

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from rlgf.algorithms.guided import Algorithm, guide_only
+from rlgf.algorithms.base import Algorithm
+from rlgf.algorithms.guided import guide_only
 from rlgf.config.schema import TrainerConfig
 from rlgf.config.sections import GuideConfig
 from rlgf.config.specs import GuideKind

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms.base import Algorithm
 from rlgf.data.tokenization import Codec
 from rlgf.errors import ConfigError
 from rlgf.models import lora

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from rlgf.algorithms.guided import ALGORITHMS, guide_only
+from rlgf.algorithms.guided import guide_only
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.config.schema import TrainerConfig
 from rlgf.config.sections import EvaluationConfig, RewardConfig
 from rlgf.config.specs import GuideKind

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms.base import Algorithm
 from rlgf.config.objects import PASSED
 from rlgf.config.runtime import RuntimeConfig
 from rlgf.config.sections import EvaluationConfig, TaskConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlgf.algorithms.guided import Algorithm
+from rlgf.algorithms.base import Algorithm
 from rlgf.config.objects import PassedObjects, require_same_source
 from rlgf.config.schema import Config, TrainerConfig
 from rlgf.config.sections import (

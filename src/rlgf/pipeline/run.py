@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
-from rlgf.algorithms.guided import ALGORITHMS
+from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.config.base import to_dict
 from rlgf.config.objects import as_config, config_of_objects
 from rlgf.config.schema import Config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rlgf.algorithms.guided import Algorithm, PhaseWeight, constant_schedule
+from rlgf.algorithms.base import Algorithm, PhaseWeight, constant_schedule
 from rlgf.algorithms.switch_position import Phase
 from rlgf.errors import TrainingError
 from rlgf.models.language_model import LanguageModel

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from rlgf.algorithms import losses
-from rlgf.algorithms.advantages import explained_variance, gae, moments, place_at_end, td_errors, whiten
-from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.algorithms.advantages import gae, group_advantages, moments, place_at_end, td_errors, whiten
+from rlgf.algorithms.base import Algorithm, PhaseWeight
+from rlgf.algorithms.baselines import GroupBaseline
 from rlgf.config.sections import PPOConfig
 from rlgf.distributed import all_reduce_moments
 from rlgf.kernels import dispatch
@@ -36,6 +37,7 @@ from rlgf.models.forward import (
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.log_probs import token_log_probs
 from rlgf.models.offload import on_device
+from rlgf.rl.metrics import experience_metrics
 from rlgf.rl.tensors import Experience, Rollout
 from rlgf.types import GUIDE, POLICY, Origin, SamplingParams
 
@@ -60,6 +62,7 @@ class ForwardConfig:
     ppo: PPOConfig
     token_budget: int  # tokens of a micro-batch
     precision: str = "fp32"
+    max_new_tokens: int = 1  # of a completion, for `ppo.loss_aggregation` 'constant'
 
 
 def policy_log_probs(
@@ -285,6 +288,7 @@ def make_experience(
     token_log_probs: TokenLogProbs,
     ppo: PPOConfig,
     kl_coefficient: float,
+    baseline: GroupBaseline | None = None,
 ) -> Experience:
     """Compute advantages and value targets of a rollout.
 
@@ -297,11 +301,14 @@ def make_experience(
         token_log_probs: log-probabilities and values.
         ppo: γ, λ and whether advantages are whitened.
         kl_coefficient: the factor of the KL penalty, in reward per nat.
+        baseline: of a group, in place of the critics'; None: the critics.
 
     Returns:
         The experience. Its advantages are Σ_x weight_x A^x over the origins x with a critic: A^x is
         given by `assign_credit` in rows with rollout origin x, and consists of one-step errors in
         the other rows. Its returns are GAE plus value, by the critic of each row's rollout origin.
+        With a group baseline all trained tokens of a row have the advantage of its reward, less the
+        KL penalty of its tokens.
     """
     kl, penalty = token_log_probs.kl, -kl_coefficient * token_log_probs.kl
     terminal = place_at_end(torch.tensor(list(rewards)), rollout.completion_mask)
@@ -318,14 +325,19 @@ def make_experience(
         values += own * estimate
         returns += own * rollout.after_switch * (sampled + estimate)
 
-    trained = rollout.trained_tokens(credit)
+    trained = rollout.trained_tokens(credit, ppo.mask_truncated)
+    group_stats: dict[str, float] = {}
+    if baseline is not None:
+        of_rows, differs = group_advantages(torch.tensor(list(rewards)) + penalty.sum(1), rollout.group, baseline)
+        advantages += of_rows[:, None]
+        group_stats["zero_variance_groups"] = 1 - len(rollout.group[differs].unique()) / max(1, len(rollout.group.unique()))
     advantages = advantages * trained
-    stats = _stats(rollout, trained, scores, rewards, kl, advantages, values, returns)
-    if ppo.whiten_advantages:
+    stats = experience_metrics(rollout, trained, scores, rewards, kl, advantages, values, returns) | group_stats
+    if baseline is None and ppo.whiten_advantages:
         advantages = whiten(advantages, trained, all_reduce_moments(moments(advantages, trained)))
     return Experience(
         rollout,
-        credit,
+        trained,
         torch.tensor(list(scores)),
         token_log_probs.old_log_probs,
         token_log_probs.reference_log_probs,
@@ -367,32 +379,3 @@ def advantage_weights(rollout: Rollout, phase_weights: Sequence[PhaseWeight], or
     """Return the weight of A^π (POLICY) or A^g (GUIDE) for each row, [rows]."""
     by_phase = {share.phase: share.policy_weight if origin == POLICY else share.guide_weight for share in phase_weights}
     return torch.tensor([by_phase[phase] for phase in rollout.phase.tolist()])
-
-
-def _stats(
-    rollout: Rollout, trained: Tensor, scores: Sequence[float], rewards: Sequence[float], kl: Tensor, advantages: Tensor,
-    values: Tensor, returns: Tensor,
-) -> dict[str, float]:  # fmt: skip
-    """Compute the metrics of an experience (docs/metrics.md)."""
-    by_policy, after = rollout.by_policy, rollout.after_switch
-    writers = by_policy.any(1)
-    alone = (rollout.rollout_by == POLICY) & (rollout.switch_position == 0)
-    score, reward = torch.tensor(list(scores)), torch.tensor(list(rewards))
-    return {
-        "score": float(score.mean()),
-        "score_policy_only": float(score[alone].mean()) if bool(alone.any()) else float("nan"),
-        "reward": float(reward.mean()),
-        "kl_k1": float(kl.sum() / max(1, int(writers.sum()))),
-        "kl_k1_per_token": float(kl.sum() / max(1, int(by_policy.sum()))),
-        "completion_length": float(rollout.completion_mask.sum(1).float().mean()),
-        "switch_position_mean": float(rollout.switch_position.float().mean()),
-        "policy_tokens": int(by_policy.sum()),
-        "guide_tokens": int(rollout.by_guide.sum()),
-        "trained_tokens": int(trained.sum()),
-        "critic_tokens": int(after.sum()),
-        "guide_completions": int(rollout.by_guide.any(1).sum()),
-        "advantage_mean": float(advantages[trained].mean()) if bool(trained.any()) else 0.0,
-        "advantage_std": float(advantages[trained].std(unbiased=False)) if bool(trained.any()) else 0.0,
-        "value_mean": float(values[after].mean()) if bool(after.any()) else 0.0,
-        "explained_variance": explained_variance(values[after], returns[after]),
-    }

@@ -5,13 +5,13 @@ rollin; the rollin origin generates it; it is truncated to the switch position h
 generates the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
 
-from rlgf.algorithms.guided import Algorithm, PhaseWeight
+from rlgf.algorithms.base import Algorithm, PhaseWeight
 from rlgf.algorithms.switch_position import Phase, sample_switch
 from rlgf.data.tokenization import complete_utf8_prefix
 from rlgf.errors import GuideError
@@ -49,6 +49,7 @@ class _Row:
     index: int
     phase: int
     rollout_by: Origin
+    start_index: int  # decides rollin, switch position and guide text; shared by a group's rows
     ids: list[int] = field(default_factory=list[int])
     origin: list[int] = field(default_factory=list[int])
     log_probs: list[float] = field(default_factory=list[float])
@@ -101,7 +102,7 @@ def collect_rollout(
         indices: the global trajectory indices, one per row; all random numbers depend on them.
         samples_per_prompt: the number of consecutive indices that form a group.
     """
-    rows = _new_rows(rollout_config, algorithm, phase_weights, prompts, indices)
+    rows = _new_rows(rollout_config, algorithm, phase_weights, prompts, indices, samples_per_prompt)
     names = ("discarded_tokens", "switches_moved", "guide_requests", "guide_completions_truncated", "guide_completions_changed")
     names += ("guide_rows_substituted", "guide_rows_dropped")
     counts: dict[str, int] = dict.fromkeys(names, 0)
@@ -125,14 +126,16 @@ def _new_rows(
     phase_weights: Sequence[PhaseWeight],
     prompts: Sequence[Prompt],
     indices: Sequence[int],
+    samples_per_prompt: int,
 ) -> list[_Row]:
     """Return the rows of an iteration, before any token is generated."""
+    group = samples_per_prompt if algorithm.shares_start_states else 1
     phases = [
         share.phase for share, count in zip(phase_weights, allocate_rows(phase_weights, len(prompts))) for _ in range(count)
     ]
     encoded = rollout_config.policy.codec.prompts(prompts)
     return [
-        _Row(prompt, ids, index, phase, algorithm.phases[phase].rollout)
+        _Row(prompt, ids, index, phase, algorithm.phases[phase].rollout, index // group * group)
         for prompt, ids, index, phase in zip(prompts, encoded, indices, phases)
     ]
 
@@ -143,13 +146,14 @@ def rollin_requests(
     phase_weights: Sequence[PhaseWeight],
     prompts: Sequence[Prompt],
     indices: Sequence[int],
+    samples_per_prompt: int = 1,
 ) -> list[CompletionRequest]:
     """Return the rollin requests that `collect_rollout` will send to the guide.
 
     They do not depend on the policy, so they can be sent ahead of the iteration.
     """
-    rows = _new_rows(rollout_config, algorithm, phase_weights, prompts, indices)
-    rows = [row for row in rows if algorithm.phases[row.phase].rollin == GUIDE]
+    rows = _new_rows(rollout_config, algorithm, phase_weights, prompts, indices, samples_per_prompt)
+    rows = [leader for leader, _ in _by_start_state(row for row in rows if algorithm.phases[row.phase].rollin == GUIDE)]
     with_rollin = [row for row in rows if _has_rollin(algorithm.phases[row.phase], row, rollout_config.seed)]
     ends = [_known_switch(rollout_config, algorithm.phases[row.phase], row, GUIDE) for row in with_rollin]
     pairs = [(row, rollout_config.max_new_tokens if end is None else end) for row, end in zip(with_rollin, ends)]
@@ -168,7 +172,7 @@ def _handle_failed_rows(rollout_config: RolloutConfig, rows: list[_Row], counts:
         row.switch_position = len(row.ids)
     kept = [row for row in rows if not row.dropped and (row.ids or not row.guide_failed)]
     counts["guide_rows_substituted"] += len(left)
-    counts["guide_rows_dropped"] += len(rows) - len(kept)
+    counts["guide_rows_dropped"] += len({row.start_index for row in rows} - {row.start_index for row in kept})
     if not kept:
         raise GuideError("the guide returned no completion in an iteration: fix it, or set guide.on_failure=wait.")
     return kept
@@ -176,13 +180,28 @@ def _handle_failed_rows(rollout_config: RolloutConfig, rows: list[_Row], counts:
 
 def _has_rollin(phase: Phase, row: _Row, seed: int) -> bool:
     """Sample whether a row has a rollin."""
-    return phase.rollin is not None and uniforms(seed, Purpose.ROLLIN, row.index, 1)[0] < phase.beta
+    return phase.rollin is not None and uniforms(seed, Purpose.ROLLIN, row.start_index, 1)[0] < phase.beta
+
+
+def _by_start_state(rows: Iterable[_Row]) -> list[tuple[_Row, list[_Row]]]:
+    """Return the first row of each start state, with the other rows that share it."""
+    groups: dict[int, tuple[_Row, list[_Row]]] = {}
+    for row in rows:
+        if row.start_index in groups:
+            groups[row.start_index][1].append(row)
+        else:
+            groups[row.start_index] = row, []
+    return list(groups.values())
 
 
 def _roll_in(rollout_config: RolloutConfig, algorithm: Algorithm, rows: Sequence[_Row], counts: dict[str, int]) -> None:
-    """Generate the rollins and truncate them to their switch positions."""
+    """Generate the rollins and truncate them to their switch positions.
+
+    Rows that share a start state have one rollin, which is generated once.
+    """
     for origin in (POLICY, GUIDE):
-        members = [row for row in rows if algorithm.phases[row.phase].rollin == origin]
+        groups = _by_start_state(row for row in rows if algorithm.phases[row.phase].rollin == origin)
+        members = [leader for leader, _ in groups]
         planned = [_known_switch(rollout_config, algorithm.phases[row.phase], row, origin) for row in members]
         _extend_rows(
             rollout_config, origin, members, [rollout_config.max_new_tokens if h is None else h for h in planned], counts
@@ -201,6 +220,17 @@ def _roll_in(rollout_config: RolloutConfig, algorithm: Algorithm, rows: Sequence
             row.switch_position = _snap_to_character(rollout_config, row, drawn)
             counts["switches_moved"] += row.switch_position < drawn
             _shorten(row, row.switch_position, counts)
+        for leader, others in groups:
+            for row in others:
+                _copy_rollin(leader, row)
+
+
+def _copy_rollin(leader: _Row, row: _Row) -> None:
+    """Give a row the start state of the first row of its group."""
+    for name in ("ids", "origin", "log_probs", "full_log_probs", "supports"):
+        setattr(row, name, list(getattr(leader, name)))
+    for name in ("switch_position", "ended_with_eos", "guide_completion", "dropped"):
+        setattr(row, name, getattr(leader, name))
 
 
 def _known_switch(rollout_config: RolloutConfig, phase: Phase, row: _Row, origin: Origin) -> int | None:
@@ -217,7 +247,7 @@ def _known_switch(rollout_config: RolloutConfig, phase: Phase, row: _Row, origin
 
 def _sample_switch_position(rollout_config: RolloutConfig, phase: Phase, row: _Row, origin: Origin, length: int) -> int:
     """Sample the switch position of a rollin of `length` tokens."""
-    draw = float(uniforms(rollout_config.seed, Purpose.SWITCH, row.index, 1)[0])
+    draw = float(uniforms(rollout_config.seed, Purpose.SWITCH, row.start_index, 1)[0])
     return sample_switch(phase.switch, origin, length, rollout_config.max_new_tokens, draw)
 
 

@@ -83,16 +83,17 @@ class Rollout:
         """
         return self.completion_mask & (self.response_position >= self.switch_position[:, None])
 
-    def trained_tokens(self, credit: str) -> Tensor:
+    def trained_tokens(self, credit: str, mask_truncated: bool = False) -> Tensor:
         """Return the mask of tokens that the policy trains on, [rows, width].
 
         All tokens that the policy generated; with `credit` 'switch', in rows with a guide rollout,
-        only the last token before the switch.
+        only the last token before the switch; with `mask_truncated`, none of rows without EOS.
         """
+        chosen = self.by_policy & self.ended_with_eos[:, None] if mask_truncated else self.by_policy
         if credit != "switch":
-            return self.by_policy
+            return chosen
         at_switch = self.response_position == self.switch_position[:, None] - 1
-        return self.by_policy & (at_switch | (self.rollout_by == POLICY)[:, None])
+        return chosen & (at_switch | (self.rollout_by == POLICY)[:, None])
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Experience:
     """
 
     rollout: Rollout
-    credit: str  # see `Rollout.trained_tokens`
+    trained: Tensor  # bool [rows, width], tokens that the policy trains on
     score: Tensor  # [rows], the task's reward before shaping
     old_log_probs: Tensor  # [rows, width], policy tokens, as the PPO ratio uses them
     reference_log_probs: Tensor  # [rows, width], policy tokens, full softmax

@@ -212,11 +212,9 @@ class Updater:
             The metrics, and whether the policy has gradients to step with.
         """
         ppo, rollout, policy = self.forward_config.ppo, experience.rollout, self.models.policy
-        trained = rollout.trained_tokens(experience.credit)[rows] & policy_enabled
-        weights = losses.token_weights(
-            trained, ppo.loss_aggregation, all_reduce_sum(losses.weight_total(trained, ppo.loss_aggregation))
-        )
-        valued = _value_weights(rollout, rows, ppo.loss_aggregation) if self.shares_backbone else {}
+        trained = experience.trained[rows] & policy_enabled
+        weights = self._token_weights(trained)
+        valued = self._value_weights(rollout, rows) if self.shares_backbone else {}
         selected = trained.clone()
         for value_weights in valued.values():
             selected |= value_weights > 0
@@ -278,23 +276,33 @@ class Updater:
         ppo, device = self.forward_config.ppo, logits.device
         if "entropy" in sums:  # before the logits are overwritten
             sums["entropy"] += float(entropy(logits.detach()).sum())
-        only = not self.kl.loss_coefficient  # no other use of the logits
+        only = not self.kl.loss_coefficient and not ppo.entropy_coefficient  # no other use of the logits
         log_probs = policy_log_probs(
             experience.rollout, rows, columns, logits, self.models.policy.eos_token_ids, self.forward_config, only
         )
         old = experience.old_log_probs[rows, columns].to(device)
         advantages = experience.advantages[rows, columns].to(device)
-        loss, ratio = losses.ppo_loss(log_probs, old, advantages, weights.to(device), ppo.clip_range)
+        weights = weights.to(device)
+        ratio = losses.importance_ratio(log_probs - old, rows.to(device), ppo.ratio_level)
+        high = ppo.clip_range if ppo.clip_range_high is None else ppo.clip_range_high
+        if ppo.surrogate == "cispo":
+            loss = losses.cispo_loss(log_probs, advantages, weights, ratio, high)
+        else:
+            loss, _ = losses.ppo_loss(log_probs, old, advantages, weights, ppo.clip_range, high, ppo.dual_clip, ratio)
         sums["policy_loss"] += float(loss.detach())
+        token_ratio = ratio if ppo.ratio_level == "token" else (log_probs - old).exp()
         with torch.no_grad():
-            off = ratio - 1
-            sums["clip_fraction"] += float((off.abs() > ppo.clip_range).sum())
-            sums["approx_kl"] += float((off - (log_probs - old)).sum())
-            sums["ratio_error"] = max(sums["ratio_error"], float(off.abs().max()))
+            off, token_off = ratio - 1, token_ratio - 1
+            below = torch.zeros_like(off, dtype=torch.bool) if ppo.surrogate == "cispo" else off < -ppo.clip_range
+            sums["clip_fraction"] += float((below | (off > high)).sum())
+            sums["approx_kl"] += float((token_off - (log_probs - old)).sum())
+            sums["ratio_error"] = max(sums["ratio_error"], float(token_off.abs().max()))
+        if ppo.entropy_coefficient:
+            loss = loss - ppo.entropy_coefficient * (weights * entropy(logits)).sum()
         if self.kl.loss_coefficient:
             full = token_log_probs(logits, experience.rollout.ids[rows, columns].to(device))
             reference = experience.reference_log_probs[rows, columns].to(device)
-            kl = losses.kl_loss(full, reference, ratio, weights.to(device), self.kl.loss_estimator)
+            kl = losses.kl_loss(full, reference, token_ratio, weights, self.kl.loss_estimator)
             sums["kl_loss"] += float(kl.detach())
             loss = loss + self.kl.loss_coefficient * kl
         return loss
@@ -304,7 +312,7 @@ class Updater:
         if self.shares_backbone:
             return {}
         rollout = experience.rollout
-        valued = _value_weights(rollout, rows, self.forward_config.ppo.loss_aggregation)
+        valued = self._value_weights(rollout, rows)
         sums = _value_metrics(valued)
         for origin, weights in valued.items():
             critic: Critic = self.models.critics[origin]
@@ -334,6 +342,25 @@ class Updater:
         sums["value_clip_fraction"] += float((weights * clipped.to(weights.device)).sum())
         return loss
 
+    def _token_weights(self, selected: Tensor) -> Tensor:
+        """Compute the weights of selected tokens of a minibatch, over all processes."""
+        aggregation, longest = self.forward_config.ppo.loss_aggregation, self.forward_config.max_new_tokens
+        total = all_reduce_sum(losses.weight_total(selected, aggregation, longest))
+        return losses.token_weights(selected, aggregation, total)
+
+    def _value_weights(self, rollout: Rollout, rows: Tensor) -> dict[Origin, Tensor]:
+        """Compute the weights of the states that each critic trains on.
+
+        Returns:
+            [rows, width] by rollout origin; origins without states on any process are missing.
+        """
+        found: dict[Origin, Tensor] = {}
+        for origin in self.models.critics:
+            selected = (rollout.after_switch & (rollout.rollout_by == origin)[:, None])[rows]
+            if all_reduce_sum(float(selected.sum())):
+                found[origin] = self._token_weights(selected)
+        return found
+
     def _mle_batch(self, step: int) -> list[Example]:
         """Sample the examples of the MLE loss at an optimizer step."""
         size = self.forward_config.ppo.mle_batch or self.forward_config.ppo.minibatch_size
@@ -359,21 +386,6 @@ class Updater:
             critic.load_trainable_state(state["critics"][int(origin)])
         for origin, optimizer in self.critic_optimizers.items():
             optimizer.load_state_dict(state["critic_optimizers"][int(origin)])
-
-
-def _value_weights(rollout: Rollout, rows: Tensor, aggregation: str) -> dict[Origin, Tensor]:
-    """Compute the weights of the states that each critic trains on.
-
-    Returns:
-        [rows, width] by rollout origin; origins without states on any process are missing.
-    """
-    weights: dict[Origin, Tensor] = {}
-    for origin in (Origin.POLICY, Origin.GUIDE):
-        selected = (rollout.after_switch & (rollout.rollout_by == origin)[:, None])[rows]
-        denominator = all_reduce_sum(losses.weight_total(selected, aggregation))
-        if denominator:
-            weights[origin] = losses.token_weights(selected, aggregation, denominator)
-    return weights
 
 
 def _value_metrics(weights: dict[Origin, Tensor]) -> dict[str, float]:

@@ -19,7 +19,7 @@ import pytest
 import fault_server
 from fault_server import INVALID, TRANSIENT, FaultServer, a_third, always, first
 from helpers import config_of, guide_config, tiny_trainer
-from rlgf.algorithms.guided import d2lols, ppo_pp
+from rlgf.algorithms.registry import d2lols, ppo_pp
 from rlgf.cli.options import beta_changes
 from rlgf.config.loading import override
 from rlgf.config.schema import Config

@@ -9,7 +9,8 @@ import pytest
 
 from fault_server import TOKENIZE, TRANSIENT, FaultServer, Tokens, a_third, first
 from helpers import WORDS, config_of, guide_changes, guide_config, tiny_trainer
-from rlgf.algorithms.guided import Algorithm, aggrevated, d2lols, ppo_pp
+from rlgf.algorithms.base import Algorithm
+from rlgf.algorithms.registry import aggrevated, d2lols, ppo_pp
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart
 from rlgf.errors import ConfigError, TrainingError
