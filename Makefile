@@ -14,8 +14,10 @@ SITE := build/site-env
 DIST := build/dist-env
 LOWEST := build/lowest-env
 VLLM_VERSION := 0.32.0
+PEERS := build/peers
+TRL_VERSION := 1.16.0
 
-.PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-integration test-slow test-data test-server test-vllm kill fuzz gpu lint types bench \
+.PHONY: results setup quickstart quickstart-seeds quickstart-sensitivity imdb-small tldr-small commongen-small test test-integration test-slow test-data test-server test-vllm test-peers kill fuzz gpu lint types bench \
   bench-long bench-guided bench-floor bench-growth bench-prefetch bench-rewards bench-adapters bench-generate bench-kernels bench-busy docs site dist wheels test-lowest sample soak sweep lock audit clean
 
 setup: $(STAMP)
@@ -72,6 +74,14 @@ test-server: setup
 
 test-vllm: setup $(VLLM)/.installed  ## vLLM on CPU as the guide, driven by token ids: 3.5 GB in build/vllm, minutes
 	RLGF_VLLM=$(VLLM)/bin $(BIN)/python -m pytest -m vllm
+
+test-peers: $(PEERS)/.installed  ## losses and advantages equal those of TRL's GRPO and RLOO
+	$(PEERS)/bin/python -m pytest -W default -m peers
+
+$(PEERS)/.installed:
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' trl==$(TRL_VERSION)
+	touch $@
 
 $(VLLM)/.installed:
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

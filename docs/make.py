@@ -42,7 +42,7 @@ SECTIONS = {
 HEADINGS = {
     "Training": ("pipeline.run", "pipeline.prepare", "trainer"),
     "Configs": ("config.recipes", "config.loading", "config.schema"),
-    "Algorithms": ("algorithms.guided",),
+    "Algorithms": ("algorithms.registry",),
     "Prompts, rollouts and experience": ("types", "rl.tensors"),
     "Guides": ("guides.base",),
     "Tasks": ("tasks.base",),

@@ -39,6 +39,7 @@ class Line:
     rollout_by: Origin
     switch: int | None  # completion tokens before the switch; None: not drawn, as there is no rollin
     reward: str = "R"
+    has_critic: bool = True
 
 
 WORDS = "The film| was| a| quiet| joy| to| watch|."
@@ -52,6 +53,10 @@ MASKS: dict[str, Sequence[Line]] = {
     "mask-ppo": [PPO],
     "mask-ppo_pp": [PPO_PP, POLICY_ALONE],
     "mask-aggrevated": [AGGREVATED, GUIDE_ALONE],
+    "mask-guided_grpo": [
+        Line("with probability β the guide begins, once for the group", WORDS, "xGGGPPPP", POLICY, 3, "R₁", False),
+        Line("another completion of the group", "The film| was| a| quiet| bore|.", "xGGGPP", POLICY, 3, "R₂", False),
+    ],
 }
 FIRST_PICTURE = {"PPO++": PPO_PP, "AggreVaTeD": AGGREVATED}
 
@@ -149,14 +154,16 @@ def mask_picture(name: str, lines: Sequence[Line]) -> str:
         drawn = rollout(line)
         trained = drawn.trained_tokens("gae")
         body += marks(trained, y + 56, POLICY_MARK)
-        body += marks(drawn.after_switch, y + 74, CRITIC_MARK)
+        body += marks(drawn.after_switch, y + 74, CRITIC_MARK) if line.has_critic else []
         end = LEFT + len(line.origins) * (CELL + GAP) + 8
         body.append(text(end, y + 63, "policy loss" if bool(trained.any()) else "no policy loss", "small"))
-        body.append(text(end, y + 81, f"critic {critic}", "small"))
-        y += 112
+        if line.has_critic:
+            body.append(text(end, y + 81, f"critic {critic}", "small"))
+        y += 112 if line.has_critic else 94
     label = " ".join(
         f"{line.says}: the origins of the tokens are {' '.join(line.origins)} (x prompt, P policy, G guide); the policy's loss "
-        f"is on {_places(rollout(line).trained_tokens('gae'))}, the critic on {_places(rollout(line).after_switch)}."
+        f"is on {_places(rollout(line).trained_tokens('gae'))}, "
+        + (f"the critic on {_places(rollout(line).after_switch)}." if line.has_critic else "and there is no critic.")
         for line in lines
     )
     return svg(y - 18, f"{name.removeprefix('mask-')}. {label}", body)

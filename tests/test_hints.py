@@ -68,7 +68,7 @@ def test_what_beta_means_here_and_there_is_said() -> None:
 @pytest.mark.parametrize(
     ("name", "meant"),
     [("ppo++", "ppo_pp"), ("PPO", "ppo"), ("PPO-PP", "ppo_pp"), ("AggreVaTe", "aggrevated"), ("D2-LOLS", "d2lols"),
-     ("grpo", None), ("dpo", None), ("rloo", None)],
+     ("GRPO", "grpo"), ("dpo", None), ("RLOO", "rloo"), ("sac", None)],
 )  # fmt: skip
 def test_algorithms_are_known_by_their_names_elsewhere(name: str, meant: str | None) -> None:
     assert closest(name, ALGORITHMS) == meant

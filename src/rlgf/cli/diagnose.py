@@ -230,9 +230,8 @@ def _send(server: Server, request: ServerRequest) -> tuple[ServerResponse, float
 def _describe_support(can_continue: bool) -> str:
     served = [
         algorithm.title
-        for name in ALGORITHMS
-        if not (algorithm := override(Config(), [("algorithm.name", name)]).algorithm.build()).needs_guide_rollout
-        or can_continue
+        for options in ALGORITHMS.values()
+        if not (algorithm := options().build()).needs_guide_rollout or can_continue
     ]
     return f"serves {', '.join(served)}"
 
