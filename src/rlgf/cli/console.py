@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rlgf.algorithms.base import Algorithm
-from rlgf.cli.terminal import Part, describe_phases, escape_log_lines, log, out, print_table, report, write
+from rlgf.cli.terminal import Part, describe_baseline, describe_phases, escape_log_lines, log, out, print_table, report, write
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
 from rlgf.errors import INPUT_ERRORS
@@ -176,7 +176,8 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
     if guide in ("sft", "trained") or guide.startswith("model:"):
         guide += f" ({config.guide.sampling.describe()})"
     size, known = _parameters(config)
-    critics = " and ".join("V^π" if origin == POLICY else "V^g" for origin in algorithm.critics)
+    critics = [describe_baseline(algorithm, origin) for origin in algorithm.critics]
+    baseline = f"{' and '.join(critics)} ({config.critic.kind})" if critics else describe_baseline(algorithm, POLICY)
     steps = ppo.epochs * -(-ppo.completions_per_iteration // ppo.minibatch_size)
     vocabulary = config.model.vocabulary or 0
     memory = _bytes_per_parameter(config, algorithm) * size + 12 * config.runtime.micro_batch_tokens * max(vocabulary, 64)
@@ -185,7 +186,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         "start": _start(config),
         "parameters": f"{size:,}" if known else "unknown until it is loaded",
         "adapters": _adapters(config),
-        "critics": f"{critics} ({config.critic.kind})",
+        "baseline": baseline,
         "guide": guide,
         "reward": " + ".join(f"{weight:g} {name}" for name, weight in config.reward.weights.items()) or config.reward.path,
         "sampling": config.sampling.describe(),

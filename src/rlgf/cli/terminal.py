@@ -21,7 +21,7 @@ from rich.text import Text
 
 from rlgf.algorithms.base import Algorithm
 from rlgf.credentials import mask_credentials
-from rlgf.types import GUIDE, POLICY
+from rlgf.types import GUIDE, POLICY, Origin
 from rlgf.untrusted_text import escape_control_characters, escape_lines
 
 out = Console(highlight=False)
@@ -190,13 +190,24 @@ def describe_phases(algorithm: Algorithm) -> list[str]:
     return lines
 
 
+def describe_baseline(algorithm: Algorithm, rollout_by: Origin) -> str:
+    """Describe the baseline of the advantages in rows with a rollout origin."""
+    if algorithm.baseline is None:
+        return "critic V^π" if rollout_by == POLICY else "critic V^g"
+    of_all = {
+        "leave_one_out": "the mean of the others",
+        "group_mean": "the mean",
+        "group_normalized": "the mean, over the spread",
+    }
+    return f"no critic: {of_all[algorithm.baseline.advantage]} of a group ({algorithm.baseline.over.replace('_', ' ')})"
+
+
 def print_algorithm(algorithm: Algorithm, iterations: int, uniforms: Sequence[float]) -> None:
     """Print the phases of an algorithm and the iterations that use each."""
     write((f"{algorithm.title}: {algorithm.summary}", "bold"))
     for number, line in enumerate(describe_phases(algorithm)):
         phase = algorithm.phases[number]
-        critic = "V^π" if phase.rollout == POLICY else "V^g"
-        write(f"  phase {number}: {line}; critic {critic}")
+        write(f"  phase {number}: {line}; {describe_baseline(algorithm, phase.rollout)}")
     names = {POLICY: "policy"}
     width = 60
     write()
