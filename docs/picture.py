@@ -5,7 +5,7 @@ are true as long as they are current; `tests/test_docs.py` draws them again and 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -56,6 +56,18 @@ MASKS: dict[str, Sequence[Line]] = {
     "mask-guided_grpo": [
         Line("with probability β the guide begins, once for the group", WORDS, "xGGGPPPP", POLICY, 3, "R₁", False),
         Line("another completion of the group", "The film| was| a| quiet| bore|.", "xGGGPP", POLICY, 3, "R₂", False),
+    ],
+    "mask-lols": [
+        replace(PPO_PP, says="first half of the rows, with probability β of guide rollins"),
+        replace(POLICY_ALONE, says="otherwise"),
+        replace(AGGREVATED, says="second half of the rows, with probability β of policy rollins"),
+        replace(GUIDE_ALONE, says="otherwise"),
+    ],
+    "mask-d2lols": [
+        replace(AGGREVATED, says="before iteration α, with probability β of policy rollins"),
+        replace(GUIDE_ALONE, says="otherwise"),
+        replace(PPO_PP, says="from iteration α on, with probability β of guide rollins"),
+        replace(POLICY_ALONE, says="otherwise"),
     ],
 }
 FIRST_PICTURE = {"PPO++": PPO_PP, "AggreVaTeD": AGGREVATED}
@@ -125,7 +137,7 @@ def first_picture() -> str:
     body, y = legend(18), 52.0
     says = {
         "PPO++": "the guide begins, the policy continues and learns from its own tokens",
-        "AggreVaTeD": "the policy begins, the guide continues; the policy learns how good its beginning was",
+        "AggreVaTeD": "the policy begins and learns how good that was, the guide continues",
     }
     for title, line in FIRST_PICTURE.items():
         body.append(f'<text x="{LEFT}" y="{y}"><tspan class="title">{title}</tspan>  {says[title]}</text>')
@@ -133,7 +145,7 @@ def first_picture() -> str:
         body += marks(rollout(line).trained_tokens("gae"), y + 55, POLICY_MARK)
         y += 94
     body.append(f'<rect x="{LEFT + 310}" y="12" width="30" height="5" rx="2.5" fill="{POLICY_MARK}"/>')
-    body.append(text(LEFT + 348, 19, "the policy learns from these tokens"))
+    body.append(text(LEFT + 348, 19, "tokens the policy learns from"))
     body.append(f'<path d="M{LEFT + 630} 5v20" stroke="#8c959f" stroke-width="2" stroke-dasharray="4 3"/>')
     body.append(text(LEFT + 640, 19, "switch position"))
     label = (
@@ -215,7 +227,7 @@ def iteration_picture() -> str:
     body += [arrow((499, 56), (499, 75)), arrow((709, 123), (709, 207), (168, 207))]
     body += [
         text(340, 146, "Rollout: ids, origin, switch_position", "small"),
-        text(580, 68, "Experience: advantages, returns", "small"),
+        text(556, 68, "Experience: advantages, returns", "small"),
     ]
     body.append(text(420, 200, "policy, critics", "small"))
     label = (

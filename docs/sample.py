@@ -1,6 +1,6 @@
 """Make the sample in docs/guides.md: a run whose guide has another tokenizer than the policy, in the authors' colors.
 
-    make sample        # minutes; needs ../shared/data/stories260k, a model of 260,032 parameters that writes little stories
+    make sample        # minutes; needs a model of 260,032 parameters that writes little stories
 
 The model writes stories, on which a policy with a byte-level tokenizer of its own is trained; then the same model guides that
 policy through text (LOLS, so that both begin and both finish). Everything lies in build/sample.
@@ -79,7 +79,7 @@ def draw(rows: list[dict[str, object]]) -> None:
 def main() -> None:
     """Write the stories, train, draw."""
     parser = argparse.ArgumentParser(description="Make the sample in docs/guides.md.")
-    parser.add_argument("--model", default="../shared/data/stories260k/hf")
+    parser.add_argument("--model", required=True, help="a folder with a model that writes little stories")
     model = parser.parse_args().model
     torch.manual_seed(0)
     quiet()

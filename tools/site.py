@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ziamath  # for its font
 from latex2mathml.converter import convert
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,13 @@ OTHERS = {
 }  # fmt: skip
 COPIED = (".md", ".png", ".svg", ".css")
 CSS = """\
+/* Without a font for mathematics indices are not lowered. One of the reader's is used, otherwise ours. */
+@font-face {
+  font-family: "Equations";
+  src: local("STIX Two Math"), local("STIXTwoMath-Regular"), local("Cambria Math"), local("Latin Modern Math"),
+    url("math.ttf");
+}
+.md-typeset math { font-family: "Equations", math }
 /* equations of their own line, and tables with many columns */
 div.math { overflow-x: auto; margin: 1em 0; text-align: center }
 div.math math, .md-typeset math { font-size: 1.08em }
@@ -34,6 +42,7 @@ div.math math, .md-typeset math { font-size: 1.08em }
 .md-typeset table:not([class]) :is(th, td) { padding: .5em .8em }
 .md-typeset img { background: transparent }
 """
+FONT = Path(ziamath.__file__).parent / "fonts" / "STIXTwoMath-Regular.ttf"
 HEADINGS: dict[str, tuple[str, ...]] = next(
     ast.literal_eval(node.value)  # read, not imported: docs/make.py imports the library
     for node in ast.parse((ROOT / "docs" / "make.py").read_text(encoding="utf-8")).body
@@ -55,6 +64,7 @@ def main() -> int:
             shutil.copyfile(source, target)
     (PAGES / "reference.md").write_text(reference(), encoding="utf-8")
     (PAGES / "site.css").write_text(CSS, encoding="utf-8")
+    shutil.copyfile(FONT, PAGES / "math.ttf")
     zensical = Path(sys.executable).with_name("zensical")
     return subprocess.run([str(zensical), "build", "--clean", "--strict"], cwd=ROOT, check=False).returncode
 
