@@ -96,7 +96,7 @@ def test_a_public_function_says_what_it_takes_and_returns(name: str) -> None:
     taken = [parameter for parameter in signature.parameters if parameter != "self"]
     assert [p for p in taken if not re.search(rf"`{p}`|^ +{p}: ", text + of_class, re.MULTILINE)] == []
     if signature.return_annotation not in (None, "None"):
-        assert re.match("Return|Build", text) or re.search(r"^ +(Returns|Yields):", text, re.MULTILINE)
+        assert re.match("Return|Build", text) or re.search(r"^ *(Returns|Yields):", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,10 @@ def test_a_terminal_that_hangs_up_is_a_signal_like_others(tmp_path: Path) -> Non
     time.sleep(0.3)
     (tmp_path / "gone").touch()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+
+
+def test_a_status_stream_may_be_closed_after_what_it_writes_to(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
+        stream = StatusStream(file)
+    stream.close()  # as Python does when it frees the stream
+    assert file.closed

@@ -51,7 +51,8 @@ class StatusStream(io.TextIOBase):
     def flush(self) -> None:
         """Flush the stream, if it is still there."""
         try:
-            self.stream.flush()
+            if not self.stream.closed:  # Python closes this one too, which flushes
+                self.stream.flush()
         except OSError:
             self._drop()
 
@@ -70,9 +71,10 @@ class StatusStream(io.TextIOBase):
 
     def _drop(self) -> None:
         """Point the descriptor to nothing, so that Python's flush at exit succeeds."""
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: what it writes to is closed
+            descriptor = self.stream.fileno()
             nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, self.stream.fileno())
+            os.dup2(nothing, descriptor)
             os.close(nothing)
 
 
