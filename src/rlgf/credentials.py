@@ -5,6 +5,7 @@ A config and the files of a run hold `$NAME`, never the value of the variable.
 
 import re
 from collections.abc import Mapping, Sequence
+from urllib.parse import unquote
 
 KNOWN = re.compile(
     r"""(?<![A-Za-z0-9])(?:
@@ -58,9 +59,14 @@ HEXADECIMAL = re.compile(r"(?:sha256:)?[0-9a-f]{40,64}")
 
 UUID = re.compile(r"(?<![0-9a-f])[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}(?![0-9a-f])", re.IGNORECASE)
 CHANGE = re.compile(r"(?<=[a-z])[A-Z0-9]|(?<=[A-Z])[0-9]|(?<=[A-Z])[a-z](?![a-z])|(?<=[0-9])[A-Za-z]")  # CamelCase has few
+BASE64 = re.compile(r"[A-Za-z0-9+/]{18,}={0,2}")
+CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{5}|[BCDFGHJKLMNPQRSTVWXZ]{5}")  # in a row, as words hardly have
 QUANTIZATION = re.compile(r"[A-Z]+\d+(?:[A-Z]+\d+)?")  # of models, such as W8A8 or FP8
 RANDOM_HOSTS = (".endpoints.huggingface.cloud", ".on.aws", ".amazonaws.com", ".run.app", ".azure.com")
 """Ends of host names whose first label is the random name of a deployment, and no secret."""
+
+MAX_SEGMENTS = 6
+"""Segments of a URL's path that are tried together: 64 random bytes have more than five slashes in one of 500 cases."""
 
 REFERENCE = re.compile(r"\$(?:\$|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 """`$NAME` or `${NAME}`, an environment variable; `$$` is a dollar sign."""
@@ -84,9 +90,11 @@ def _mask_value(found: re.Match[str]) -> str:
 def is_random(text: str, length: int = 20) -> bool:
     """Return whether a text has a run of `length` characters as generated keys have.
 
-    These are UUIDs, letters with digits, and URL-safe base64: of its neighbors, letters of both
-    cases and digits, many differ in kind. Words joined by hyphens, dots or slashes are no such run.
+    These are UUIDs, letters with digits, and base64, also percent-encoded: of its neighbors,
+    letters of both cases and digits, many differ in kind. Words joined by hyphens, dots or slashes
+    are no such run.
     """
+    text = unquote(text)
     return UUID.search(text) is not None or any(
         len(run) >= length and (_is_base64(run) or any(_is_key(part, length) for part in re.split("[/_-]", run)))
         for separators in (r"[^\w+=-]", r"[^\w+/=-]")
@@ -95,7 +103,9 @@ def is_random(text: str, length: int = 20) -> bool:
 
 
 def _is_key(run: str, length: int) -> bool:
-    return len(run) >= length and len(re.findall(r"\d", run)) > 1 and re.search(r"[A-Za-z]", run) is not None
+    if len(run) < length or re.search(r"[A-Za-z]", run) is None:
+        return False
+    return len(re.findall(r"\d", run)) > 1 or CONSONANTS.search(run) is not None
 
 
 def _is_base64(run: str) -> bool:
@@ -157,8 +167,18 @@ def find_labels(leaves: Mapping[tuple[str, ...], object], names: tuple[str, ...]
 
 
 def is_credential_in_url(url: str) -> bool:
-    """Return whether the user, the host or the path of a URL looks like a credential."""
+    """Return whether the user, the host or the path of a URL looks like a credential.
+
+    Base64 has slashes, so that segments of the path are also tried together.
+    """
     literal = REFERENCE.sub("", url)
-    host, *path = literal.partition("://")[2].split("/")
+    host, *path = unquote(literal).partition("://")[2].split("/")
     labels = [] if host.partition(":")[0].endswith(RANDOM_HOSTS) else host.split(".")
-    return is_credential(literal) or any(map(is_random, labels)) or any(map(is_credential_for_server, path))
+    joined = ("/".join(path[start : start + count]) for start in range(len(path)) for count in range(2, MAX_SEGMENTS + 1))
+    return (
+        is_credential(literal)
+        or is_credential(unquote(literal))
+        or any(map(is_random, labels))
+        or any(map(is_credential_for_server, path))
+        or any(BASE64.fullmatch(text) and _is_base64(text) for text in joined)
+    )

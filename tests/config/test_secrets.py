@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import time
-from base64 import urlsafe_b64encode
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Callable
 from random import Random
+from string import ascii_lowercase, digits
 from typing import Any, get_args, get_type_hints
+from urllib.parse import quote
 from uuid import UUID
 
 import pytest
@@ -112,7 +114,8 @@ def test_what_goes_to_a_server_holds_no_secret(role: str, field: str, value: Any
     "address",
     [
         f"http://host/{SHORT}/v1", "https://host/hf_abc/v1", "https://host/a1b2c3d4e5f6a7b8c9d0/v1", f"https://host/x/{KEY}",
-        f"https://{SHORT}@host/v1", f"https://me:{SHORT}@host/v1", "https://host/v1/eyJhbGciOiJIUzI1.eyJzdWIiOi.abcdef",
+        f"https://{SHORT}@host/v1", "https://me:p%2Fss@host/v1", "https://host/x/aB3%2FxY9%2BkLm2%2FQw8zR5tN7vP1%3D/v1",
+        "https://host/team/aB3/xY9+kLm2/Qw8zR5tN7vP1==/v1", f"https://me:{SHORT}@host/v1", "https://host/v1/eyJhbGciOiJIUzI1.eyJzdWIiOi.abcdef",
         "https://host/$hf_abcdefGHIJ0123456789/v1", "https://host/v1;key=a1b2c3d4",
         "https://a1b2c3d4e5f6a7b8c9d0e1f2.host.example/v1", "https://host/a1b2B3_xY9-kLm2_Qw8-zR5tN7_vP1/v1",
     ],
@@ -142,6 +145,10 @@ def test_no_text_of_a_config_gives_a_value_to_the_name_of_a_secret(field: str, t
 SORTS: dict[str, Callable[[Random], str]] = {
     "urlsafe 16": lambda random: urlsafe_b64encode(random.randbytes(16)).decode().rstrip("="),
     "urlsafe 32": lambda random: urlsafe_b64encode(random.randbytes(32)).decode().rstrip("="),
+    "standard 16": lambda random: b64encode(random.randbytes(16)).decode(),
+    "standard 32": lambda random: b64encode(random.randbytes(32)).decode().rstrip("="),
+    "percent-encoded": lambda random: quote(b64encode(random.randbytes(18)).decode(), safe=""),
+    "lower case 20": lambda random: "".join(random.choices(ascii_lowercase + digits, k=20)),
     "hex": lambda random: random.randbytes(16).hex(),
     "uuid": lambda random: str(UUID(bytes=random.randbytes(16), version=4)),
 }
@@ -152,7 +159,8 @@ def test_random_keys_are_found_in_headers_and_paths(sort: str) -> None:
     random = Random(0)
     keys = [SORTS[sort](random) for _ in range(2_000)]
     assert sum(not is_credential_in_header("X-Trace", key) for key in keys) < 20
-    assert sum(not is_credential_in_url(f"https://host.example/{key}/v1") for key in keys) < 20
+    assert sum(not is_credential_in_body(["user"], key) for key in keys) < 20
+    assert sum(not is_credential_in_url(f"https://host.example/team/{key}/v1") for key in keys) < 20
 
 
 ORDINARY = (
@@ -214,6 +222,8 @@ def test_references_and_what_is_no_secret_are_kept_as_they_are(field: str) -> No
         "https://abcdefghij4klmnopqrstuvwx2yz0123.lambda-url.us-east-1.on.aws", "https://abc1def2-8000.proxy.runpod.net/v1",
         "https://adb-1234567890123456.7.azuredatabricks.net/serving-endpoints",
         "https://x.openai.azure.com/openai/deployments/gpt-4o-mini-2024-07-18", "http://[::1]:8000/v1",
+        "https://host/models/mistralai/Mixtral-8x7B-v0.1/v1", "https://host/Qwen/Qwen3-30B-A3B-Base/v1",
+        "https://host/models/facebook/wav2vec2-base-960h", "https://host/api%20v2/serving/Team%2FA/v1",
     ],
 )  # fmt: skip
 def test_usual_addresses_and_references_in_them_are_accepted(address: str) -> None:
