@@ -66,7 +66,7 @@ RANDOM_HOSTS = (".endpoints.huggingface.cloud", ".on.aws", ".amazonaws.com", ".r
 """Ends of host names whose first label is the random name of a deployment, and no secret."""
 
 MAX_SEGMENTS = 6
-"""Segments of a URL's path that are tried together: 64 random bytes have more than five slashes in one of 500 cases."""
+"""Segments of a URL's path that are tried together: base64 of 64 bytes rarely has more slashes."""
 
 REFERENCE = re.compile(r"\$(?:\$|\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))")
 """`$NAME` or `${NAME}`, an environment variable; `$$` is a dollar sign."""

@@ -171,12 +171,13 @@ USER_FAILURES = (Exception, SystemExit)
 
 @contextmanager
 def restored_state() -> Generator[None]:
-    """Restore the working directory and PyTorch's grad mode after the block.
+    """Restore the working directory and PyTorch's settings after the block.
 
-    Paths of a run may be relative to the first, and training needs the second.
+    Paths of a run may be relative to the first; the others (whether gradients are computed, the
+    default type and device of tensors, the number of threads) decide the numbers of training.
     """
     torch: Any = sys.modules.get("torch")  # not imported here: names and errors must load fast
-    grad_mode = torch is None or torch.is_grad_enabled()
+    before: dict[str, Any] = {"grad_mode": True} if torch is None else _torch_settings(torch)
     try:
         folder = os.getcwd()
     except FileNotFoundError:  # it was deleted
@@ -185,11 +186,25 @@ def restored_state() -> Generator[None]:
         yield
     finally:
         torch = sys.modules.get("torch")
-        if torch is not None and torch.is_grad_enabled() != grad_mode:
-            torch.set_grad_enabled(grad_mode)
+        after = {} if torch is None else _torch_settings(torch)
+        setters = {
+            "grad_mode": "set_grad_enabled", "dtype": "set_default_dtype", "device": "set_default_device",
+            "threads": "set_num_threads",
+        }  # fmt: skip
+        for name, setter in setters.items():
+            if name in before and name in after and before[name] != after[name]:
+                getattr(torch, setter)(None if name == "device" and str(before[name]) == "cpu" else before[name])
         with suppress(OSError):
             if folder is not None and (not os.path.exists(".") or not os.path.samefile(folder, ".")):
                 os.chdir(folder)
+
+
+def _torch_settings(torch: Any) -> dict[str, Any]:
+    """Return the settings of PyTorch that a function may change for the code after it."""
+    return {
+        "grad_mode": torch.is_grad_enabled(), "dtype": torch.get_default_dtype(), "device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
 
 
 @contextmanager

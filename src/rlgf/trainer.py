@@ -4,7 +4,6 @@ The loop is the same for all algorithms; they differ only in the data of `rlgf.a
 """
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from rlgf.models.memory import run_within_memory, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
 from rlgf.rl.agreement import AgreementCheck
 from rlgf.rl.experience import ForwardConfig, Models, TokenLogProbs, compute_log_probs, make_experience, warm_start_critic
-from rlgf.rl.guards import Guard, TrainingWarnings, check_kl, find_warning_flags
+from rlgf.rl.guards import Guard, TrainingWarnings, check_kl, find_warning_flags, mean_of
 from rlgf.rl.kl_controller import KLController
 from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, select_prompts
 from rlgf.rl.shaping import RewardShaper
@@ -200,7 +199,7 @@ class Trainer:
             [rows, width].
 
         Raises:
-            RewardError: the reward fails, or returns no finite number for a completion.
+            RewardError: the reward fails, or returns no number for a completion.
             TrainingError: a quantity is not finite, or the KL divergence exceeds its bound.
         """
         phase_weights, components = self.phase_weights(iteration), self.components
@@ -227,7 +226,7 @@ class Trainer:
                 rollout, phase_weights, components.algorithm.credit, scores, rewards, log_probs, self.config.ppo,
                 self.kl.coefficient, components.algorithm.baseline,
             )  # fmt: skip
-            means = {f"score/{name}": statistics.fmean(values) for name, values in terms.items()}
+            means = {f"score/{name}": mean_of(values) for name, values in terms.items()}
             stats = {**experience.stats, **means, **find_warning_flags(rollout, scores, experience.stats)}
             is_finite = self.guard.check_experience(experience, rewards, iteration, self.updater.steps_per_iteration)
             check_kl(stats["kl_k1"], self.config.kl.stop_above, iteration)
@@ -235,6 +234,8 @@ class Trainer:
             self.shaper.load_state(shaper_state)
             self.is_between_iterations = True
             raise
+        if not is_finite:  # its rewards must not remain in the running scale of later ones
+            self.shaper.load_state(shaper_state)
         return dataclasses.replace(experience, is_finite=is_finite, stats=stats)
 
     def update(self, experience: Experience, iteration: int) -> dict[str, float]:

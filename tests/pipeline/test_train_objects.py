@@ -1,6 +1,7 @@
 """`rlgf.train` with a model, prompts, a reward and a guide instead of a config."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,6 +165,15 @@ def test_a_recorded_function_that_changed_is_refused_from_the_file_too(model: st
         ({"algorithm": 3}, "unknown algorithm 'int'"),
         ({"settings": {"ppo.epoch": 3}}, "unknown key 'ppo.epoch': did you mean 'ppo.epochs'"),
         ({"out": None}, "give out="),
+        ({"out": 3}, "out is 3, but must be a path"),
+        ({"stages": ["a"]}, "stages is .*, but must be a path"),
+        ({"settings": [1]}, "settings is .*, but must be a dict whose keys are text"),
+        ({"settings": {1: 2}}, "settings is .*, but must be a dict whose keys are text"),
+        ({"identity": ""}, "identity is .*, but must be text that is not empty"),
+        ({"identity": math.nan}, "identity is nan, but must be text that is not empty"),
+        ({"accept_changes": "no"}, "accept_changes is 'no', but must be true or false"),
+        ({"progress": 3}, "progress is 3, but must be true or false"),
+        ({"on_progress": 3}, "on_progress is 3, but must be a function"),
     ],
 )
 def test_what_cannot_be_trained_with_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from rlgf.data.scratch import scratch_folder, stage_lock
 from rlgf.data.source_hash import source_hash
 from rlgf.errors import ConfigError, unknown
 from rlgf.types import Prompt
+from rlgf.untrusted_text import show_value
 
 PASSED = "passed:"  # begins the spec of an object that only Python code can give again
 NAMED = "named:"  # begins the source of an object without one, whose version the caller names
@@ -37,6 +38,23 @@ SETTINGS: Mapping[str, Any] = {  # over the recipe 'prompts'; for a pretrained m
     "ppo.learning_rate": 1e-5, "critic.learning_rate": 1e-5, "kl.coefficient": 0.05, "evaluation.every": 10,
     "evaluation.output_perplexity": False,
 }  # fmt: skip
+
+
+def check_options(
+    *, folders: Mapping[str, Any], callbacks: Mapping[str, Any], flags: Mapping[str, Any], settings: Any = None,
+    identity: Any = None,
+) -> None:  # fmt: skip
+    """Raise `ConfigError` for options of a call that are of another kind; None is an option left out."""
+    wrong = [(name, value, "a path") for name, value in folders.items() if not isinstance(value, str | Path | None)]
+    wrong += [(name, value, "a function") for name, value in callbacks.items() if value is not None and not callable(value)]
+    wrong += [(name, value, "true or false") for name, value in flags.items() if not isinstance(value, bool)]
+    is_mapping = isinstance(settings, Mapping) and all(isinstance(key, str) for key in cast("Mapping[Any, Any]", settings))
+    if settings is not None and not is_mapping:
+        wrong.append(("settings", settings, "a dict whose keys are text"))
+    if identity is not None and not (isinstance(identity, str) and identity.strip()):
+        wrong.append(("identity", identity, "text that is not empty"))
+    for name, value, kind in wrong:
+        raise ConfigError(f"{name} is {show_value(value)}, but must be {kind}.")
 
 
 @dataclass(frozen=True)

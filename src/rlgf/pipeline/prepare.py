@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rlgf.config.objects import as_config
+from rlgf.config.objects import as_config, check_options
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
 from rlgf.data.hub import is_local_name, path_exists
@@ -72,6 +72,7 @@ def prepare(config: Config | Mapping[str, Any] | str, stages: Path | str, report
         >>> components.algorithm.title, components.task.name
         ('PPO++', 'toy_reviews')
     """
+    check_options(folders={"stages": stages}, callbacks={"report": report}, flags={})
     run = resolve(as_config(config))
     check_to_train(run)
     return prepare_run(run, StageCache(Path(stages), escape_reports(report or write_line)))

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.config.base import to_dict
-from rlgf.config.objects import as_config, config_of_objects
+from rlgf.config.objects import as_config, check_options, config_of_objects
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
 from rlgf.data.checksums import fingerprint
-from rlgf.errors import ConfigError, unknown
+from rlgf.errors import ConfigError, restored_state, unknown
 from rlgf.evaluation.chat_judge import probe_judge
 from rlgf.evaluation.evaluate import EvaluationContext, evaluate_policy
 from rlgf.generation.decoder import LocalSampler
@@ -137,6 +137,12 @@ def train(
     """
     if out is None:
         raise ConfigError("rlgf.train needs a folder for the run: give out=.")
+    check_options(
+        folders={"out": out, "stages": stages},
+        callbacks={"report": report, "on_progress": on_progress},
+        flags={"accept_changes": accept_changes, "progress": progress},
+        settings=settings, identity=identity,
+    )  # fmt: skip
     given_config = None if config is None else as_config(config)
     out = Path(out)
     lines = report or (write_line if progress else no_report)
@@ -204,7 +210,8 @@ def _train_locked(
             recorder.write(progress.metrics, progress.experience)
             for warning in progress.warnings:
                 cache.report(f"warning: {warning}")
-            on_progress(progress)
+            with restored_state():
+                on_progress(progress)
     if directory.results is None:
         directory.save_model("policy", parts.models.policy.save)
         for origin, critic in parts.models.critics.items():
@@ -263,6 +270,7 @@ def evaluate(
         >>> rlgf.evaluate(config, stages="runs/stages")["evaluation"]["completions"]
         4.0
     """
+    check_options(folders={"policy": policy, "stages": stages}, callbacks={"report": report}, flags={})
     if baseline is not None and baseline not in BASELINES:
         raise unknown("baseline", baseline, BASELINES)
     if policy is not None and baseline is not None:

@@ -26,11 +26,12 @@ def continuation_only(reward: RewardFunction) -> RewardFunction | None:
     return getattr(reward, "judge", None)
 
 
-def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str], must_be_finite: bool = True) -> list[float]:
     """Call a reward and check that it returns one finite number for each completion.
 
     It gets lists of its own, so that one that changes them changes nothing else. Every failure
-    raises `TrainingError`.
+    raises `TrainingError`; without `must_be_finite`, for a guard to judge, numbers may be infinite
+    or NaN.
     """
     columns = prompts[0].columns if prompts else {}
     with user_code(f"the reward failed on {len(texts)} completions", RewardError, TrainingError, columns):
@@ -45,7 +46,7 @@ def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str
         raise RewardError(
             f"the reward returned {len(values)} numbers for {len(texts)} completions: it must return one for each."
         )
-    return [_checked_number(value, text) for value, text in zip(values, texts)]
+    return [_checked_number(value, text, must_be_finite) for value, text in zip(values, texts)]
 
 
 def _listed(returned: Any) -> list[Any] | None:
@@ -66,16 +67,17 @@ def _kind_of(returned: object) -> str:
     return "nothing" if returned is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def _checked_number(value: Any, text: str) -> float:
+def _checked_number(value: Any, text: str, must_be_finite: bool) -> float:
     """Return the reward of a completion as a number; raise `RewardError` if it is none."""
     number, found = value, math.nan
     if not isinstance(value, Real) and getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         with user_code("the reward of a completion cannot be read", RewardError):
             number = value.item()  # a tensor's number
-    if type(number) is not bool and isinstance(number, Real):
+    is_number = type(number) is not bool and isinstance(number, Real)
+    if is_number:
         with suppress(OverflowError):  # a whole number of hundreds of digits
             found = float(number)
-    if not math.isfinite(found):
+    if not is_number or (must_be_finite and not math.isfinite(found)):
         raise RewardError(
             f"the reward of the completion {show_value(text)} is {show_value(value)}: it must be a finite number."
         )

@@ -54,12 +54,12 @@ def score_components(
 
     The terms are those of a sum, by name, `TERM/TERM` for nested sums; other rewards have none.
     Rewards that use the policy's weights are evaluated first; `on_weights_released` is called after
-    them.
+    them. Numbers that are not finite are returned, for the guard of training.
     """
     if not isinstance(reward, TermSum):
         if not uses_policy_weights(reward):
             on_weights_released()
-        found = [(score(reward, *batch), dict[str, list[float]]()) for batch in batches]
+        found = [(score(reward, *batch, must_be_finite=False), dict[str, list[float]]()) for batch in batches]
         on_weights_released()
         return found
     terms: list[dict[str, list[float]]] = [{} for _ in batches]
@@ -74,7 +74,8 @@ def score_components(
     on_weights_released()
     totals = [reward.total({name: components[name] for name in reward.terms}) for components in terms]
     return [
-        (score(lambda *_, total=total: total, *batch), components) for total, batch, components in zip(totals, batches, parts)
+        (score(lambda *_, total=total: total, *batch, must_be_finite=False), components)
+        for total, batch, components in zip(totals, batches, parts)
     ]
 
 

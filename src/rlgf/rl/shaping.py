@@ -1,14 +1,17 @@
 """Reward shaping: the steps from the task's score to the optimized reward."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from threading import Event
 
 from rlgf.config.sections import RewardConfig
+from rlgf.errors import RewardError
 from rlgf.rewards.base import score
 from rlgf.rewards.weighted_sum import Batch, score_components
 from rlgf.rl.tensors import Rollout
 from rlgf.types import Prompt, RewardFunction
+from rlgf.untrusted_text import show_value
 
 
 @dataclass
@@ -90,7 +93,12 @@ class RewardShaper:
         return list({id(prompt): prompt for prompt in prompts if id(prompt) not in self._baselines}.values())
 
     def _add_baselines(self, prompts: Sequence[Prompt], scores: Sequence[float]) -> None:
-        """Store the scores of first references."""
+        """Store the scores of first references, which remain for the whole run."""
+        for prompt, value in zip(prompts, scores):
+            if not math.isfinite(value):
+                raise RewardError(
+                    f"the reward of the reference {show_value(prompt.references[0])} is {value}: it must be a finite number."
+                )
         # the prompt is stored as well, so that its id() stays unique
         self._baselines |= {id(prompt): (prompt, value) for prompt, value in zip(prompts, scores)}
 
