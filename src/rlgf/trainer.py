@@ -27,9 +27,10 @@ from rlgf.interrupts import deferred, immediate
 from rlgf.models.language_model import LanguageModel
 from rlgf.models.memory import run_within_memory, searches_micro_batch_size
 from rlgf.randomness import Purpose, uniforms
+from rlgf.rewards.base import mean_of
 from rlgf.rl.agreement import AgreementCheck
 from rlgf.rl.experience import ForwardConfig, Models, TokenLogProbs, compute_log_probs, make_experience, warm_start_critic
-from rlgf.rl.guards import Guard, TrainingWarnings, check_kl, find_warning_flags, mean_of
+from rlgf.rl.guards import Guard, TrainingWarnings, check_kl, find_warning_flags
 from rlgf.rl.kl_controller import KLController
 from rlgf.rl.rollout import RolloutConfig, collect_rollout, rollin_requests, select_prompts
 from rlgf.rl.shaping import RewardShaper

@@ -4,13 +4,25 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from helpers import config_of, experience_of, known_word, parameters, rollout_of, small, tiny_trainer, with_fast, word_reward
+from helpers import (
+    config_of,
+    experience_of,
+    known_word,
+    parameters,
+    rollout_of,
+    small,
+    tiny_parts,
+    tiny_trainer,
+    with_fast,
+    word_reward,
+)
 from rlgf.algorithms import registry
 from rlgf.config.schema import Config
 from rlgf.data.files import read_complete_lines
@@ -19,6 +31,7 @@ from rlgf.guides.local import FunctionGuide
 from rlgf.models import memory
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.run import train
+from rlgf.rewards.weighted_sum import WeightedSum
 from rlgf.rl.guards import DIVERGED_ITERATIONS, Guard, NonFiniteError, TrainingWarnings, check_kl
 from rlgf.rl.update import Updater
 from rlgf.trainer import Trainer
@@ -40,9 +53,7 @@ def large_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[An
 
 
 def trainer_of(config: Config, reward: Any = word_reward) -> Trainer:
-    trainer = tiny_trainer(registry.ppo().build(), config)
-    object.__setattr__(trainer.components, "reward", reward)
-    return trainer
+    return Trainer(replace(tiny_parts(registry.ppo().build(), config), reward=reward))
 
 
 @pytest.mark.parametrize("value", with_fast(["3e38", "-3e38", "1e300", "2e19"], "2e19"))
@@ -61,6 +72,30 @@ def test_a_reward_beyond_fp32_stops_the_run_with_its_texts_and_an_unchanged_chec
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["iteration-000000"]
     assert not (run / "policy").exists()
     assert not (run / "results.json").exists()
+
+
+@pytest.mark.parametrize("terms", [(math.inf, -math.inf), (1e308, 1e308), (math.nan, 1.0)], ids=str)
+def test_a_sum_of_rewards_that_has_no_value_is_guarded(terms: tuple[float, float]) -> None:
+    """An exact sum raises errors of its own for these."""
+    parts = {str(n): (1.0, lambda prompts, texts, value=value: [value] * len(texts)) for n, value in enumerate(terms)}
+    trainer = trainer_of(config_of(), WeightedSum(parts))
+    with pytest.raises(NonFiniteError, match=r"iteration 0: the reward in fp32 is not finite"):
+        next(iter(trainer.iterate()))
+
+
+def test_rewards_of_a_skipped_iteration_leave_the_running_scale() -> None:
+    config = config_of(reward__normalize=True, runtime__on_nonfinite="skip", runtime__max_skipped=99, evaluation__every=0)
+    calls = list[int]()
+
+    def reward(prompts: Any, texts: Any) -> list[float]:
+        calls.append(1)
+        return [math.nan if len(calls) == 2 else float(n) for n in range(len(texts))]
+
+    trainer = trainer_of(config, reward)
+    counts = [(step.metrics["optimizer_steps"] > 0, trainer.shaper.running_stats.count) for step in trainer.iterate()]
+    rows = config.ppo.completions_per_iteration
+    assert counts == [(True, rows), (False, rows), (True, 2 * rows)]
+    assert math.isfinite(trainer.shaper.running_stats.mean)
 
 
 def test_a_clipped_reward_is_used(tmp_path: Path, large_reward: Any) -> None:

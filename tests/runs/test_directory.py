@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from hostile import is_clean
 from rlgf.config.loading import override
 from rlgf.config.recipes import quickstart
 from rlgf.data.checksums import read_checked_json, write_checked_json
 from rlgf.errors import ConfigError, DataError
+from rlgf.pipeline.stage_cache import StageCache, no_report
 from rlgf.runs.directory import RunDirectory, read_results
 from rlgf.runs.logs import append_rows
 
@@ -23,7 +25,9 @@ def test_a_setting_that_was_taken_away_makes_another_run(tmp_path: Path, change:
         RunDirectory(tmp_path, plain)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "identity.json", "results.json", "metrics.jsonl", "rollouts.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "identity.json", "results.json", "metrics.jsonl", "evaluation.jsonl", "guide.json"]
+)
 def test_a_folder_in_the_place_of_a_file_is_noticed_at_the_start(tmp_path: Path, name: str) -> None:
     config = quickstart()
     RunDirectory(tmp_path, config).create(config)
@@ -95,3 +99,14 @@ def test_logs_of_iterations_whose_checkpoint_is_missing_are_kept(
     assert (
         not warnings or f"goes on after {done} iterations, and copies of the logs are in metrics.jsonl.before-1" in warnings[0]
     )
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\udcffb"])
+def test_a_path_that_some_library_cannot_write_to_is_refused_at_the_start(tmp_path: Path, name: str) -> None:
+    """A lone surrogate is how Python shows a byte that is not UTF-8; the tokenizers library fails on it at the end."""
+    with pytest.raises(ConfigError, match=r"is not a path in UTF-8 without NUL: choose another --out\.$") as caught:
+        RunDirectory(tmp_path / name, quickstart())
+    assert is_clean(str(caught.value))
+    for at, option in ((None, "--stages"), (tmp_path / name, "--out")):
+        with pytest.raises(ConfigError, match=f"choose another {option}"):
+            StageCache(tmp_path / name, no_report).build("sft", {}, lambda folder: {}, at)

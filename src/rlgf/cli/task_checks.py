@@ -5,7 +5,6 @@ their prompts, and should outscore empty and shuffled text. Without targets, com
 from the model that is named, or drawn from the words of the data.
 """
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.reward_model_stage import load_pairs
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.randomness import Purpose, permutation
-from rlgf.rewards.base import score
+from rlgf.rewards.base import mean_of, score
 from rlgf.rewards.build import check_reward_columns, check_reward_names, scorers_in
 from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.rl.rollout import RolloutConfig, collect_rollout
@@ -213,7 +212,7 @@ def check_reward(task: Task, reward: RewardFunction, sample: Sample | None = Non
     except TrainingError as error:
         return [Finding("error", str(error))]
     findings += [Finding("ok", f"it is {s.describe()}") for s in scorers_in(reward) if isinstance(s, SequenceClassifier)]
-    means = {name: statistics.fmean(values) for name, values in scores.items()}
+    means = {name: mean_of(values) for name, values in scores.items()}
     if not has_targets:
         shown = ", ".join(f"{name} {show_mean(values)}" for name, values in scores.items())
         return [*findings, Finding("ok", f"mean rewards: {shown}")]

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, cast
 
 from rlgf.data.tables.json_file import DuplicateKeyError, unique_keys
 from rlgf.data.tables.text import Rows, decode
-from rlgf.errors import DataError
+from rlgf.errors import ConfigError, DataError
 from rlgf.types import FORMAT_VERSION
-from rlgf.untrusted_text import escape_json, replace_surrogates
+from rlgf.untrusted_text import escape_json, replace_surrogates, shorten
 
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # JSON's escape of a surrogate, paired or not
 
@@ -197,3 +197,10 @@ def read_complete_lines(path: Path) -> list[dict[str, Any]]:
     # not splitlines(), which also splits at characters that JSON does not escape (U+0085, U+2028)
     rows = (read_line(line) for line in path.read_bytes().split(b"\n"))
     return [row for row in rows if row is not None]
+
+
+def require_valid_path(path: Path, option: str) -> None:
+    """Raise `ConfigError` for a path with bytes that not every library can write to."""
+    text = str(path)
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ConfigError(f"{shorten(text, 120)} is not a path in UTF-8 without NUL: choose another {option}.")

@@ -5,7 +5,6 @@ It is the same for a policy, the SFT model and a guide.
 
 import dataclasses
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from rlgf.evaluation.model_metrics import kl_to_reference, perplexity, token_per
 from rlgf.evaluation.win_rate import PairJudge, win_rate
 from rlgf.models.language_model import LanguageModel
 from rlgf.randomness import Purpose
-from rlgf.rewards.base import continuation_only, score
+from rlgf.rewards.base import continuation_only, mean_of, score
 from rlgf.rewards.reward_model import RewardModel
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig, collect_rollout
@@ -146,7 +145,7 @@ def mean_reward_gain(reward: RewardFunction, prompts: Sequence[Prompt], scores: 
     """
     rows = [(prompt, value) for prompt, value in zip(prompts, scores) if prompt.references]
     references = score(reward, [prompt for prompt, _ in rows], [prompt.references[0] for prompt, _ in rows])
-    return statistics.fmean(value - base for (_, value), base in zip(rows, references)) if rows else math.nan
+    return mean_of([value - base for (_, value), base in zip(rows, references)]) if rows else math.nan
 
 
 def text_metrics_of(config: EvaluationConfig) -> tuple[list[str], Options]:
@@ -214,5 +213,5 @@ def text_metrics(context: EvaluationContext, prompts: Sequence[Prompt], texts: S
             groups = [str(context.task.group(prompt)) for prompt in prompts]
         for name in sorted(set(groups)):
             for key, values in line_scores.per_line.items():
-                metrics[f"{key}_{name}"] = statistics.fmean(v for v, group in zip(values, groups) if group == name)
+                metrics[f"{key}_{name}"] = mean_of([v for v, group in zip(values, groups) if group == name])
     return metrics

@@ -18,7 +18,7 @@ from rlgf.data.checksums import (
     verify_manifest,
     write_manifest,
 )
-from rlgf.data.files import read_json, require_format, write_json
+from rlgf.data.files import read_json, require_format, require_valid_path, write_json
 from rlgf.data.scratch import scratch_folder, stage_lock
 from rlgf.errors import ConfigError
 from rlgf.types import FORMAT_VERSION
@@ -47,6 +47,7 @@ class StageCache:
         Raises:
             ConfigError: `at` holds anything else.
         """
+        require_valid_path(at or self.folder, "--stages" if at is None else "--out")
         return build_at(at or self.folder / f"{name}-{fingerprint(inputs)}", name, inputs, build, self.report)
 
     def identity(self, path: str) -> Any:

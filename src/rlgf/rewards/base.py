@@ -1,6 +1,7 @@
 """Rewards as functions of prompts and completions, with checked results."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from numbers import Real
@@ -82,6 +83,14 @@ def _checked_number(value: Any, text: str, must_be_finite: bool) -> float:
             f"the reward of the completion {show_value(text)} is {show_value(value)}: it must be a finite number."
         )
     return found
+
+
+def mean_of(values: Sequence[float]) -> float:
+    """Return the mean of values; infinity or NaN where fp64 has none."""
+    try:
+        return statistics.fmean(values)
+    except (OverflowError, ValueError):  # too large, or infinities of both signs
+        return sum(values) / len(values)
 
 
 def probe_reward(reward: RewardFunction, prompts: Sequence[Prompt], longest: str = "") -> None:

@@ -1,7 +1,6 @@
 """Guards of training: numbers that are not finite, and iterations without a learning signal."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -107,11 +106,6 @@ def _find_nonfinite(experience: Experience, rewards: Sequence[float]) -> tuple[s
         if bool(wrong.any()):
             return name, wrong.nonzero().flatten().tolist()
     return None
-
-
-def mean_of(values: Sequence[float]) -> float:
-    """Return the mean of values, NaN unless all are finite."""
-    return statistics.fmean(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def check_kl(kl: float, bound: float | None, iteration: int) -> None:

@@ -25,7 +25,7 @@ from rlgf.data.checksums import (
     write_checked_json,
     write_manifest,
 )
-from rlgf.data.files import json_safe, require_format, write_file
+from rlgf.data.files import json_safe, require_format, require_valid_path, write_file
 from rlgf.data.lock import LOCK, FolderLock
 from rlgf.errors import ConfigError, DataError, Interrupted
 from rlgf.generation.openai.client import without_address
@@ -84,10 +84,11 @@ class RunDirectory:
 
     def _open(self) -> None:
         """Read the identity of the run that is there, and compare its settings."""
+        require_valid_path(self.folder, "--out")
         folder, config = self.folder, self.config
         existing = folder / "config.yaml"
-        for path in (existing, folder / IDENTITY, folder / "results.json", folder / METRICS, folder / ROLLOUTS):
-            if path.is_dir():
+        for name in ("config.yaml", IDENTITY, "results.json", METRICS, ROLLOUTS, "evaluation.jsonl", "guide.json"):
+            if (path := folder / name).is_dir():
                 raise ConfigError(f"{path} is a folder, and a run has a file there: move it away, or choose another --out.")
         if existing.is_file():
             if not existing.read_bytes().startswith(b"format_version:"):
@@ -380,6 +381,7 @@ def read_results(path: Path) -> dict[str, Any]:
 
 def require_writable(folder: Path, option: str = "--out") -> None:
     """Create a folder; raise if it cannot be created or written to."""
+    require_valid_path(folder, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

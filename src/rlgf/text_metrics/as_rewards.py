@@ -73,6 +73,14 @@ def read_text_options(name: str, options: object = None) -> dict[str, Any]:
     return found
 
 
+def _sum(values: Sequence[float]) -> float:
+    """Return the exact sum of values; without one, infinity or NaN."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # too large, or infinities of both signs
+        return sum(values)
+
+
 class TermSum:
     """The weighted sum of several functions."""
 
@@ -82,7 +90,7 @@ class TermSum:
     def total(self, parts: Mapping[str, Sequence[float]]) -> list[float]:
         """Return the weighted sum for each text of the functions' values by name."""
         weights = [weight for weight, _ in self.terms.values()]
-        return [math.fsum(w * value for w, value in zip(weights, values)) for values in zip(*parts.values())]
+        return [_sum([w * value for w, value in zip(weights, values)]) for values in zip(*parts.values())]
 
     def __call__(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
         """Return the weighted sum for each text."""
