@@ -382,8 +382,7 @@ class Trainer:
         self.updater.load_state(state["updater"])
         self.kl.coefficient = state["kl_coefficient"]
         self.shaper.load_state(state["reward"])
-        if not self.config.runtime.token_budget and "token_budget" in state:
-            # not searched again, so that a resumed run equals an uninterrupted one
+        if not self.config.runtime.token_budget and "token_budget" in state:  # not searched again: runs stay equal
             self._set_token_budget(state["token_budget"])
         self.sampler.sync(self.components.models.policy)
 
