@@ -88,7 +88,7 @@ def _mask_value(found: re.Match[str]) -> str:
 
 
 def is_random(text: str, length: int = 20) -> bool:
-    """Return whether a text has a run of `length` characters as generated keys have.
+    """Return whether a text contains `length` consecutive characters that look random.
 
     These are UUIDs, letters with digits, and base64, also percent-encoded: of its neighbors,
     letters of both cases and digits, many differ in kind. Words joined by hyphens, dots or slashes
@@ -109,7 +109,7 @@ def _is_key(run: str, length: int) -> bool:
 
 
 def _is_base64(run: str) -> bool:
-    """Return whether the kind of character changes in a run as often as in random ones."""
+    """Return whether letters, digits and cases alternate as often as in random base64."""
     parts = [part for part in re.split("[/_+=-]", run) if len(part) > 2 and not QUANTIZATION.fullmatch(part)]
     changes = sum(len(CHANGE.findall(part)) for part in parts)
     return changes >= 0.19 * len(run)
@@ -126,7 +126,7 @@ def is_credential_for_server(text: str) -> bool:
 
 
 def is_credential_in_header(name: str, value: str) -> bool:
-    """Return whether the value of a header is written out and looks like a credential."""
+    """Return whether a header's literal value looks like a credential."""
     literal = REFERENCE.sub("", value)
     if HEADER_NAME.search(name):
         return literal == value or not SCHEME_ALONE.fullmatch(literal)
@@ -153,7 +153,7 @@ def is_credential_in_body(names: Sequence[str], value: object) -> bool:
 
 
 def find_labels(leaves: Mapping[tuple[str, ...], object], names: tuple[str, ...]) -> list[str]:
-    """Return what names a value besides its keys: `{name: NAME, value: …}`, or a pair of texts.
+    """Return labels of a value other than keys: `{name: NAME, value: …}`, or text pairs.
 
     `leaves` are all single values of a request body, by their nested names.
     """
@@ -167,7 +167,7 @@ def find_labels(leaves: Mapping[tuple[str, ...], object], names: tuple[str, ...]
 
 
 def is_credential_in_url(url: str) -> bool:
-    """Return whether the user, the host or the path of a URL looks like a credential.
+    """Return whether the user, host or path of a URL looks like a credential.
 
     Base64 has slashes, so that segments of the path are also tried together.
     """

@@ -133,7 +133,7 @@ class CheckpointError(TrainingError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The end of a run by a signal; the message says what is kept or lost.
+    """The end of a run by a signal; the message says what is lost.
 
     It is a `KeyboardInterrupt`, so that no `except Exception` takes it for a failure.
 
@@ -211,7 +211,7 @@ def _torch_settings(torch: Any) -> dict[str, Any]:
 def user_code(
     what: str, error: type[RlgfError], passed: type[RlgfError] = RlgfError, columns: Mapping[str, object] | None = None
 ) -> Generator[None]:
-    """Turn a failure of a user's code within the block into `error`; those of `passed` stay.
+    """Convert failures of a user's code in the block to `error`, except `passed` ones.
 
     `what` begins the message, as in 'the task failed'; `columns` are those that the code may read
     as `prompt.columns`. `sys.exit` is a failure too, Ctrl-C is not. The working directory and the

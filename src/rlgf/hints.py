@@ -152,7 +152,7 @@ def closest_key(key: str, valid: Sequence[str]) -> str | None:
 
 
 def explain(key: str, typed: str) -> str:
-    """Return what is added to a hint in parentheses, or nothing."""
+    """Return an explanation to add to a hint in parentheses, or an empty text."""
     note = NOTES.get((key, normalize(typed.rpartition(".")[2]))) or NOTES.get((key, key))
     return f" ({note})" if note else ""
 

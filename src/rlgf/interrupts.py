@@ -108,7 +108,7 @@ def set_grace(seconds: float) -> None:
 
 @contextmanager
 def deferred(work: str) -> Generator[None]:
-    """Let a signal wait for the end of the block, at most the seconds of grace.
+    """Defer a signal to the end of the block, at most by the grace period.
 
     `work` names what is finished first. After the grace `Interrupted` is raised within the block,
     which names the work as lost. An error of the block takes precedence over the signal.

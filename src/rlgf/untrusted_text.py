@@ -102,7 +102,7 @@ def replace_surrogates(text: str) -> str:
 
 
 def shorten(text: str, limit: int, keep_end: bool = False) -> str:
-    """Return at most `limit` characters of a text, with an ellipsis for those that are missing."""
+    """Return a text, shortened to `limit` characters with an ellipsis if it is longer."""
     if len(text) <= limit:
         return text
     return "…" + text[1 - limit :] if keep_end else text[: limit - 1] + "…"

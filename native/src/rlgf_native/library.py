@@ -41,7 +41,7 @@ def variant() -> str | None:
 
 
 def matmul_variant() -> str | None:
-    """Return the variant of `matmul` that is used: 'amx', 'avx512', or None if there is none."""
+    """Return the variant of `matmul` in use: 'amx', 'avx512', or None if there is none."""
     if variant() != "avx512":
         return None
     return "amx" if supports_amx() else "avx512"

@@ -1,4 +1,4 @@
-"""The five algorithms of the paper as data: phases, and a schedule of each iteration's weights.
+"""The five algorithms of the paper as data: phases, and a schedule of their weights.
 
 Each algorithm is a dataclass of its options with `build()`. A new one is a class here and an entry
 in `rlgf.algorithms.registry`; its options are then `algorithm.options.NAME` of a config.

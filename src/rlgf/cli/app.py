@@ -74,7 +74,7 @@ def _escaped_usage_errors() -> Generator[None]:
 
 @contextmanager
 def _passing_interruptions() -> Generator[None]:
-    """Hide an interruption from typer, which would exit with its own code."""
+    """Pass an interruption around typer, which would exit with its own code."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -133,7 +133,7 @@ def choose_wait_policy() -> None:
 
 
 def is_machine_busy(samples: int = 5, interval: float = 0.004) -> bool:
-    """Return whether another process or thread than this one runs, in most of the samples.
+    """Return whether other processes or threads are running in most of the samples.
 
     Args:
         samples: the number of samples.

@@ -44,7 +44,7 @@ DECODING = {
 
 
 def check_model(path: str, device: str, precision: str) -> list[Finding]:
-    """Describe what a model supports; raise an error of one sentence if it cannot be trained."""
+    """Describe what a model supports; raise `ConfigError` if it cannot be trained."""
     model = load_language_model(path, device)
     context = "no limit on tokens" if model.max_length >= UNLIMITED else f"a context of {model.max_length:,} tokens"
     kind = "encoder–decoder" if is_encoder_decoder(model.model) else "causal model"

@@ -116,7 +116,7 @@ def _sampler(run: ResolvedRun, task: Task) -> Sample:
 
 
 def draw_words(task: Task, prompts: Sequence[Prompt]) -> Completions:
-    """Return completions that are words of the data in random order, of different lengths."""
+    """Return completions of different lengths from the data's words in random order."""
     texts = [text for prompt in task.train[: 4 * SAMPLE] for text in (prompt.text, *prompt.references)]
     words = list(dict.fromkeys(word for text in texts for word in text.split()))
     drawn = [permutation(0, Purpose.TASK, 2000 + i, len(words))[: 1 + i % MAX_WORDS] for i in range(len(prompts))]
@@ -228,7 +228,7 @@ def check_reward(task: Task, reward: RewardFunction, sample: Sample | None = Non
 
 
 def _purity(pairs: Sequence[tuple[float, float]]) -> Finding:
-    """Check that a completion got the same reward twice."""
+    """Check that the reward is deterministic: a second call gives the same numbers."""
     if any(abs(a - b) > 1e-6 for a, b in pairs):
         return Finding("error", "the reward is not pure: the same completion got another number the second time or alone")
     return Finding("ok", "the reward is pure: the same completion gets the same number, alone or among others")

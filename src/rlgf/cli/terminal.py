@@ -70,7 +70,7 @@ class StatusStream(io.TextIOBase):
         return self.stream.encoding
 
     def _drop(self) -> None:
-        """Point the descriptor to nothing, so that Python's flush at exit succeeds."""
+        """Redirect the descriptor to the null device, so that the flush at exit succeeds."""
         with suppress(OSError, ValueError):  # ValueError: what it writes to is closed
             descriptor = self.stream.fileno()
             nothing = os.open(os.devnull, os.O_WRONLY)
@@ -79,7 +79,7 @@ class StatusStream(io.TextIOBase):
 
 
 def as_text(*parts: Part) -> Text:
-    """Return parts of a line for a terminal, without control characters and markup."""
+    """Convert a line's parts to styled text, without control characters and markup."""
     styled = [(part, "") if isinstance(part, str) else part for part in parts]
     return Text.assemble(*((escape_control_characters(text), style) for text, style in styled))
 
@@ -93,7 +93,7 @@ def write(*parts: Part, to: Console = out, soft_wrap: bool | None = None) -> Non
 
 
 def announce_loading() -> None:
-    """Say that libraries are loaded, which takes seconds, unless they are there."""
+    """Report that libraries are being loaded, unless they already are."""
     if "torch" not in sys.modules:
         report("loading torch and transformers …")
 
@@ -142,7 +142,7 @@ def fail(message: str) -> None:
 
 
 def print_traceback(error: BaseException) -> None:
-    """Print the traceback of an exception that nobody expected, without credentials."""
+    """Print the traceback of an unexpected exception, without credentials."""
     sys.stdout.flush()
     for line in mask_credentials("".join(traceback.format_exception(error))).splitlines():
         write(line, to=log)

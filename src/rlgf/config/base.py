@@ -57,7 +57,7 @@ def section(kind: type[Section]) -> type[Section]:
 
 
 def as_config_error(error: ValidationError, where: str, prefix: str = "", positions: tuple[str, ...] = ()) -> ConfigError:
-    """Return the first of pydantic's errors as one sentence; an error of ours keeps its own.
+    """Convert the first of pydantic's errors to a `ConfigError` of one sentence.
 
     Args:
         error: pydantic's errors.

@@ -37,7 +37,7 @@ REPLACED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML whose numbers are decimal, also 1e-4, without dates and without repeated keys.
+    """A YAML loader: decimal numbers such as 1e-4, no dates, no repeated keys.
 
     Booleans are those of YAML 1.2: 'off' is a text, as in `runtime.kernels=off`.
     """
@@ -48,7 +48,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping; raise for a key that is there twice."""
+        """Return a mapping; raise if a key occurs twice."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key in keys:
             if keys.count(key) > 1:
@@ -62,13 +62,13 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(?:0|[1
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML that quotes every text that `_Loader` or YAML 1.1 takes for something else.
+    """A YAML dumper that quotes texts that would be read as other types.
 
     Texts with characters that are not printable are quoted too: `dump` escapes these.
     """
 
     def represent_text(self, text: str) -> yaml.Node:
-        """Return a text as a node, in quotes that allow escapes where it needs them."""
+        """Return a text as a YAML node, in double quotes if it needs escapes."""
         quotes = '"' if any(map(must_be_escaped, text)) else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
 
@@ -108,7 +108,7 @@ def from_dict(values: Mapping[str, Any], where: str) -> Config:
 
 
 def check_keys(values: object, kind: Any, where: str, prefix: str = "") -> None:
-    """Raise for a key that the config dataclass `kind` does not have; suggest the nearest key."""
+    """Raise for a key that the dataclass `kind` does not have; suggest the nearest one."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys to values.")
     hints = _hints(kind)
@@ -237,7 +237,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _without_format_version(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the values without their format version; raise if that is another one."""
+    """Remove the format version from the values; raise if it is another one."""
     version = values.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise ConfigError(

@@ -59,14 +59,14 @@ def check_options(
 
 @dataclass(frozen=True)
 class PassedObjects:
-    """The objects of a call that its config names and does not hold."""
+    """The Python objects passed to a call, which its config only names."""
 
     reward: Callable[..., Any] | None = None
     guide: Any = None  # a guide, or a function
     files: tuple["ContentFile", ...] = ()  # the prompts and a loaded model, to be written
 
     def unverifiable(self) -> list[str]:
-        """Return which objects have no source by which a changed one would be noticed."""
+        """Return the objects without source code: changes to these cannot be detected."""
         objects = {"reward": self.reward, "guide": self.guide}
         return [name for name, value in objects.items() if value is not None and source_hash(value) is None]
 
@@ -87,7 +87,7 @@ class ContentFile:
 
 
 def as_config(value: Config | Mapping[str, Any] | str) -> Config:
-    """Return a config, or make one from the name of a recipe or from a dict.
+    """Return a config unchanged, or build one from a recipe's name or a dict.
 
     A dict has dotted or nested keys and changes the recipe that its key 'recipe' names, or the
     default config.
@@ -195,7 +195,7 @@ def require_same_source(function: Any, source: str | None, what: str) -> None:
 
 
 def _name(value: Any, what: str, identity: str | None) -> tuple[str, str | None]:
-    """Return the spec of a passed object, and the hash of its source or its identity.
+    """Return the spec of a passed object, and the hash of its source or identity.
 
     It is python:module:name if that can be imported; otherwise only the same call can resume.
     """
@@ -265,7 +265,7 @@ def _data(folder: Path, prompts: Any) -> tuple[str, ContentFile | None]:
 
 
 def _listed(prompts: Any) -> list[Any]:
-    """Return prompts of a list, a dataset, a table or any other iterable as a list."""
+    """Convert prompts in a list, a dataset, a table or another iterable to a list."""
     if hasattr(prompts, "to_dict") and hasattr(prompts, "columns"):  # a table of pandas
         return [
             {key: getattr(cell, "item", lambda cell=cell: cell)() for key, cell in row.items()}

@@ -45,7 +45,7 @@ class Control:
 def _algorithm(
     beta_guide: float, beta_policy: float, mixing_weight: float = 0.8, switch_iteration: int = 20
 ) -> AlgorithmConfig:
-    """Return the options of all algorithms, which share the probabilities of rollins."""
+    """Return the options of all algorithms, with the same rollin probabilities."""
     betas = {"beta_guide": beta_guide, "beta_policy": beta_policy}
     return AlgorithmConfig(
         options={
@@ -58,7 +58,7 @@ def _algorithm(
 
 
 def quickstart() -> Config:
-    """Toy reviews: a sparse reward that PPO finds only with a guide, which passes 7 %."""
+    """Toy reviews: a sparse reward that PPO finds only with the guide's help."""
     model = ModelConfig(layers=2, width=64, heads=4, max_length=64, init_std=0.1)
     sft = SupervisedConfig(steps=500, batch_size=64, learning_rate=3e-3, schedule="linear", adam_beta2=0.98)
     return Config(

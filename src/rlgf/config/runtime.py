@@ -8,7 +8,7 @@ from rlgf.config.base import section
 
 @section
 class RuntimeConfig:
-    """The machine; on a CPU, results do not depend on it with the defaults.
+    """The settings of the machine; with the defaults, CPU results do not depend on them.
 
     `device` is 'auto' (a CUDA or ROCm GPU if there is one, otherwise the CPU), 'cpu', 'cuda',
     'cuda:1' or another name of torch's. `token_budget` is the number of tokens in one micro-batch.

@@ -186,7 +186,7 @@ class PreferenceConfig:
 
 @section
 class EndpointConfig:
-    """The connection to the server of a guide or a judge, its limits and its cache.
+    """The connection to the server of a guide or judge, its limits and cache.
 
     Values `$NAME` in `extra_headers` are read from the environment. A run that reaches a limit
     stops with a checkpoint, an evaluation stops; responses stay cached.

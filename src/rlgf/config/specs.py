@@ -75,7 +75,7 @@ def parse_judge(text: str) -> JudgeSpec:
 
 
 def _split(text: str, what: str, forms: Sequence[str]) -> tuple[str, str]:
-    """Split a spec into kind and name; only the forms with a colon have a name."""
+    """Split a spec into kind and name; only forms with a colon have a name."""
     kind, colon, name = text.partition(":")
     if not any(kind == form.partition(":")[0] and colon == form.partition(":")[1] for form in forms):
         raise unknown(what, text, forms)
@@ -83,7 +83,7 @@ def _split(text: str, what: str, forms: Sequence[str]) -> tuple[str, str]:
 
 
 def complete_spec(text: str) -> str:
-    """Return 'FILE.py:name' as the spec 'python:FILE.py:name', and any other text unchanged."""
+    """Prefix 'FILE.py:name' with 'python:'; return any other spec unchanged."""
     file, _, name = text.partition(":")
     return f"python:{text}" if file.endswith(".py") and name.isidentifier() else text
 

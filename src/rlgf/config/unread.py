@@ -36,7 +36,7 @@ class Condition:
     problem: str = "has no effect"
 
     def covers(self, key: str) -> bool:
-        """Return whether the condition is about a key."""
+        """Return whether the condition applies to a key."""
         sections = tuple(field[:-1] for field in self.fields if field.endswith(".*"))
         return (key in self.fields or key.startswith(sections)) and key not in self.besides
 
@@ -93,7 +93,7 @@ def _judge_is_server(config: Config) -> bool:
 
 
 def _says(text: str) -> Callable[[Config], str]:
-    """Return a function whose text shows values of the config: '{c.seed}'."""
+    """Return a function that formats `text` with values of the config: '{c.seed}'."""
     return lambda config: text.format(c=config)
 
 
@@ -109,7 +109,7 @@ def _value_of(config: Config, key: str) -> Any:
 
 
 def _needs(key: str, *fields: str) -> Condition:
-    """Return the condition that a number is set, without which other fields mean nothing."""
+    """Return the condition that a number is set, so that its dependent fields matter."""
     return Condition(fields, lambda c: _value_of(c, key) > 0, lambda c: f"{key} is 0", f"set {key}", (key,))
 
 
@@ -296,7 +296,7 @@ CONDITIONS = (
 
 
 def unmet_condition(config: Config, key: str) -> Condition | None:
-    """Return the first condition for reading a key that a config does not meet, or None."""
+    """Return the first unmet condition for a key to be read, or None."""
     return next((condition for condition in CONDITIONS if condition.covers(key) and not condition.is_met(config)), None)
 
 

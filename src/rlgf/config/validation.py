@@ -1,4 +1,4 @@
-"""Conditions between the fields of a config, and texts that must not be in one."""
+"""Conditions between the fields of a config, and a search for credentials in it."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ TO_REFERENCE = "write $NAME of a variable"
 
 
 def check_config(config: Any) -> None:
-    """Raise for fields that do not go together; the bounds of each stand on the field."""
+    """Raise for fields that contradict each other; single values are checked by their fields."""
     for role in ("guide", "judge"):
         section = getattr(config, role)
         _check_endpoint(f"{role}.endpoint", section.endpoint)
@@ -76,7 +76,7 @@ def _field(names: tuple[str, ...]) -> str:
 
 
 def _check_values(config: Any) -> None:
-    """Raise for a value that no file can hold, or that looks like a credential."""
+    """Raise for a value that no file can hold or that looks like a credential."""
     for names, value in walk(config):
         problem = _problem(value)
         if problem is None and any(map(_is_credential, names)):

@@ -113,7 +113,7 @@ class PromptBuilder:
         )  # fmt: skip
 
     def _shortened(self, text: str) -> str:
-        """Return the longest beginning (or end) of a text that fits together with the suffix."""
+        """Return the longest beginning (or end) of a text that fits with the suffix."""
         body = text[: len(text) - len(self.suffix)]
         cut_points = self._cut_points(body)
 
@@ -146,7 +146,7 @@ class PromptBuilder:
 
 
 def inputs_of(prompt: Prompt) -> TemplateInputs:
-    """Return what a prompt's row gave the chat template next to the messages."""
+    """Return the chat-template inputs of a prompt's row, other than the messages."""
     return TemplateInputs(prompt.tools, prompt.template_variables)
 
 
@@ -156,5 +156,5 @@ def with_separator(separator: str, text: str) -> str:
 
 
 def normalize_whitespace(text: str) -> str:
-    """Return a text in lower case with single spaces, to compare texts by."""
+    """Return a text in lower case with single spaces, for comparisons."""
     return " ".join(text.split()).lower()

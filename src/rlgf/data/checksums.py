@@ -134,7 +134,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _needs_manifest(folder: Path) -> bool:
-    """Return whether a folder has a manifest of this library, whole or damaged, or lacks it.
+    """Return whether a folder must pass the check of its manifest.
 
     Only the models of a run always have one; other folders may hold a file of that name in another
     format, or none.
@@ -153,7 +153,7 @@ def _needs_manifest(folder: Path) -> bool:
 
 
 def _is_entry(entry: Any) -> bool:
-    """Return whether a value is the entry of a file in a manifest."""
+    """Return whether a value is a valid manifest entry of a file."""
     return isinstance(entry, dict) and {"size", "sha256"} <= cast("dict[str, Any]", entry).keys()
 
 
@@ -186,7 +186,7 @@ def replace_folder(folder: Path, scratch: Path) -> None:
 
 
 def write_checked_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object atomically, with a checksum of its other entries as the last one."""
+    """Write a JSON object atomically; its last entry is a checksum of the others."""
     plain = json.loads(json.dumps(value))
     write_json(path, {**plain, "checksum": _object_checksum(plain)})
 
@@ -214,7 +214,7 @@ def _object_checksum(value: Mapping[str, Any]) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder, so that nothing reads it, and return its new path."""
+    """Rename a damaged file or folder so that nothing reads it; return the path."""
     number = 1
     while (aside := path.with_name(f"damaged-{number}-{path.name}")).exists():
         number += 1

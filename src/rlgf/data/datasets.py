@@ -79,7 +79,7 @@ def held_out_keys(keys: Sequence[Hashable]) -> list[bool]:
 def read_splits(
     source: str, subset: str | None = None, texts: Sequence[str] = (), encoding: str | None = None
 ) -> dict[str, Callable[[], Rows]]:
-    """Return the splits of a source by name, each as a function that loads its rows.
+    """Return the splits of a source: functions that load the rows, by name.
 
     A single file is one split, 'train'. `subset` names one of several in a Hub dataset. `texts` are
     columns of texts, messages or tools: cells of CSV files there are texts even if they look like

@@ -85,7 +85,7 @@ def replace_halves(value: Any) -> Any:
 
 @contextmanager
 def naming(path: Path) -> Generator[None]:
-    """Name a file in errors of the block that name none, as on a full disk."""
+    """Add a file's name to write errors that name none, as on a full disk."""
     try:
         yield
     except OSError as error:
@@ -123,7 +123,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def to_json(value: object, indent: int | None = None) -> str:
-    """Return a value as JSON in which all but control characters and their kind is readable."""
+    """Convert a value to JSON, with escapes only for control and invisible characters."""
     return escape_json(json.dumps(value, indent=indent, ensure_ascii=False))
 
 
@@ -157,7 +157,7 @@ def read_json(path: Path) -> Any:
 
 
 def to_line(row: Mapping[str, Any]) -> str:
-    """Return an object as a line of JSON, with null for numbers that are not finite."""
+    """Convert an object to a line of JSON, with null for non-finite numbers."""
     return to_json(json_safe(row)) + "\n"
 
 

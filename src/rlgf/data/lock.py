@@ -27,7 +27,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FileLock:
-    """An exclusive lock on a file, which names its owner and is deleted at the end."""
+    """An exclusive lock on a file that names its owner and is finally deleted."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -66,7 +66,7 @@ class FileLock:
 
     @property
     def is_acquired(self) -> bool:
-        """Return whether this object locked the file and did not release it."""
+        """Return whether this object holds the lock."""
         return self._handle is not None
 
     def is_in_place(self) -> bool:

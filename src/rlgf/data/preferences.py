@@ -41,7 +41,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The training and test pairs of a reward model, and counts of dropped rows by reason."""
+    """The training and test pairs of a reward model, and counts of dropped rows."""
 
     train: Sequence[Pair]
     test: Sequence[Pair]  # empty if the data has none: a fifth of the posts is held out then
@@ -151,7 +151,7 @@ def _asked(prompt: Any) -> str:
 
 
 def split_for_role(pairs: Pairs, parts: int, part: int) -> Pairs:
-    """Return one of several parts, each with its own posts to train on.
+    """Return the part of the pairs for one role; parts share no posts.
 
     All parts have the same test pairs, about other posts. Without a test split a fifth of the posts
     is held out; with one, its pairs about training posts are dropped. Raises `ConfigError` if there
@@ -183,7 +183,7 @@ def length_baseline(pairs: Sequence[Pair]) -> float:
 
 
 def pairwise_accuracy(chosen: Sequence[float], rejected: Sequence[float]) -> float:
-    """Return the share of pairs whose chosen side has the higher number.
+    """Return the share of pairs whose chosen response has the higher number.
 
     Ties count half; without pairs the result is NaN.
     """

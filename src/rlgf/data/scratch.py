@@ -23,7 +23,7 @@ MAKING, STOPPED = ".making-", ".stopped-"
 
 
 def stage_lock(target: Path, report: Callable[[str], None]) -> AbstractContextManager[None]:
-    """Return a context manager that holds the lock of a stage; it waits for another process."""
+    """Return a context manager that waits for the lock of a stage and holds it."""
     return wait_for_lock(_lock_path(target), target.name, report)
 
 
@@ -51,7 +51,7 @@ def target_of(scratch: Path) -> str:
 
 
 def _claim(target: Path, fingerprint: str) -> Path:
-    """Create a scratch folder, with the step of an earlier one, and delete dead ones."""
+    """Create a scratch folder, continuing an abandoned one's step, and delete abandoned ones."""
     prefix = f".{target.name}{MAKING}{fingerprint}-"
     scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f"{prefix}{socket.gethostname()}-"))
     dead = [path for path in _abandoned(target) if path != scratch]
@@ -69,7 +69,7 @@ def _claim(target: Path, fingerprint: str) -> Path:
 
 
 def _abandoned(target: Path) -> list[Path]:
-    """Return the scratch folders next to a target whose processes are dead."""
+    """Return the scratch folders of a target whose processes have ended."""
     found: list[Path] = []
     for path in target.parent.glob(f".*{MAKING}*"):
         name, _, rest = path.name[1:].partition(MAKING)
@@ -86,7 +86,7 @@ def _abandoned(target: Path) -> list[Path]:
 
 
 def _keep_step(scratch: Path, stopped: Path) -> bool:
-    """Rename a scratch folder with a step for the next build; return False without one."""
+    """Keep a scratch folder that holds a training step; return False without one."""
     if not (scratch / STEP).is_dir():
         return False
     with suppress(OSError):

@@ -31,7 +31,7 @@ class _UnstableError(Exception):
 
 
 def source_hash(value: Any) -> str | None:
-    """Return a short hash of a function's source, or None without one (a lambda, an object).
+    """Return a short hash of a function's source, or None if it has none.
 
     Included are the functions, classes, constants and objects that it uses, and modules that it
     imports from its folder. None also if it uses an object that has no stable value.
@@ -46,7 +46,7 @@ def source_hash(value: Any) -> str | None:
 
 
 def spec_hash(spec: str) -> str | None:
-    """Return a short hash of the module or file of `python:…:name` and of what it imports.
+    """Return a short hash of the module or file of `python:…:name` and its imports.
 
     Imports are followed to modules in the same folder. None if the source cannot be found.
     """
@@ -90,7 +90,7 @@ def _imported_files(path: Path, folder: Path, package: tuple[str, ...], seen: se
 
 
 def _add_imports(tree: ast.AST, path: Path, folder: Path, package: tuple[str, ...], seen: set[Path]) -> None:
-    """Add the files that the statements of a tree import from `folder`, and those they import."""
+    """Add the files in `folder` that a syntax tree imports, directly or indirectly."""
     for node in ast.walk(tree):
         places: list[Path] = []
         if isinstance(node, ast.Import):
@@ -107,7 +107,7 @@ def _add_imports(tree: ast.AST, path: Path, folder: Path, package: tuple[str, ..
 
 
 def _place(name: str, folder: Path, package: tuple[str, ...]) -> Path:
-    """Return where a module of that name is in a folder, which may be its package."""
+    """Return the path of a module in a folder, which may be its package."""
     names = tuple(name.split("."))
     return folder.joinpath(*(names[len(package) :] if names[: len(package)] == package else names))
 
@@ -182,7 +182,7 @@ class _Description:
             self.add(value)
 
     def _is_own(self, file: str | None) -> bool:
-        """Return whether a file is in the function's folder and not of an environment in it."""
+        """Return whether a file is in the function's folder, outside virtual environments."""
         if not file or not Path(file).is_relative_to(self.root):
             return False
         inner = Path(file).relative_to(self.root).parts
@@ -205,7 +205,7 @@ class _Description:
         self._add_code(function)
 
     def _add_code(self, function: FunctionType) -> None:
-        """Add what the code of a function names: globals, variables of outer functions, imports."""
+        """Add everything that a function's code uses: globals, closure variables, imports."""
         codes = list(_codes(function.__code__))
         names = {step.argval for code in codes for step in dis.get_instructions(code) if step.opname in LOADS}
         for name in sorted(names - MODULE_NAMES):
@@ -256,7 +256,7 @@ class _Description:
             self._add_named(name, [given for given in (field.default, field.default_factory) if given is not MISSING])
 
     def _add_object(self, value: Any) -> None:
-        """Add an object by what it would be pickled to."""
+        """Add the content that pickling an object would store."""
         kind: Any = type(value)
         self.add(kind)
         if hasattr(kind, "state_dict") or isinstance(value, set | frozenset):  # a model is too large; sets have no order

@@ -30,7 +30,7 @@ class Codec:
     is_encoder_decoder: bool = False
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt: its own if it has any, otherwise its encoded text.
+        """Return the ids of a prompt: its own if given, otherwise its encoded text.
 
         The text is encoded with the tokenizer's opening tokens.
         """
@@ -46,7 +46,7 @@ class Codec:
         ]
 
     def _open_once(self, ids: Sequence[int]) -> Sequence[int]:
-        """Remove the opening tokens of a text that begins with them itself, as templates do."""
+        """Remove duplicate opening tokens if the text, as from a template, has its own."""
         opening = _opening(self.tokenizer)
         return ids[len(opening) :] if opening and tuple(ids[: 2 * len(opening)]) == opening * 2 else ids
 
@@ -78,13 +78,13 @@ class Codec:
 
 
 def _without_closing(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Remove the tokens that some tokenizers append to every text: a prompt is continued."""
+    """Remove tokens that a tokenizer appends to every text, since a prompt is continued."""
     return list(ids[: len(ids) - _num_closing(tokenizer)])
 
 
 @lru_cache(maxsize=32)
 def _opening(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that a tokenizer puts before every text."""
+    """Return the tokens that a tokenizer prepends to every text."""
     bare, whole = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
     starts = [place for place in range(len(whole)) if bare and whole[place : place + len(bare)] == bare]
     return tuple(whole[: starts[0]]) if starts else ()

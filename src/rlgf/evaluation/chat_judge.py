@@ -98,7 +98,7 @@ class ChatJudge:
         return [_combine_orders([values[2 * row + swapped] for swapped in self._orders(row)]) for row in range(len(prompts))]
 
     def _orders(self, row: int) -> list[int]:
-        """Return the orders of a row: 0 has the text as (A), 1 the other one."""
+        """Return the orders to judge: 0 shows the text as (A), 1 as (B)."""
         return [0, 1] if self.order == "both" else [int(uniforms(self.seed, Purpose.JUDGE_ORDER, row, 1)[0] < 0.5)]
 
 

@@ -88,7 +88,7 @@ def _untagged(line: str) -> str:
 
 
 def _choice(text: str) -> str | None:
-    """Return the choice at the start of a text, unless another one stands next to it."""
+    """Return the choice at the start of a text unless a second one follows."""
     found = CHOICE.match(text)
     if found is None:
         return None
@@ -99,7 +99,7 @@ def _choice(text: str) -> str | None:
 
 
 def read_verdict(response: str) -> str | None:
-    """Return the choice of a response that is a JSON object, or of one in words."""
+    """Return the choice in a judge's response: a JSON object or plain words."""
     bare = response.strip()
     if bare.startswith("{"):
         try:

@@ -1,4 +1,4 @@
-"""The figures of a comparison: reward by completions used, and the paper's figures 3 to 5.
+"""The figures of a comparison: learning curves, and the paper's figures 3 to 5.
 
 The paper's figures 6 to 8 are completions (`report`). Each figure is drawn from `results.json`
 alone, and only if it has the data.
@@ -220,7 +220,7 @@ def _legend_below(figure: Any, axes: Any) -> None:
 
 
 def _label(text: str) -> str:
-    """Return a text for a figure: short, on one line, without formulas, and never left out.
+    """Return a nonempty label for a figure: short, on one line, without formulas.
 
     Matplotlib leaves out the labels of a legend that begin with an underscore.
     """

@@ -79,7 +79,7 @@ def _ended(running: Running) -> list[Path]:
 
 
 def _stop(running: Running, number: int) -> list[str]:
-    """Send a signal to all processes, wait for them, and return the names of their runs."""
+    """Send a signal to all processes, wait, and return the names of their runs."""
     for process in running.values():
         process.send_signal(number)
     for process in running.values():

@@ -58,7 +58,7 @@ def title_of(results: Mapping[str, Any], name: str) -> str:
 
 
 def start_of(results: Mapping[str, Any]) -> str:
-    """Return the title of the model that the runs start from: 'SFT', or 'start' without SFT."""
+    """Return the title of the starting model: 'SFT', or 'start' without SFT."""
     return next((row["title"] for row in results["rows"] if row.get("key") == "sft"), "SFT")
 
 

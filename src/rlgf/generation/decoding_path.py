@@ -125,7 +125,7 @@ def _is_right(language_model: LanguageModel, path: str) -> bool:
 
 
 def slower_path_note(language_model: LanguageModel) -> str | None:
-    """Return one line that says that a model is decoded by a slower path, or None."""
+    """Return a note if a model is decoded by a slower path, otherwise None."""
     path = decoding_path(language_model)
     if path == "own":
         return None

@@ -1,4 +1,4 @@
-"""The decoder on whatever transformers keeps of earlier tokens, for any causal model.
+"""The decoder with transformers' own cache, for any causal model.
 
 Keys and values, recurrent states, windows of convolutions, compressed caches: the model makes its
 cache in the first call, and takes it back in the next. All prefixes of a batch have one length, and

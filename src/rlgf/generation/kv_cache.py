@@ -59,7 +59,7 @@ class CacheLayer(DynamicLayer):
         return 0 if self.prefilling is not None else self.filled
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that the query may attend to, and the first of them."""
+        """Return the number of columns the query may attend to, and the first one."""
         return self.get_seq_length() + query_length, 0
 
 

@@ -120,12 +120,12 @@ class TracksUsage(Protocol):
         ...
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Add the usage of an earlier part of the run; a second call has no effect."""
+        """Add the usage of an earlier part of the run, once: later calls are ignored."""
         ...
 
 
 def open_reply(prompt: Prompt, prefix: str, text: str) -> str:
-    """Return a chat reply after what the policy's template puts before every reply."""
+    """Prepend the template's reply prefix to a chat reply."""
     return prompt.reply_prefix[len(prefix) :] + text if prompt.reply_prefix.startswith(prefix) else text
 
 
@@ -150,7 +150,7 @@ def query_guide(guide: Guide, requests: Sequence[CompletionRequest]) -> list[Com
 
 
 def _checked_completion(completion: Any, request: CompletionRequest) -> Completion:
-    """Return a completion with ids as whole numbers; raise `GuideError` if it cannot be used."""
+    """Convert a completion's ids to integers; raise `GuideError` if it is unusable."""
     about = f"for the prompt {show_value(request.prompt.text)}"
     flags = [getattr(completion, name, None) for name in ("finished", "failed")]
     valid = isinstance(completion, Completion) and isinstance(completion.text, str)  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -170,7 +170,7 @@ def _checked_completion(completion: Any, request: CompletionRequest) -> Completi
 
 
 def _checked_ids(ids: Any, about: str) -> tuple[int, ...]:
-    """Return token ids, also those of a tensor or an array, as whole numbers."""
+    """Convert token ids, also of a tensor or an array, to integers."""
     with user_code("the ids of a guide's completion cannot be read", GuideError):
         listed: Any = ids.tolist() if hasattr(ids, "tolist") else ids
         is_list = isinstance(listed, Sequence) and not isinstance(listed, str | bytes)
@@ -186,6 +186,6 @@ def _checked_ids(ids: Any, about: str) -> tuple[int, ...]:
 
 
 def _token(token: Any) -> int | None:
-    """Return a token id as a whole number, or None if it is something else."""
+    """Convert a token id to an integer; return None for anything else."""
     token = token.item() if getattr(token, "ndim", None) == 0 and hasattr(token, "item") else token
     return token if isinstance(token, int) and not isinstance(token, bool) else None

@@ -85,7 +85,7 @@ class RemoteGuide:
         return {**self.pool.usage.state(), **asked}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Add the usage of an earlier part of the run; a second call has no effect."""
+        """Add the usage of an earlier part of the run, once: later calls are ignored."""
         if not self._continues:
             self._continues = True
             self._num_rows += int(state.get("rows", 0))

@@ -1,4 +1,4 @@
-"""The only door to the fast paths: their switches, and the calls that use them.
+"""The only module that imports the fast paths: their switches and calls.
 
 Every fast path computes what torch and transformers compute, up to rounding. A call returns None
 where no fast path applies, and the caller then uses torch. Nothing else of this folder is imported

@@ -164,7 +164,7 @@ class _FastLayer(nn.Module):
     in_bf16: tuple[int, Tensor] | None = None  # the weight's version, and its cast
 
     def multiply(self, states: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Compute the layer by `_Linear`, or return None if the original layer is to be used."""
+        """Compute the layer by `_Linear`; return None to have the original layer used."""
         way = _matmul_dtype(states, weight)
         if way is None:
             return None

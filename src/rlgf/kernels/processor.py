@@ -1,4 +1,4 @@
-"""The processor of this machine, as far as the choice of a library depends on it."""
+"""The processor of this machine, to choose the libraries for matrix products."""
 
 import platform
 import re

@@ -1,4 +1,4 @@
-"""Facts about a model that the configs of transformers spell in many ways.
+"""Properties of a model, whichever way its transformers config spells them.
 
 A config may nest that of its language model (`text_config`), and name its sizes otherwise.
 """

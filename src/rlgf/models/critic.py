@@ -84,7 +84,7 @@ class Critic(nn.Module):
         save_file({name: value.contiguous() for name, value in self.head.state_dict().items()}, folder / VALUE_HEAD)
 
     def load_value_head(self, path: str | None) -> "Critic":
-        """Load the value head from the folder `path`, if it has one, and return this critic."""
+        """Load the value head from the folder `path`, if any, and return this critic."""
         if path is not None and (file := Path(path).expanduser() / VALUE_HEAD).is_file():
             verify_folder(path)
             self.head.load_state_dict(load_file(file))

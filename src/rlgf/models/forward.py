@@ -165,7 +165,7 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 class ForwardModel(Protocol):
-    """A model for forward passes: one of several on the same weights, if these carry adapters."""
+    """A model for forward passes; with adapters, one of several on the same weights."""
 
     @property
     def model(self) -> Any:

@@ -1,4 +1,4 @@
-"""The inputs that a model evaluates correctly, found by trying them on a few random tokens.
+"""The inputs that a model evaluates correctly, found by trials on random tokens.
 
 Plain decoders are known by their classes. Any other model is evaluated on single rows, and on the
 same rows packed, padded or of equal length: the first that gives the same numbers is used.
@@ -52,7 +52,7 @@ def probe_input_format(model: Any) -> Any:
 
 
 def set_input_format(model: Any, found: InputFormat) -> None:
-    """Keep a format with a model and its backbone."""
+    """Attach a format to a model and its backbone."""
     if padding_free.is_enabled(model) and found.rows != "packed":
         padding_free.disable(model)
     for module in {id(part): part for part in (model, getattr(model, "base_model", model))}.values():
@@ -76,7 +76,7 @@ def is_plain(model: Any) -> bool:
 
 
 def _mixes(model: Any) -> bool:
-    """Return whether a model has convolutions, recurrences, or experts that tokens are sent to."""
+    """Return whether a model has convolutions, recurrences or mixtures of experts."""
     special = ("expert", "router", "moe")
     return any(
         isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in type(module).__name__.lower() for word in special)
@@ -85,7 +85,7 @@ def _mixes(model: Any) -> bool:
 
 
 def identity(model: Any) -> tuple[Any, ...]:
-    """Return what the format depends on: class, config, device and precision of a model."""
+    """Return everything that the format depends on: class, config, device and precision."""
     named = {name: value for name, value in model.config.to_dict().items() if name not in ("_name_or_path", "architectures")}
     parameter = next(model.parameters())
     return (
@@ -261,7 +261,7 @@ def _evaluate_alone(model: Any, rows: Sequence[Sequence[int]], sources: Sequence
 
 
 def describe_inputs(model: Any) -> str:
-    """Return how a model's rows are evaluated in training, in words."""
+    """Describe how a model's rows are evaluated in training."""
     kind = input_format(model).rows
     return {
         "packed": "packed rows without padding", "padded": "padded rows", "equal": "rows of equal length",

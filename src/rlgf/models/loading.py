@@ -59,14 +59,14 @@ def load_codec(path: str) -> Codec:
 
 
 def _max_length(config: Any, opening: tuple[int, ...]) -> int:
-    """Return the maximum length of a model; a forced first token takes one of its positions."""
+    """Return the maximum length of a model, minus one for a forced first token."""
     return configs.max_length(config) - max(0, len(opening) - 1)
 
 
 def load_language_model(
     path: str, device: str = "cpu", in_4bit: bool = False, share_weights_with: LanguageModel | None = None, name: str = SFT
 ) -> LanguageModel:
-    """Load a causal model or an encoder–decoder from a Hub name or folder, in fp32.
+    """Load a causal or encoder–decoder model from a Hub name or folder, in fp32.
 
     No remote code is run. An adapter folder gives its base model with that adapter, called `name`.
     `in_4bit` is for base weights that are not trained. If `share_weights_with`, a loaded model
@@ -246,7 +246,7 @@ def new_language_model(shape: ModelConfig, tokenizer: Any, seed: int) -> Languag
 
 
 def use_fast_paths(model: Any) -> Any:
-    """Enable faster layers and packed rows in a model, with the same results, and return it.
+    """Enable faster layers and packed rows in a model, with unchanged results; return it.
 
     See `kernels.dispatch`, `padding_free` and `input_probe`. Raises ConfigError for a model that is
     not causal.

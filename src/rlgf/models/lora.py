@@ -239,7 +239,7 @@ def quiet_peft() -> Generator[None]:
 
 
 def merged(model: Any, folder: str) -> Any:
-    """Return a base model with the adapter of a folder merged into its weights, in place.
+    """Merge the adapter in a folder into a base model, in place; return it.
 
     An adapter on tied embeddings unties them. Raises ConfigError for weights in 4 bits, which
     cannot be merged into.
@@ -257,7 +257,7 @@ def merged(model: Any, folder: str) -> Any:
 
 
 def _untie(model: Any, names: list[str]) -> None:
-    """Give adapted layers weights of their own; the other layer keeps those without the adapter."""
+    """Untie adapted layers: copy their weights, so that the other layer stays unchanged."""
     if model.config.is_encoder_decoder:  # T5 scales the states before a tied head
         raise ConfigError(
             f"the adapter changes {names[0].split('.')[-1]}, whose weights an encoder–decoder uses in several layers: it "
@@ -281,7 +281,7 @@ def trainable_state(model: Any, name: str) -> dict[str, Tensor]:
 
 
 def load_trainable_state(model: Any, name: str, values: Mapping[str, Tensor]) -> None:
-    """Set the values of an adapter to those of a checkpoint or of another such adapter."""
+    """Set an adapter's values to those of a checkpoint or of another adapter."""
     mine = dict(_named(model, name))
     if set(mine) != set(values):
         raise ConfigError(

@@ -91,7 +91,7 @@ class TrainedModels:
 
 
 def _reserve(device: torch.device) -> Any:
-    """Allocate the memory of a device that is to stay free."""
+    """Allocate device memory that is to stay free."""
     total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
     return torch.empty(total // RESERVE, dtype=torch.uint8, device=device)
 

@@ -92,7 +92,7 @@ class PackedInputs:
 
 @dataclass(frozen=True)
 class _ActivePacking:
-    """The packed inputs that a model is evaluated on, and the modules of its last block."""
+    """The packed inputs of a model, and the modules of its last block."""
 
     inputs: PackedInputs
     last_block: frozenset[nn.Module]

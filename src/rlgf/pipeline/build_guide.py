@@ -31,7 +31,7 @@ from rlgf.tasks.base import Task
 def build_external_guide(
     plan: GuidePlan, algorithm: Algorithm, policy: TokenizerPlan, tokenizer: Any, longest: int, cache: StageCache
 ) -> Guide | None:
-    """Return the guide of a plan, or None if it is a model in this process.
+    """Return the guide of a plan, or None for a model in this process.
 
     Args:
         plan: the guide's plan.

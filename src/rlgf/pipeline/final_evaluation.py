@@ -77,7 +77,7 @@ def final_results(trainer: Trainer, directory: RunDirectory, run: ResolvedRun, w
 
 
 def score_baselines(trainer: Trainer, run: ResolvedRun, prompts: Sequence[Prompt]) -> dict[str, dict[str, Any]]:
-    """Return the rewards of a run's starting model and guide on the prompts of its evaluation.
+    """Return the rewards of the starting model and the guide on the evaluation's prompts.
 
     A guide on a server and a person are not asked again; a guide that fails is left out.
     """

@@ -61,7 +61,7 @@ def check(run: ResolvedRun) -> None:
 
 
 def check_to_train(run: ResolvedRun, unwritten: Sequence[str] = ()) -> None:
-    """Validate a run that is to be trained; raise if a local path does not exist.
+    """Validate a run before training; raise if a local path does not exist.
 
     Includes `check`. The paths `unwritten` are written after it.
     """
@@ -121,7 +121,7 @@ def _check_judge(judge: JudgePlan) -> None:
 
 
 def _check_guide(guide: GuidePlan, algorithm: Algorithm) -> None:
-    """Raise if a guide cannot do what the algorithm needs, as far as its settings tell."""
+    """Raise if a guide's settings rule out what the algorithm needs."""
     kind, spec = guide.spec.kind, guide.spec.text
     if kind == GuideKind.REFERENCES:
         require_continuation(algorithm, False, spec)

@@ -79,7 +79,7 @@ def prepare(config: Config | Mapping[str, Any] | str, stages: Path | str, report
 
 
 def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | None = None) -> Components:
-    """Build or reuse every stage of a checked run and return the components of a trainer.
+    """Build or reuse every stage of a checked run; return a trainer's components.
 
     The guide's usage in distillation is stored in `directory`, so that the guide's limits include
     it. Raises `ConfigError` if the run cannot be trained.
@@ -131,7 +131,7 @@ def prepare_run(run: ResolvedRun, cache: StageCache, directory: RunDirectory | N
 
 
 def check_reward(reward: RewardFunction, task: Task, codec: Codec, max_new_tokens: int, cache: StageCache) -> None:
-    """Raise if a reward fails on an empty or a long completion; report what it truncates."""
+    """Raise if a reward fails on an empty or long completion; report what it truncates."""
     prompts = task.validation[:NUM_PROBE_PROMPTS]
     words = (prompts[0].references[0] if prompts[0].references else prompts[0].text).strip() or "a text"
     repeated = codec.response(" ".join([words] * (max_new_tokens + 1)))[:max_new_tokens]
@@ -232,7 +232,7 @@ def check_data(run: ResolvedRun, task: Task, cache: StageCache) -> None:
 
 
 def unlearned_targets(run: ResolvedRun, task: Task) -> str | None:
-    """Return a note on completions in the data that no stage learns, or None."""
+    """Return a note if the data has completions that no stage trains on."""
     policy = run.policy
     targets = sum(bool(prompt.sft_targets) for prompt in (task.demonstrations or task.train))
     if policy.has_sft or not targets or run.trainer.ppo.mle_coefficient or run.distill.config.num_completions:
@@ -246,7 +246,7 @@ def unlearned_targets(run: ResolvedRun, task: Task) -> str | None:
 
 
 def output_perplexity_model(run: ResolvedRun, reference: LanguageModel, cache: StageCache) -> LanguageModel | None:
-    """Return the model before SFT, or None if output perplexity is off or the model unknown."""
+    """Return the model before SFT for output perplexity; None if off or unknown."""
     wanted = run.trainer.evaluation.output_perplexity and run.policy.base_is_known
     return load_pre_sft_model(run.policy, reference, cache) if wanted else None
 

@@ -152,13 +152,13 @@ class GuidePlan:
     machine: Machine
 
     def load(self) -> Any:
-        """Return the function or object of kind 'python' or 'passed'; raise if it has changed."""
+        """Load a function or object of kind 'python' or 'passed'; raise if it changed."""
         found = load_object(self.spec.text, "guide") if self.passed is None else self.passed
         require_same_source(found, self.config.source, f"guide '{self.spec.text}'")
         return found
 
     def content_identity(self) -> Any:
-        """Return the identity of what generates the completions, for the fingerprint of a stage.
+        """Return the identity of the completions' generator, for the fingerprint of a stage.
 
         A passed object without source is like no other: its stage is never used again.
         """
@@ -216,7 +216,7 @@ class JudgePlan:
 
     @property
     def reward_name(self) -> str | None:
-        """Return the reward model that judges, as a reward is named; None for a chat model."""
+        """Return the judge as a `reward.path`, or None if it is a chat model."""
         if self.spec is None or self.spec.kind == JudgeKind.SERVER:
             return None
         return "preferences" if self.spec.kind == JudgeKind.PREFERENCES else self.spec.name
@@ -241,7 +241,7 @@ class DistillPlan:
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """All that follows from a config alone."""
+    """Everything that follows from a config alone, without loading data or models."""
 
     config: Config  # as written to the run's folder
     recipe: str

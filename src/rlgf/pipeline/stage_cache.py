@@ -91,7 +91,7 @@ def build_at(
 
 
 def _is_there(target: Path, identity: str) -> bool:
-    """Return whether a folder holds the stage; raise if it is damaged or of other settings."""
+    """Return whether a folder holds the stage; raise if it is damaged or another one."""
     if not any((target / file).is_file() for file in (MANIFEST, "stage.json")):
         return False
     verify_manifest(target)

@@ -51,7 +51,7 @@ def score(reward: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str
 
 
 def _listed(returned: Any) -> list[Any] | None:
-    """Return what a reward returned as a list, or None if it is none.
+    """Convert a reward's result to a list; return None if that is impossible.
 
     The keys of a mapping and the letters of a text are no rewards.
     """
@@ -63,7 +63,7 @@ def _listed(returned: Any) -> list[Any] | None:
 
 
 def _kind_of(returned: object) -> str:
-    """Return the type of what a reward returned, with its article."""
+    """Return the type of a reward's result, with its article."""
     name = type(returned).__name__
     return "nothing" if returned is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 

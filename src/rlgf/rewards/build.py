@@ -89,7 +89,7 @@ def score_reply(judge: RewardFunction) -> RewardFunction:
 
 
 def scorers_in(reward: RewardFunction) -> list[Any]:
-    """Return what computes a reward, without what prepares its texts; of a sum for each term."""
+    """Return the scorers in a reward: one without wrappers, or one per summed term."""
     if isinstance(reward, TermSum):
         return [scorer for _, term in reward.terms.values() for scorer in scorers_in(term)]
     return [continuation_only(reward) or getattr(reward, "scorer", reward)]
@@ -104,7 +104,7 @@ def missing_rule_error(task: str) -> ConfigError:
 
 
 def is_model(name: str) -> bool:
-    """Return whether a reward is a model that is loaded: a Hub name or a folder."""
+    """Return whether a reward names a model: a Hub name or a folder."""
     functions = name in ("task", "ngram", "preferences") or name in TEXT_FUNCTIONS
     return not functions and not name.startswith(("python:", PASSED))
 

@@ -49,7 +49,7 @@ class SequenceClassifier:
         return values
 
     def _empty_text(self) -> str:
-        """Return what the classifier reads in place of a text without tokens."""
+        """Return the substitute input for a text without tokens."""
         marks = (self.tokenizer.bos_token, self.tokenizer.eos_token, self.tokenizer.unk_token, " ")
         for text in ("", *(mark for mark in marks if mark)):
             if self.tokenizer(text)["input_ids"]:
@@ -59,7 +59,7 @@ class SequenceClassifier:
         )
 
     def describe(self) -> str:
-        """Return what the reward is, in words."""
+        """Describe the reward in words."""
         return f"the probability of '{self.model.config.id2label[self.label]}' by the classifier '{self.path}'"
 
 

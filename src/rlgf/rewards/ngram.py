@@ -134,7 +134,7 @@ def _fit(
     classifier: NgramClassifier, rows: list[NDArray[np.int64]], labels: torch.Tensor, epochs: int, seed: int,
     report: Callable[[str], None], store: Steps | None,
 ) -> None:  # fmt: skip
-    """Train the weights of a classifier; `store` has those of an earlier part of the training."""
+    """Train the weights of a classifier; `store` lets an interrupted training resume."""
     table = torch.nn.EmbeddingBag(VOCABULARY + PAIRS, 1, mode="sum", sparse=True)
     torch.nn.init.zeros_(table.weight)
     bias = torch.nn.Parameter(torch.zeros(1))

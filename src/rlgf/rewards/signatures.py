@@ -80,7 +80,7 @@ def _reply(prompt: Prompt, text: str) -> Any:
 
 
 def _column(prompt: Prompt, name: str) -> Any:
-    """Return what an argument of a reward receives for a prompt."""
+    """Return the value of a reward's argument for a prompt."""
     if name == "columns":
         return prompt.columns
     return prompt.columns.get(name, prompt.references if name == "references" else None)

@@ -80,7 +80,7 @@ def score_components(
 
 
 def uses_policy_weights(reward: RewardFunction) -> bool:
-    """Return whether a reward uses the policy's weights, where one adapter is active at a time."""
+    """Return whether a reward uses the policy's weights, which serve one model at a time."""
     if isinstance(reward, TermSum):
         return any(uses_policy_weights(term) for _, term in reward.terms.values())
     return isinstance(reward, RewardModel) and isinstance(reward.model, AdapterRewardModel)

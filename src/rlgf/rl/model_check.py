@@ -45,7 +45,7 @@ class ModelReport:
 
     @property
     def is_fast(self) -> bool:
-        """Return whether it is sampled with our own cache."""
+        """Return whether the model is sampled with our own key-value cache."""
         return self.decoding == "own"
 
 
@@ -77,7 +77,7 @@ def check_model(language_model: LanguageModel, precision: str = "fp32") -> Model
 
 @contextmanager
 def _as_config_error(language_model: LanguageModel) -> Generator[None]:
-    """Turn an error of transformers into one sentence that names the model type."""
+    """Convert an error of transformers to one sentence that names the model type."""
     try:
         yield
     except RlgfError:
@@ -156,7 +156,7 @@ def _supports_value_head(
 def _lora_targets(
     language_model: LanguageModel, rollout: Rollout, forward_config: ForwardConfig, reasons: list[str]
 ) -> list[str]:
-    """Return the names of the layers that adapters change by default, if they can be trained."""
+    """Return the layers that adapters change by default; raise if those cannot be trained."""
     try:
         lora.require_peft()
         lora.add(language_model.model, ADAPTER, LoraConfig(rank=2), seed=0)
@@ -168,7 +168,7 @@ def _lora_targets(
 
 
 def describe_vllm(model: Any) -> str:
-    """Return whether vLLM supports a model, as far as it can be known here."""
+    """Describe whether vLLM supports a model, as far as this is known here."""
     from importlib.util import find_spec
 
     names = [str(name) for name in getattr(model.config, "architectures", None) or [type(model).__name__]]

@@ -389,5 +389,5 @@ class Updater:
 
 
 def _value_metrics(weights: dict[Origin, Tensor]) -> dict[str, float]:
-    """Return the metrics of the critics at zero, or none without states to fit."""
+    """Return the critics' metrics at zero, or no metrics if no states are trained."""
     return {"value_loss": 0.0, "value_clip_fraction": 0.0} if weights else {}

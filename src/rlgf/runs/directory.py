@@ -83,7 +83,7 @@ class RunDirectory:
         self._open()
 
     def _open(self) -> None:
-        """Read the identity of the run that is there, and compare its settings."""
+        """Read the identity of the run in the folder, and compare its settings."""
         require_valid_path(self.folder, "--out")
         folder, config = self.folder, self.config
         existing = folder / "config.yaml"
@@ -103,7 +103,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Generator[None]:
-        """Keep other processes from the run in the block.
+        """Hold the run's lock in the block, so that no other process trains it.
 
         Raises:
             ConfigError: another process trains it, or it cannot have checkpoints.
@@ -117,7 +117,7 @@ class RunDirectory:
             yield
 
     def check_available(self) -> None:
-        """Raise `ConfigError` if the folder is in use or cannot be written to; make nothing."""
+        """Raise `ConfigError` if the folder is in use or not writable; create nothing."""
         if self.folder.is_dir():
             require_writable(self.folder)
             with self.lock.held():
@@ -129,7 +129,7 @@ class RunDirectory:
             raise ConfigError(f"{self.folder} cannot be made in {place}: choose another --out.")
 
     def check_identity(self) -> None:
-        """Compare all that decides the run's numbers with what the run began with.
+        """Compare everything that affects the run's numbers with its recorded identity.
 
         Raises:
             ConfigError: it differs, and changes are not accepted.
@@ -158,7 +158,7 @@ class RunDirectory:
 
     @property
     def runs(self) -> list[str]:
-        """Return the identities of the run, from the first to the present one."""
+        """Return the recorded identities of the run, oldest first."""
         found = [entry["fingerprint"] for entry in self.history]
         return found or [fingerprint(identifying_settings(self.config))]
 
@@ -200,7 +200,7 @@ class RunDirectory:
         )
 
     def _set_results_aside(self, iterations: int | None) -> None:
-        """Keep the results of a finished run that goes on under another name.
+        """Rename the results of a finished run that is now continued.
 
         The evaluation of its last iteration is dropped unless a longer run would have had it.
         """
@@ -317,7 +317,7 @@ class RunDirectory:
             amend_row(self.folder / METRICS, iteration, change, self.warn)
 
     def interruption(self, error: KeyboardInterrupt) -> Interrupted:
-        """Return the interruption of the run, which says what is lost and where it goes on."""
+        """Build the error of an interrupted run: what is lost, and how to resume."""
         if not isinstance(error, Interrupted):
             error = Interrupted(signal.SIGINT)
         if error.message:  # of a stage
@@ -344,7 +344,7 @@ class RunDirectory:
 
 
 def _precedes_config(name: str) -> bool:
-    """Return whether a folder may hold a name before it holds the config of a run."""
+    """Return whether a file may exist in a run's folder before `config.yaml` does."""
     return name in BEFORE_CONFIG or name.startswith((f".{IDENTITY}.", ".config.yaml."))  # scratch of a killed process
 
 

@@ -84,7 +84,7 @@ def describe_failure(error: Exception) -> str | None:
 
 
 def _describe_file(number: int | None, name: object, problem: str) -> str:
-    """Return a failed use of a file as a sentence."""
+    """Describe a file error in one sentence."""
     place = os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else "a file"
     hint = HINTS.get(number or 0)
     return f"{place} cannot be used ({problem}): {f'{hint}, and {AGAIN}' if hint else AGAIN}."

@@ -1,4 +1,4 @@
-"""The identity of a run: all that decides its numbers, and how two identities differ."""
+"""The identity of a run: everything that affects its numbers, and a comparison of identities."""
 
 import hashlib
 from collections.abc import Mapping
@@ -96,7 +96,7 @@ def find_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> lis
 
 
 def find_setting_differences(identity: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
-    """Return the differences of an identity from settings, but for those with a content."""
+    """Return the differences of an identity from settings, except those compared by content."""
     before = {key: value for key, value in identity.items() if not key.startswith(DERIVED)}
     after = {key: value for key, value in settings.items() if f"content of {key}" not in identity}
     if any(key.startswith(WEIGHT) for key in identity):
@@ -134,7 +134,7 @@ def read_history(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def _listed(value: Any) -> list[Any]:
-    """Return a list, and an empty one in place of anything else."""
+    """Return a value if it is a list, otherwise an empty list."""
     return cast("list[Any]", value) if isinstance(value, list) else []
 
 

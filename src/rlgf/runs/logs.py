@@ -17,7 +17,7 @@ SHOWN = 5  # missing iterations that a warning lists
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append objects to a log; an error leaves it as it was, if the system allows."""
+    """Append objects to a log; after an error, restore the log if possible."""
     content = b"".join(to_checked_line(row) for row in rows)
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -77,7 +77,7 @@ def has_evaluation(results: Mapping[str, Any]) -> bool:
 
 
 def _values(mapping: Any) -> list[Any]:
-    """Return the values of a mapping, or None in their place of anything else."""
+    """Return the values of a mapping, or None for anything else."""
     return list(cast("dict[str, Any]", mapping).values()) if isinstance(mapping, dict) else [None]
 
 

@@ -37,7 +37,7 @@ def describe_machine(device: str = AUTO) -> dict[str, Any]:
 
 
 def choose_num_threads(configured: int = 0) -> tuple[int, str]:
-    """Return the number of threads of a process on a CPU, and what it follows from.
+    """Return the number of threads of a process on a CPU, and the reason.
 
     It is `configured` (runtime.threads), else OMP_NUM_THREADS, else the number of cores.
 
@@ -58,7 +58,7 @@ def choose_num_threads(configured: int = 0) -> tuple[int, str]:
 
 
 def choose_device(configured: str = AUTO) -> str:
-    """Return the device of a run: `configured` (runtime.device), or the GPU if there is one.
+    """Return the device of a run: `configured` (runtime.device), otherwise a GPU if available.
 
     Only CUDA and ROCm are chosen; other accelerators, which were not tried, are used if named.
 
@@ -82,7 +82,7 @@ def choose_device(configured: str = AUTO) -> str:
 
 
 def _count_devices(kind: str) -> int:
-    """Return how many devices of a kind torch finds."""
+    """Return the number of devices of a kind that torch finds."""
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     module: Any = getattr(torch, kind, None)
@@ -102,7 +102,7 @@ def describe_runtime(device: str, precision: str) -> str:
 
 
 def describe_threads(number: int) -> str:
-    """Return a number of threads in words, and whether they sleep while they wait."""
+    """Describe the number of threads, and whether waiting threads sleep."""
     sleeping = number > 1 and os.environ.get("OMP_WAIT_POLICY", "").strip().upper() == "PASSIVE"
     return f"{number} thread{'s' * (number > 1)}{', which sleep while they wait' * sleeping}"
 

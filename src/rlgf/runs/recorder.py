@@ -38,7 +38,7 @@ WRITTEN = (
 
 
 def clear_run(folder: Path) -> str | None:
-    """Remove the run in a folder, and return how far it was, or None.
+    """Remove the run in a folder; return its progress in words, or None.
 
     Its stages stay. Raises `ConfigError` if another process trains it, or for files that no run
     writes.
@@ -91,7 +91,7 @@ class Recordable(Protocol):
         ...
 
     def is_evaluation_due(self) -> bool:
-        """Return whether the iteration just done has an evaluation in a run of any length."""
+        """Return whether an evaluation after this iteration is due, whatever the run's length."""
         ...
 
     def save_policy(self, folder: Path) -> None:
@@ -169,13 +169,13 @@ class RunRecorder:
                 self.trackers.finish()
 
     def _keep_iterations(self, error: BaseException) -> None:
-        """Write a checkpoint of the iterations done if the state is whole and has none yet."""
+        """Write a checkpoint of completed iterations, unless one exists or the state is partial."""
         is_whole = self.loop.is_between_iterations and not self.is_writing
         if is_whole and self.loop.iteration != self.saved_iteration and not isinstance(error, OSError):
             self._save_checkpoint()
 
     def run_step(self, step: Step, iteration: int) -> tuple[dict[str, Any], Experience]:
-        """Run a step of the loop, under the profiler if this iteration is to be profiled.
+        """Run a step of the loop, under the profiler if this iteration is profiled.
 
         After an error the checkpoint is written here, before the loop waits for requests in flight.
         """
@@ -230,7 +230,7 @@ class RunRecorder:
             ) from None
 
     def _write_nonfinite(self, error: NonFiniteError) -> None:
-        """Write the completions of a number that is not finite, and say where they are."""
+        """Write the completions that gave a non-finite number, and report their path."""
         experience = error.experience
         rows = rollout_rows(experience.rollout, experience.score.tolist(), self.loop.iteration, self.loop.codec)
         write_file(self.directory.folder / NONFINITE, "".join(to_line(rows[place]) for place in error.rows))

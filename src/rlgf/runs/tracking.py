@@ -63,7 +63,7 @@ class Trackers:
             self.trackers.append((tracker, _next_step(tracker) if name != "tensorboard" else first))
 
     def _keep_thread_alive(self, tracker: Any) -> None:
-        """Store the errors of tensorboardX's thread, after which its queue would fill up.
+        """Store errors of tensorboardX's thread, so that its queue cannot fill up.
 
         `log` raises them; otherwise it would wait forever.
         """
@@ -116,7 +116,7 @@ def _resume_options(name: str, folder: Path) -> dict[str, Any]:
 
 
 def _next_step(tracker: Any) -> int:
-    """Return the first step that the run at a tracker does not have."""
+    """Return the first step that a tracker's run has not logged."""
     run = tracker.tracker
     found = getattr(run, "starting_step", None) if hasattr(run, "starting_step") else getattr(run, "_next_step", None)
     return found if isinstance(found, int) else 0

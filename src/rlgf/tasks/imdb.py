@@ -100,7 +100,7 @@ def _first_tokens(texts: Sequence[str], count: int, max_new_tokens: int, tokeniz
 
 
 def _first_half(texts: Sequence[str], max_tokens: int, max_new_tokens: int, tokenizer: Any) -> list[Piece]:
-    """Split each text at half its words; keep the last `max_tokens` tokens of the first half."""
+    """Split each text at half its words; prompts keep their last `max_tokens` tokens."""
     halves: list[int] = []
     for text in texts:
         words = list(re.finditer(r"\S+", text))
@@ -120,7 +120,7 @@ def _first_half(texts: Sequence[str], max_tokens: int, max_new_tokens: int, toke
 
 
 def _reviews(config: TaskConfig, options: Options, split: str, labeled: bool = True) -> list[dict[str, Any]]:
-    """Load the rows of a split; raise unless texts are nonempty and labels 0 or 1."""
+    """Load a split; raise unless its texts are nonempty and its labels 0 or 1."""
     columns = (options.text_column, options.label_column) if labeled else (options.text_column,)
     rows = read_rows(_source(config), split, columns)
     for number, row in enumerate(rows, 1):

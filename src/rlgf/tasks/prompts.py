@@ -114,7 +114,7 @@ def build(config: TaskConfig, tokenizer: Any) -> Task:
 
 
 def _warnings(options: Options, builder: PromptBuilder, prompts: Sequence[Prompt]) -> dict[str, int]:
-    """Return what was changed in prompts or left out of them, with their number."""
+    """Return warnings of truncated or changed prompts, with counts."""
     talks = sum(prompt.messages is not None for prompt in prompts)
     found = {
         f"prompts truncated to {options.prompt_tokens} tokens": builder.num_truncated,
@@ -231,12 +231,12 @@ def split_rows(config: TaskConfig, options: Options, dropped_rows: dict[str, int
 
 
 def _key(row: Row) -> str:
-    """Return a key of the prompt by which equal prompts are found."""
+    """Return a key that equal prompts share."""
     return json.dumps(row.prompt, sort_keys=True)
 
 
 def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dict[str, int]) -> Row | None:
-    """Parse a row; count it in `dropped_rows` and return None if its dialogues share no prompt."""
+    """Parse a row; drop it (None, counted) if its dialogues share no prompt."""
     own = {
         options.prompt_column, options.references_column, options.completion_column, options.chosen_column,
         options.messages_column,
@@ -268,7 +268,7 @@ def _row(options: Options, row: Mapping[str, Any], place: str, dropped_rows: dic
 
 
 def _of_messages(options: Options, row: Mapping[str, Any], completion: Any, place: str) -> tuple[Any, Any]:
-    """Return prompt and completion of a row with one conversation, which its last reply ends.
+    """Return prompt and completion of a row whose conversation ends with a reply.
 
     Raises `DataError` for a row that has neither a prompt nor messages.
     """
@@ -281,7 +281,7 @@ def _of_messages(options: Options, row: Mapping[str, Any], completion: Any, plac
 
 
 def _missing_prompt(options: Options, row: Mapping[str, Any]) -> str:
-    """Return what a row without a prompt has instead, and the setting that names its column."""
+    """Return an error text for a missing prompt, with the setting that fixes it."""
     name, others = options.prompt_column, [column for column in row if column != options.prompt_column]
     if name in row:
         return f"'{name}' is null: remove the row, or give it a prompt"
@@ -291,7 +291,7 @@ def _missing_prompt(options: Options, row: Mapping[str, Any]) -> str:
 
 
 def _inputs(options: Options, row: Mapping[str, Any], prompt: Any, place: str) -> TemplateInputs:
-    """Return what a row gives the chat template next to the messages of its prompt."""
+    """Return the chat-template inputs of a row, other than its messages."""
     if prompt is not None and not is_conversation(prompt):
         return TemplateInputs()
     variables = row.get(TEMPLATE_KWARGS) or {}

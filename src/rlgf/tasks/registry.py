@@ -40,7 +40,7 @@ def _load_definition(config: TaskConfig) -> TaskDefinition:
 
 
 def _guarded_definition(definition: TaskDefinition, name: str) -> TaskDefinition:
-    """Return a user's definition whose functions fail with one sentence, also on `sys.exit`."""
+    """Wrap a user's definition so that its failures become errors of one sentence."""
     if not dataclasses.is_dataclass(definition.options):
         raise ConfigError(f"task '{name}' has options that are no dataclass: give a class with the decorator `dataclass`.")
 

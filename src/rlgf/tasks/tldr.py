@@ -177,7 +177,7 @@ def preference_pairs(config: TaskConfig, tokenizer: Any, min_words: int) -> Pair
 
 
 def _held_out_posts(config: TaskConfig) -> set[str]:
-    """Return the keys of a fifth of the compared posts, on which no model is trained."""
+    """Return the keys of a fifth of the compared posts, held out from training."""
     posts = [post_key(row["post"]) for row in _rows(config, COMPARISONS)]
     return {post for post, held_out in zip(posts, held_out_keys(posts)) if held_out}
 

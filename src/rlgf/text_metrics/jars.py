@@ -135,7 +135,7 @@ def _sum_of(path: Path) -> str:
 
 
 def _from_source(jar: Jar, source: str, file: BinaryIO, report: Callable[[str], None]) -> None:
-    """Copy a jar from a folder or URL, laid out as a Maven repository or flat."""
+    """Copy a jar from a folder or URL: a Maven repository or a flat folder."""
     if "://" not in source:
         folder = Path(source).expanduser()
         found = next((folder / place for place in (jar.path, jar.name) if (folder / place).is_file()), None)

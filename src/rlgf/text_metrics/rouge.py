@@ -44,7 +44,7 @@ class _UnicodeTokenizer:
         self.stemmer: Any = importlib.import_module("nltk.stem.porter").PorterStemmer() if stemming else None
 
     def tokenize(self, text: str) -> list[str]:
-        """Return the tokens of a text; words of over three letters are stemmed if asked for."""
+        """Return the tokens of a text; optionally stem words of over three letters."""
         words = unicode_words(text)
         return [self.stemmer.stem(word) if len(word) > 3 else word for word in words] if self.stemmer else words
 

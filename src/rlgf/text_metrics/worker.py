@@ -133,7 +133,7 @@ class Libraries:
         ]
 
     def lemmas(self, words: Sequence[str]) -> list[list[str]]:
-        """Return the lemmas of each word as a noun, as a verb, and as it is."""
+        """Return each word's lemmas: as a noun, as a verb, and the word itself."""
         morphology = self.tokenizer_class("edu.stanford.nlp.process.Morphology")()
         return [sorted({str(morphology.lemma(word, tag)) for tag in LEMMA_TAGS}) for word in words]
 

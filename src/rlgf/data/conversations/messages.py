@@ -131,7 +131,7 @@ def _with_thoughts_once(message: Message, where: str) -> Message:
 
 
 def reply_of(value: Any, place: str) -> Reply:
-    """Return a response of a row: its text, or the assistant's message where it holds more.
+    """Return a row's response: its text, or the message if that holds more.
 
     Raises `DataError` for anything that is neither a text nor one message by the assistant.
     """

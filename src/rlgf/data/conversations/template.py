@@ -91,7 +91,7 @@ class ChatTemplate:
     def reply(
         self, messages: Sequence[Message], reply: Reply, inputs: TemplateInputs = NO_INPUTS, where: str = "the conversation"
     ) -> str:
-        """Render an assistant's reply as it follows `prompt(messages)`.
+        """Render an assistant's reply as the text after `prompt(messages)`.
 
         The text that closes the turn is omitted.
         """
@@ -123,7 +123,7 @@ class ChatTemplate:
         return self._openings[key]
 
     def strip_opening(self, messages: Sequence[Message], reply: str) -> str:
-        """Return the content of the assistant's message for a rendered reply.
+        """Remove the opening from a rendered reply and return the message's content.
 
         The template's prefix is removed; a reply without it loses its leading newlines. If the
         last turn is the assistant's, its content comes first.
@@ -148,7 +148,7 @@ class ChatTemplate:
         return [user]
 
     def _shown(self, **fields: Any) -> str | None:
-        """Return how the template renders an assistant's message, or None if it rejects it."""
+        """Render an assistant's message; return None if the template rejects it."""
         message: Message = {"role": "assistant", "content": PROBE, **fields}
         try:
             return self.render_closed([*self._trial, message], "a trial of the chat template")
@@ -183,7 +183,7 @@ class ChatTemplate:
         return bare.removesuffix(end) if end and bare.endswith(end) else reply
 
     def _with_inserted_thoughts(self, before: str, whole: str, thoughts: str, answer: str, where: str) -> str:
-        """Return a reply that does not begin where its prompt ends, its thoughts put there.
+        """Return a reply with the thoughts inserted where its prompt ends.
 
         So it is if the prompt opens thoughts that the template drops from replies.
         """
@@ -238,7 +238,7 @@ class ChatTemplate:
         return fixed
 
     def _as_known(self, message: Message) -> dict[str, Any]:
-        """Return a message with thoughts and arguments in the forms that templates read."""
+        """Convert thoughts and tool arguments of a message to the template's forms."""
         known, thoughts = dict(message), thoughts_in(message)
         if thoughts:
             known = {"thinking": thoughts, **known, "reasoning_content": thoughts}
@@ -248,7 +248,7 @@ class ChatTemplate:
         return known
 
     def _known_call(self, call: Any) -> Any:
-        """Return a tool call with its arguments as mapping or JSON, as the template reads them."""
+        """Convert a tool call's arguments to the form that the template reads."""
         function: Any = call.get("function") if isinstance(call, Mapping) else None
         arguments: Any = function.get("arguments") if isinstance(function, Mapping) else None
         if arguments is None or arguments is PROBE_ARGUMENTS:

@@ -74,12 +74,12 @@ def _read_cells(text: str, where: str, delimiter: str, skipped: int) -> tuple[li
 
 
 def _lines(text: str) -> Iterator[str]:
-    """Yield the lines of a text with their ends, which a quoted cell may hold."""
+    """Yield the lines of a text with their line ends, which quoted cells may contain."""
     return (found.group() for found in LINE.finditer(text))
 
 
 def _delimiter_of(text: str) -> str:
-    """Return the first delimiter that parts the header line; a comma if none does."""
+    """Return the first delimiter that occurs in the header line, otherwise a comma."""
     header = next((line for line in _lines(text) if line.strip()), "")
     return next((mark for mark in DELIMITERS if len(next(csv.reader([header], delimiter=mark))) > 1), ",")
 

@@ -13,11 +13,11 @@ from rlgf.errors import DataError
 
 
 class DuplicateKeyError(ValueError):
-    """An object with a key twice, of which JSON's readers drop the first value."""
+    """A JSON object with a repeated key, whose first value parsers drop."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the mapping of an object's keys to its values; raise if a key occurs twice."""
+    """Return an object's keys and values as a dict; raise if a key repeats."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -35,7 +35,7 @@ class Rows(list[dict[str, Any]]):
 
 
 def places_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return where each row stands: its line, as an editor counts, or its number."""
+    """Return the place of each row: its line in the file, or its number."""
     lines = rows.lines if isinstance(rows, Rows) else ()
     return [f"line {line}" for line in lines] or [f"row {number}" for number in range(1, len(rows) + 1)]
 
@@ -83,7 +83,7 @@ def decode(data: bytes, where: str, encoding: str | None = None) -> str:
 
 
 def missing_as_none(rows: Rows, columns: Sequence[str]) -> Rows:
-    """Replace NaN by None in columns of texts: it is how tables mark a missing text."""
+    """Replace NaN, which marks missing texts in tables, by None in text columns."""
     for row in rows:
         for name in columns:
             value = row.get(name)

@@ -130,7 +130,7 @@ def _checksum(key: str, text: str) -> int:
 
 
 def _read_row(key: str, text: Any, checksum: Any) -> dict[str, Any] | None:
-    """Return the response of a row, or None if it is damaged or has another form."""
+    """Return the response in a row, or None if it is damaged or malformed."""
     if not isinstance(text, str) or checksum != _checksum(key, text):
         return None
     try:

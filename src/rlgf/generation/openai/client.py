@@ -45,7 +45,7 @@ QUOTA_ERRORS = ("insufficient_quota", "billing_hard_limit_reached")
 
 
 class RefusedError(PermanentError):
-    """A refusal of this kind of request, or of a parameter that the reason may name."""
+    """A refusal of a kind of request or of a parameter, named if known."""
 
 
 class Server:
@@ -240,7 +240,7 @@ class Server:
         return RefusedError(reason) if status in (400, 404, 405, 422) else PermanentError(reason)
 
     def _drop_refused_parameter(self, reason: str, body: Mapping[str, Any]) -> bool:
-        """Rename or omit the parameter that a refusal names, for all later requests.
+        """Rename or omit the parameter that a refusal names, in all later requests.
 
         Returns whether there was one.
         """

@@ -1,4 +1,4 @@
-"""Dialects: the parts of a response, as servers that call themselves OpenAI-compatible spell them.
+"""The parts of a response, as different OpenAI-compatible servers spell them.
 
 A field is read where its meaning is clear; the error names one whose meaning is not.
 """
@@ -157,7 +157,7 @@ def count_of(usage: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
 
 
 def usage_in(data: Any) -> Mapping[str, Any]:
-    """Return the object of a response that counts its tokens; empty if there is none."""
+    """Return the token usage in a response, or an empty mapping."""
     if not isinstance(data, Mapping):
         return {}
     found = cast("Mapping[str, Any]", data)
@@ -195,7 +195,7 @@ def raise_refusal(status: int, code: str, message: str, shown: str) -> None:
 
 
 def describe_body(content: bytes) -> str:
-    """Return what a body that is not JSON seems to be."""
+    """Describe the likely kind of a body that is not JSON."""
     text = content[:MAX_SHOWN].decode("utf-8", "replace").strip()
     if not text:
         return "its response is empty"

@@ -35,7 +35,7 @@ class Environment:
         self.role = role
 
     def read(self, variable: str) -> str | None:
-        """Return the secret in a variable, or None; from then on it is hidden in messages."""
+        """Return the secret in a variable, or None; messages hide it from now on."""
         secret = read_secret(variable)
         # a header may have a scheme before its secret ('Bearer …'), and an error only the secret
         for part in (secret, *secret.split()) if secret else ():

@@ -40,7 +40,7 @@ class RetriesExhaustedError(Exception):
 
 @dataclass(frozen=True)
 class PoolRequest:
-    """A request and its samples, of which each is sent if those before it were invalid.
+    """A request and its samples; each is sent if all before it were invalid.
 
     `index` is part of the cache key, so that equal requests of two rows have their own responses.
     """
@@ -186,7 +186,7 @@ class EndpointPool:
         return keyed_responses
 
     def _replay(self, key: str, index: int) -> dict[str, Any]:
-        """Return the cached response, or the record that this run gave it up.
+        """Return the cached response, or this run's record that the request failed for good.
 
         The response includes its usage if this run sent the request. Raises if there is neither.
         """
@@ -296,7 +296,7 @@ class EndpointPool:
         return stored
 
     def _start_request(self, stop: threading.Event) -> None:
-        """Wait for the rate limit and count one more request; raise if a limit is reached."""
+        """Wait for the rate limit and count a request; raise at any other limit."""
         self._take_turn(stop)
         reached = self.usage.start_request()
         if reached is not None:

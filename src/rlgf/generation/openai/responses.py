@@ -94,7 +94,7 @@ class ServerRequest:
 
     @property
     def shown(self) -> tuple[str, str]:
-        """Return prompt and prefix as a chat model reads them, to find an echo of them."""
+        """Return prompt and prefix as a chat model reads them, to find echoes."""
         if self.messages is None:
             return self.prompt, self.prefix
         asked = [str(message["content"]) for message in self.messages if message["role"] == "user"]

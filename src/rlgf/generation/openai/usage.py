@@ -93,7 +93,7 @@ class UsageCounter:
         return found if cost is None else {**found, "cost": cost}
 
     def load_state(self, state: Mapping[str, float]) -> None:
-        """Add the usage of an earlier part of the run; a second call has no effect.
+        """Add the usage of an earlier part of the run, once: later calls are ignored.
 
         Limits then apply to the whole run.
         """
