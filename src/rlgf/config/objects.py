@@ -44,7 +44,7 @@ def check_options(
     *, folders: Mapping[str, Any], callbacks: Mapping[str, Any], flags: Mapping[str, Any], settings: Any = None,
     identity: Any = None,
 ) -> None:  # fmt: skip
-    """Raise `ConfigError` for options of a call that are of another kind than they must be."""
+    """Raise `ConfigError` for options of a call that are of the wrong kind."""
     wrong = [(name, value, "a path") for name, value in folders.items() if not isinstance(value, str | Path | None)]
     wrong += [(name, value, "a function") for name, value in callbacks.items() if value is not None and not callable(value)]
     wrong += [(name, value, "true or false") for name, value in flags.items() if not isinstance(value, bool)]
