@@ -100,10 +100,10 @@ def test_the_command_for_a_pretrained_model_has_the_settings_of_python() -> None
     text = (ROOT / "docs" / "command-line.md").read_text()
     command = text[text.index("rlgf train prompts --data rows.jsonl --policy") :].partition("--out")[0].replace("\\\n", "")
     given = [word for word in command.split() if "=" in word and not word.startswith(("-", "reward.path"))]
-    typed = flatten(to_dict(read_config("prompts", given)))
+    typed = flatten(to_dict(read_config("prompts", given, policy="gpt2")))
     # not read with a policy that is given, or about length and evaluations only
     ignored = ("recipe", "pretrain.", "sft.", "evaluation.", "ppo.iterations")
-    expected = flatten(to_dict(override(recipe("prompts"), list(SETTINGS.items()))))
+    expected = flatten(to_dict(override(recipe("prompts"), [*SETTINGS.items(), ("policy", "gpt2")])))
     differing = {key for key in expected if expected[key] != typed.get(key) and not key.startswith(ignored)}
     assert differing == set()
 

@@ -10,6 +10,11 @@ import pytest
 from helpers import small
 from rlgf.cli import app
 from rlgf.cli.options import read_config
+from rlgf.config.base import flatten, to_dict
+from rlgf.config.loading import dump, override
+from rlgf.config.objects import as_config, config_of_objects, given_keys
+from rlgf.config.recipes import PRETRAINED, recipe
+from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.experiments.figures import tradeoff
 from rlgf.experiments.tables import table_rows
@@ -36,6 +41,42 @@ def test_sft_from_names_the_model_that_is_fine_tuned() -> None:
         read_config("prompts", policy="gpt2", sft_from="gpt2")
     with pytest.raises(ConfigError, match=r"sft\.steps and sft\.epochs are 0"):
         read_config("tldr", sft_from="gpt2")
+
+
+def test_a_pretrained_model_takes_smaller_steps_than_one_from_scratch(tmp_path: Path) -> None:
+    scratch, kept = recipe("prompts"), {"ppo.learning_rate": 2e-4}  # typed, even if it is the recipe's own
+    file = tmp_path / "mine.yaml"
+    file.write_text("recipe: prompts\nppo: {learning_rate: 2.0e-4}\n")
+    written = tmp_path / "config.yaml"  # as a run writes it: all keys are given
+    written.write_text(dump(override(scratch, {"policy": "gpt2"})))
+    cases: list[tuple[Config, dict[str, float]]] = [
+        (read_config("prompts"), {key: value_of(scratch, key) for key in PRETRAINED}),
+        (read_config("prompts", policy="gpt2"), {}),
+        (read_config("prompts", sft_from="gpt2"), {}),
+        (read_config("prompts", ["model.path=gpt2"]), {}),
+        (read_config("prompts", ["ppo.learning_rate=2e-4"], policy="gpt2"), kept),
+        (read_config(str(file), policy="gpt2"), kept),
+        (read_config(str(written)), {key: value_of(scratch, key) for key in PRETRAINED}),
+        (as_config({"recipe": "prompts", "policy": "gpt2", "ppo": {"learning_rate": 2e-4}}), kept),
+        (of_call("prompts"), {}),
+        (of_call({"recipe": "prompts", "ppo.learning_rate": 2e-4}), kept),
+        (of_call(scratch), {key: value_of(scratch, key) for key in PRETRAINED}),  # a config is taken as it is
+    ]
+    for number, (config, others) in enumerate(cases):
+        assert {key: value_of(config, key) for key in PRETRAINED} == {**PRETRAINED, **others}, number
+    quickstart = read_config("quickstart", policy="gpt2")
+    assert quickstart.ppo.learning_rate == recipe("quickstart").ppo.learning_rate
+
+
+def value_of(config: Config, key: str) -> float:
+    return flatten(to_dict(config))[key]
+
+
+def of_call(config: Any) -> Config:
+    """Return the config of `rlgf.train(config, model="gpt2")`."""
+    return config_of_objects(
+        Path("stages"), "gpt2", None, None, None, None, None, {}, base=as_config(config), base_keys=given_keys(config)
+    )[0]
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
         "reward": " + ".join(f"{weight:g} {name}" for name, weight in config.reward.weights.items()) or config.reward.path,
         "sampling": config.sampling.describe(),
         "iterations": f"{ppo.iterations} of {ppo.completions_per_iteration} completions; {steps} optimizer steps each",
+        "step size": _learning_rates(config),
         "tokens": f"at most {ppo.completions_per_iteration * task.max_new_tokens:,} generated in an iteration",
         "distilled": f"{config.distill.num_completions:,} completions by the guide, before that"
         if config.distill.num_completions
@@ -255,6 +256,12 @@ def _start(config: Config) -> str:
         return f"{config.policy}, as it is"
     fine_tuned = "fine-tuned on the data's completions" if config.sft.is_enabled else "as it is"
     return f"{config.model.path}, {fine_tuned}" if config.model.path else f"new {config.model.architecture}, trained here"
+
+
+def _learning_rates(config: Config) -> str:
+    """Return the learning rates of the models that have an optimizer of their own."""
+    critics = f", {config.critic.learning_rate:g} for critics" if config.critic.kind != "value_head" else ""
+    return f"learning rate {config.ppo.learning_rate:g} for the policy{critics}"
 
 
 def _adapters(config: Config) -> str:

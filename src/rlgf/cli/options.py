@@ -100,14 +100,15 @@ def read_typed_config(
     A YAML file may change the recipe that it names.
     """
     from rlgf.config.loading import override, parse_assignment
-    from rlgf.config.recipes import RECIPES, recipe
+    from rlgf.config.recipes import RECIPES, recipe, with_pretrained_values
     from rlgf.config.unread import TypedSetting, typed_setting
 
     typed: list[TypedSetting] = []
+    given: list[str] | None = []  # keys that the user gave; None: all
     if source in RECIPES:
         config = recipe(source)
     elif source.endswith((".yaml", ".yml")) or Path(source).is_file():
-        config, typed = _from_yaml(Path(source))
+        config, typed, given = _from_yaml(Path(source))
     else:
         raise unknown("recipe", source, RECIPES)
     if algorithm is not None and algorithm not in ALGORITHMS:
@@ -133,6 +134,8 @@ def read_typed_config(
     changes += [parse_assignment(text) for text in overrides or []]
     betas = beta_changes(beta) if beta is not None else []
     config = override(config, [*betas, *changes], COMMAND_LINE)
+    if given is not None:
+        config = with_pretrained_values(config, [*given, *(key for key, _ in changes)])
     if sft_from is not None and not config.sft.is_enabled:
         raise ConfigError("--sft-from fine-tunes a model, and sft.steps and sft.epochs are 0: set one, as in sft.epochs=3.")
     typed += [setting for key, value in changes for setting in typed_setting(key, value)]
@@ -143,12 +146,12 @@ def read_typed_config(
     return TypedConfig(config, typed)
 
 
-def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
-    """Load a YAML file, and return its config and what its author changed.
+def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting], list[str] | None]":
+    """Load a YAML file, and return its config, what its author changed, and its keys.
 
     It holds a whole config, or changes to the recipe that its key `recipe` names. A config that a
-    run wrote has no author, and options of other algorithms are no mistake in a file that several
-    commands read.
+    run wrote has no author and all keys, so that they are None; options of other algorithms are no
+    mistake in a file that several commands read.
     """
     from rlgf.config.base import flatten, to_dict
     from rlgf.config.loading import FREE_FORM_SECTIONS, from_dict, override, read_yaml
@@ -178,10 +181,11 @@ def _from_yaml(path: Path) -> "tuple[Config, list[TypedSetting]]":
     else:
         config, before = from_dict(values, str(path)), Config()
     if path.read_text(encoding="utf-8").startswith("format_version:"):
-        return config, []
+        return config, [], None
     old, new = flatten(to_dict(before)), flatten(to_dict(config))
     changed = [key for key in flatten(values) if key in new and old.get(key) != new[key]]
-    return config, [TypedSetting(key, (key,), str(path)) for key in changed if not key.startswith("algorithm.options.")]
+    typed = [TypedSetting(key, (key,), str(path)) for key in changed if not key.startswith("algorithm.options.")]
+    return config, typed, list(flatten(values))
 
 
 def beta_changes(beta: float) -> list[tuple[str, Any]]:

@@ -9,14 +9,15 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from rlgf.algorithms.registry import ALGORITHMS
+from rlgf.config.base import flatten
 from rlgf.config.loading import override
-from rlgf.config.recipes import RECIPES, recipe
+from rlgf.config.recipes import PRETRAINED, RECIPES, recipe, with_pretrained_values
 from rlgf.config.schema import Config
 from rlgf.config.unread import require_read, typed_setting
 from rlgf.data.files import write_file
@@ -35,8 +36,7 @@ SET_BY_ARGUMENTS = (
 )  # fmt: skip
 SETTINGS: Mapping[str, Any] = {  # over the recipe 'prompts'; for a pretrained model
     "recipe": "python", "pretrain.steps": 0, "sft.epochs": 0.0, "task.max_new_tokens": 64, "ppo.iterations": 100,
-    "ppo.learning_rate": 1e-5, "critic.learning_rate": 1e-5, "kl.coefficient": 0.05, "evaluation.every": 10,
-    "evaluation.output_perplexity": False,
+    **PRETRAINED, "evaluation.every": 10, "evaluation.output_perplexity": False,
 }  # fmt: skip
 
 
@@ -103,7 +103,14 @@ def as_config(value: Config | Mapping[str, Any] | str) -> Config:
         raise ConfigError(f"config is a {type(value).__name__}, but must be a Config such as rlgf.recipe('quickstart').")
     name = value.get("recipe")
     base = recipe(name) if isinstance(name, str) and name in RECIPES else Config()
-    return override(base, value, "config")
+    return with_pretrained_values(override(base, value, "config"), given_keys(value) or ())
+
+
+def given_keys(value: Config | Mapping[str, Any] | str | None) -> list[str] | None:
+    """Return the keys that a caller gave with a recipe's name; None of a `Config`, which has all."""
+    if isinstance(value, Mapping):
+        return list(flatten(cast("Mapping[str, Any]", value)))
+    return None if isinstance(value, Config) else []
 
 
 def config_of_objects(
@@ -117,6 +124,7 @@ def config_of_objects(
     settings: Mapping[str, Any],
     identity: str | None = None,
     base: Config | None = None,
+    base_keys: Sequence[str] | None = None,
 ) -> tuple[Config, PassedObjects]:
     """Return the config of a call of `rlgf.train` with objects, and the objects themselves.
 
@@ -134,6 +142,7 @@ def config_of_objects(
         identity: names the version of a reward or guide without source.
         base: the config that the objects replace parts of; None: one for a pretrained model, which
             needs a model, prompts and a reward.
+        base_keys: the keys of `base` that the caller gave; None: all.
 
     Raises:
         ConfigError: an argument is missing or cannot be used.
@@ -174,6 +183,8 @@ def config_of_objects(
     if base is not None and not changes and not settings:
         return base, PassedObjects()
     config = override(base or recipe("prompts"), [*changes.items(), *settings.items()], "rlgf.train")
+    if base is not None and base_keys is not None:
+        config = with_pretrained_values(config, [*base_keys, *settings])
     require_read([typed for key, value in settings.items() for typed in typed_setting(key, value, "settings")], [config])
     needs_guide, name = config.algorithm.build().needs_guide or config.distill.num_completions > 0, config.algorithm.name
     if guide is None and needs_guide and base is None:

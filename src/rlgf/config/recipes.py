@@ -3,10 +3,11 @@
 Each number is given with its source.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rlgf.config.loading import override
 from rlgf.config.schema import Config
 from rlgf.config.sections import (
     AlgorithmConfig,
@@ -296,7 +297,7 @@ def tldr_small() -> Config:
 def prompts() -> Config:
     """Your own data (docs/own-data.md), with a small model trained from scratch.
 
-    `--policy` starts from another model instead.
+    `--policy` and `--sft-from` start from another model instead, with the values of `PRETRAINED`.
     """
     return Config(
         recipe="prompts",
@@ -313,6 +314,29 @@ def prompts() -> Config:
         critic=CriticConfig(learning_rate=5e-4),
         evaluation=EvaluationConfig(every=5, prompts=64, final_prompts=256),
     )
+
+
+# Of `prompts`, where it starts from a pretrained model, which the rates above would destroy. Policy and
+# KL coefficient: TRL's PPO (its GRPO, verl and OpenRLHF have 1e-6); critic: verl (OpenRLHF 9e-6); SFT:
+# TRL. LoRA adapters take about ten times as much.
+PRETRAINED: Mapping[str, float] = {
+    "sft.learning_rate": 2e-5, "ppo.learning_rate": 3e-6, "critic.learning_rate": 1e-5, "kl.coefficient": 0.05,
+}  # fmt: skip
+
+
+def with_pretrained_values(config: Config, given: Collection[str]) -> Config:
+    """Return a config of `prompts` with the values for a pretrained model, if it starts from one.
+
+    Keys that are `given` stay as they are.
+    """
+    if config.recipe != "prompts" or (config.policy is None and config.model.path is None):
+        return config
+    changes = [
+        (key, value)
+        for key, value in PRETRAINED.items()
+        if not any(key == name or key.startswith(f"{name}.") for name in given)
+    ]
+    return override(config, changes, "recipe prompts")
 
 
 RECIPES: dict[str, Callable[[], Config]] = {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rlgf.algorithms.registry import ALGORITHMS
 from rlgf.config.base import to_dict
-from rlgf.config.objects import as_config, check_options, config_of_objects
+from rlgf.config.objects import as_config, check_options, config_of_objects, given_keys
 from rlgf.config.schema import Config
 from rlgf.config.specs import GuideKind
 from rlgf.data.checksums import fingerprint
@@ -153,7 +153,7 @@ def train(
         "model": model, "tokenizer": tokenizer, "prompts": prompts, "reward": reward, "guide": guide, "algorithm": algorithm,
     }  # fmt: skip
     run_config, passed = config_of_objects(
-        cache.folder, **objects, settings=settings or {}, identity=identity, base=given_config
+        cache.folder, **objects, settings=settings or {}, identity=identity, base=given_config, base_keys=given_keys(config)
     )
     directory = RunDirectory(out, run_config, accept_changes, lambda line: report(f"warning: {line}"))
     for name in passed.unverifiable() if identity is None and (out / "config.yaml").is_file() else ():
