@@ -15,6 +15,7 @@ import gzip
 import itertools
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +73,22 @@ def built_once() -> Iterator[None]:
     patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def drawn_report() -> Callable[..., list[str]]:
+    """What `rlgf.train` does when it has finished."""
+    from rlgf.reports import report
+
+    return report.finish_report
+
+
+@pytest.fixture(autouse=True)
+def quick_report(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`rlgf.train` draws no figures, which takes longer than so small a run, but in tests with `drawn_report`."""
+    run = sys.modules.get("rlgf.pipeline.run")
+    if run is not None and "drawn_report" not in request.fixturenames:
+        monkeypatch.setattr(run, "finish_report", lambda folder, results: [])
 
 
 @pytest.fixture(scope="session", autouse=True)

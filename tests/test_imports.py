@@ -14,7 +14,7 @@ ORDER = {
     "": (
         "randomness distributed credentials untrusted_text hints errors kernels interrupts "
         "bounds types algorithms data config models tasks text_metrics generation guides "
-        "rewards supervised rl evaluation runs trainer pipeline experiments cli"
+        "rewards supervised rl evaluation runs reports trainer pipeline experiments cli"
     ),
     "algorithms": "__init__ schedules switch_position baselines advantages losses base guided grouped registry",
     "cli": (
@@ -32,7 +32,7 @@ ORDER = {
     "data/conversations": "__init__ messages template",
     "data/tables": "__init__ text delimited json_file",
     "evaluation": "__init__ intervals model_metrics verdicts win_rate chat_judge evaluate best_of_n",
-    "experiments": "__init__ tables figures report processes compare",
+    "experiments": "__init__ processes compare",
     "generation": (
         "__init__ base beam_search kv_cache kv_decoder general_decoder decoding_path openai "
         "sampling decoder"
@@ -51,6 +51,7 @@ ORDER = {
         "__init__ stage_cache resolve stages build_models final_evaluation "
         "reward_model_stage build_rewards preflight build_guide prepare run"
     ),
+    "reports": "__init__ tables figures report",
     "rewards": "__init__ base signatures classifier ngram reward_model weighted_sum build",
     "rl": (
         "__init__ tensors metrics shaping experience rollout kl_controller guards optimizers "

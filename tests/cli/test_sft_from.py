@@ -16,10 +16,10 @@ from rlgf.config.objects import as_config, config_of_objects, given_keys
 from rlgf.config.recipes import PRETRAINED, recipe
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
-from rlgf.experiments.figures import tradeoff
-from rlgf.experiments.tables import table_rows
 from rlgf.models.loading import load_tokenizer
 from rlgf.pipeline.resolve import resolve
+from rlgf.reports.figures import tradeoff
+from rlgf.reports.tables import table_rows
 
 
 @pytest.fixture

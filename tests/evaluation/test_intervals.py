@@ -5,7 +5,7 @@ import math
 import pytest
 
 from rlgf.evaluation.intervals import interval_in, mean_interval, share_interval, show_interval, show_mean
-from rlgf.experiments.tables import cell
+from rlgf.reports.tables import cell
 
 
 def test_intervals_of_means_and_shares() -> None:

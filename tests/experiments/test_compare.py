@@ -8,9 +8,9 @@ from helpers import SMALL, FinishedComparison, small
 from rlgf.config.loading import override
 from rlgf.config.variants import build_variants, plan_comparison
 from rlgf.errors import ConfigError
-from rlgf.experiments import figures
 from rlgf.experiments.compare import compare
-from rlgf.experiments.tables import markdown, mean_and_spread
+from rlgf.reports import figures
+from rlgf.reports.tables import markdown, mean_and_spread
 
 
 @pytest.mark.integration

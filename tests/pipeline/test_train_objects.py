@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 
 import rlgf
 from helpers import tiny_model
+from rlgf.cli import app
 from rlgf.config.loading import from_dict, read_yaml
 from rlgf.config.objects import config_of_objects, source_hash
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest
@@ -130,6 +132,26 @@ def test_a_lambda_a_guide_object_and_a_loaded_model_are_resumed_by_the_same_call
     train(tiny_model())
     for name in ("reward", "guide"):
         assert any(f"its {name} has no source to compare" in line for line in lines)
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("drawn_report")
+def test_a_run_from_python_leaves_its_curve_and_says_what_came_of_it(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, settings = tmp_path / "run", {**SMALL, "evaluation.baselines": ["sft"]}
+    rlgf.train(model=model, prompts=PROMPTS, reward=length, out=out, settings=settings)
+    shown = capsys.readouterr().err
+    assert re.search(r"^reward on \d test prompts: start [\d.]+ \[.*\] → PPO [\d.]+ \[.*\] \(95 % intervals\)$", shown, re.M)
+    assert "test prompts are few" in shown
+    assert f"{out}: policy/, results.json, metrics.jsonl, table.md, texts.md, curves.png" in shown
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    (out / "curves.png").unlink()
+    monkeypatch.setattr("sys.argv", ["rlgf", "report", str(out)])
+    with pytest.raises(SystemExit) as stopped:
+        app.main()
+    assert not stopped.value.code
+    assert (out / "curves.png").is_file()
 
 
 def test_a_recorded_function_that_changed_is_refused_from_the_file_too(model: str, tmp_path: Path) -> None:

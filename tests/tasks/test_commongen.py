@@ -14,11 +14,11 @@ from rlgf.config.schema import Config
 from rlgf.config.sections import EvaluationConfig, ModelConfig, PPOConfig, RewardConfig, SupervisedConfig, TaskConfig
 from rlgf.errors import INPUT_ERRORS
 from rlgf.evaluation.evaluate import EvaluationContext, check_text_metrics, text_metrics
-from rlgf.experiments.tables import columns_of, markdown
 from rlgf.pipeline import stages
 from rlgf.pipeline.prepare import prepare
 from rlgf.pipeline.resolve import resolve
 from rlgf.pipeline.stage_cache import StageCache
+from rlgf.reports.tables import columns_of, markdown
 from rlgf.rewards.build import build_reward
 from rlgf.rewards.weighted_sum import WeightedSum, score_components
 from rlgf.supervised.examples import SENTINELS, TargetExamples, corrupt_spans

@@ -59,10 +59,10 @@ def compare(
     from rlgf.config.loading import override
     from rlgf.config.recipes import controls as recipe_controls
     from rlgf.experiments import compare as comparing
-    from rlgf.experiments.report import report_files
     from rlgf.pipeline.preflight import check_to_train
     from rlgf.pipeline.prepare import try_run
     from rlgf.pipeline.resolve import resolve
+    from rlgf.reports.report import report_files
 
     target = out or Path("runs") / as_file_name(config.recipe)
     comparing.check_target(target)
@@ -110,7 +110,7 @@ def report(
     """
     from rlgf.cli import terminal
     from rlgf.data.files import read_json, require_format
-    from rlgf.experiments.report import report_files, write_report, write_run_report
+    from rlgf.reports.report import report_files, write_report, write_run_report
 
     path = comparison / "results.json"
     if not path.is_file():

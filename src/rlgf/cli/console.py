@@ -18,14 +18,14 @@ from rlgf.cli.terminal import Part, describe_baseline, describe_phases, escape_l
 from rlgf.config.schema import Config
 from rlgf.config.unread import describe_unread
 from rlgf.errors import INPUT_ERRORS
-from rlgf.evaluation.intervals import FEW, mean_interval, share_interval
-from rlgf.experiments.tables import table_rows
 from rlgf.interrupts import set_grace
 from rlgf.kernels import dispatch
 from rlgf.models import lora
 from rlgf.models.loading import count_parameters, from_pretrained, shape_config
 from rlgf.pipeline.preflight import training_warnings
 from rlgf.pipeline.prepare import Trial
+from rlgf.reports.report import summary_lines
+from rlgf.reports.tables import table_rows
 from rlgf.runs.machine import choose_device, choose_num_threads, describe_runtime
 from rlgf.runs.progress import ProgressLines, Step, with_interval
 from rlgf.types import POLICY
@@ -210,30 +210,10 @@ def print_plan(config: Config, algorithm: Algorithm, title: str = "") -> None:
 
 def print_summary(results: Mapping[str, Any]) -> None:
     """Print the reward before and after training, and the guide's, with 95 % intervals."""
-    after, baselines = results["evaluation"], results.get("baselines", {})
-    name = "pass_rate" if "pass_rate" in after else "score"
-    count = int(after["completions"])
-
-    def shown(metrics: Mapping[str, Any]) -> str:
-        value, size = metrics[name], int(metrics["completions"])
-        if value is None:  # not finite, so null in the file
-            return "–"
-        low, high = (
-            share_interval(value, size) if name == "pass_rate" else mean_interval(value, metrics["score_standard_error"], size)
-        )
-        return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if size > 1 else "")
-
-    start = f"{baselines['sft']['title']} {shown(baselines['sft'])} → " if "sft" in baselines else ""
-    guide = f"; guide {shown(baselines['guide'])}" if "guide" in baselines else ""
-    title = "pass rate" if name == "pass_rate" else "reward"
-    write(
-        f"{title} on {count:,} test prompts: {start}{results['title']} {shown(after)}{guide} (95 % intervals)", soft_wrap=False
-    )
-    if count < FEW:
-        report(
-            f"warning: {count} test prompts are few, and the intervals wide: give more rows (or a larger "
-            "evaluation.final_prompts, if there are more)"
-        )
+    line, *warnings = summary_lines(results)
+    write(line, soft_wrap=False)
+    for warning in warnings:
+        report(warning)
 
 
 def print_trial(trial: Trial) -> None:

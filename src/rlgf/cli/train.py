@@ -73,12 +73,12 @@ def train(
         config = override(config, [("runtime.profile", True)], COMMAND_LINE)
     from rlgf.cli import console, terminal
     from rlgf.config import unread
-    from rlgf.experiments.report import write_run_report
     from rlgf.pipeline import preflight
     from rlgf.pipeline.prepare import try_run
     from rlgf.pipeline.resolve import resolve
     from rlgf.pipeline.run import train_run
     from rlgf.pipeline.stage_cache import StageCache
+    from rlgf.reports.report import write_run_report
     from rlgf.runs.directory import RunDirectory, read_results
     from rlgf.runs.recorder import clear_run
 

@@ -107,9 +107,9 @@ def as_config(value: Config | Mapping[str, Any] | str) -> Config:
 
 
 def given_keys(value: Config | Mapping[str, Any] | str | None) -> list[str] | None:
-    """Return the keys that a caller gave with a recipe's name; None of a `Config`, which has all."""
+    """Return the keys that a caller gave over a recipe; None of a `Config`, which has all."""
     if isinstance(value, Mapping):
-        return list(flatten(cast("Mapping[str, Any]", value)))
+        return list(flatten(value))
     return None if isinstance(value, Config) else []
 
 

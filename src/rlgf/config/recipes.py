@@ -316,9 +316,9 @@ def prompts() -> Config:
     )
 
 
-# Of `prompts`, where it starts from a pretrained model, which the rates above would destroy. Policy and
-# KL coefficient: TRL's PPO (its GRPO, verl and OpenRLHF have 1e-6); critic: verl (OpenRLHF 9e-6); SFT:
-# TRL. LoRA adapters take about ten times as much.
+# Of `prompts`, where it starts from a pretrained model, which the rates above would destroy.
+# Policy and KL coefficient: TRL's PPO (its GRPO, verl and OpenRLHF have 1e-6); critic: verl
+# (OpenRLHF 9e-6); SFT: TRL.
 PRETRAINED: Mapping[str, float] = {
     "sft.learning_rate": 2e-5, "ppo.learning_rate": 3e-6, "critic.learning_rate": 1e-5, "kl.coefficient": 0.05,
 }  # fmt: skip

@@ -1,1 +1,1 @@
-"""Comparisons of several runs: variants, tables, figures, reports."""
+"""Comparisons of several runs."""

@@ -14,13 +14,13 @@ from rlgf.data.files import json_safe, write_json
 from rlgf.data.lock import FolderLock
 from rlgf.errors import ConfigError
 from rlgf.experiments.processes import run_in_processes
-from rlgf.experiments.report import write_report
 from rlgf.pipeline.final_evaluation import evaluate_baselines
 from rlgf.pipeline.preflight import check, check_to_train
 from rlgf.pipeline.prepare import prepare_run
 from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.run import for_guide_evaluation, no_progress, train_run
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
+from rlgf.reports.report import write_report
 from rlgf.runs.directory import RunDirectory, identifying_settings, read_results, require_writable
 from rlgf.runs.failures import as_sentences
 from rlgf.runs.identity import with_contents

@@ -36,10 +36,11 @@ from rlgf.pipeline.prepare import output_perplexity_model, prepare_prompts, prep
 from rlgf.pipeline.resolve import ResolvedRun, resolve
 from rlgf.pipeline.stage_cache import Report, StageCache, no_report
 from rlgf.pipeline.stages import starting_model
+from rlgf.reports.report import finish_report
 from rlgf.rewards.weighted_sum import sum_of_rewards
 from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.rollout import RolloutConfig
-from rlgf.runs.directory import RunDirectory, require_writable
+from rlgf.runs.directory import RunDirectory, read_results, require_writable
 from rlgf.runs.failures import as_sentences, require_space
 from rlgf.runs.machine import describe_runtime
 from rlgf.runs.progress import ProgressLines, write_line
@@ -163,7 +164,10 @@ def train(
     if passed.files:
         require_writable(cache.folder, "--stages")
         passed.write_files()
-    return train_run(run, directory, cache, on_progress or (ProgressLines(report) if progress else no_progress))
+    trainer = train_run(run, directory, cache, on_progress or (ProgressLines(report) if progress else no_progress))
+    for line in finish_report(directory.folder, read_results(directory.folder / "results.json")):
+        report(line)
+    return trainer
 
 
 @as_sentences()

@@ -11,9 +11,9 @@ from rlgf.cli import app
 from rlgf.config.variants import build_variants, parse_vary
 from rlgf.data.checksums import read_checked_json
 from rlgf.errors import ConfigError
-from rlgf.experiments import figures
-from rlgf.experiments.report import report_files, side_by_side, write_report
-from rlgf.experiments.tables import LAST_EVALUATION, splits_of, table_rows
+from rlgf.reports import figures
+from rlgf.reports.report import report_files, side_by_side, write_report
+from rlgf.reports.tables import LAST_EVALUATION, splits_of, table_rows
 from rlgf.runs.logs import read_rows
 from rlgf.text_metrics.score import read_lines
 
@@ -207,6 +207,15 @@ def test_a_picture_and_its_table_show_the_same_split() -> None:
     assert headings[1:4] == ["reward", "KL to SFT", "perplexity"]
     assert [cells[:2] for cells in rows] == [["PPO", "1.500 ± 0.500"]]
     assert axes.lines[0].get_ydata()[-1] == pytest.approx(1.5)
+
+
+def test_a_run_without_validations_shows_the_reward_in_training() -> None:
+    trained = row("ppo", curves=[[]], training=[{"completions": 8, "score": 0.5}, {"completions": 16, "score": 0.75}])
+    trained["metrics"] |= {"pass_rate": [0.5]}
+    figure = figures.curves(comparison(trained))
+    assert figure is not None
+    assert list(figure.axes[0].lines[0].get_ydata()) == [0.5, 0.75]
+    assert figure.axes[0].get_ylabel() == "reward"
 
 
 @pytest.mark.integration

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlgf.experiments.tables import COLUMNS, columns_of, metrics_of, splits_of, start_of, title_of
+from rlgf.reports.tables import COLUMNS, columns_of, metrics_of, splits_of, start_of, title_of
 from rlgf.untrusted_text import escape_control_characters, shorten
 
 # Okabe and Ito's palette, distinguishable with color vision deficiency
@@ -33,7 +33,8 @@ def curves(results: Results) -> Any | None:
     training = [row for row in results["rows"] if row.get("training")]
     if not rows and not training:
         return None
-    quantity, levels = _quantity(results), _baselines(results)
+    # training has rewards alone, so without validations the figure has them
+    quantity, levels = _quantity(results) if rows else "score", _baselines(results)
     figure, (axes,) = _figure(1)
     for number, row in enumerate(rows):
         points = [list(points) for points in zip(*row["curves"])]

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from rlgf.data.files import read_json, write_file
-from rlgf.experiments import figures
-from rlgf.experiments.tables import markdown
+from rlgf.evaluation.intervals import FEW, mean_interval, share_interval
+from rlgf.reports import figures
+from rlgf.reports.tables import markdown
 from rlgf.runs.logs import read_rows
 from rlgf.untrusted_text import as_code, escape_control_characters
 
@@ -34,6 +35,41 @@ def write_run_report(run: Path, out: Path | None = None) -> list[str]:
     metrics = read_rows(path, lambda line: None) if path.is_file() else []
     write_report(results_of_run(read_json(run / "results.json"), metrics), target)
     return report_files(target)
+
+
+def finish_report(run: Path, results: Mapping[str, Any]) -> list[str]:
+    """Write the report of a finished run, and return the last lines of its progress."""
+    shown = ", ".join(["policy/", "results.json", "metrics.jsonl", *write_run_report(run)])
+    return [*summary_lines(results), f"{run}: {shown}; see completions with `rlgf samples {run}`"]
+
+
+def summary_lines(results: Mapping[str, Any]) -> list[str]:
+    """Return the reward before and after training, and the guide's, with 95 % intervals.
+
+    A second line is a warning that the prompts are few.
+    """
+    after, baselines = results["evaluation"], results.get("baselines", {})
+    name = "pass_rate" if "pass_rate" in after else "score"
+    count = int(after["completions"])
+
+    def shown(metrics: Mapping[str, Any]) -> str:
+        value, size = metrics[name], int(metrics["completions"])
+        if value is None:  # not finite, so null in the file
+            return "–"
+        low, high = (
+            share_interval(value, size) if name == "pass_rate" else mean_interval(value, metrics["score_standard_error"], size)
+        )
+        return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if size > 1 else "")
+
+    start = f"{baselines['sft']['title']} {shown(baselines['sft'])} → " if "sft" in baselines else ""
+    guide = f"; guide {shown(baselines['guide'])}" if "guide" in baselines else ""
+    title = "pass rate" if name == "pass_rate" else "reward"
+    line = f"{title} on {count:,} test prompts: {start}{results['title']} {shown(after)}{guide} (95 % intervals)"
+    few = (
+        f"warning: {count} test prompts are few, and the intervals wide: give more rows (or a larger "
+        "evaluation.final_prompts, if there are more)"
+    )
+    return [line, few] if count < FEW else [line]
 
 
 def results_of_run(results: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from helpers import in_turn
 from hostile import CONCENTRATE, HOSTILE, is_clean
 from rlgf.cli import app
 from rlgf.data.files import read_json, write_json
-from rlgf.experiments import figures
-from rlgf.experiments.report import side_by_side, write_report
-from rlgf.experiments.tables import markdown
+from rlgf.reports import figures
+from rlgf.reports.report import side_by_side, write_report
+from rlgf.reports.tables import markdown
 from rlgf.untrusted_text import escape_control_characters
 
 PAGE = MarkdownIt("commonmark", {"html": True}).enable("table")
