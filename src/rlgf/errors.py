@@ -4,6 +4,7 @@ Every message is one sentence: the problem, its location and how to fix it.
 """
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Generator, Iterable, Mapping
@@ -165,8 +166,29 @@ class Interrupted(KeyboardInterrupt):
 INPUT_ERRORS = (ConfigError, DataError)
 """The errors that are found before any work is done."""
 
+REFUSED_INPUTS = (
+    AssertionError, AttributeError, ImportError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What models of transformers raise for inputs, a layer or a cache that they do not take."""
+
+OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|unable to mmap", re.IGNORECASE
+)
+
 USER_FAILURES = (Exception, SystemExit)
 """What a function of a user may raise; its `sys.exit` must not end a run as a success."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, which says nothing about what was tried."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY.search(str(error))))
+
+
+def raise_if_out_of_memory(error: BaseException) -> None:
+    """Raise an error again if memory ran out."""
+    if is_out_of_memory(error):
+        raise error
 
 
 @contextmanager

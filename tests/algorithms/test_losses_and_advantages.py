@@ -309,6 +309,12 @@ def test_exact_kl_by_hand() -> None:
     same(losses.exact_kl(policy + 7, policy), [0.0])
 
 
+def test_exact_kl_leaves_out_ids_without_a_token() -> None:
+    absent = torch.tensor([[-math.inf]])
+    policy, reference = (torch.cat([part[None], absent], 1) for part in (logs(0.5, 0.5), logs(0.25, 0.75)))
+    same(losses.exact_kl(policy, reference), [0.5 * LOG_2 + 0.5 * (LOG_2 - LOG_3)])
+
+
 def test_explained_variance_by_hand() -> None:
     returns = torch.tensor([0.0, 2.0])
     assert explained_variance(returns, returns) == 1.0

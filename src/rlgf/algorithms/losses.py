@@ -191,10 +191,10 @@ def kl_loss(log_probs: Tensor, reference_log_probs: Tensor, ratio: Tensor, weigh
 def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """Compute KL(π ‖ π_0) over the whole vocabulary at each state.
 
-    KL = Σ_v π(v) (log π(v) − log π_0(v)).
+    KL = Σ_v π(v) (log π(v) − log π_0(v)), where 0 log 0 = 0.
 
     Args:
-        logits: of π, [states, vocabulary].
+        logits: of π, [states, vocabulary]; −∞ for ids that no token has.
         reference_logits: of π_0, [states, vocabulary].
 
     Returns:
@@ -202,7 +202,8 @@ def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """
     log_policy = logits.float().log_softmax(1)
     log_reference = reference_logits.float().log_softmax(1)
-    return (log_policy.exp() * (log_policy - log_reference)).sum(1)
+    probability = log_policy.exp()
+    return (probability * (log_policy - log_reference)).masked_fill(probability == 0, 0.0).sum(1)
 
 
 def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:

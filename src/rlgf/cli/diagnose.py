@@ -1,6 +1,5 @@
 """The checks of `rlgf check guide`: what a guide can do, its answers, latency and cost."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from rlgf.generation.openai.responses import InvalidError, PermanentError, Serve
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import CompletionRequest, Guide, query_guide
 from rlgf.guides.local import ReferenceGuide, TextModelGuide, as_guide
+from rlgf.guides.remote import text_request
 from rlgf.models.configs import UNLIMITED
 from rlgf.models.forward import is_encoder_decoder
 from rlgf.models.input_probe import describe_inputs
@@ -36,6 +36,10 @@ from rlgf.types import Prompt
 from rlgf.untrusted_text import show_value
 
 PROMPT, PREFIX = "The film begins in a quiet town where", " nothing ever happens. One day"  # asked without data
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ': ' + (m.content or '') + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
 DECODING = {
     "own": "with the cache of rlgf (fast)", "select": "with transformers' cache (slower)",
     "hold": "with transformers' cache, in which finished rows stay (slower)",
@@ -98,28 +102,40 @@ def check_guide(
             words = asked.references[0].split(" ")
             begun = " ".join(words[: max(2, len(words) // 3)])
     begun = PREFIX if begun is None else begun
-    question = ServerRequest(asked.text, begun, config.task.max_new_tokens, 0)
-    found = [Finding("ok", f"asked with the prompt {show_value(asked.text, 200)}")] if with_data else []
+    rollin, rollout = (text_request(asked, part, config.task.max_new_tokens, 0) for part in ("", begun))
+    found = [Finding("ok", _describe_prompt(plan.spec.kind, asked))] if with_data else []
     if plan.spec.kind == GuideKind.SERVER:
-        return [*found, *_check_server(plan, run.policy.tokenizer.path, question, cache)]
+        return [*found, *_check_server(plan, run.policy.tokenizer.path, rollin, rollout, cache)]
     path = plan.model_path()
     if plan.spec.kind == GuideKind.PYTHON or (plan.spec.kind == GuideKind.REFERENCES and asked.references):
         is_function = plan.spec.kind == GuideKind.PYTHON
         guide = as_guide(plan.load(), plan.spec.text) if is_function else ReferenceGuide()
-        return [*found, *_query_local_guide(guide, asked, question, codec=codec, is_function=is_function)]
+        return [*found, *_query_local_guide(guide, asked, rollout, codec=codec, is_function=is_function)]
     if path is not None:
         model = load_language_model(path, plan.machine.device).freeze()
         # The sample's length is counted in the model's own tokens.
         ids = model.codec.prompt(Prompt(asked.text + begun))
         found.append(Finding("ok", f"a model with a context of {max_length_of(path):,} tokens"))
-        return [*found, *_query_local_guide(TextModelGuide(model, config.guide.sampling), asked, question, ids)]
+        return [*found, *_query_local_guide(TextModelGuide(model, config.guide.sampling), asked, rollout, ids)]
     can_continue = plan.spec.kind != GuideKind.REFERENCES
     return [Finding("ok", _describe_support(can_continue) + ("" if can_continue else "; it cannot continue a prefix"))]
 
 
+def _describe_prompt(kind: GuideKind, asked: Prompt) -> str:
+    """Return what a guide is asked, a server of a conversation its messages."""
+    if kind == GuideKind.SERVER and asked.messages is not None:
+        return f"asked with the messages {show_value([dict(message) for message in asked.messages], 300)}"
+    return f"asked with the prompt {show_value(asked.text, 200)}"
+
+
 def _held_out_prompt(run: ResolvedRun, cache: StageCache) -> tuple[Codec, Prompt]:
-    """Return the policy's codec, and the first validation prompt as the guide gets it."""
+    """Return the policy's codec, and the first validation prompt as the guide gets it.
+
+    Without a policy, conversations have a plain layout: which template they get is not known.
+    """
     codec, _ = starting_codec(run.policy.tokenizer, run.policy.base.shape.max_length, cache)
+    if run.policy.tokenizer.path is None:
+        codec.tokenizer.chat_template = PLAIN_TEMPLATE
     return codec, prepare_prompts(run.task, codec.tokenizer, cache.report).validation[0]
 
 
@@ -158,7 +174,9 @@ def _describe_request(request: CompletionRequest) -> str:
     return ", ".join(f"{name}={show_value(value, 100)}" for name, value in shown.items())
 
 
-def _check_server(plan: GuidePlan, policy: str | None, question: ServerRequest, cache: StageCache) -> list[Finding]:
+def _check_server(
+    plan: GuidePlan, policy: str | None, rollin: ServerRequest, rollout: ServerRequest, cache: StageCache
+) -> list[Finding]:
     """Query a server in the configured continuation mode, or in all of them.
 
     `policy` is the path of the policy's model, if there is one.
@@ -168,9 +186,9 @@ def _check_server(plan: GuidePlan, policy: str | None, question: ServerRequest, 
     modes = CONTINUATIONS[:-1] if chosen == "auto" else () if chosen == "token_ids" else (chosen,)
     for mode in modes:
         server = Server(plan.spec.text, plan.settings, mode, cache.report)
-        findings += _findings(plan.config.endpoint, server, dataclasses.replace(question, prefix=""), question)
+        findings += _findings(plan.config.endpoint, server, rollin, rollout)
     if chosen == "token_ids" or (chosen == "auto" and policy):
-        findings += _check_token_ids(plan, policy, question, cache)
+        findings += _check_token_ids(plan, policy, rollout, cache)
     if not any(finding.level == "ok" for finding in findings):
         return [Finding("error", finding.text) for finding in findings]
     if chosen == "auto" and not policy:

@@ -15,7 +15,7 @@ from rlgf.config.base import as_config_error, flatten, to_dict
 from rlgf.config.schema import Config
 from rlgf.errors import ConfigError
 from rlgf.hints import closest_key, explain
-from rlgf.types import FORMAT_VERSION
+from rlgf.types import FORMAT_VERSION, SamplingParams
 from rlgf.untrusted_text import must_be_escaped, shorten, show_value
 
 FREE_FORM_SECTIONS = (  # sections whose keys the schema does not list
@@ -122,7 +122,8 @@ def check_keys(values: object, kind: Any, where: str, prefix: str = "") -> None:
 def unknown_key(key: str, where: str) -> ConfigError:
     """Return the error for an unknown config key, with the nearest valid key."""
     key, where = shorten(key, 120), shorten(where, 80, keep_end=True)
-    valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options.")]
+    optional = flatten(to_dict(SamplingParams()), "evaluation.sampling.")  # a section that may be None
+    valid = [*all_keys(Config), *flatten(Config().algorithm.options, "algorithm.options."), *optional]
     close = closest_key(key, valid)
     fields = [name for name in valid if name.rpartition(".")[0] == key.rpartition(".")[0]] if "." in key else []
     hint = "`rlgf show config` lists every key."

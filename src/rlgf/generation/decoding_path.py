@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rlgf.errors import REFUSED_INPUTS, raise_if_out_of_memory
 from rlgf.generation.general_decoder import GeneralDecoder
 from rlgf.generation.kv_decoder import KeyValueDecoder
 from rlgf.models.configs import decoder_opening, model_type
@@ -119,7 +120,8 @@ def _is_right(language_model: LanguageModel, path: str) -> bool:
                 places = places[kept]
             tokens = torch.tensor([rows[place][lengths[place] + step] for place in places.tolist()])
             logits = decoder.step(tokens)
-    except Exception:  # a model of transformers may raise anything
+    except REFUSED_INPUTS as error:
+        raise_if_out_of_memory(error)
         return False
     return True
 

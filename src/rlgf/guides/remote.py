@@ -12,12 +12,23 @@ from rlgf.generation.openai.client import Server
 from rlgf.generation.openai.pool import EndpointPool, PoolRequest, PoolResponse, request_seed
 from rlgf.generation.openai.responses import ServerRequest
 from rlgf.guides.base import Capabilities, Completion, CompletionRequest, open_reply
+from rlgf.types import Prompt
 
 COUNTS = (
     "attempts", "succeeded", "retried", "given_up", "rows_needed", "rows_generated", "rows_cached", "rows_given_up",
     "refused", "responses_invalid", "responses_stripped", "prompt_tokens", "completion_tokens", "thinking_tokens",
 )  # fmt: skip
 FEW_ROWS = 16  # questions before the share of refused ones is measured
+
+
+def text_request(prompt: Prompt, prefix: str, max_tokens: int, seed: int) -> ServerRequest:
+    """Return the request to continue a prompt and a prefix; a conversation goes as messages."""
+    if prompt.messages is None:
+        return ServerRequest(prompt.text, prefix, max_tokens, seed)
+    messages, begun = prompt.messages, prompt.strip_reply_prefix(prefix)
+    if messages[-1]["role"] == "assistant":  # the reply continues a message of the data
+        messages, begun = messages[:-1], str(messages[-1]["content"]) + begun
+    return ServerRequest(prompt.text, prefix, max_tokens, seed, messages=messages, begun=begun, tools=prompt.tools)
 
 
 class RemoteGuide:
@@ -104,13 +115,7 @@ class RemoteGuide:
             minimum = min(request.min_new_tokens, request.max_new_tokens) if self.server.exact else 0
             return ServerRequest("", "", request.max_new_tokens, seed, (*request.prompt_ids, *request.prefix_ids), minimum)
         tokens = max(1, round(request.max_new_tokens * self.config.tokens_per_policy_token))
-        prompt, prefix = request.prompt, request.prefix
-        if prompt.messages is None:
-            return ServerRequest(prompt.text, prefix, tokens, seed)
-        messages, begun = prompt.messages, prompt.strip_reply_prefix(prefix)
-        if messages[-1]["role"] == "assistant":  # the reply continues a message of the data
-            messages, begun = messages[:-1], str(messages[-1]["content"]) + begun
-        return ServerRequest(prompt.text, prefix, tokens, seed, messages=messages, begun=begun, tools=prompt.tools)
+        return text_request(request.prompt, request.prefix, tokens, seed)
 
     def _pool_requests(self, requests: Sequence[CompletionRequest]) -> list[PoolRequest]:
         samples = range(self.config.invalid_retries + 1)

@@ -6,7 +6,7 @@ same rows packed, padded or of equal length: the first that gives the same numbe
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from rlgf.errors import ConfigError
+from rlgf.errors import REFUSED_INPUTS, ConfigError, raise_if_out_of_memory
 from rlgf.models import padding_free
 from rlgf.models.configs import first_position, max_length, model_type, text_config, vocabulary_size
 from rlgf.models.forward import (
@@ -30,6 +30,7 @@ from rlgf.models.language_model import Backbone
 
 LENGTHS = (5, 14, 9)  # tokens of the rows that are evaluated together
 MAX_ERROR = 1e-3  # of the numbers' spread: two of the same model differ by rounding, about 1e-6
+ROUNDING = 3e-5  # of the spread: a form that differs by more is used if no other differs by less
 MAX_MEAN_ERROR = 0.05  # the same on average, of weights in 4 bits or half precision
 EARLIEST = 3  # ids below are often special tokens
 
@@ -72,7 +73,7 @@ def is_plain(model: Any) -> bool:
     layers = DynamicCache(config=model.config).layers
     only_keys = all(type(layer) is DynamicLayer for layer in layers)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return only_keys and not _mixes(model) and (head is None or isinstance(head, nn.Linear))
+    return only_keys and not _mixes(model) and not _masks_itself(model) and (head is None or isinstance(head, nn.Linear))
 
 
 def _mixes(model: Any) -> bool:
@@ -82,6 +83,12 @@ def _mixes(model: Any) -> bool:
         isinstance(module, nn.Conv1d | nn.RNNBase) or any(word in type(module).__name__.lower() for word in special)
         for module in model.modules()
     )
+
+
+def _masks_itself(model: Any) -> bool:
+    """Return whether an attention layer of a model makes masks of its own."""
+    kinds = {type(module) for module in model.modules() if type(module).__name__.endswith("Attention")}
+    return any("mask" in name for kind in kinds for name in dir(kind))
 
 
 def identity(model: Any) -> tuple[Any, ...]:
@@ -119,7 +126,7 @@ def probe_lengths(model: Any) -> list[int]:
     return [max(1, min(length, max_length(model.config) - 4)) for length in LENGTHS]
 
 
-def agree(model: Any, first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+def agree(model: Any, first: Sequence[Tensor], second: Sequence[Tensor], max_error: float = MAX_ERROR) -> bool:
     """Return whether two evaluations of the same rows differ by rounding only."""
     exact = next(model.parameters()).dtype == torch.float32 and not getattr(model, "is_quantized", False)
     for one, other in zip(first, second, strict=True):
@@ -127,7 +134,7 @@ def agree(model: Any, first: Sequence[Tensor], second: Sequence[Tensor]) -> bool
             return False
         spread = float(one.std().clamp(1e-2, 1.0))
         apart = (one - other).abs()
-        error, bound = (apart.max(), MAX_ERROR) if exact else (apart.mean(), MAX_MEAN_ERROR)
+        error, bound = (apart.max(), max_error) if exact else (apart.mean(), MAX_MEAN_ERROR)
         if not float(error) <= bound * spread:  # nan is no agreement
             return False
     return True
@@ -192,40 +199,53 @@ def _choose(model: Any, packs: bool) -> InputFormat:
             f"a model of type '{model_type(model)}' is not causal as it is configured (a token's probability depends on the "
             "tokens after it): choose a causal model (docs/models.md)."
         )
-    same, same_sources = rows, sources
-    for kind in ("packed", "padded", "equal"):
-        if kind == "packed" and not packs:
+    usable: list[InputFormat] = []
+    for kind in ("packed", "padded") if packs else ("padded",):
+        form = replace(plain, rows=kind)
+        found = _evaluate_in_form(model, form, rows, sources)
+        if found is None or not agree(model, alone, found):
             continue
-        set_input_format(model, replace(plain, rows=kind))
-        if kind == "packed":
-            model.set_attn_implementation(padding_free.ATTENTION_NAME)
-        if kind == "equal":
-            size, read = min(map(len, rows)), min(map(len, sources)) if sources else 0
-            same, same_sources = [row[:size] for row in rows], [source[:read] for source in sources] if sources else None
-            alone = _evaluate_alone(model, same, same_sources)
-        try:
-            if agree(model, alone, evaluate_rows(model, same, same_sources)):
-                return replace(plain, rows=kind)
-        except (MemoryError, torch.OutOfMemoryError):  # says nothing about the form of the rows
-            raise
-        except Exception:  # the model does not take this form of rows; the next one is tried
-            continue
-    return replace(plain, rows="single")
+        if agree(model, alone, found, ROUNDING):
+            return form
+        usable.append(form)
+    if usable:  # an attention that leaves out a small term of the model's own agrees, but not so well
+        return usable[0]
+    size, read = min(map(len, rows)), min(map(len, sources)) if sources else 0
+    same, same_sources = [row[:size] for row in rows], [source[:read] for source in sources] if sources else None
+    set_input_format(model, replace(plain, rows="equal"))
+    alone = _evaluate_alone(model, same, same_sources)
+    found = _evaluate_in_form(model, replace(plain, rows="equal"), same, same_sources)
+    return replace(plain, rows="equal" if found is not None and agree(model, alone, found) else "single")
+
+
+def _evaluate_in_form(
+    model: Any, form: InputFormat, rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None
+) -> list[Tensor] | None:
+    """Return what a model gives for rows in a form, or None if it does not take them."""
+    set_input_format(model, form)
+    if form.rows == "packed":
+        model.set_attn_implementation(padding_free.ATTENTION_NAME)
+    return _unless_refused(lambda: evaluate_rows(model, rows, sources))[0]
+
+
+def _unless_refused(evaluate: Callable[[], list[Tensor]]) -> tuple[list[Tensor] | None, Exception | None]:
+    """Return what a model gives, or the error with which it refuses its inputs."""
+    try:
+        return evaluate(), None
+    except REFUSED_INPUTS as error:
+        raise_if_out_of_memory(error)
+        return None, error
 
 
 def _head_format(model: Any, plain: InputFormat, rows: Any, sources: Any) -> InputFormat:
     """Return the format with which the head works on selected states, or else on all."""
     whole = replace(plain, restricts_head=False)
-    try:
-        selected = _evaluate_alone(model, rows[:1], sources)
-        if getattr(model, "get_output_embeddings", lambda: None)() is None:
-            return plain
-    except Exception:  # a model of transformers may raise anything
-        selected = None
+    selected, _ = _unless_refused(lambda: _evaluate_alone(model, rows[:1], sources))
+    if selected is not None and getattr(model, "get_output_embeddings", lambda: None)() is None:
+        return plain
     set_input_format(model, whole)
-    try:
-        complete = _evaluate_alone(model, rows[:1], sources)
-    except Exception as error:
+    complete, error = _unless_refused(lambda: _evaluate_alone(model, rows[:1], sources))
+    if complete is None:
         if selected is not None:  # it returns no states, which only a value head needs
             return plain
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -246,12 +266,12 @@ def _depends_on_padding(model: Any, plain: InputFormat, rows: Any, sources: Any)
     without = probe_rows(model, [len(row) for row in rows])
     by_ids = [_evaluate_alone(model, part, sources) for part in (rows, without)]
     set_input_format(model, replace(plain, as_embeddings=True))
-    try:
-        by_states = [_evaluate_alone(model, part, sources) for part in (rows, without)]
-    except Exception:  # it does not take embeddings
+    padded, _ = _unless_refused(lambda: _evaluate_alone(model, rows, sources))
+    bare, _ = _unless_refused(lambda: _evaluate_alone(model, without, sources))
+    if padded is None or bare is None:  # it does not take embeddings
         set_input_format(model, plain)
         return False
-    found = agree(model, by_ids[1], by_states[1]) and not agree(model, by_ids[0], by_states[0])
+    found = agree(model, by_ids[1], bare) and not agree(model, by_ids[0], padded)
     set_input_format(model, replace(plain, as_embeddings=found))
     return found
 

@@ -142,9 +142,28 @@ def _unadaptable(model: Any) -> list[str]:
     """
     found = {STATE_SPACE_OUTPUT} if getattr(model.config, "model_type", None) in STATE_SPACE_MODELS else set[str]()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module).__module__.startswith("transformers.models."):
+        if type(module) is not nn.Linear and isinstance(module, nn.Linear) and not _is_product(module):
             found.add(name.split(".")[-1])
     return sorted(found)
+
+
+def _is_product(layer: nn.Linear) -> bool:
+    """Return whether a layer of a model's own class gives what `nn.Linear` does.
+
+    One in 4 bits or of another library is that library's: peft knows it.
+    """
+    if not type(layer).__module__.startswith("transformers.models."):
+        return True
+    states = torch.linspace(-1, 1, 2 * layer.in_features, device=layer.weight.device).view(2, -1).to(layer.weight.dtype)
+    with torch.no_grad():
+        expected = nn.functional.linear(states, layer.weight, layer.bias)
+        try:
+            found = layer(states)
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):  # it takes other inputs
+            return False
+    if not isinstance(found, torch.Tensor) or found.shape != expected.shape:
+        return False
+    return torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-2)
 
 
 def tied_layers(model: Any) -> list[str]:

@@ -226,6 +226,8 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attent
     packing = _active_packing.get()
     if packing is None:
         return _padded_attention(module, query, key, value, attention_mask, **options)
+    if attention_mask is not None:  # packed inputs have none: it is the model's own
+        raise NotImplementedError(f"{type(module).__name__} has a mask of its own, which packed attention does not take")
     query_rows, key_rows, causal = _query_and_key(module, packing.inputs)
     # under autocast, rotary embeddings return fp32
     query, key = query.to(value.dtype), key.to(value.dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlgf.config.sections import LoraConfig, PPOConfig
-from rlgf.errors import ConfigError, RlgfError, TrainingError
+from rlgf.errors import REFUSED_INPUTS, ConfigError, RlgfError, TrainingError, raise_if_out_of_memory
 from rlgf.generation.decoder import LocalSampler
 from rlgf.generation.decoding_path import decoding_path
 from rlgf.models import lora
@@ -82,7 +82,8 @@ def _as_config_error(language_model: LanguageModel) -> Generator[None]:
         yield
     except RlgfError:
         raise
-    except Exception as error:  # a model of transformers may raise anything
+    except REFUSED_INPUTS as error:
+        raise_if_out_of_memory(error)
         raise ConfigError(
             f"a model of type '{model_type(language_model.model)}' cannot be sampled from and trained ({_reason(error)}): "
             "choose another model (docs/models.md)."
@@ -147,7 +148,8 @@ def _supports_value_head(
                 _, hidden = token_logits(language_model, batch, forward_config.precision)
                 if not bool(torch.isclose(critic(batch, forward_config.precision, hidden), torch.tensor(0.5)).all()):
                     raise ValueError("its value is not that of a new head")
-    except Exception as error:  # a model of transformers may raise anything
+    except REFUSED_INPUTS as error:
+        raise_if_out_of_memory(error)
         reasons.append(f"no value head: {_reason(error)}")
         return False
     return True
@@ -162,7 +164,8 @@ def _lora_targets(
         lora.add(language_model.model, ADAPTER, LoraConfig(rank=2), seed=0)
         _require_gradients(replace(language_model, adapter=ADAPTER), rollout, forward_config)
         return lora.adapted_names(language_model.model)
-    except Exception as error:  # peft and transformers raise many types
+    except REFUSED_INPUTS as error:
+        raise_if_out_of_memory(error)
         reasons.append(f"no LoRA adapters: {_reason(error)}")
         return []
 

@@ -8,7 +8,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rlgf.errors import ConfigError, RlgfError, TrainingError
+from rlgf.errors import ConfigError, RlgfError, TrainingError, is_out_of_memory
 from rlgf.untrusted_text import shorten
 
 AGAIN = "run the same command again: finished work is kept"
@@ -33,9 +33,6 @@ HINTS = {
 # Libraries in Rust and torch's writer raise errors of their own, with the system's in the message.
 CODE = re.compile(r"(?:os error |code: )(\d+)")
 FAILED_WRITE = re.compile(r"PytorchStreamWriter failed writing|unexpected pos \d+ vs \d+|No space left on device")
-NO_MEMORY = re.compile(
-    r"can't allocate memory|not enough memory|out of memory|Cannot allocate memory|unable to mmap", re.IGNORECASE
-)
 SHOWN = 160  # characters of the message of a library
 
 
@@ -64,7 +61,7 @@ def as_sentences() -> Generator[None]:
 
 def describe_failure(error: Exception) -> str | None:
     """Return an error of files or memory as a sentence, or None for another error."""
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+    if is_out_of_memory(error):
         return (
             "memory ran out: set runtime.token_budget or ppo.completions_per_iteration lower, choose a smaller model, or end "
             f"other programs; then {AGAIN}."
