@@ -50,7 +50,10 @@ def test_a_name_of_another_tool_is_answered_with_ours(pair: tuple[str, str]) -> 
         ("ppo.lr", "ppo.learning_rate"), ("critic.lr", "critic.learning_rate"), ("sft.lr", "sft.learning_rate"),
         ("guide.sft.lr", "guide.sft.learning_rate"), ("ppo.batch_size", "ppo.completions_per_iteration"),
         ("kl.beta", "kl.coefficient"), ("kl.coef", None), ("ppo.lambda", "ppo.gae_lambda"), ("ppo.lam", "ppo.gae_lambda"),
-        ("guide.top_k", "guide.sampling.top_k"), ("ppo.kl", "kl.coefficient"), ("ppo.zeta", None), ("ppo.gemma", "ppo.gamma"),
+        ("guide.top_k", "guide.sampling.top_k"), ("ppo.kl", "kl.coefficient"), ("guide.model.lr", "guide.sft.learning_rate"),
+        ("preferences.lr", "preferences.training.learning_rate"), ("judge.temperature", None), ("sft.beta", None),
+        ("guide.temp", "guide.sampling.temperature"), ("evaluation.decoding.greedy", "evaluation.sampling.greedy"),
+        ("ppo.zeta", None), ("ppo.gemma", "ppo.gamma"),
         ("reward.fn", None), ("seeds", "seed"), ("ppo.Learning-Rate", "ppo.learning_rate"),
     ],
 )  # fmt: skip

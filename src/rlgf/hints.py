@@ -99,6 +99,9 @@ NAMES = {
 }  # fmt: skip
 """Names of values as they are written elsewhere."""
 
+OTHER_MODELS = ("guide", "judge", "preferences", "sft", "pretrain", "distill")
+"""Sections of other models and stages than the policy in training by reinforcement learning."""
+
 _KEYS = {name: key for key, names in SYNONYMS.items() for name in names}
 
 
@@ -137,8 +140,14 @@ def closest_key(key: str, valid: Sequence[str]) -> str | None:
         return difflib.get_close_matches(key, same_inside, n=1, cutoff=0.0)[0]
     synonym = known_as(last)
     if synonym is not None:
-        meant = f"{section}.{synonym.rpartition('.')[2]}"  # the same of the section that was typed
-        return meant if section and meant in valid else synonym
+        field, top = synonym.rpartition(".")[2], section.partition(".")[0]
+        meant = f"{section}.{field}"  # the same of the section that was typed
+        if not section or meant in valid:
+            return meant if section else synonym
+        near = [name for name in valid if name.startswith(f"{top}.") and fields[name] == field]
+        if top in OTHER_MODELS:  # a setting of the policy's own training is not theirs
+            return difflib.get_close_matches(key, near, n=1, cutoff=0.0)[0] if near else None
+        return synonym
     same = [name for name in valid if normalize(fields[name]) == normalize(last)]
     if same:
         return difflib.get_close_matches(key, same, n=1, cutoff=0.0)[0]

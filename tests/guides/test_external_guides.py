@@ -20,7 +20,7 @@ from fault_server import FaultServer
 from helpers import guided_metrics
 from rlgf.cli.diagnose import check_guide
 from rlgf.config.loading import override
-from rlgf.config.recipes import imdb_small, quickstart
+from rlgf.config.recipes import imdb_small, quickstart, recipe
 from rlgf.config.schema import Config
 from rlgf.data.files import read_complete_lines
 from rlgf.errors import ConfigError, TrainingError
@@ -423,6 +423,30 @@ def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Pa
         assert checked(spec, tmp_path, ("guide.continuation", "none"))[1][1].endswith("serves PPO, PPO++")
     with FaultServer(api_key="another") as server:
         assert {level for level, _ in checked(f"server:m@{server.url}", tmp_path)} == {"error"}
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_a_check_sends_a_conversation_of_the_data_as_messages(template: bool, tmp_path: Path) -> None:
+    (tmp_path / "template.jinja").write_text(CHAT_TEMPLATE)
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for number in range(20):
+            turns = [("system", "Be kind."), ("user", f"count {number} clouds"), ("assistant", "There are several clouds.")]
+            file.write(json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]}) + "\n")
+    changes = {"task.data": str(tmp_path / "chat.jsonl"), "task.max_new_tokens": 9}
+    changes |= {"task.options.chat_template": str(tmp_path / "template.jinja")} if template else {}
+    with FaultServer(paths=(fault_server.CHAT,)) as server:
+        asked = override(recipe("prompts"), {**changes, "guide.spec": f"server:m@{server.url}"})
+        found = check_guide(asked, None, None, tmp_path, print, with_data=True)
+        sent = [request["body"]["messages"] for request in server.requests if "messages" in request["body"]]
+    assert found[0].text.startswith("asked with the messages [{'role': 'system', 'content': 'Be kind.'}")
+    assert [message["role"] for message in sent[0]][:2] == ["system", "user"]
+    assert not any("<|" in str(message["content"]) for messages in sent for message in messages)
+    assert any(message == {"role": "assistant", "content": "There are"} for messages in sent for message in messages)
 
 
 def test_a_check_tries_functions_and_models_and_knows_what_others_can_do(

@@ -1,5 +1,6 @@
 """Models as people have them: padded vocabularies, forced first tokens, narrow embeddings, tied heads, RoBERTa's positions."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from helpers import WORDS
-from rlgf.config.sections import LoraConfig, TrainingConfig
+from rlgf.algorithms.guided import PPO
+from rlgf.config.sections import LoraConfig, PPOConfig, TrainingConfig
 from rlgf.errors import ConfigError
-from rlgf.generation.decoder import sample_completions
+from rlgf.evaluation.model_metrics import kl_to_reference
+from rlgf.generation.decoder import LocalSampler, sample_completions
 from rlgf.models import lora
 from rlgf.models.critic import new_critic, new_lora_critic
 from rlgf.models.forward import backbone_states, micro_batches, token_logits
@@ -21,7 +24,9 @@ from rlgf.models.log_probs import entropy, token_log_probs
 from rlgf.pipeline.build_models import merge
 from rlgf.rewards.classifier import SequenceClassifier
 from rlgf.rewards.reward_model import load_reward_model
+from rlgf.rl.experience import ForwardConfig
 from rlgf.rl.model_check import check_model
+from rlgf.rl.rollout import RolloutConfig, collect_rollout
 from rlgf.supervised.examples import Example
 from rlgf.supervised.loop import fit
 from rlgf.types import Prompt, SamplingParams
@@ -100,6 +105,15 @@ def test_sampler_and_trainer_agree_without_it(padded: LanguageModel) -> None:
     report = check_model(wrap_model(random_model("llama", 4 * SIZE, **LLAMA), WORDS, "padded"))
     assert report.absent_ids == 3 * SIZE
     assert report.agreement.max_error < 1e-4
+
+
+def test_the_exact_kl_leaves_them_out(padded: LanguageModel) -> None:
+    reference = wrap_model(random_model("llama", 4 * SIZE, **LLAMA), WORDS, "padded")
+    rollout_config = RolloutConfig(padded, LocalSampler(padded), None, SamplingParams(), 5, 0, 0)
+    phases = PPO().build()
+    rollout = collect_rollout(rollout_config, phases, phases.schedule(0, 0.0), [Prompt("a b")] * 4, range(4))
+    exact, _ = kl_to_reference(rollout, padded, reference, ForwardConfig(SamplingParams(), PPOConfig(), 64))
+    assert math.isfinite(exact)
 
 
 def test_a_model_whose_tokenizer_has_all_of_its_ids_has_none_to_leave_out() -> None:

@@ -107,7 +107,7 @@ def as_config(value: Config | Mapping[str, Any] | str) -> Config:
 
 
 def given_keys(value: Config | Mapping[str, Any] | str | None) -> list[str] | None:
-    """Return the keys that a caller gave over a recipe; None of a `Config`, which has all."""
+    """Return the keys given over a recipe; None for a `Config`, which has all."""
     if isinstance(value, Mapping):
         return list(flatten(value))
     return None if isinstance(value, Config) else []

@@ -325,7 +325,7 @@ PRETRAINED: Mapping[str, float] = {
 
 
 def with_pretrained_values(config: Config, given: Collection[str]) -> Config:
-    """Return a config of `prompts` with the values for a pretrained model, if it starts from one.
+    """Return a config of `prompts` with the values for a pretrained start, if any.
 
     Keys that are `given` stay as they are.
     """

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from rlgf.data.tables.json_file import DuplicateKeyError, unique_keys
+from rlgf.data.tables.json_file import parse_json
 from rlgf.data.tables.text import Rows, decode
 from rlgf.errors import ConfigError, DataError
 from rlgf.types import FORMAT_VERSION
@@ -52,25 +52,16 @@ def read_numbered_jsonl(file: io.BufferedReader, where: str, encoding: str | Non
 def parse_json_lines(text: str, where: str) -> list[tuple[int, dict[str, Any]]]:
     """Return the objects in the lines of a text, each with its line number."""
     rows: list[tuple[int, dict[str, Any]]] = []
-    number = 0
-    try:
-        # not splitlines(), which also splits at characters that JSON may hold (U+0085, U+2028)
-        for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
-            if line.strip():
-                row: Any = json.loads(line, object_pairs_hook=unique_keys)
-                if HALF_CHARACTER.search(line):
-                    row = replace_halves(row)
-                if not isinstance(row, dict):
-                    raise DataError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
-                rows.append((number, cast("dict[str, Any]", row)))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}, line {number}: not valid JSON ({error.msg}): fix or remove the line.") from None
-    except DuplicateKeyError as error:
-        raise DataError(f"{where}, line {number}: {error} in one object: rename one.") from None
-    except ValueError:  # of a whole number
-        raise DataError(f"{where}, line {number}: has a number of thousands of digits: fix or remove the line.") from None
-    except RecursionError:
-        raise DataError(f"{where}, line {number}: nested too deeply to be read: fix or remove the line.") from None
+    # not splitlines(), which also splits at characters that JSON may hold (U+0085, U+2028)
+    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), 1):
+        if not line.strip():
+            continue
+        row = parse_json(line, where, number)
+        if HALF_CHARACTER.search(line):
+            row = replace_halves(row)
+        if not isinstance(row, dict):
+            raise DataError(f"{where}, line {number}: expected an object, found {type(row).__name__}.")
+        rows.append((number, cast("dict[str, Any]", row)))
     return rows
 
 

@@ -221,7 +221,7 @@ def _choose(model: Any, packs: bool) -> InputFormat:
 def _evaluate_in_form(
     model: Any, form: InputFormat, rows: Sequence[Sequence[int]], sources: Sequence[Sequence[int]] | None
 ) -> list[Tensor] | None:
-    """Return what a model gives for rows in a form, or None if it does not take them."""
+    """Return a model's outputs for rows in a form, or None if it rejects them."""
     set_input_format(model, form)
     if form.rows == "packed":
         model.set_attn_implementation(padding_free.ATTENTION_NAME)

@@ -26,18 +26,23 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def parse_json(text: str, where: str) -> Any:
-    """Return the value of a JSON text; raise `DataError` with the line of a fault."""
+def parse_json(text: str, where: str, line: int | None = None) -> Any:
+    """Return the value of a JSON text; raise `DataError` with the line of a fault.
+
+    `line` is the number of the only line of the text.
+    """
+    place = where if line is None else f"{where}, line {line}"
     try:
         return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}, line {error.lineno}: not valid JSON ({error.msg}): fix the line.") from None
+        number = error.lineno if line is None else line
+        raise DataError(f"{where}, line {number}: not valid JSON ({error.msg}): fix or remove the line.") from None
     except DuplicateKeyError as error:
-        raise DataError(f"{where}: {error} in one object: rename one.") from None
+        raise DataError(f"{place}: {error} in one object: rename one.") from None
     except ValueError:  # of a whole number
-        raise DataError(f"{where}: has a number of thousands of digits: fix or remove it.") from None
+        raise DataError(f"{place}: has a number of thousands of digits: fix or remove it.") from None
     except RecursionError:
-        raise DataError(f"{where}: nested too deeply to be read: fix or remove the row.") from None
+        raise DataError(f"{place}: nested too deeply to be read: fix or remove the row.") from None
 
 
 def is_json_lines(text: str) -> bool:
