@@ -56,7 +56,7 @@ def test_the_public_functions_use_a_whole_config_only_to_resolve_it() -> None:
                 for argument in call.args
                 if isinstance(argument, ast.Name) and argument.id == "config"
             ]
-            assert set(passed) <= {"resolve", "as_config", "RunDirectory", "isinstance", "type"}, file
+            assert set(passed) <= {"resolve", "as_config", "given_keys", "RunDirectory", "isinstance", "type"}, file
             assert reads == [], file
 
 
