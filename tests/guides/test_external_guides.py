@@ -62,7 +62,7 @@ def kept(tmp_path: Path, name: str = "answers") -> tuple[str, str]:
 
 def learnt(run: Path) -> list[str]:
     """Return the metrics of a run without those of requests, and its completions."""
-    rows = [{k: v for k, v in row.items() if not re.search("^guide_(attempts|answered|retried|rows_|prompt|comp|answers)", k)}
+    rows = [{k: v for k, v in row.items() if not re.search("^guide_(attempts|succeeded|retried|rows_|prompt|comp)", k)}
             for row in guided_rows(run)]  # fmt: skip
     return [json.dumps(row) for row in [*rows, *read_complete_lines(run / "rollouts.jsonl")]]
 
@@ -412,7 +412,7 @@ def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Pa
             said = [text for text in texts if text.startswith(f"guide.continuation={mode}: ")]
             assert re.search(r"starts a completion, \d\.\d\d s: ' \w+", said[0])
             assert re.search(r"continues ' was', \d\.\d\d s: ' \w+", said[1])
-            assert said[2].endswith("serves PPO, PPO++, AggreVaTeD, LOLS, D2LOLS")
+            assert said[2].endswith("serves PPO, PPO++, AggreVaTeD, LOLS, D2LOLS, GRPO, RLOO, Guided GRPO")
         bills = re.findall(r"(\w+): billed (\d+) \+ (\d+) tokens: (\d\.\d+) per thousand", " ".join(texts))
         assert [bill[0] for bill in bills] == ["rollins", "rollouts"] * 4
         for _, read, written, price in bills:
@@ -420,7 +420,9 @@ def test_a_check_asks_a_server_in_every_way_and_tells_what_it_costs(tmp_path: Pa
         assert int(bills[1][1]) == int(bills[0][1]) + 1  # the prefix is one word
         assert "not tried" in texts[-1]
         assert any("price unknown" in text for _, text in checked(spec, tmp_path))
-        assert checked(spec, tmp_path, ("guide.continuation", "none"))[1][1].endswith("serves PPO, PPO++")
+        assert checked(spec, tmp_path, ("guide.continuation", "none"))[1][1].endswith(
+            "serves PPO, PPO++, GRPO, RLOO, Guided GRPO"
+        )
     with FaultServer(api_key="another") as server:
         assert {level for level, _ in checked(f"server:m@{server.url}", tmp_path)} == {"error"}
 
@@ -465,10 +467,10 @@ def test_a_check_tries_functions_and_models_and_knows_what_others_can_do(
     assert [text.split(",")[0] for _, text in found["whole"]] == said
     said = [called, "starts a completion", "serves PPO"]
     assert [text.split(",")[0] for _, text in found["begins"]] == said
-    assert found["begins"][-1][1] == "serves PPO, PPO++"
+    assert found["begins"][-1][1] == "serves PPO, PPO++, GRPO, RLOO, Guided GRPO"
     assert found["bad"][0][1].startswith(called)
     assert found["bad"][1][0] == "error"
-    assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++; it cannot continue a prefix"
+    assert checked("references", tmp_path)[0][1] == "serves PPO, PPO++, GRPO, RLOO, Guided GRPO; it cannot continue a prefix"
     with pytest.raises(ConfigError, match="holds no run"):
         checked("run:nowhere", tmp_path)
     new_tiny_model("llama").save(tmp_path / "model")

@@ -87,9 +87,9 @@ def single_phase(phase: int, rollout_by: Origin, fraction: float = 1.0) -> Phase
     return PhaseWeight(phase, fraction, float(rollout_by == POLICY), float(rollout_by == GUIDE))
 
 
-def constant_schedule(*shares: PhaseWeight) -> PhaseSchedule:
+def constant_schedule(*phase_weights: PhaseWeight) -> PhaseSchedule:
     """Return a schedule with the same phase weights in every iteration."""
-    return lambda iteration, uniform: shares
+    return lambda iteration, uniform: phase_weights
 
 
 class AlgorithmOptions(Protocol):

@@ -13,7 +13,7 @@ from rlgf.config.specs import GuideKind
 from rlgf.data.tokenization import Codec
 from rlgf.errors import INPUT_ERRORS, TrainingError
 from rlgf.generation.openai.client import CONTINUATIONS, Server
-from rlgf.generation.openai.refusals import QuestionRefusedError
+from rlgf.generation.openai.refusals import RequestRefusedError
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
 from rlgf.generation.openai.token_ids import TokenIdSetup, connect_by_token_ids
 from rlgf.guides.base import CompletionRequest, Guide, query_guide
@@ -94,29 +94,29 @@ def check_guide(
     run, cache = resolve(override(config, changes)), StageCache(stages, report)
     check(run)
     plan, codec = run.guide, None
-    asked, begun = Prompt(prompt or PROMPT), prefix
+    test_prompt, test_prefix = Prompt(prompt or PROMPT), prefix
     if with_data:
         codec, row = _held_out_prompt(run, cache)
-        asked = row if prompt is None else Prompt(prompt)
-        if begun is None and asked.references:
-            words = asked.references[0].split(" ")
-            begun = " ".join(words[: max(2, len(words) // 3)])
-    begun = PREFIX if begun is None else begun
-    rollin, rollout = (text_request(asked, part, config.task.max_new_tokens, 0) for part in ("", begun))
-    found = [Finding("ok", _describe_prompt(plan.spec.kind, asked))] if with_data else []
+        test_prompt = row if prompt is None else Prompt(prompt)
+        if test_prefix is None and test_prompt.references:
+            words = test_prompt.references[0].split(" ")
+            test_prefix = " ".join(words[: max(2, len(words) // 3)])
+    test_prefix = PREFIX if test_prefix is None else test_prefix
+    rollin, rollout = (text_request(test_prompt, part, config.task.max_new_tokens, 0) for part in ("", test_prefix))
+    found = [Finding("ok", _describe_prompt(plan.spec.kind, test_prompt))] if with_data else []
     if plan.spec.kind == GuideKind.SERVER:
         return [*found, *_check_server(plan, run.policy.tokenizer.path, rollin, rollout, cache)]
     path = plan.model_path()
-    if plan.spec.kind == GuideKind.PYTHON or (plan.spec.kind == GuideKind.REFERENCES and asked.references):
+    if plan.spec.kind == GuideKind.PYTHON or (plan.spec.kind == GuideKind.REFERENCES and test_prompt.references):
         is_function = plan.spec.kind == GuideKind.PYTHON
         guide = as_guide(plan.load(), plan.spec.text) if is_function else ReferenceGuide()
-        return [*found, *_query_local_guide(guide, asked, rollout, codec=codec, is_function=is_function)]
+        return [*found, *_query_local_guide(guide, test_prompt, rollout, codec=codec, is_function=is_function)]
     if path is not None:
         model = load_language_model(path, plan.machine.device).freeze()
         # The sample's length is counted in the model's own tokens.
-        ids = model.codec.prompt(Prompt(asked.text + begun))
+        ids = model.codec.prompt(Prompt(test_prompt.text + test_prefix))
         found.append(Finding("ok", f"a model with a context of {max_length_of(path):,} tokens"))
-        return [*found, *_query_local_guide(TextModelGuide(model, config.guide.sampling), asked, rollout, ids)]
+        return [*found, *_query_local_guide(TextModelGuide(model, config.guide.sampling), test_prompt, rollout, ids)]
     can_continue = plan.spec.kind != GuideKind.REFERENCES
     return [Finding("ok", _describe_support(can_continue) + ("" if can_continue else "; it cannot continue a prefix"))]
 
@@ -216,21 +216,21 @@ def _findings(
     return [*found, _price(endpoint, rollin[0], "rollins"), _price(endpoint, rollout[0], "rollouts")]
 
 
-def _check_token_ids(plan: GuidePlan, path: str | None, question: ServerRequest, cache: StageCache) -> list[Finding]:
+def _check_token_ids(plan: GuidePlan, path: str | None, request: ServerRequest, cache: StageCache) -> list[Finding]:
     """Check whether the server accepts token ids of the policy, which must be named."""
     where = "guide.continuation=token_ids: "
     if path is None:
         return [Finding("warning", f"{where}needs the policy: give policy=PATH")]
-    tokenizer, budget = load_tokenizer(path), question.max_tokens
-    ids = Codec(tokenizer).prompts([Prompt(text) for text in (question.prompt, question.prompt + question.prefix)])
-    setup = TokenIdSetup(tokenizer, load_eos_token_ids(path, tokenizer), max(map(len, ids)) + budget)
+    tokenizer, max_tokens = load_tokenizer(path), request.max_tokens
+    ids = Codec(tokenizer).prompts([Prompt(text) for text in (request.prompt, request.prompt + request.prefix)])
+    setup = TokenIdSetup(tokenizer, load_eos_token_ids(path, tokenizer), max(map(len, ids)) + max_tokens)
     responses = build_guide.response_cache(plan.config, cache)
     try:
         server = connect_by_token_ids(plan.spec.text, plan.settings, setup, responses, cache.report)
     except INPUT_ERRORS as error:
         return [Finding("warning", where + str(error))]
     rollin_request, rollout_request = (
-        ServerRequest("", part, budget, 0, tuple(found)) for part, found in zip(("", question.prefix), ids)
+        ServerRequest("", part, max_tokens, 0, tuple(found)) for part, found in zip(("", request.prefix), ids)
     )
     exact = "respects min_tokens" if server.exact else "ignores min_tokens"
     return [*_findings(plan.config.endpoint, server, rollin_request, rollout_request), Finding("ok", f"{where}{exact}")]
@@ -241,7 +241,7 @@ def _send(server: Server, request: ServerRequest) -> tuple[ServerResponse, float
     start = time.monotonic()
     try:
         return server.send(request), time.monotonic() - start
-    except (TransientError, InvalidError, PermanentError, QuestionRefusedError) as error:
+    except (TransientError, InvalidError, PermanentError, RequestRefusedError) as error:
         return str(error)
 
 

@@ -58,16 +58,16 @@ class Columns:
 
 
 def read_pairs(
-    rows: Sequence[Mapping[str, Any]], where: str, reader: PromptBuilder, min_words: int, columns: Columns,
+    rows: Sequence[Mapping[str, Any]], where: str, prompt_builder: PromptBuilder, min_words: int, columns: Columns,
     post: Callable[[Mapping[str, Any]], str] | None = None,
     inputs_of: Callable[[Mapping[str, Any], str], TemplateInputs] = lambda row, place: TemplateInputs(),
 ) -> tuple[list[Pair], Counter[str]]:  # fmt: skip
     """Return the pairs of rows, and the counts of dropped rows by reason.
 
     Dropped are pairs with identical responses, pairs with a response under `min_words` words,
-    pairs whose dialogues have no common prompt, and pairs whose conversation is over the reader's
-    token limit. `post` maps a row to its subject; by default that is the prompt. `inputs_of`
-    returns what else a row gives its chat template.
+    pairs whose dialogues have no common prompt, and pairs whose conversation has too many tokens
+    for `prompt_builder`. `post` maps a row to its subject; by default that is the prompt.
+    `inputs_of` returns what else a row gives its chat template.
     """
     dropped: Counter[str] = Counter()
     kept: list[tuple[int, Any, Reply, Reply]] = []
@@ -85,7 +85,7 @@ def read_pairs(
             dropped[f"pairs with a response under {min_words} words"] += 1
         else:
             kept.append((number, prompt, chosen, rejected))
-    prompts = reader(
+    prompts = prompt_builder(
         [prompt for _, prompt, _, _ in kept],
         [places[number - 1] for number, *_ in kept],
         [inputs_of(rows[number - 1], places[number - 1]) for number, *_ in kept],
@@ -93,10 +93,10 @@ def read_pairs(
     pairs: list[Pair] = []
     for (number, value, chosen, rejected), prompt in zip(kept, prompts):
         if prompt is None:
-            dropped[f"pairs whose conversation has over {reader.limit} tokens"] += 1
+            dropped[f"pairs whose conversation has over {prompt_builder.limit} tokens"] += 1
             continue
         about = post(rows[number - 1]) if post else _asked(value)
-        first, second = (reader.response(prompt, reply, places[number - 1]) for reply in (chosen, rejected))
+        first, second = (prompt_builder.response(prompt, reply, places[number - 1]) for reply in (chosen, rejected))
         pairs.append(Pair(prompt, first, second, normalize_whitespace(about)))
     return pairs, dropped
 
@@ -173,8 +173,8 @@ def split_for_role(pairs: Pairs, parts: int, part: int) -> Pairs:
             f"the usable preference pairs are about {len(posts)} posts to train on and {len({pair.group for pair in test})} to "
             "measure on: more are needed, better hundreds."
         )
-    members = {posts[place] for place in permutation(0, Purpose.TASK, 4, len(posts))[part::parts]}
-    return Pairs([pair for pair in train if pair.group in members], test, dropped)
+    kept_posts = {posts[place] for place in permutation(0, Purpose.TASK, 4, len(posts))[part::parts]}
+    return Pairs([pair for pair in train if pair.group in kept_posts], test, dropped)
 
 
 def length_baseline(pairs: Sequence[Pair]) -> float:

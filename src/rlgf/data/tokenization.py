@@ -59,13 +59,13 @@ class Codec:
             return encode_continuation(self.tokenizer, text)
         return list(self.tokenizer(replace_surrogates(text).removeprefix(" "), add_special_tokens=False)["input_ids"])
 
-    def target(self, text: str, end_id: int, budget: int) -> list[int]:
-        """Return the ids of a target response, truncated to `budget` tokens.
+    def target(self, text: str, end_id: int, max_new_tokens: int) -> list[int]:
+        """Return the ids of a target response, truncated to `max_new_tokens` tokens.
 
         One with fewer tokens is closed by the EOS token.
         """
         ids = self.response(text)
-        return [*ids, end_id] if len(ids) < budget else ids[:budget]
+        return [*ids, end_id] if len(ids) < max_new_tokens else ids[:max_new_tokens]
 
     def decode(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[str]:
         """Decode each response.

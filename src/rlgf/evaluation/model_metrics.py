@@ -15,18 +15,20 @@ from rlgf.rl.tensors import Rollout
 from rlgf.types import Prompt
 
 
-def perplexity(language_model: LanguageModel, prompts: Sequence[Prompt], budget: int, forward_config: ForwardConfig) -> float:
+def perplexity(
+    language_model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int, forward_config: ForwardConfig
+) -> float:
     """Compute the perplexity of all references of the prompts, given the prompts.
 
-    It is exp(Σ negative log-likelihood / Σ tokens). A reference is truncated at `budget` tokens, as
-    every completion is; its EOS token counts if it fits. Without references the result is nan.
+    It is exp(Σ negative log-likelihood / Σ tokens). A reference is truncated at `max_new_tokens`,
+    as every completion is; its EOS token counts if it fits. Without references the result is nan.
     """
     rows: list[list[int]] = []
     starts: list[int] = []
     for prompt in prompts:
         before = language_model.codec.prompt(prompt) if prompt.references else []
         for reference in prompt.references:
-            rows.append([*before, *language_model.codec.target(reference, language_model.eos_token_id, budget)])
+            rows.append([*before, *language_model.codec.target(reference, language_model.eos_token_id, max_new_tokens)])
             starts.append(len(before))
     if not rows:
         return float("nan")
@@ -65,14 +67,14 @@ def kl_to_reference(
     averaged over completions; the distributions are full and untempered.
     """
     exact, estimate = 0.0, 0.0
-    starts, budget = rollout.prompt_lengths, forward_config.token_budget // 2
+    starts, token_budget = rollout.prompt_lengths, forward_config.token_budget // 2
     with torch.no_grad(), on_device(policy.model), on_device(reference.model):
-        for batch in micro_batches(policy.model, rollout.ids, starts, rollout.completion_mask, budget):
+        for batch in micro_batches(policy.model, rollout.ids, starts, rollout.completion_mask, token_budget):
             policy_logits, _ = token_logits(policy, batch, forward_config.precision)
             reference_logits, _ = token_logits(reference, batch, forward_config.precision)
             exact += float(losses.exact_kl(policy_logits, reference_logits).double().sum())
             tokens = rollout.ids[batch.token_index].to(policy_logits.device)
             difference = losses.kl_k1(token_log_probs(policy_logits, tokens), token_log_probs(reference_logits, tokens))
             estimate += float(difference.double().sum())
-    texts = rollout.ids.shape[0]
-    return exact / texts, estimate / texts
+    num_completions = rollout.ids.shape[0]
+    return exact / num_completions, estimate / num_completions

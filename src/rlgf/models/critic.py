@@ -29,12 +29,12 @@ class Critic(nn.Module):
     `initial_value`.
     """
 
-    def __init__(self, trunk: Backbone | None, width: int, initial_value: float) -> None:
+    def __init__(self, backbone: Backbone | None, width: int, initial_value: float) -> None:
         super().__init__()
-        self.backbone = trunk
-        if trunk is not None and trunk.adapter is None:
+        self.backbone = backbone
+        if backbone is not None and backbone.adapter is None:
             # registered so that its parameters are trained and saved as the critic's
-            self.add_module("model", trunk.model)
+            self.add_module("model", backbone.model)
         self.head = nn.Linear(width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.constant_(self.head.bias, initial_value)

@@ -182,21 +182,21 @@ class ForwardModel(Protocol):
         ...
 
 
-def token_logits(reader: ForwardModel, batch: MicroBatch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
+def token_logits(forward_model: ForwardModel, batch: MicroBatch, precision: str = "fp32") -> tuple[Tensor, Tensor]:
     """Compute the logits of the selected tokens, and the hidden states before them.
 
     The logits, given all tokens before, are float [selected, vocabulary]. The states,
     [selected, hidden], are the input of the model's head.
     """
-    model, options = reader.model, cache_options(reader.model, False)
-    with reader.activate(), autocast(model.device, precision), model_inputs(model, batch) as (inputs, pick):
+    model, options = forward_model.model, cache_options(forward_model.model, False)
+    with forward_model.activate(), autocast(model.device, precision), model_inputs(model, batch) as (inputs, pick):
         if input_format(model).restricts_head:
             with restrict_lm_head(model, pick) as hidden:
                 logits, states = model(**inputs, **options).logits.squeeze(0), hidden[0]
         else:
             output = model(**inputs, **options, output_hidden_states=True)
             logits, states = pick(output.logits), pick(last_states(output))
-    return without_ids(logits.float(), reader.absent_ids), states
+    return without_ids(logits.float(), forward_model.absent_ids), states
 
 
 def last_states(output: Any) -> Tensor:
@@ -215,27 +215,27 @@ def without_ids(logits: Tensor, absent: Tensor | None) -> Tensor:
     return logits.index_fill_(1, absent, -torch.inf)
 
 
-def backbone_states(trunk: ForwardModel, batch: MicroBatch, precision: str = "fp32") -> Tensor:
+def backbone_states(backbone: ForwardModel, batch: MicroBatch, precision: str = "fp32") -> Tensor:
     """Compute the hidden states before the selected tokens, [selected, hidden].
 
     They are the input of the model's head, if it has one.
     """
-    model = trunk.model
+    model = backbone.model
     # in transformers the base model of T5 is T5 itself, with its head
     if is_encoder_decoder(model) and model.get_output_embeddings() is not None:
-        return token_logits(trunk, batch, precision)[1]
-    with trunk.activate(), autocast(model.device, precision), model_inputs(model, batch) as (inputs, pick):
+        return token_logits(backbone, batch, precision)[1]
+    with backbone.activate(), autocast(model.device, precision), model_inputs(model, batch) as (inputs, pick):
         return pick(model(**inputs, **cache_options(model, False)).last_hidden_state)
 
 
 def iter_logits(
-    reader: ForwardModel, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int, precision: str
+    forward_model: ForwardModel, ids: Tensor, starts: Tensor, selected: Tensor, token_budget: int, precision: str
 ) -> Iterator[tuple[MicroBatch, Tensor, Tensor]]:
     """Yield each micro-batch with its logits and states, without a gradient."""
-    with on_device(reader.model):
-        for batch in micro_batches(reader.model, ids, starts, selected, token_budget):
+    with on_device(forward_model.model):
+        for batch in micro_batches(forward_model.model, ids, starts, selected, token_budget):
             with torch.no_grad():
-                logits, states = token_logits(reader, batch, precision)
+                logits, states = token_logits(forward_model, batch, precision)
             yield batch, logits, states
 
 
@@ -286,13 +286,13 @@ def adapt_inputs(model: Any, inputs: dict[str, Any], past: int = 0) -> dict[str,
     }
 
 
-def head_width(reader: ForwardModel) -> int:
+def head_width(forward_model: ForwardModel) -> int:
     """Return the width of the states that `token_logits` computes."""
-    if input_format(reader.model).restricts_head:
-        head = reader.model.get_output_embeddings()
+    if input_format(forward_model.model).restricts_head:
+        head = forward_model.model.get_output_embeddings()
         return int(getattr(head, "in_features", 0) or head.weight.shape[1])
     with torch.no_grad():
-        return int(token_logits(reader, _shortest_batch(reader.model))[1].shape[1])
+        return int(token_logits(forward_model, _shortest_batch(forward_model.model))[1].shape[1])
 
 
 def _shortest_batch(model: Any) -> MicroBatch:
@@ -301,10 +301,10 @@ def _shortest_batch(model: Any) -> MicroBatch:
     return micro_batch(model, torch.arange(1), pair, one, torch.tensor([[False, True]]))
 
 
-def state_width(trunk: ForwardModel) -> int:
+def state_width(backbone: ForwardModel) -> int:
     """Return the width of the states that `backbone_states` computes, from a text of one token."""
     with torch.no_grad():
-        return int(backbone_states(trunk, _shortest_batch(trunk.model)).shape[1])
+        return int(backbone_states(backbone, _shortest_batch(backbone.model)).shape[1])
 
 
 @contextmanager

@@ -254,10 +254,10 @@ def use_fast_paths(model: Any) -> Any:
     if not dispatch.is_off():
         model = padding_free.enable(dispatch.replace_modules(model))
     # of a classifier on a causal model, the states are used; others are evaluated as they are
-    classifies = "SequenceClassification" in type(model).__name__
-    if classifies and not (hasattr(model, "score") and not model.config.is_encoder_decoder):
+    is_classifier = "SequenceClassification" in type(model).__name__
+    if is_classifier and not (hasattr(model, "score") and not model.config.is_encoder_decoder):
         return model
-    probe_input_format(getattr(model, model.base_model_prefix) if classifies else model)
+    probe_input_format(getattr(model, model.base_model_prefix) if is_classifier else model)
     return model
 
 

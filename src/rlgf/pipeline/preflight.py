@@ -291,10 +291,10 @@ def check_lengths(codec: Codec, context: int, task: Task, plan: TaskPlan) -> int
     Raises `ConfigError` for empty prompts, and for prompts that leave no room for a completion.
     """
     max_new_tokens = plan.config.max_new_tokens
-    truncates = any(field.name == "prompt_tokens" for field in dataclasses.fields(plan.definition.options))
+    can_truncate = any(field.name == "prompt_tokens" for field in dataclasses.fields(plan.definition.options))
     if codec.is_encoder_decoder and max_new_tokens > context:
         raise ConfigError(f"task.max_new_tokens is {max_new_tokens}, but the model writes at most {context} tokens: lower it.")
-    room, longest = context if codec.is_encoder_decoder else context - max_new_tokens, 0
+    max_prompt_tokens, longest = context if codec.is_encoder_decoder else context - max_new_tokens, 0
     for split in ("train", "validation", "test"):
         prompts: Sequence[Prompt] = getattr(task, split)
         if not prompts:
@@ -303,8 +303,12 @@ def check_lengths(codec: Codec, context: int, task: Task, plan: TaskPlan) -> int
             if length == 0:
                 raise ConfigError(f"task '{task.name}', {split} prompt {number} is empty: remove the row.")
             longest = max(longest, length)
-            if length > room:
-                fix = f"set task.options.prompt_tokens={room}" if truncates and room > 0 else "shorten the prompts"
+            if length > max_prompt_tokens:
+                fix = (
+                    f"set task.options.prompt_tokens={max_prompt_tokens}"
+                    if can_truncate and max_prompt_tokens > 0
+                    else "shorten the prompts"
+                )
                 raise ConfigError(
                     f"task '{task.name}', {split} prompt {number} has {length} tokens; with {max_new_tokens} new "
                     f"ones it exceeds the model's context of {context}: {fix}, or set a smaller task.max_new_tokens."
@@ -323,13 +327,13 @@ def probe_guide(guide: Guide, algorithm: Algorithm, codec: Codec, task: Task, le
     requests: list[CompletionRequest] = []
     for index, prompt in enumerate(task.validation[:2]):
         ids = codec.prompt(prompt)
-        budget = lengths.max_new_tokens
-        requests.append(CompletionRequest(prompt, ids, "", [], budget, lengths.min_new_tokens, index, seed))
-        if algorithm.needs_guide_rollout and budget > 1:
-            begun = (codec.response(prompt.references[0]) if prompt.references else ids)[:1]
-            text = codec.decode([ids], [begun])[0]
-            minimum = max(0, lengths.min_new_tokens - 1)
-            requests.append(CompletionRequest(prompt, ids, text, begun, budget - 1, minimum, index, seed))
+        max_new_tokens = lengths.max_new_tokens
+        requests.append(CompletionRequest(prompt, ids, "", [], max_new_tokens, lengths.min_new_tokens, index, seed))
+        if algorithm.needs_guide_rollout and max_new_tokens > 1:
+            prefix_ids = (codec.response(prompt.references[0]) if prompt.references else ids)[:1]
+            prefix = codec.decode([ids], [prefix_ids])[0]
+            min_new_tokens = max(0, lengths.min_new_tokens - 1)
+            requests.append(CompletionRequest(prompt, ids, prefix, prefix_ids, max_new_tokens - 1, min_new_tokens, index, seed))
     try:
         query_guide(guide, requests)
     except TrainingError as error:

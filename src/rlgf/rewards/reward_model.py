@@ -246,8 +246,8 @@ def is_reward_model(path: str) -> bool:
     if lora.is_adapter_folder(path):
         return lora.is_sequence_classifier(path)
     config = from_pretrained(AutoConfig, path, "reward model")
-    classifies = any("SequenceClassification" in str(name) for name in config.architectures or [])
-    return classifies and int(config.num_labels) == 1
+    is_classifier = any("SequenceClassification" in str(name) for name in config.architectures or [])
+    return is_classifier and int(config.num_labels) == 1
 
 
 def require_reward_model(path: str) -> None:
@@ -291,8 +291,8 @@ def _on_backbone(folder: Path, backbone: LanguageModel, token_budget: int, preci
     weight = lora.load_layers(backbone.model, folder, name)["score.weight"]
     score = nn.Linear(weight.shape[1], 1, bias=False).to(backbone.device)
     score.load_state_dict({"weight": weight})
-    trunk = Backbone(backbone.model.base_model, name, backbone.model)
-    model = AdapterRewardModel(trunk, score.requires_grad_(False))
+    states_model = Backbone(backbone.model.base_model, name, backbone.model)
+    model = AdapterRewardModel(states_model, score.requires_grad_(False))
     return RewardModel(model, load_tokenizer(str(folder)), str(folder), token_budget, precision)
 
 

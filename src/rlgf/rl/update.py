@@ -109,26 +109,26 @@ class Updater:
         self.models.policy.model.train(ppo.dropout)
         if ppo.dropout:  # a function of seed and iteration: no generator's state is saved
             torch.manual_seed(int(uniforms(self.seed, Purpose.DROPOUT, iteration, 1)[0] * 2**53))
-        seen: dict[str, list[float]] = {}
+        step_metrics: dict[str, list[float]] = {}
         steps = 0
         stopped, skipped = False, 0
-        texts = experience.rollout.ids.shape[0]
+        num_rows = experience.rollout.ids.shape[0]
         for epoch in range(ppo.epochs):
-            order = permutation(self.seed, Purpose.MINIBATCH, iteration * ppo.epochs + epoch, texts)
-            for start in range(0, texts, ppo.minibatch_size):
+            order = permutation(self.seed, Purpose.MINIBATCH, iteration * ppo.epochs + epoch, num_rows)
+            for start in range(0, num_rows, ppo.minibatch_size):
                 rows = torch.from_numpy(order[start : start + ppo.minibatch_size]).sort().values
                 stats = self._step_within_memory(experience, rows, iteration, steps)
                 steps += 1
                 skipped += int(stats.pop("skipped"))
                 for key, value in stats.items():
-                    seen.setdefault(key, []).append(value)
+                    step_metrics.setdefault(key, []).append(value)
                 if ppo.target_kl is not None and stats.get("approx_kl", 0.0) > ppo.target_kl:
                     stopped = True
                     break
             if stopped:
                 break
         self.models.policy.model.eval()
-        means = {key: sum(values) / len(values) for key, values in seen.items()}
+        means = {key: sum(values) / len(values) for key, values in step_metrics.items()}
         return {
             **means, "optimizer_steps": steps - skipped, "steps_skipped": float(skipped), "stopped_early": float(stopped),
         }  # fmt: skip
@@ -156,7 +156,7 @@ class Updater:
             iteration: the 0-based iteration.
             done: the number of steps done in this iteration.
         """
-        learns, ppo = iteration >= self.critic.warmup_iterations, self.forward_config.ppo
+        policy_enabled, ppo = iteration >= self.critic.warmup_iterations, self.forward_config.ppo
         step = iteration * self.steps_per_iteration + done
         factor = learning_rate_factor(ppo.schedule, step, ppo.iterations * self.steps_per_iteration)
 
@@ -164,7 +164,7 @@ class Updater:
             stats = self._critic_gradients(experience, rows)
             return stats, [gradient_norm(optimizer) for optimizer in self.critic_optimizers.values()]
 
-        policy = partial(self._policy_gradients, experience, rows, step, learns)
+        policy = partial(self._policy_gradients, experience, rows, step, policy_enabled)
         run = partial(run_with_critics, self.models.policy, experience.rollout, concurrently=self.independent_critics)
         (stats, policy_moves), (valued, critic_norms) = run(policy, critics)
         stats |= valued

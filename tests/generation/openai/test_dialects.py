@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlgf.generation.openai.dialects import describe_body, error_in, raise_refusal
-from rlgf.generation.openai.refusals import QuestionRefusedError, refusal_of
+from rlgf.generation.openai.refusals import RequestRefusedError, refusal_of
 from rlgf.generation.openai.responses import (
     InvalidError,
     ServerRequest,
@@ -155,7 +155,7 @@ def test_a_refusal_of_one_question_is_told_from_one_of_all(status: int, code: An
 
 
 def test_a_refusal_may_come_with_status_200() -> None:
-    with pytest.raises(QuestionRefusedError, match="refused the question as too long: shown"):
+    with pytest.raises(RequestRefusedError, match="refused the question as too long: shown"):
         raise_refusal(0, "validation", "`inputs` must have less than 4 tokens", "shown")
     raise_refusal(503, "", "overloaded", "shown")
 

@@ -855,7 +855,7 @@ def test_a_judge_is_asked_for_json_by_a_schema_if_the_server_takes_one(tmp_path:
 
 def test_the_papers_question_is_an_option(tmp_path: Path) -> None:
     with FaultServer(writer=lambda body, text: prefers_references(body, "Preferred: (IT)")) as server:
-        assert judged(server, tmp_path, 2, answer="text")["losses"] == 2.0
+        assert judged(server, tmp_path, 2, response_format="text")["losses"] == 2.0
         body = server.requests[-1]["body"]
     assert body["messages"][-1]["content"].endswith("Preferred: <(A) or (B)>")
     assert "response_format" not in body

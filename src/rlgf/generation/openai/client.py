@@ -21,7 +21,7 @@ from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.generation.openai.dialects import describe_body, error_in, raise_refusal
 from rlgf.generation.openai.environment import Environment
 from rlgf.generation.openai.messages import INSTRUCTION, chat_fields
-from rlgf.generation.openai.refusals import QuestionRefusedError, refusal_of
+from rlgf.generation.openai.refusals import RequestRefusedError, refusal_of
 from rlgf.generation.openai.responses import (
     InvalidError,
     PermanentError,
@@ -127,7 +127,7 @@ class Server:
     def send(self, request: ServerRequest, again: Callable[[], None] = lambda: None) -> ServerResponse:
         """Send a request and return the response.
 
-        Raises `TransientError`, `InvalidError`, `QuestionRefusedError` or `PermanentError`. A
+        Raises `TransientError`, `InvalidError`, `RequestRefusedError` or `PermanentError`. A
         parameter that the server refuses by name is omitted from then on; `again` is called before
         each such repetition.
         """
@@ -219,7 +219,7 @@ class Server:
             raise TransientError(f"no connection ({type(error.__cause__ or error).__name__})") from None
         except openai.OpenAIError as error:
             raise PermanentError(self._environment.hide(str(error))) from None
-        except (TransientError, PermanentError, QuestionRefusedError):
+        except (TransientError, PermanentError, RequestRefusedError):
             raise
         except Exception as error:  # any exception of the transport during the body
             raise TransientError(f"interrupted ({type(error).__name__})") from None
@@ -232,7 +232,7 @@ class Server:
             reason += "; most servers' URLs end in /v1"
         refusal = refusal_of(status, getattr(error, "code", None), f"{error} {detail or ''}")
         if refusal is not None:
-            return QuestionRefusedError(f"it refused the question as {refusal}: {reason}")
+            return RequestRefusedError(f"it refused the question as {refusal}: {reason}")
         if status in (408, 409, 425, 429) or status >= 500:
             if error.code in QUOTA_ERRORS:
                 return PermanentError(reason)
@@ -349,11 +349,11 @@ def _probe_mode(spec: str, config: GuideConfig, report: Callable[[str], None]) -
     """Return 'completion' if the server accepts it, otherwise 'instruction'."""
     request = ServerRequest("Once upon a time", " there was", 8, 0)
     try:
-        with suppress(InvalidError, QuestionRefusedError):
+        with suppress(InvalidError, RequestRefusedError):
             Server(spec, config, "completion").send(request)
         return "completion"
     except RefusedError as error:
-        with suppress(InvalidError, QuestionRefusedError):
+        with suppress(InvalidError, RequestRefusedError):
             Server(spec, config, "instruction").send(request)
         report(f"guide: no text completion endpoint ({error}); completions are requested by a chat instruction instead")
         return "instruction"

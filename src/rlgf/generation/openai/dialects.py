@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from rlgf.generation.openai.refusals import QuestionRefusedError, refusal_of
+from rlgf.generation.openai.refusals import RequestRefusedError, refusal_of
 
 FINISH_FIELDS = ("finish_reason", "stop_reason", "done_reason", "native_finish_reason")
 COMPLETE = (  # reasons of a completion that ended by itself
@@ -188,10 +188,10 @@ def error_in(data: Any) -> tuple[int, str, str] | None:
 
 
 def raise_refusal(status: int, code: str, message: str, shown: str) -> None:
-    """Raise `QuestionRefusedError` if an error is about one question; `shown` has no secrets."""
+    """Raise `RequestRefusedError` if an error is about one question; `shown` has no secrets."""
     reason = refusal_of(status or 400, code, message)
     if reason is not None:
-        raise QuestionRefusedError(f"it refused the question as {reason}: {shown}")
+        raise RequestRefusedError(f"it refused the question as {reason}: {shown}")
 
 
 def describe_body(content: bytes) -> str:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from rlgf.errors import TrainingError
 from rlgf.generation.openai.cache import ResponseCache, cache_key
 from rlgf.generation.openai.client import Server
-from rlgf.generation.openai.refusals import QuestionRefusedError
+from rlgf.generation.openai.refusals import RequestRefusedError
 from rlgf.generation.openai.responses import InvalidError, PermanentError, ServerRequest, ServerResponse, TransientError
 from rlgf.generation.openai.retries import call_with_retries
 from rlgf.generation.openai.usage import UsageCounter
@@ -277,7 +277,7 @@ class EndpointPool:
                 response = ServerResponse("", False, error.usage)
                 stored = {"invalid": str(error), "silent": error.is_empty}
                 stored |= {"refused": True} if error.refused else {}
-            except QuestionRefusedError as error:
+            except RequestRefusedError as error:
                 self._count_attempt(key, "succeeded")
                 return {"invalid": str(error), "silent": False, "refused": True, "final": True}
         usage = response.usage

@@ -25,7 +25,7 @@ TOO_LONG = re.compile(
 )
 
 
-class QuestionRefusedError(Exception):
+class RequestRefusedError(Exception):
     """A question that the server does not answer, however often it is sent."""
 
 
