@@ -3,14 +3,14 @@
 One short run on toy reviews is traced: two iterations of D2LOLS with a guide, a reward model and a
 judge that are trained here, distillation, and an evaluation with every baseline. Recorded is each
 function of the package that receives the whole `Config` as an argument, passes it to a function
-that receives it, or reads a field of it, wherever it is stored. A room is such a function, with
-what is nested in it; a step leads from a room to another, and a step back up to one that the config
+that receives it, or reads a field of it, wherever it is stored. Counted are these functions, with
+what is nested in them; a step leads from one to another, and a step back up to one that the config
 has left before. The same is counted for files, of which only the changes from file to file are
 steps.
 
-At a054cfe this gives 60 rooms and 131 steps back up; an earlier count by an unrecorded method gave
-58 and 127. Moving a function to another file changes the counts of files and leaves those of rooms.
-Each further iteration adds the rooms of the training loop again. Not counted are sections
+At a054cfe this gives 60 functions and 131 steps back up; an earlier count, by another method,
+gave 58 and 127. Moving a function to another file changes the counts of files only.
+Each further iteration adds the functions of the training loop again. Not counted are sections
 (`config.ppo`), objects that hold them other than a `ResolvedRun`, the construction of the config
 before `train`, and threads other than the one of `train`. Commits are extracted from git; `.` is
 the working tree.
@@ -52,7 +52,7 @@ FIRST, SECOND = ("acting", "plot", "music", "script", "cast", "pacing"), ("endin
 
 @dataclass(frozen=True)
 class Journey:
-    """The counts of a sequence of rooms or files."""
+    """The counts of a sequence of functions or files."""
 
     places: int
     steps: int
@@ -63,14 +63,14 @@ def main() -> int:
     """Trace each commit; print its counts and the last one's most frequent steps back up."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("commits", nargs="*", default=["."], help="commits to measure; '.' is the working tree")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="list the N rooms of the last with most steps back up")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="list the N functions with most steps back up")
     parser.add_argument("--record", type=Path, metavar="FILE", help=argparse.SUPPRESS)  # what a subprocess does
     options = parser.parse_args()
     if options.record:
         options.record.write_text(json.dumps(trace_training()), encoding="utf-8")
         return 0
     ways = {commit: trace(commit) for commit in options.commits}
-    print(f"{'commit':<12} {'rooms':>6} {'steps':>6} {'back up':>8}   {'files':>6} {'steps':>6} {'back up':>8}")
+    print(f"{'commit':<12} {'functions':>9} {'steps':>6} {'back up':>8}   {'files':>6} {'steps':>6} {'back up':>8}")
     for commit, way in ways.items():
         print(f"{commit:<12} {describe(count(way))}   {describe(count([file for file, _ in way]))}")
     for line in most_frequent(count(ways[options.commits[-1]]), options.show):
@@ -96,7 +96,7 @@ def describe(journey: Journey) -> str:
 
 
 def most_frequent(journey: Journey, number: int) -> list[str]:
-    """Return a line for each room with the most steps back up, with their origins."""
+    """Return a line for each function with the most steps back up, with their origins."""
     lines: list[str] = []
     ends: Counter[Place] = Counter()
     for (_, end), times in journey.back_up.items():

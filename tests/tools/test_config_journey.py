@@ -71,7 +71,7 @@ def test_a_way_that_only_goes_on_has_no_step_back_up(journey: ModuleType):
     assert (counts.places, counts.steps, counts.back_up.total()) == (4, 3, 0)
 
 
-def test_rooms_are_listed_by_the_steps_back_up_that_lead_to_them(journey: ModuleType):
+def test_functions_are_listed_by_the_steps_back_up_that_lead_to_them(journey: ModuleType):
     f, g, h = ("a.py", "f"), ("b.py", "g"), ("b.py", "h")
     assert journey.most_frequent(journey.count([f, g, f, h, f, g]), 1) == ["   2  a.py:f, from g (1), h (1)"]
 
