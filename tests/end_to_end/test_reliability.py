@@ -76,10 +76,11 @@ def reward(prompts, texts):
 """
 QUIET = {"guide": "count = len(requests)", "reward": "pass"}
 LOUD = {
-    "guide": "count = len(requests); requests.clear(); {away}",
+    # the guide is called alone; a reward at the same time as the models, whose process it shares
+    "guide": "count = len(requests); requests.clear(); {away}; torch.set_default_dtype(torch.float64); "
+    "torch.set_num_threads(3)",
     "reward": "prompts.clear(); texts.reverse(); {away}",
-    "away": "os.chdir({folder!r}); torch.set_grad_enabled(False); torch.set_default_dtype(torch.float64); "
-    "torch.set_num_threads(3); torch.manual_seed(1)",
+    "away": "os.chdir({folder!r}); torch.set_grad_enabled(False); torch.manual_seed(1)",
 }  # fmt: skip
 
 

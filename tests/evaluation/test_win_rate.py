@@ -200,7 +200,7 @@ def test_responses_of_an_earlier_version_are_found(tmp_path: Path):
     cache.put("8d4fb326e3bff252998dc69671a4f795425515b1a4eeb726bfbbebdef9b8250b", {"text": "(A)", "finished": True})
     cache.put("8aa571d3602f8cde8f1f148a0bd42b8a96dbf617b43a57fe3d73a6a6017b0da0", {"text": "(B)", "finished": True})
     endpoint = EndpointConfig(thinking_tokens=3, offline=True)
-    config = JudgeConfig(spec="server:m@http://127.0.0.1:9/v1", order="both", seed=1, answer="text", endpoint=endpoint)
+    config = JudgeConfig(spec="server:m@http://127.0.0.1:9/v1", order="both", seed=1, response_format="text", endpoint=endpoint)
     judge = chat_judge(config, tmp_path, lambda line: None)
     assert judge.compare([Prompt("post")], [" text"], [" other"]) == [1.0]
     with pytest.raises(TrainingError, match="the judge is offline"):
